@@ -1,0 +1,193 @@
+"""Futures of other kinds, made into ours: `as_future` and its registry of sources.
+
+An adopted future completes as its source does, and in the thread where that does. It
+does not control the source: there is no way to cancel or to complete that through it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import functools
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol, TypeVar, overload
+
+import torch
+
+from ._errors import NotAFutureError
+from ._future import Future
+
+__all__ = ["as_future"]
+
+T = TypeVar("T")
+_Devices = Iterable[int | str | torch.device] | None
+_Adapter = Callable[..., Future[Any]]
+_A = TypeVar("_A", bound=_Adapter)
+
+
+class _AsFuture(Protocol):
+    """`as_future`, as a type checker sees it."""
+
+    @overload
+    def __call__(
+        self, source: torch.futures.Future[T], *, devices: _Devices = None
+    ) -> Future[T]: ...
+    @overload
+    def __call__(self, source: asyncio.Future[T], *, devices: _Devices = None) -> Future[T]: ...
+    @overload
+    def __call__(
+        self, source: concurrent.futures.Future[T], *, devices: _Devices = None
+    ) -> Future[T]: ...
+    @overload
+    def __call__(self, source: object, *, devices: _Devices = None) -> Future[Any]: ...
+
+    @overload
+    def register(self, cls: type[Any], func: None = None) -> Callable[[_A], _A]: ...
+    @overload
+    def register(self, cls: type[Any], func: _A) -> _A: ...
+    @overload
+    def register(self, cls: _A, func: None = None) -> _A: ...
+
+
+def _as_future(source: object, *, devices: _Devices = None) -> Future[Any]:
+    """Returns a `Future` that completes as ``source`` does.
+
+    The error of a source arrives as it is, and its cancellation as its own
+    CancelledError. Asked again for a source that is still pending, it returns the
+    future that it made before, so that what times out and asks anew leaves nothing
+    behind with the source.
+
+    Other libraries add theirs as with ``functools.singledispatch``: see the example.
+
+    Args:
+        source: A future of this package, which is returned as it is; a
+            ``torch.futures.Future``; a ``torch.distributed`` ``Work``; a
+            ``concurrent.futures.Future``; an ``asyncio.Future`` or ``Task``, of any
+            loop; or an instance of a registered type.
+        devices: The devices of the future that is made, as for `Future`; for a future
+            of this package too, if given, a new one is made.
+
+    Raises:
+        NotAFutureError: ``source`` is none of these; a TypeError.
+        RuntimeError: ``source`` is a pending asyncio future of a loop that has closed.
+
+    Example:
+        >>> import concurrent.futures
+        >>> with concurrent.futures.ThreadPoolExecutor() as pool:
+        ...     torchfut_aio.as_future(pool.submit(pow, 2, 10)).wait()
+        1024
+
+        >>> class Ticket:  # of another library
+        ...     def on_ready(self, function):
+        ...         function(self, "ready")
+        >>> @torchfut_aio.as_future.register(Ticket)
+        ... def _(ticket, *, devices=None):
+        ...     fut = torchfut_aio.Future(devices=devices)
+        ...     ticket.on_ready(lambda ticket, value: fut.set_result(value))
+        ...     return fut
+        >>> torchfut_aio.as_future(Ticket()).wait()
+        'ready'
+    """
+    if asyncio.isfuture(source):  # written in Python, or of another loop
+        return _from_asyncio(source, devices=devices)
+    if source is None:
+        problem = "Future can't be None"
+    else:
+        problem = f"{source!r} of type {type(source).__qualname__} is not a future"
+    registered = "".join(
+        f", {kind.__module__}.{kind.__qualname__}" for kind in _dispatch.registry.keys() - _OWN
+    )
+    raise NotAFutureError(
+        f"{problem}; as_future() accepts torchfut_aio.Future, torch.futures.Future, "
+        "torch.distributed.Work, concurrent.futures.Future, asyncio.Future, asyncio.Task"
+        f"{registered}, and what is added with as_future.register()"
+    )
+
+
+_dispatch = functools.singledispatch(_as_future)
+as_future: _AsFuture = _dispatch  # type: ignore[assignment]
+
+# What has been made of sources that may still be pending, so as to make it once. A
+# source holds its future through the callback that it was given, not the other way.
+_made: weakref.WeakKeyDictionary[Any, weakref.ref[Future[Any]]] = weakref.WeakKeyDictionary()
+
+
+def _once(
+    adopt: Callable[[Any, Future[Any]], None],
+) -> Callable[..., Future[Any]]:
+    """Makes an adapter, ``adopt(source, future)``, that is run once a pending source."""
+
+    @functools.wraps(adopt)
+    def adapter(source: Any, *, devices: _Devices = None) -> Future[Any]:
+        made = _made.get(source) if devices is None else None
+        future = None if made is None else made()
+        if future is None:
+            future = Future(devices=devices)
+            adopt(source, future)
+            if devices is None:
+                _made[source] = weakref.ref(future)
+        return future
+
+    return adapter
+
+
+@_dispatch.register(Future)
+def _from_ours(source: Future[T], *, devices: _Devices = None) -> Future[T]:
+    return source if devices is None else _from_torch(source, devices=devices)
+
+
+@_dispatch.register(torch._C.Future)
+@_once
+def _from_torch(source: torch._C.Future[Any], future: Future[Any]) -> None:
+    source.add_done_callback(lambda source: _copy(source.value, future))
+
+
+@_dispatch.register(concurrent.futures.Future)
+@_once
+def _from_concurrent(source: concurrent.futures.Future[Any], future: Future[Any]) -> None:
+    source.add_done_callback(lambda source: _copy(source.result, future))
+
+
+@_dispatch.register(asyncio.Future)
+@_once
+def _from_asyncio(source: asyncio.Future[Any], future: Future[Any]) -> None:
+    def copy(source: asyncio.Future[Any]) -> None:
+        _copy(source.result, future)
+
+    loop = source.get_loop()
+    if source.done():
+        copy(source)
+    elif asyncio._get_running_loop() is loop:
+        source.add_done_callback(copy)
+    else:
+        # asyncio's futures may be touched in the thread of their loop only.
+        try:
+            loop.call_soon_threadsafe(source.add_done_callback, copy)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"{source!r} is pending on a loop that has closed: it will never complete"
+            ) from error
+
+
+def _copy(read: Callable[[], Any], future: Future[Any]) -> None:
+    """Completes ``future`` with what ``read``, of a source that is done, gives or raises."""
+    try:
+        value = read()
+    except BaseException as error:
+        # Less this frame, which would tie the error to the future that holds it.
+        traceback = error.__traceback__
+        future.set_exception(error.with_traceback(traceback and traceback.tb_next))
+    else:
+        future.set_result(value)
+
+
+if torch.distributed.is_available():
+
+    @_dispatch.register(torch.distributed.Work)
+    @_once
+    def _from_work(source: torch.distributed.Work, future: Future[Any]) -> None:
+        source.get_future().add_done_callback(lambda done: _copy(done.value, future))
+
+
+_OWN = frozenset(_dispatch.registry)

@@ -1,0 +1,325 @@
+"""Many futures as one: all of them, their values, or one after the other.
+
+Each function leaves one callback object with every pending future, the same object
+with all of them: no task, no thread, and no closure per future.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+
+from ._adopt import as_future
+from ._callbacks import Callback
+from ._errors import NotAFutureError
+from ._future import Future
+
+__all__ = ["as_completed", "collect_all", "gather", "wait_all"]
+
+T = TypeVar("T")
+
+
+def collect_all(futures: Iterable[torch.futures.Future[T]]) -> Future[list[Future[T]]]:
+    """Returns a future that completes when all of ``futures`` have.
+
+    Args:
+        futures: Futures of this package, of torch, or anything that `as_future`
+            adopts, in any mix. May be empty, and may name a future twice.
+
+    Returns:
+        A future of the list of the very objects passed in. If some failed, it fails
+        with the error of the first of these in the list, once all are done.
+
+    Raises:
+        NotAFutureError: One of them is None, or cannot be adopted.
+
+    Example:
+        >>> fut0, fut1 = torchfut_aio.Future(), torchfut_aio.Future()
+        >>> fut = torchfut_aio.collect_all([fut0, fut1])
+        >>> fut0.set_result(0)
+        >>> fut1.set_result(1)
+        >>> [f.value() for f in fut.wait()]
+        [0, 1]
+    """
+    given: list[Any] = _listed(futures)
+
+    def result(ours: list[Future[Any]]) -> list[Any]:
+        for future in ours:
+            future.value()
+        return given
+
+    return _Collector(_adopted(given), result).start()
+
+
+def gather(futures: Iterable[torch.futures.Future[T]]) -> Future[list[T]]:
+    """Returns a future of the values of ``futures``, which fails as soon as one fails.
+
+    Args:
+        futures: As for `collect_all`.
+
+    Returns:
+        A future of the list of the values, in the order of ``futures``. When one
+        fails it fails with that error at once, and waits for none of the others, which
+        go on undisturbed.
+
+    Raises:
+        NotAFutureError: One of them is None, or cannot be adopted.
+
+    Example:
+        >>> fut0, fut1 = torchfut_aio.Future(), torchfut_aio.Future()
+        >>> both = torchfut_aio.gather([fut0, fut1])
+        >>> fut1.set_result("b")
+        >>> fut0.set_result("a")
+        >>> both.wait()
+        ['a', 'b']
+    """
+
+    def result(ours: list[Future[Any]]) -> list[Any]:
+        # They are done: wait() does not block, but orders the current streams.
+        return [future.wait() for future in ours]
+
+    return _Gatherer(_adopted(_listed(futures)), result).start()
+
+
+def wait_all(futures: Iterable[torch.futures.Future[T]]) -> list[T]:
+    """Blocks until all of ``futures`` are done, or one has failed.
+
+    Args:
+        futures: As for `collect_all`.
+
+    Returns:
+        The list of the values, in the order of ``futures``.
+
+    Raises:
+        BaseException: The error of the first that failed; it waits for no others.
+        NotAFutureError: One of them is None, or cannot be adopted.
+
+    Example:
+        >>> fut0, fut1 = torchfut_aio.Future(), torchfut_aio.Future()
+        >>> fut0.set_result(0)
+        >>> fut1.set_result(1)
+        >>> torchfut_aio.wait_all([fut0, fut1])
+        [0, 1]
+    """
+    return gather(futures).wait()
+
+
+def as_completed(futures: Iterable[torch.futures.Future[T]]) -> _AsCompleted[T]:
+    """Iterates over ``futures`` in the order in which they complete.
+
+    Use it with ``async for`` on an event loop, with ``for`` in a thread. It may be
+    abandoned half way, and then leaves nothing behind with the futures still pending.
+    Several tasks or threads may share one: each future goes to one of them.
+
+    Args:
+        futures: As for `collect_all`. A future that is named twice is yielded once.
+
+    Returns:
+        An iterator of futures of this package that are done: those passed in, and for
+        those of another kind what `as_future` makes of them.
+
+    Raises:
+        NotAFutureError: One of them is None, or cannot be adopted.
+
+    Example:
+        >>> fut0, fut1 = torchfut_aio.Future(), torchfut_aio.Future()
+        >>> completed = torchfut_aio.as_completed([fut0, fut1])
+        >>> fut1.set_result("first")
+        >>> fut0.set_result("second")
+        >>> [fut.value() for fut in completed]
+        ['first', 'second']
+    """
+    return _AsCompleted(_distinct(_adopted(_listed(futures))))
+
+
+class _Collector(Callback):
+    """Completes one future when the last of several has completed."""
+
+    # ``function`` makes the combined result of the list of futures, or raises.
+    __slots__ = ("combined", "distinct", "futures", "tickets")
+
+    def __init__(
+        self, futures: list[Future[Any]], result: Callable[[list[Future[Any]]], list[Any]]
+    ) -> None:
+        super().__init__(result)
+        self.futures = futures
+        self.distinct = _distinct(futures)
+        devices = dict.fromkeys(device for future in futures for device in future._devices)
+        self.combined: Future[Any] = Future(devices=devices)
+        # Popping from a list is one indivisible step: who finds it empty is the last.
+        self.tickets = [None] * (len(self.distinct) - 1)
+
+    def start(self) -> Future[Any]:
+        for future in self.distinct:
+            future._add(self)
+        if not self.distinct:
+            self.combined.set_result([])
+        return self.combined
+
+    def run(self, future: Future[Any]) -> None:
+        try:
+            self.tickets.pop()
+        except IndexError:
+            self.complete()
+
+    def complete(self) -> None:
+        try:
+            result = self.function(self.futures)
+        except BaseException as error:
+            self.combined.set_exception(error)
+        else:
+            self.combined.set_result(result)
+
+
+class _Gatherer(_Collector):
+    """Completes at the first failure, too, and withdraws from the futures still pending."""
+
+    __slots__ = ("failure",)
+
+    def __init__(
+        self, futures: list[Future[Any]], result: Callable[[list[Future[Any]]], list[Any]]
+    ) -> None:
+        super().__init__(futures, result)
+        self.failure = [None]  # popped by the first to fail
+
+    def start(self) -> Future[Any]:
+        combined = super().start()
+        if not self.failure:  # it failed meanwhile, with futures yet to be attached to
+            self.withdraw()
+        return combined
+
+    def run(self, future: Future[Any]) -> None:
+        error = future.exception()
+        if error is None:
+            super().run(future)
+            return
+        try:
+            self.failure.pop()
+        except IndexError:
+            return
+        self.withdraw()
+        self.combined.set_exception(error)
+
+    def withdraw(self) -> None:
+        for future in self.distinct:
+            future._discard(self)
+
+
+class _Arrivals(Callback):
+    """Takes in futures as they complete, and rings for those who wait for the next."""
+
+    __slots__ = ("bells", "ready", "tickets")
+
+    def __init__(self, expected: int) -> None:
+        self.ready: deque[Future[Any]] = deque()
+        self.bells: list[Future[None]] = []
+        # One for each arrival that nobody has asked for. Who holds one gets a future.
+        self.tickets = [None] * expected
+
+    def run(self, future: Future[Any]) -> None:
+        self.ready.append(future)
+        self.ring()
+
+    def ring(self) -> None:
+        while self.bells:
+            try:
+                bell = self.bells.pop()
+            except IndexError:
+                return
+            bell.set_result(None)
+
+    @contextmanager
+    def bell(self) -> Iterator[Future[None]]:
+        """Gives a future that completes when it is worth to `take` again."""
+        bell: Future[None] = Future()
+        self.bells.append(bell)
+        if self.ready:
+            self.ring()
+        try:
+            yield bell
+        finally:
+            try:
+                self.bells.remove(bell)
+            except ValueError:
+                pass  # it has been rung
+
+    def claim(self, exhausted: type[Exception]) -> None:
+        try:
+            self.tickets.pop()
+        except IndexError:
+            raise exhausted from None
+
+    def unclaim(self) -> None:
+        self.tickets.append(None)
+
+    def take(self) -> Future[Any] | None:
+        try:
+            return self.ready.popleft()
+        except IndexError:
+            return None
+
+
+class _AsCompleted(AsyncIterator[Future[T]], Iterator[Future[T]]):
+    """What `as_completed` returns."""
+
+    def __init__(self, futures: list[Future[T]]) -> None:
+        self._futures = futures
+        self._arrivals = _Arrivals(len(futures))
+        for future in futures:
+            future._add(self._arrivals)
+
+    def __iter__(self) -> _AsCompleted[T]:
+        return self
+
+    def __aiter__(self) -> _AsCompleted[T]:
+        return self
+
+    def __next__(self) -> Future[T]:
+        arrivals = self._arrivals
+        arrivals.claim(StopIteration)
+        try:
+            while (future := arrivals.take()) is None:
+                with arrivals.bell() as bell:
+                    bell.wait()
+        except BaseException:
+            arrivals.unclaim()
+            raise
+        return future
+
+    async def __anext__(self) -> Future[T]:
+        arrivals = self._arrivals
+        arrivals.claim(StopAsyncIteration)
+        try:
+            while (future := arrivals.take()) is None:
+                with arrivals.bell() as bell:
+                    await bell
+        except BaseException:
+            arrivals.unclaim()
+            raise
+        return future
+
+    def __del__(self) -> None:
+        for future in self._futures:
+            future._discard(self._arrivals)
+
+
+def _listed(futures: Iterable[Any]) -> list[Any]:
+    try:
+        return list(futures)
+    except TypeError:
+        raise NotAFutureError(
+            f"expected an iterable of futures, such as [fut0, fut1], not {futures!r} "
+            f"of type {type(futures).__qualname__}"
+        ) from None
+
+
+def _adopted(futures: list[Any]) -> list[Future[Any]]:
+    return [as_future(future) for future in futures]
+
+
+def _distinct(futures: list[Future[T]]) -> list[Future[T]]:
+    return list(dict.fromkeys(futures))

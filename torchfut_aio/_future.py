@@ -1,0 +1,565 @@
+"""The future: its state, who waits for it, and how it is read.
+
+A future is *pending*, is *claimed* by the one setter that wins, and is *done*. Every
+change of state is in this file, and these things are always true:
+
+- ``_open`` exists exactly until a setter claims the future by deleting it. Deleting a
+  slot is one indivisible step: of any number of racing setters one succeeds.
+- ``_waiters`` is a dict until the future is done, and None from then on. The outcome is
+  stored before it becomes None and never changes after, so whoever sees None may read.
+- Who wants to know of the completion first enters the dict, then looks at ``_waiters``
+  again. If the future became done meanwhile, each entry is popped by exactly one side,
+  the setter or the one who entered it, and who pops it serves it: no entry is lost, and
+  none is served twice.
+- No lock is taken, so nothing here can deadlock with a signal handler, a finaliser or
+  a C++ callback that uses the same future in the middle of a step: each is as good as
+  one more thread.
+
+The dict maps an entry to the one who serves it. A waiter (a lock that a thread blocks
+on, or what stands for a task on its loop) maps to its `Waker`. A callback maps to None,
+and is run by the setter, after all waiters have been woken.
+
+Underneath is the C++ future that consumers in PyTorch's own C++ see. The setter that
+has claimed the future completes it, once. For a future with devices it owns the events
+that order streams after the value's kernels.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import numbers
+import reprlib
+import sys
+import warnings
+import weakref
+from collections.abc import Callable, Generator, Iterable
+from functools import partial
+from types import TracebackType
+from typing import Any, NoReturn, TypeVar, cast
+
+import torch
+
+from . import _callbacks, _loops
+from ._callbacks import Callback, Continuation
+from ._errors import BlockingWaitWarning, InvalidStateError, describe
+
+__all__ = ["Future"]
+
+T = TypeVar("T")
+S = TypeVar("S")
+
+_Cpp = torch._C.Future
+
+# In place of the waker of an entry that is no longer there.
+_GONE: Any = object()
+
+
+class Future(torch.futures.Future[T]):
+    """A ``torch.futures.Future`` that can be awaited.
+
+    It keeps every documented promise of ``torch.futures.Future``, goes wherever
+    PyTorch takes one, and may be awaited by any number of tasks on asyncio, uvloop and
+    trio loops in any number of threads, while other threads block in `wait` and
+    callbacks are attached. All methods may be called from any thread.
+
+    Awaiting resumes with the value, or raises the error, once the future is done.
+    Cancelling a task that awaits leaves the future as it was.
+
+    Args:
+        devices: The devices on which tensors in the value may reside, as
+            ``torch.device``, string or index. Streams are synchronised for these, and
+            the child futures made by `then` inherit them.
+
+    Example:
+        >>> import asyncio, threading
+        >>> async def main():
+        ...     fut = torchfut_aio.Future()
+        ...     threading.Thread(target=fut.set_result, args=(42,)).start()
+        ...     return await fut
+        >>> asyncio.run(main())
+        42
+    """
+
+    __slots__ = ("_devices", "_error", "_open", "_traceback", "_value", "_waiters")
+
+    _open: None
+    _value: T
+    _error: BaseException | None
+    _traceback: TracebackType | None
+    _waiters: dict[Any, _loops.Waker | None] | None
+    _devices: tuple[torch.device, ...]
+
+    def __init__(self, *, devices: Iterable[int | str | torch.device] | None = None) -> None:
+        self._devices = () if devices is None else tuple(torch.device(d) for d in devices)
+        # torch.futures.Future.__init__ would only convert the devices once more.
+        _Cpp.__init__(self, self._devices)  # type: ignore[arg-type]
+        self._waiters = {}
+        self._open = None
+
+    # ------------------------------------------------------------------ completing
+
+    def set_result(self, result: T) -> None:
+        """Marks the future completed with ``result``, wakes all who wait, runs callbacks.
+
+        Callbacks run in the calling thread before this returns, except those of chains
+        nested deeper than 32 completions: the outermost completion runs these.
+
+        Tensors in the result that reside on an accelerator may still be being written
+        by kernels, provided that the streams on which these were enqueued are the
+        current ones now.
+
+        Args:
+            result: Any object.
+
+        Raises:
+            InvalidStateError: The future has been completed before; its outcome stays.
+
+        Example:
+            >>> fut = torchfut_aio.Future()
+            >>> fut.set_result(5)
+            >>> fut.wait()
+            5
+        """
+        try:
+            del self._open
+        except AttributeError:
+            _refuse_second(self)
+        try:
+            self._value = result
+            self._error = None
+            self._complete(result)
+        except BaseException:
+            if self._waiters is not None:  # interrupted before it was done
+                self._complete(result)
+            raise
+
+    def set_exception(self, result: BaseException) -> None:  # type: ignore[override]
+        """Marks the future completed with an error, wakes all who wait, runs callbacks.
+
+        `wait`, `value` and ``await`` raise this very exception.
+
+        Args:
+            result: The exception, an instance of any ``BaseException``.
+
+        Raises:
+            TypeError: ``result`` is not an exception; the future stays pending.
+            InvalidStateError: The future has been completed before; its outcome stays.
+
+        Example:
+            >>> fut = torchfut_aio.Future()
+            >>> fut.set_exception(ValueError("foo"))
+            >>> fut.wait()
+            Traceback (most recent call last):
+            ...
+            ValueError: foo
+        """
+        if not isinstance(result, BaseException):
+            raise TypeError(
+                f"set_exception() takes an exception instance, such as ValueError('...'), "
+                f"not {result!r} of type {type(result).__qualname__}"
+            )
+        try:
+            del self._open
+        except AttributeError:
+            _refuse_second(self)
+        # C++ knows an error of Python's as a value that raises when it is unwrapped.
+        # The garbage collector does not see what C++ holds, and a traceback often leads
+        # back to the future, so C++ gets a stand-in and a weak reference instead.
+        try:
+            self._store_error(result)
+            stand_in = RuntimeError(describe(result))
+            _Cpp._set_unwrap_func(self, partial(_raise_error_of, weakref.ref(self)))
+            self._complete(stand_in)
+        except BaseException:
+            if self._waiters is not None:  # interrupted before it was done
+                self._complete(RuntimeError(describe(result)))
+            raise
+
+    def _store_error(self, error: BaseException) -> None:
+        # A raised exception collects the frames it passes. Every reader starts from
+        # the traceback that it came with, so a future read often does not grow.
+        self._traceback = error.__traceback__
+        self._error = error
+
+    def _complete(self, for_cpp: object) -> None:
+        """Makes the claimed future done, on both sides, and serves everybody."""
+        if self._devices:
+            # Only the C++ side knows whether the value is on the declared devices, and
+            # its events must be recorded before anybody may synchronise with them.
+            _Cpp.set_result(self, for_cpp)
+            self._take_device_error()
+        waiters = self._waiters
+        assert waiters is not None
+        self._waiters = None
+        callbacks: list[Callback] = []
+        interrupt: BaseException | None = None
+        while waiters:  # once more if Ctrl-C cuts it short
+            try:
+                # Listing the keys runs no Python code, not even the garbage collector's.
+                for entry in list(waiters):
+                    waker = waiters.pop(entry, _GONE)
+                    if waker is None:
+                        callbacks.append(entry)
+                    elif waker is not _GONE:
+                        waker.wake(entry)
+            except BaseException as error:
+                interrupt = error
+        try:
+            # After the waiters are awake: callbacks of C++ consumers run in here, with
+            # the GIL released around them. They may read this future, and take long.
+            if not self._devices:
+                _Cpp.set_result(self, for_cpp)
+        finally:
+            if callbacks:
+                _callbacks.run(self, callbacks)
+        if interrupt is not None:
+            raise interrupt
+
+    def _take_device_error(self) -> None:
+        try:
+            _Cpp.value(self)
+        except Exception as error:
+            if self._error is None:
+                self._store_error(error.with_traceback(None))
+
+    # --------------------------------------------------------------------- reading
+
+    def done(self) -> bool:
+        """Returns whether the future has a result or an error.
+
+        For a value on an accelerator this may be True while the kernels that fill it
+        still run; `wait` and ``await`` perform the synchronisation that is then due.
+        """
+        return self._waiters is None
+
+    def value(self) -> T:
+        """Returns the value of a future that is done, without synchronising streams.
+
+        Returns:
+            The value held by this future.
+
+        Raises:
+            InvalidStateError: The future is pending.
+            BaseException: The error that the future was completed with.
+        """
+        if self._waiters is not None:
+            raise InvalidStateError(
+                f"the value of {self!r} was read while it is pending; wait() or await it first"
+            )
+        return self._read()
+
+    def exception(self) -> BaseException | None:
+        """Returns the error that the future was completed with, or None if it has a value.
+
+        Raises:
+            InvalidStateError: The future is pending.
+        """
+        if self._waiters is not None:
+            raise InvalidStateError(
+                f"the exception of {self!r} was read while it is pending; "
+                "wait() or await it first"
+            )
+        return self._error
+
+    def wait(self, timeout: float | None = None) -> T:
+        """Blocks the calling thread until the future is done, and returns its value.
+
+        If the value holds tensors on an accelerator, the current streams are ordered
+        after the kernels that fill them. That does not block: work enqueued on these
+        streams from here on runs after the kernels, which may still be running.
+
+        Ctrl-C interrupts it, on the main thread. A wait that times out or is
+        interrupted leaves the future as it was, and nothing behind.
+
+        Args:
+            timeout: How long to wait at most, in seconds; None waits for ever, and a
+                number that is not positive does not wait.
+
+        Returns:
+            The value held by this future.
+
+        Raises:
+            TimeoutError: The future was not done in time. It stays pending.
+            BaseException: The error that the future was completed with.
+
+        Warns:
+            BlockingWaitWarning: The future is pending and this thread runs an event
+                loop, which stands still meanwhile.
+        """
+        if timeout is not None:
+            _check_timeout(timeout)
+        if self._waiters is not None:
+            self._block(timeout)
+        if self._devices and self._error is None:
+            _Cpp.wait(self)
+        return self._read()
+
+    def _block(self, timeout: float | None) -> None:
+        # Callbacks that this thread has put off may be the ones to complete the future.
+        _callbacks.run_deferred()
+        waiters = self._waiters
+        if waiters is None:
+            return
+        if (timeout is None or timeout > 0) and _loops.loop_in_this_thread():
+            warnings.warn(
+                "wait() on a pending future blocks the event loop that this thread runs; "
+                "await the future instead",
+                BlockingWaitWarning,
+                stacklevel=_frames_to_caller(),
+            )
+        waiter = _loops.THREADS.waiter()
+        waiters[waiter] = _loops.THREADS
+        try:
+            if self._waiters is not None:
+                _loops.THREADS.block(waiter, timeout)
+        finally:
+            waiters.pop(waiter, None)
+        if self._waiters is not None:
+            raise TimeoutError(f"{self!r} was not done within {timeout} s; it stays pending")
+
+    def _read(self) -> T:
+        error = self._error
+        if error is None:
+            return self._value
+        try:
+            raise error.with_traceback(self._traceback)
+        finally:
+            # The traceback refers to this frame: let it not refer back.
+            del self, error
+
+    # -------------------------------------------------------------------- awaiting
+
+    def __await__(self) -> Generator[Any, Any, T]:
+        loop = _loops.current()
+        waiters = self._waiters
+        if waiters is not None:
+            waiter = loop.waiter()
+            waiters[waiter] = loop
+            try:
+                # Completed since: whoever pops the waiter, nobody needs to be woken.
+                if self._waiters is not None:
+                    yield from waiter
+                else:
+                    yield from loop.checkpoint()
+            finally:
+                waiters.pop(waiter, None)
+        else:
+            yield from loop.checkpoint()
+        return self._read()
+
+    def as_asyncio(self) -> asyncio.Future[T]:
+        """Returns an ``asyncio.Future`` of the running loop that completes as this one.
+
+        For what insists on one, such as ``asyncio.wait``. Cancelling it leaves this
+        future as it was, and nothing behind.
+
+        Raises:
+            RuntimeError: No asyncio loop runs in this thread.
+
+        Example:
+            >>> import asyncio
+            >>> async def main():
+            ...     fut = torchfut_aio.Future()
+            ...     fut.set_result(5)
+            ...     done, pending = await asyncio.wait([fut.as_asyncio()])
+            ...     return done.pop().result()
+            >>> asyncio.run(main())
+            5
+        """
+        loop = _loops.current_asyncio()
+        target: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        waiters = self._waiters
+        if waiters is not None:
+            waiter = loop.waiter()
+            waiter.add_done_callback(lambda _: self._copy_to(target))
+            target.add_done_callback(lambda _: waiters.pop(waiter, None))
+            waiters[waiter] = loop
+        if self._waiters is None:
+            self._copy_to(target)
+        return target
+
+    def _copy_to(self, target: asyncio.Future[T]) -> None:
+        if target.done():
+            return
+        error = self._error
+        if error is None:
+            target.set_result(self._value)
+        elif isinstance(error, asyncio.CancelledError):
+            target.cancel(*error.args)
+        elif isinstance(error, StopIteration):
+            # asyncio cannot carry one; this is what a coroutine that raises it does.
+            replacement = RuntimeError("the torchfut_aio future failed with StopIteration")
+            replacement.__cause__ = error
+            target.set_exception(replacement)
+        else:
+            target.set_exception(error.with_traceback(self._traceback))
+
+    # ------------------------------------------------------------------- callbacks
+
+    def add_done_callback(self, callback: Callable[[Future[T]], object]) -> None:
+        """Runs ``callback(self)`` when the future completes; inline now, if it is done.
+
+        Callbacks run in the thread that completes the future, in the order in which
+        they were added. If the future has devices, dedicated streams are current
+        while a callback runs, synchronised with the kernels that fill the value. What
+        a callback raises is logged, to the logger ``torchfut_aio``, and touches neither
+        the future nor other callbacks; KeyboardInterrupt and SystemExit go on to the
+        caller of `set_result`, after the other callbacks have run.
+
+        Args:
+            callback: Called with this future as its only argument.
+
+        Raises:
+            TypeError: ``callback`` is not callable.
+
+        Example:
+            >>> fut = torchfut_aio.Future()
+            >>> fut.add_done_callback(lambda fut: print(fut.value()))
+            >>> fut.set_result(5)
+            5
+        """
+        _check_callable(callback)
+        self._add(Callback(callback))
+
+    def then(self, callback: Callable[[Future[T]], S]) -> Future[S]:
+        """Returns a child future of what ``callback(self)`` returns.
+
+        The callback runs as one given to `add_done_callback` does, streams included.
+        A child is of the same class as this future and has the same devices. Chains
+        may have any length.
+
+        Args:
+            callback: Called with this future as its only argument.
+
+        Returns:
+            A future that completes when the callback has finished. If the callback
+            raises, it fails with a `CallbackError`; cancellation, KeyboardInterrupt
+            and SystemExit are passed on as they are.
+
+        Raises:
+            TypeError: ``callback`` is not callable.
+
+        Example:
+            >>> fut = torchfut_aio.Future()
+            >>> child = fut.then(lambda fut: fut.value() + 1)
+            >>> fut.set_result(5)
+            >>> child.wait()
+            6
+        """
+        _check_callable(callback)
+        child = cast("Future[S]", type(self)(devices=self._devices))
+        self._add(Continuation(callback, child))
+        return child
+
+    def remove_done_callback(self, callback: Callable[[Future[T]], object]) -> int:
+        """Removes every attached ``callback`` that has not run yet.
+
+        Args:
+            callback: What was passed to `add_done_callback`, compared with ``==``.
+
+        Returns:
+            How many were removed; 0 once the future is done.
+        """
+        waiters = self._waiters
+        removed = 0
+        for entry in list(waiters or ()):
+            if type(entry) is Callback and entry.function == callback and self._discard(entry):
+                removed += 1
+        return removed
+
+    def _add(self, callback: Callback) -> None:
+        """Has ``callback`` run when the future completes; inline now, if it is done."""
+        waiters = self._waiters
+        if waiters is not None:
+            waiters[callback] = None
+            if self._waiters is not None or waiters.pop(callback, _GONE) is _GONE:
+                return
+        _callbacks.run(self, (callback,), inline=True)
+
+    def _discard(self, callback: Callback) -> bool:
+        """Takes ``callback`` back; False if it has been run or is about to be."""
+        waiters = self._waiters
+        return waiters is not None and waiters.pop(callback, _GONE) is not _GONE
+
+    def _run_on_streams(self, function: Callable[[], object]) -> None:
+        # The future is done, so C++ calls it before this returns.
+        _Cpp.add_done_callback(self, lambda _: function())
+
+    # --------------------------------------------------------------------- the rest
+
+    def __repr__(self) -> str:
+        waiters = self._waiters
+        if waiters is not None:
+            entries = list(waiters.items())
+            callbacks = sum(waker is None for _, waker in entries)
+            state = f"pending waiters={len(entries) - callbacks} callbacks={callbacks}"
+        elif self._error is not None:
+            state = f"done error={_short.repr(self._error)}"
+        else:
+            state = f"done result={_short.repr(self._value)}"
+        devices = f" devices=[{', '.join(map(str, self._devices))}]" if self._devices else ""
+        return f"<{type(self).__qualname__} {state}{devices}>"
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise RuntimeError(
+            "Can not pickle torch.futures.Future: its completion belongs to this process; "
+            "send its value instead"
+        )
+
+
+def _refuse_second(future: Future[Any]) -> NoReturn:
+    raise InvalidStateError(
+        "Attempting to mark a completed Future as complete again. Note that a Future can "
+        f"only be marked completed once: {future!r} keeps its outcome"
+    ) from None
+
+
+def _raise_error_of(ref: weakref.ref[Future[Any]], stand_in: BaseException) -> NoReturn:
+    future = ref()
+    if future is None:
+        raise stand_in
+    future._read()
+    raise AssertionError("the future has no error")
+
+
+def _check_callable(callback: object) -> None:
+    if not callable(callback):
+        raise TypeError(
+            f"the callback must be callable with the future as its argument, "
+            f"not {callback!r} of type {type(callback).__qualname__}"
+        )
+
+
+def _check_timeout(timeout: float) -> None:
+    if not isinstance(timeout, numbers.Real):
+        raise TypeError(
+            f"timeout must be a number of seconds or None, not {timeout!r} "
+            f"of type {type(timeout).__qualname__}"
+        )
+    if math.isnan(timeout):
+        raise ValueError("timeout must be a number of seconds or None, not NaN")
+
+
+def _frames_to_caller() -> int:
+    """Returns the ``stacklevel`` of the first frame outside this package, for our caller."""
+    package = __name__.partition(".")[0]
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and _package_of(frame.f_globals) == package:
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+def _package_of(module_globals: dict[str, Any]) -> str:
+    return str(module_globals.get("__name__", "")).partition(".")[0]
+
+
+class _ShortRepr(reprlib.Repr):
+    """Values cut to a line; a tensor by its kind, as its numbers may still be computed."""
+
+    def repr_Tensor(self, tensor: torch.Tensor, level: int) -> str:
+        return f"<tensor {tuple(tensor.shape)} {tensor.dtype} {tensor.device}>"
+
+
+_short = _ShortRepr()
+_short.maxother = _short.maxstring = 80

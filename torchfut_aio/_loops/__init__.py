@@ -1,0 +1,83 @@
+"""How a completion, in any thread, reaches a task that waits on an event loop.
+
+One file a kind of loop, and one interface, `Loop`. A task that waits makes a *waiter*,
+leaves it where the completing thread will find it, and parks. The completing thread
+calls ``loop.wake(waiter)``; nothing else crosses threads.
+
+Nothing here knows what a future is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+from . import _asyncio
+from ._thread import THREADS
+
+__all__ = ["THREADS", "Loop", "Waker", "current", "current_asyncio", "loop_in_this_thread"]
+
+
+class Waker(Protocol):
+    """Whom to ask to wake a waiter."""
+
+    def wake(self, waiter: Any, /) -> None:
+        """Wakes ``waiter``, once, from any thread; does nothing if it has gone."""
+
+
+class Loop(Waker, Protocol):
+    """A running event loop, as the tasks that wait on it see it."""
+
+    def checkpoint(self) -> Iterable[Any]:
+        """Does what an await that need not wait does on this loop; for ``yield from``."""
+
+    def waiter(self) -> Iterable[Any]:
+        """Returns a waiter, hashable, for one wait of the current task.
+
+        ``yield from waiter`` suspends the task until it is woken, or cancelled.
+        """
+
+
+def _in_trio_task() -> bool:
+    # trio is asked only if somebody imported it, and all of it: while another thread
+    # is still importing it, no task of its own can be running.
+    in_trio_task = getattr(sys.modules.get("trio.lowlevel"), "in_trio_task", None)
+    return in_trio_task is not None and in_trio_task()
+
+
+def current() -> Loop:
+    """Returns the loop that runs the calling task.
+
+    In trio's guest mode a host loop runs in the same thread; a task that trio runs is
+    trio's, so trio is asked first.
+
+    Raises:
+        RuntimeError: No event loop runs here.
+    """
+    if "trio" in sys.modules and _in_trio_task():
+        from . import _trio
+
+        return _trio.current()
+    return current_asyncio()
+
+
+def current_asyncio() -> _asyncio.AsyncioLoop:
+    """Returns the asyncio or uvloop loop that runs in this thread.
+
+    Raises:
+        RuntimeError: None does.
+    """
+    loop = asyncio._get_running_loop()
+    if loop is None:
+        raise RuntimeError(
+            "no asyncio, uvloop or trio event loop runs here to await a torchfut_aio "
+            "future on; use wait() in code that is not asynchronous"
+        )
+    return _asyncio.current(loop)
+
+
+def loop_in_this_thread() -> bool:
+    """Tells whether blocking the calling thread would block an event loop."""
+    return asyncio._get_running_loop() is not None or _in_trio_task()

@@ -1,0 +1,64 @@
+"""One wake-up of a loop for any number of completions.
+
+Waking a loop from another thread means a write to its self-pipe, a system call that
+also hands the GIL over: it costs more than everything else on the way. So a waiter is
+not woken directly. It is put into the inbox of its loop, and only the first to arrive
+in an empty-handed inbox writes to the pipe; the loop then serves whatever has come by
+the time it looks.
+
+No lock is held, so an inbox may be posted to from a signal handler or a finaliser. What
+makes that right is the order of two steps on either side. A poster appends, then reads
+``_armed``. The loop clears ``_armed``, then reads the queue. Whichever way they
+interleave, either the poster sees False and wakes the loop, or the loop sees the waiter.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import deque
+from typing import Any
+
+__all__ = ["Inbox"]
+
+
+class Inbox(ABC):
+    """The waiters of one loop that were completed elsewhere and await their wake-up."""
+
+    __slots__ = ("__weakref__", "_armed", "_queue")
+
+    def __init__(self) -> None:
+        self._queue: deque[Any] = deque()
+        self._armed = False
+
+    def post(self, waiter: Any) -> None:
+        """Has the loop resume ``waiter``; callable from any thread."""
+        self._queue.append(waiter)
+        if self._armed:
+            return
+        try:
+            self._armed = True
+            open_ = self._call_soon(waiter)
+        except BaseException:
+            # An interrupt may have struck before the loop was told: let the next
+            # poster tell it. Should it know already, it will find nothing to do.
+            self._armed = False
+            raise
+        if not open_:
+            # Nobody is left to resume, here or in the queue.
+            self._armed = False
+            self._queue.clear()
+
+    def _serve(self) -> None:
+        """Resumes, on the loop, all that has been posted when it starts."""
+        self._armed = False
+        queue = self._queue
+        for _ in range(len(queue)):
+            self._resume(queue.popleft())
+
+    @abstractmethod
+    def _call_soon(self, waiter: Any) -> bool:
+        """Has the loop of ``waiter`` call `_serve`; returns False if it has closed."""
+
+    @abstractmethod
+    def _resume(self, waiter: Any) -> None:
+        """Resumes the task behind ``waiter``, unless it has gone; runs on the loop."""
