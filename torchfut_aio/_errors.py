@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import functools
+import types
 from typing import Any
 
 __all__ = [
@@ -103,11 +105,13 @@ def callback_error(error: BaseException) -> BaseException:
 def _dress(error: Exception) -> CallbackError:
     try:
         kind: Any = type(error)
-        combined = _combined(kind)
-        dressed: CallbackError = combined.__new__(combined, *error.args)
-        # Only the part that C code keeps outside __dict__ (OSError.errno) needs an
-        # __init__; one written in Python might do anything, and is not called.
-        _builtin_base(kind).__init__(dressed, *error.args)
+        # A constructor written in Python might do anything, and is not called: the
+        # memory is laid out by the built-in one, and the state copied.
+        built_in = next(base for base in kind.__mro__ if base.__module__ == "builtins")
+        dressed: CallbackError = built_in.__new__(_combined(kind), *error.args)
+        for name in _members(kind):
+            with contextlib.suppress(AttributeError, TypeError):  # unset, or read-only
+                setattr(dressed, name, getattr(error, name))
         dressed.__dict__.update(error.__dict__)
     except Exception:
         return CallbackError(*error.args)
@@ -124,5 +128,11 @@ def _combined(kind: Any) -> type[CallbackError]:
     return type(f"CallbackError[{kind.__qualname__}]", (CallbackError, kind), {})
 
 
-def _builtin_base(kind: type[BaseException]) -> Any:
-    return next(base for base in kind.__mro__ if base.__module__ == "builtins")
+def _members(kind: Any) -> list[str]:
+    """Returns what instances of ``kind`` keep outside ``__dict__``: errno, or slots."""
+    return [
+        name
+        for base in kind.__mro__
+        for name, attribute in vars(base).items()
+        if isinstance(attribute, types.MemberDescriptorType)
+    ]

@@ -247,7 +247,10 @@ class Future(torch.futures.Future[T]):
             raise InvalidStateError(
                 f"the value of {self!r} was read while it is pending; wait() or await it first"
             )
-        return self._read()
+        try:
+            return self._read()
+        finally:
+            del self  # as in _read()
 
     def exception(self) -> BaseException | None:
         """Returns the error that the future was completed with, or None if it has a value.
@@ -257,8 +260,7 @@ class Future(torch.futures.Future[T]):
         """
         if self._waiters is not None:
             raise InvalidStateError(
-                f"the exception of {self!r} was read while it is pending; "
-                "wait() or await it first"
+                f"the exception of {self!r} was read while it is pending; wait() or await it first"
             )
         return self._error
 
@@ -293,7 +295,10 @@ class Future(torch.futures.Future[T]):
             self._block(timeout)
         if self._devices and self._error is None:
             _Cpp.wait(self)
-        return self._read()
+        try:
+            return self._read()
+        finally:
+            del self  # as in _read()
 
     def _block(self, timeout: float | None) -> None:
         # Callbacks that this thread has put off may be the ones to complete the future.
@@ -325,7 +330,8 @@ class Future(torch.futures.Future[T]):
         try:
             raise error.with_traceback(self._traceback)
         finally:
-            # The traceback refers to this frame: let it not refer back.
+            # The traceback of the error refers to this frame. Let that not refer to the
+            # future, which holds the error, or neither would go without the collector.
             del self, error
 
     # -------------------------------------------------------------------- awaiting
@@ -346,7 +352,10 @@ class Future(torch.futures.Future[T]):
                 waiters.pop(waiter, None)
         else:
             yield from loop.checkpoint()
-        return self._read()
+        try:
+            return self._read()
+        finally:
+            del self  # as in _read()
 
     def as_asyncio(self) -> asyncio.Future[T]:
         """Returns an ``asyncio.Future`` of the running loop that completes as this one.

@@ -1,0 +1,184 @@
+"""Micro-batching: many concurrent requests, one forward pass, one future each.
+
+    pip install 'torchfut-aio[examples]'
+    python examples/quickstart.py
+
+Trains a small classifier of handwritten digits, then serves the images that were held
+out. Hundreds of clients on an event loop each submit an image and await the answer. A
+worker thread runs the model on all the images that are waiting, and completes the future
+of each. At the end a plain script, with no event loop, makes the same request.
+"""
+
+import asyncio
+import statistics
+import sys
+import threading
+from collections.abc import Coroutine
+from contextlib import closing
+from queue import SimpleQueue
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchfut_aio import Future
+
+try:
+    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+except ModuleNotFoundError:
+    sys.exit("This example needs scikit-learn: pip install 'torchfut-aio[examples]'")
+
+EPOCHS = 20
+CLIENTS = 256
+REPEATS = 80  # of each held-out image
+MAX_BATCH = 64
+
+Request = tuple[torch.Tensor, Future[int]]  # an image, and the future of its digit
+
+
+class Batcher:
+    """Runs a model in a worker thread, on all the images that wait, at most MAX_BATCH."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.batches = 0
+        self._model = model
+        self._requests: SimpleQueue[Request | None] = SimpleQueue()
+        self._lock = threading.Lock()  # so that no request follows the None that is the last
+        self._closed = False
+        self._worker = threading.Thread(target=self._work, name="batcher")
+        self._worker.start()
+
+    def submit(self, image: torch.Tensor) -> Future[int]:
+        """Returns a future of the digit in ``image``; callable from any thread."""
+        future: Future[int] = Future()
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("the batcher is closed and takes no more requests")
+            self._requests.put((image, future))
+        return future
+
+    def close(self) -> None:
+        """Returns when all that was submitted is answered and the worker has ended."""
+        with self._lock:
+            if not self._closed:
+                self._requests.put(None)
+                self._closed = True
+        self._worker.join()
+
+    def _work(self) -> None:
+        batch: list[Request] = []
+        while (request := self._requests.get()) is not None:
+            batch.append(request)
+            if len(batch) == MAX_BATCH or self._requests.empty():
+                self._answer(batch)
+                batch = []
+        if batch:
+            self._answer(batch)
+
+    def _answer(self, batch: list[Request]) -> None:
+        self.batches += 1
+        futures = [future for _, future in batch]
+        try:
+            with torch.inference_mode():
+                logits = self._model(torch.stack([image for image, _ in batch]))
+            answers = list(zip(futures, logits.argmax(dim=1).tolist(), strict=True))
+        except BaseException as error:  # the clients learn of it, and the worker goes on
+            for future in futures:
+                future.set_exception(error)
+        else:
+            for future, digit in answers:
+                future.set_result(digit)
+
+
+def train(images: torch.Tensor, labels: torch.Tensor) -> nn.Module:
+    model = nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32 * 4 * 4, 10),
+    )
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for epoch in range(EPOCHS):
+        for batch in torch.randperm(len(images)).chunk(len(images) // 64):
+            loss = nn.functional.cross_entropy(model(images[batch]), labels[batch])
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        show_progress("training", epoch + 1, EPOCHS, "epochs")
+    return model
+
+
+async def load_test(batcher: Batcher, samples: list[tuple[torch.Tensor, int]]) -> None:
+    latencies: list[float] = []
+    correct = 0
+    total = REPEATS * len(samples)
+    requests = iter(samples * REPEATS)  # the clients share it: each takes the next one
+
+    async def client() -> None:
+        nonlocal correct
+        for image, label in requests:
+            sent = perf_counter()
+            digit = await batcher.submit(image)
+            latencies.append(perf_counter() - sent)
+            correct += digit == label
+            show_progress("serving", len(latencies), total, "requests")
+
+    start = perf_counter()
+    await asyncio.gather(*(client() for _ in range(CLIENTS)))
+    seconds = perf_counter() - start
+
+    percentiles = statistics.quantiles(latencies, n=100)
+    loop = type(asyncio.get_running_loop()).__module__.partition(".")[0]
+    print(f"  event loop  {loop}, {CLIENTS} clients at once")
+    print(f"  batches     {batcher.batches:,}, {total / batcher.batches:.1f} images on average")
+    print(f"  accuracy    {correct / total:.1%} on {len(samples)} held-out images")
+    print(f"  throughput  {total / seconds:,.0f} requests/s")
+    print(f"  latency     p50 {percentiles[49] * 1e3:.1f} ms, p99 {percentiles[98] * 1e3:.1f} ms")
+
+
+def run(main: Coroutine[Any, Any, None]) -> None:
+    """Runs ``main`` on uvloop where it is installed, and on asyncio's own loop elsewhere."""
+    try:
+        import uvloop
+    except ImportError:
+        asyncio.run(main)
+    else:
+        uvloop.run(main)
+
+
+def show_progress(what: str, done: int, total: int, unit: str) -> None:
+    """Prints one line that moves on a terminal, and four plain lines elsewhere."""
+    terminal = sys.stdout.isatty()
+    steps = 20 if terminal else 4
+    if done * steps % total < steps:
+        start, end = ("\r", "" if done < total else "\n") if terminal else ("", "\n")
+        print(f"{start}{what:8}  {done:6,} of {total:,} {unit}", end=end, flush=True)
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)  # the model is small, and the event loop needs a core as well
+
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
+    labels = torch.tensor(digits.target)
+    held_out, rest = torch.randperm(len(images)).tensor_split([450])
+    model = train(images[rest], labels[rest])
+    samples = list(zip(images[held_out], labels[held_out].tolist(), strict=True))
+
+    with closing(Batcher(model)) as batcher:
+        run(load_test(batcher, samples))
+
+        image, label = samples[0]
+        digit = batcher.submit(image).wait(timeout=5)
+        print(f"  wait()      a plain script asks for one image: answer {digit}, label {label}")
+
+    print("You saw a worker thread complete a Future per request: tasks await it, a script waits.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,246 @@
+"""``as_future``: other kinds of future, and those that other libraries register."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import gc
+import threading
+import weakref
+
+import anyio
+import anyio.to_thread
+import pytest
+import torch
+import torch.distributed as dist
+
+from torchfut_aio import Future, NotAFutureError, as_future
+
+from .loops import on_asyncio, on_every_loop
+from .threads import PATIENCE, alongside, running
+
+
+class Stop(Exception):
+    pass
+
+
+SOURCES = [torch.futures.Future, concurrent.futures.Future]
+sources = pytest.mark.parametrize("source_type", SOURCES)
+
+
+def test_ours_is_returned_as_it_is():
+    fut = Future()
+    assert as_future(fut) is fut
+
+
+@sources
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("outcome", ["result", "exception"])
+def test_an_adopted_future_completes_as_its_source(source_type, when, outcome):
+    source = source_type()
+    value = Stop("foo") if outcome == "exception" else ["a", "value"]
+    if when == "before":
+        fut = as_future(source)
+        assert not fut.done()
+    getattr(source, f"set_{outcome}")(value)
+    if when == "after":
+        fut = as_future(source)
+    assert isinstance(fut, Future)
+    if outcome == "result":
+        assert fut.wait(timeout=0) is value
+    else:
+        assert fut.exception() is value
+
+
+def test_an_error_in_torchs_then_arrives_as_torchs_runtime_error():
+    source = torch.futures.Future()
+    source.set_result(1)
+    fut = as_future(source.then(lambda fut: {}["missing"]))
+    with pytest.raises(RuntimeError, match=r"Got the following error.*KeyError"):
+        fut.wait()
+
+
+@on_every_loop
+@pytest.mark.parametrize("source_type", SOURCES)
+async def test_an_adopted_future_can_be_awaited(source_type):
+    source = source_type()
+    async with alongside(lambda: source.set_result(5)):
+        with anyio.fail_after(PATIENCE):
+            assert await as_future(source) == 5
+
+
+def test_a_cancelled_concurrent_future_arrives_as_its_own_cancelled_error():
+    source = concurrent.futures.Future()
+    fut = as_future(source)
+    source.cancel()
+    assert type(fut.exception()) is concurrent.futures.CancelledError
+
+
+@on_asyncio
+async def test_asyncio_futures_and_tasks_are_adopted():
+    loop = asyncio.get_running_loop()
+    source = loop.create_future()
+    task = asyncio.ensure_future(asyncio.sleep(0.001, "slept"))
+    futures = [as_future(source), as_future(task)]
+    source.set_result("set")
+    assert [await fut for fut in futures] == ["set", "slept"]
+    assert as_future(task).wait() == "slept"
+
+    async def fail():
+        raise Stop
+
+    with pytest.raises(Stop):
+        await as_future(asyncio.ensure_future(fail()))
+
+
+@on_asyncio
+async def test_a_cancelled_task_arrives_as_its_own_cancelled_error():
+    task = asyncio.ensure_future(asyncio.sleep(PATIENCE))
+    fut = as_future(task)
+    task.cancel("by me")
+    with pytest.raises(asyncio.CancelledError, match="by me"):
+        await fut
+    assert type(fut.exception()) is asyncio.CancelledError
+    assert type(as_future(task).exception()) is asyncio.CancelledError
+
+
+@on_asyncio
+async def test_an_asyncio_future_is_adopted_from_another_thread():
+    source = asyncio.get_running_loop().create_future()
+    got = []
+    async with alongside(lambda: got.append(as_future(source).wait(PATIENCE))):
+        source.set_result(5)
+    assert got == [5]
+
+
+def test_an_asyncio_future_of_a_closed_loop_is_read_if_done_and_refused_if_pending():
+    loop = asyncio.new_event_loop()
+    done, pending = loop.create_future(), loop.create_future()
+    done.set_result(5)
+    loop.close()
+    assert as_future(done).wait() == 5
+    with pytest.raises(RuntimeError, match="loop that has closed"):
+        as_future(pending)
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_a_work_of_torch_distributed_is_adopted(process_group):
+    tensor = torch.ones(3)
+    work = dist.all_reduce(tensor, async_op=True)
+    fut = as_future(work)
+    [reduced] = fut.wait(PATIENCE)
+    assert torch.equal(reduced, torch.ones(3))
+
+    async def main():
+        work = dist.broadcast(tensor, 0, async_op=True)
+        return await as_future(work)
+
+    assert len(asyncio.run(main())) == 1
+
+
+def test_an_adopted_future_outlives_every_other_reference_to_it():
+    source = torch.futures.Future()
+    got = []
+    as_future(source).then(lambda fut: got.append(fut.value()))
+    gc.collect()
+    source.set_result(5)
+    assert got == [5]
+
+
+@sources
+def test_a_pending_source_is_adopted_once_however_often_it_is_asked_for(source_type):
+    source = source_type()
+    fut = as_future(source)
+    assert all(as_future(source) is fut for _ in range(1000))
+    source.set_result(None)
+    assert as_future(source).done()
+    gone = weakref.ref(fut), weakref.ref(source)
+    del fut, source
+    gc.collect()
+    assert [ref() for ref in gone] == [None, None]
+
+
+@sources
+def test_threads_that_adopt_one_source_all_see_it_complete(source_type):
+    for _ in range(50):
+        source = source_type()
+        got = []
+        with running(
+            *[lambda: got.append(as_future(source).wait(PATIENCE))] * 3,
+            lambda: source.set_result(5),
+        ):
+            pass
+        assert got == [5] * 3
+
+
+def test_devices_make_a_future_of_its_own():
+    fut = Future()
+    made = as_future(fut, devices=[])
+    assert made is not fut
+    fut.set_result(5)
+    assert made.wait() == 5
+
+
+def test_what_cannot_be_adopted_is_a_type_error_that_lists_what_can():
+    with pytest.raises(TypeError) as caught:
+        as_future("text")
+    assert isinstance(caught.value, NotAFutureError)
+    for name in (
+        "'text' of type str",
+        "torchfut_aio.Future",
+        "torch.futures.Future",
+        "torch.distributed.Work",
+        "concurrent.futures.Future",
+        "asyncio.Future",
+        "asyncio.Task",
+        "as_future.register()",
+    ):
+        assert name in str(caught.value)
+    with pytest.raises(TypeError):
+        as_future(None)
+
+
+class Handle:
+    def __init__(self):
+        self.finished = threading.Event()
+
+
+class SpecialHandle(Handle):
+    pass
+
+
+@pytest.fixture
+def registered():
+    @as_future.register(Handle)
+    def adopt(handle, *, devices=None):
+        fut = Future(devices=devices)
+        fut.set_result(handle)
+        return fut
+
+
+def test_other_libraries_register_their_own_sources(registered):
+    handle = SpecialHandle()
+    assert as_future(handle).wait() is as_future(handle, devices=[]).wait() is handle
+    with pytest.raises(TypeError, match=r"test_adopt\.Handle"):
+        as_future(5)
+
+
+def test_registering_by_annotation_works_as_with_singledispatch():
+    class Other:
+        pass
+
+    def adopt(source: Other) -> Future:
+        fut = Future()
+        fut.set_result("other")
+        return fut
+
+    adopt.__annotations__ = {"source": Other, "return": Future}
+    as_future.register(adopt)
+    assert as_future(Other()).wait() == "other"

@@ -1,0 +1,255 @@
+"""What asyncio and uvloop add: their combinators, debug mode, eager tasks, their pipe."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import subprocess
+import sys
+import textwrap
+import weakref
+
+import pytest
+import uvloop
+
+from torchfut_aio import Future
+
+from .loops import on_asyncio
+from .threads import PATIENCE, alongside, running
+
+
+async def value_of(fut):
+    return await fut
+
+
+async def pending(n=1):
+    """Futures that a thread completes with 0, 1, ... once the caller awaits."""
+    futures = [Future() for _ in range(n)]
+    asyncio.get_running_loop().run_in_executor(
+        None, lambda: [fut.set_result(i) for i, fut in enumerate(futures)]
+    )
+    return futures
+
+
+@on_asyncio
+async def test_a_done_future_resumes_at_once_as_an_asyncio_future_does():
+    fut = Future()
+    fut.set_result(5)
+    others = []
+    asyncio.get_running_loop().call_soon(others.append, "ran")
+    assert await fut == 5
+    assert others == []
+
+
+@on_asyncio
+async def test_gather():
+    futures = await pending(3)
+    assert await asyncio.gather(*futures) == [0, 1, 2]
+
+
+@on_asyncio
+async def test_wait_for():
+    [fut] = await pending()
+    assert await asyncio.wait_for(fut, PATIENCE) == 0
+    never = Future()
+    with pytest.raises(asyncio.TimeoutError):
+        await asyncio.wait_for(never, 0.001)
+    assert repr(never) == "<Future pending waiters=0 callbacks=0>"
+
+
+@on_asyncio
+async def test_shield():
+    fut = Future()
+    task = asyncio.ensure_future(asyncio.shield(fut))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    fut.set_result(5)
+    assert await asyncio.shield(fut) == 5
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="new in Python 3.11")
+@on_asyncio
+async def test_timeout_and_task_group():
+    never = Future()
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.001):
+            await never
+    assert "waiters=0" in repr(never)
+    futures = await pending(3)
+    async with asyncio.TaskGroup() as tg:
+        tasks = [tg.create_task(value_of(fut)) for fut in futures]
+    assert [task.result() for task in tasks] == [0, 1, 2]
+
+
+@on_asyncio
+async def test_as_completed():
+    futures = await pending(3)
+    assert {await fut for fut in asyncio.as_completed(futures)} == {0, 1, 2}
+
+
+@on_asyncio
+async def test_anyio_gather():
+    gather = pytest.importorskip("anyio").gather
+    futures = await pending(3)
+    assert await gather(*map(value_of, futures)) == (0, 1, 2)
+
+
+# ------------------------------------------------------------------------- as_asyncio
+
+
+@on_asyncio
+async def test_as_asyncio_serves_asyncio_wait():
+    futures = await pending(3)
+    ours = [fut.as_asyncio() for fut in futures]
+    assert all(asyncio.isfuture(fut) for fut in ours)
+    done, left = await asyncio.wait(ours, timeout=PATIENCE)
+    assert sorted(fut.result() for fut in done) == [0, 1, 2]
+    assert not left
+
+
+@on_asyncio
+async def test_as_asyncio_of_a_done_future_is_done():
+    fut, failed, cancelled, stopped = Future(), Future(), Future(), Future()
+    fut.set_result(5)
+    failed.set_exception(ValueError("foo"))
+    cancelled.set_exception(asyncio.CancelledError("by me"))
+    stopped.set_exception(StopIteration(3))
+    assert fut.as_asyncio().result() == 5
+    assert failed.as_asyncio().exception() is failed.exception()
+    assert cancelled.as_asyncio().cancelled()
+    assert isinstance(stopped.as_asyncio().exception().__cause__, StopIteration)
+
+
+@on_asyncio
+async def test_as_asyncio_carries_an_error():
+    fut = Future()
+    ours = fut.as_asyncio()
+    async with alongside(lambda: fut.set_exception(ValueError("foo"))):
+        with pytest.raises(ValueError, match="foo"):
+            await ours
+
+
+@on_asyncio
+async def test_cancelling_as_asyncio_leaves_the_future_and_nothing_behind():
+    fut = Future()
+    ours = fut.as_asyncio()
+    assert "waiters=1" in repr(fut)
+    ours.cancel()
+    await asyncio.sleep(0)
+    assert repr(fut) == "<Future pending waiters=0 callbacks=0>"
+    fut.set_result(5)
+    assert ours.cancelled()
+
+
+# --------------------------------------------------------------------------- wake-ups
+
+
+class Pipe:
+    """Counts the calls that write to the pipe of the running loop."""
+
+    def __init__(self, monkeypatch):
+        self.writes = 0
+        loop = asyncio.get_running_loop()
+        real = loop.call_soon_threadsafe
+
+        def counted(*args, **kwargs):
+            self.writes += 1
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(loop, "call_soon_threadsafe", counted)
+
+
+@on_asyncio
+async def test_a_completion_on_the_loops_own_thread_does_not_go_through_the_pipe(monkeypatch):
+    pipe = Pipe(monkeypatch)
+    futures = [Future() for _ in range(100)]
+    tasks = [asyncio.ensure_future(value_of(fut)) for fut in futures]
+    await asyncio.sleep(0)
+    for fut in futures:
+        fut.set_result(5)
+    assert await asyncio.gather(*tasks) == [5] * 100
+    assert pipe.writes == 0
+
+
+@on_asyncio
+async def test_any_number_of_completions_are_one_wake_up(monkeypatch, nothing_blocks_a_loop):
+    nothing_blocks_a_loop.deactivate()
+    pipe = Pipe(monkeypatch)
+    futures = [Future() for _ in range(1000)]
+    tasks = [asyncio.ensure_future(value_of(fut)) for fut in futures]
+    await asyncio.sleep(0)
+    # The loop stands still meanwhile, so that it cannot serve some of them in between.
+    with running(lambda: [fut.set_result(5) for fut in futures]):
+        pass
+    assert await asyncio.gather(*tasks) == [5] * 1000
+    assert pipe.writes == 1
+
+
+# ------------------------------------------------------------------------------ modes
+
+
+@on_asyncio
+async def test_debug_mode():
+    asyncio.get_running_loop().set_debug(True)
+    futures = await pending(20)
+    assert await asyncio.gather(*futures) == list(range(20))
+    with pytest.raises(asyncio.TimeoutError):
+        await asyncio.wait_for(Future(), 0.001)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="new in Python 3.12")
+@on_asyncio
+async def test_eager_tasks():
+    asyncio.get_running_loop().set_task_factory(asyncio.eager_task_factory)
+    futures = await pending(20)
+    done = Future()
+    done.set_result("done")
+    assert asyncio.ensure_future(value_of(done)).done()
+    assert await asyncio.gather(*futures) == list(range(20))
+
+
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_a_closed_loop_is_not_kept_alive_by_this_package(new_loop):
+    loop = new_loop()
+    fut = Future()
+    loop.call_soon(fut.set_result, 5)
+    assert loop.run_until_complete(value_of(fut)) == 5
+    loop.close()
+    gone = weakref.ref(loop)
+    del loop
+    gc.collect()
+    assert gone() is None
+
+
+def test_exit_with_tasks_waiting_and_a_daemon_thread_completing_is_clean():
+    program = """
+        import asyncio, threading
+        from torchfut_aio import Future
+
+        futures = [Future() for _ in range(20000)]
+        never = Future()
+
+        async def value_of(fut):
+            return await fut
+
+        def complete():
+            for fut in futures:
+                fut.set_result(None)
+
+        async def main():
+            waiting = [asyncio.ensure_future(value_of(fut)) for fut in [*futures, never]]
+            threading.Thread(target=complete, daemon=True).start()
+            await waiting[100]
+
+        asyncio.run(main())
+        threading.Thread(target=never.wait, daemon=True).start()
+    """
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr) == (0, "")

@@ -1,0 +1,352 @@
+"""Many futures: ``collect_all``, ``gather``, ``wait_all``, ``as_completed``."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import gc
+import random
+import threading
+import weakref
+
+import anyio
+import pytest
+import torch
+
+from torchfut_aio import (
+    CallbackError,
+    Future,
+    as_completed,
+    as_future,
+    collect_all,
+    gather,
+    wait_all,
+)
+
+from .loops import on_every_loop
+from .threads import PATIENCE, alongside, running, until
+
+
+def done(value):
+    fut = Future()
+    fut.set_result(value)
+    return fut
+
+
+def failed(error):
+    fut = Future()
+    fut.set_exception(error)
+    return fut
+
+
+# ------------------------------------------------------------------------- collect_all
+
+
+def test_collect_all_gives_the_very_futures_once_all_are_done():
+    futures = [Future(), torch.futures.Future(), Future()]
+    combined = collect_all(futures)
+    assert isinstance(combined, Future)
+    for fut in futures:
+        assert not combined.done()
+        fut.set_result(None)
+    got = combined.wait()
+    assert len(got) == 3
+    assert all(a is b for a, b in zip(got, futures))
+
+
+def test_collect_all_raises_from_wait_if_one_failed_but_only_when_all_are_done():
+    first, second, third = futures = [Future(), Future(), Future()]
+    combined = collect_all(futures)
+    third.set_exception(KeyError("third"))
+    second.set_exception(ValueError("second"))
+    assert not combined.done()
+    first.set_result(1)
+    with pytest.raises(ValueError, match="second"):
+        combined.wait()
+    assert combined.exception() is second.exception()
+
+
+def test_collect_all_chains_in_our_class():
+    futures = [Future(), Future()]
+    total = collect_all(futures).then(lambda f: sum(fut.value() for fut in f.value()))
+    for fut in futures:
+        fut.set_result(3)
+    assert isinstance(total, Future)
+    assert total.wait() == 6
+
+
+@pytest.mark.parametrize("combine", [collect_all, gather])
+def test_combined_futures_nest_to_any_depth(combine):
+    fut = Future()
+    combined = fut
+    for _ in range(10_000):
+        combined = combine([combined])
+    fut.set_result(5)
+    assert combined.done()
+
+
+# -------------------------------------------------------------------- gather, wait_all
+
+
+def test_gather_gives_the_values_in_order():
+    futures = [Future(), torch.futures.Future(), Future()]
+    combined = gather(futures)
+    for n, fut in reversed(list(enumerate(futures))):
+        assert not combined.done()
+        fut.set_result(n)
+    assert combined.wait() == [0, 1, 2]
+
+
+def test_gather_fails_as_soon_as_one_fails_and_lets_go_of_the_others():
+    never, fails = Future(), Future()
+    combined = gather([never, fails, never])
+    assert "callbacks=1" in repr(never)
+    fails.set_exception(ValueError("foo"))
+    assert combined.exception() is fails.exception()
+    assert "callbacks=0" in repr(never)
+    assert not never.done()
+
+
+def test_gather_of_a_failed_future_attaches_nothing_that_stays():
+    never = Future()
+    combined = gather([never, failed(ValueError("foo")), never])
+    with pytest.raises(ValueError, match="foo"):
+        combined.wait(timeout=0)
+    assert "callbacks=0" in repr(never)
+
+
+def test_wait_all_gives_the_values():
+    futures = [Future(), torch.futures.Future(), Future()]
+    got = []
+    with running(
+        lambda: got.append(wait_all(futures)),
+        lambda: [fut.set_result(n) for n, fut in enumerate(futures)],
+    ):
+        pass
+    assert got == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_wait_all_exits_on_an_error_and_waits_for_nobody(early):
+    never, fails = Future(), Future()
+    if early:
+        fails.set_exception(ValueError("foo"))
+    caught = []
+
+    def wait():
+        with pytest.raises(ValueError, match="foo"):
+            wait_all([never, fails])
+        caught.append(True)
+
+    with running(wait):
+        if not early:
+            until(lambda: "callbacks=1" in repr(never))
+            fails.set_exception(ValueError("foo"))
+    assert caught == [True]
+    assert repr(never) == "<Future pending waiters=0 callbacks=0>"
+
+
+def test_wait_all_reports_the_error_of_a_callback():
+    first, second = done(1), done(2)
+    assert wait_all([first, second]) == [1, 2]
+    third = first.then(lambda fut: {}["Expected error"])
+    for every_wait_all in (wait_all, torch.futures.wait_all):
+        with pytest.raises(RuntimeError, match="Expected error") as caught:
+            every_wait_all([third, second])
+        assert isinstance(caught.value, CallbackError)
+
+
+# -------------------------------------------------------------------- all of them alike
+
+
+@pytest.mark.parametrize(
+    ("combine", "empty"), [(collect_all, []), (gather, []), (as_completed, None)]
+)
+def test_an_empty_list_is_fine(combine, empty):
+    combined = combine([])
+    assert wait_all([]) == []
+    assert (list(combined) if combine is as_completed else combined.wait()) == (empty or [])
+
+
+def test_the_same_future_twice_is_fine():
+    fut = Future()
+    collected, gathered, completed = (
+        collect_all([fut, fut]),
+        gather([fut, fut]),
+        as_completed([fut, fut]),
+    )
+    fut.set_result(1)
+    assert collected.wait() == [fut, fut]
+    assert gathered.wait() == wait_all([fut, fut]) == [1, 1]
+    assert list(completed) == [fut]
+
+
+@pytest.mark.parametrize("combine", [collect_all, gather, wait_all, as_completed])
+def test_what_is_no_future_is_refused_before_anything_is_attached(combine):
+    fut = Future()
+    with pytest.raises(RuntimeError, match="Future can't be None"):
+        combine([fut, None])
+    with pytest.raises(TypeError, match="5 of type int"):
+        combine([fut, 5])
+    with pytest.raises(TypeError, match="iterable of futures"):
+        combine(fut)
+    assert "callbacks=0" in repr(fut)
+
+
+@pytest.mark.parametrize("combine", [collect_all, gather])
+def test_racing_completions_lose_nothing(combine):
+    for seed in range(50):
+        futures = [Future() for _ in range(100)]
+        shuffled = random.Random(seed).sample(futures, 100)
+
+        def complete(part):
+            for fut in part:
+                fut.set_result(None)
+
+        with running(*[lambda k=k: complete(shuffled[k::3]) for k in range(3)]):
+            combined = combine(futures)
+        assert combined.done()
+
+
+@pytest.mark.parametrize("errors", [1, 3])
+def test_of_racing_failures_gather_takes_one(errors, caplog):
+    for _ in range(100):
+        futures = [Future() for _ in range(6)]
+        combined = gather(futures)
+        fails = [lambda fut=fut: fut.set_exception(ValueError()) for fut in futures[:errors]]
+        works = [lambda fut=fut: fut.set_result(1) for fut in futures[errors:]]
+        with running(*fails, *works):
+            pass
+        assert combined.exception() in [fut.exception() for fut in futures[:errors]]
+    assert not caplog.records
+
+
+@on_every_loop
+async def test_combined_futures_are_awaited_like_any():
+    futures = [Future() for _ in range(10)]
+    async with alongside(lambda: [fut.set_result(n) for n, fut in enumerate(futures)]):
+        with anyio.fail_after(PATIENCE):
+            assert await gather(futures) == list(range(10))
+            assert await collect_all(futures) == futures
+
+
+# ------------------------------------------------------------------------ as_completed
+
+
+def test_as_completed_yields_futures_in_the_order_in_which_they_complete():
+    first, plain, last = Future(), torch.futures.Future(), done("at once")
+    completed = as_completed([first, plain, last])
+    assert next(completed) is last
+    plain.set_result("second")
+    assert next(completed).wait() == "second"
+    first.set_exception(ValueError("foo"))
+    assert next(completed) is first
+    with pytest.raises(StopIteration):
+        next(completed)
+
+
+def test_as_completed_in_a_thread_waits_for_what_other_threads_complete():
+    futures = [Future() for _ in range(100)]
+    shuffled = random.sample(futures, 100)
+    completed = as_completed(futures)
+    with running(lambda: [fut.set_result(None) for fut in shuffled]):
+        assert list(completed) == shuffled
+
+
+@on_every_loop
+async def test_as_completed_in_a_task():
+    futures = [Future() for _ in range(100)]
+    shuffled = random.sample(futures, 100)
+    completed = as_completed(futures)
+    async with alongside(lambda: [fut.set_result(None) for fut in shuffled]):
+        with anyio.fail_after(PATIENCE):
+            got = [fut async for fut in completed]
+    assert got == shuffled
+
+
+@on_every_loop
+async def test_as_completed_costs_one_waiter_and_no_task_per_future():
+    futures = [Future() for _ in range(10)]
+
+    async def first():
+        async for fut in as_completed(futures):
+            assert fut is futures[7]
+            break
+
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(first)
+        await anyio.wait_all_tasks_blocked()
+        assert all(repr(fut) == "<Future pending waiters=0 callbacks=1>" for fut in futures)
+        assert len([t for t in anyio.get_running_tasks() if "first" in str(t.name)]) == 1
+        futures[7].set_result(None)
+    # Left half way, it leaves nothing behind.
+    assert all("callbacks=0" in repr(fut) for fut in futures if fut is not futures[7])
+
+
+@on_every_loop
+async def test_a_cancelled_as_completed_goes_on_where_it_was():
+    futures = [Future(), Future()]
+    completed = as_completed(futures)
+    with anyio.move_on_after(0.001) as scope:
+        await completed.__anext__()
+    assert scope.cancelled_caught
+    for fut in futures:
+        fut.set_result(None)
+    assert [fut async for fut in completed] == futures
+
+
+def test_an_as_completed_that_is_dropped_leaves_nothing_behind():
+    futures = [Future() for _ in range(3)]
+    completed = as_completed(futures)
+    gone = weakref.ref(completed)
+    del completed
+    gc.collect()
+    assert gone() is None
+    assert all("callbacks=0" in repr(fut) for fut in futures)
+
+
+def test_several_threads_share_an_as_completed_and_each_future_goes_to_one():
+    for _ in range(20):
+        futures = [Future() for _ in range(60)]
+        completed = as_completed(futures)
+        got = []
+        with running(
+            *[lambda: got.extend(completed)] * 4,
+            lambda: [fut.set_result(None) for fut in futures],
+        ):
+            pass
+        assert len(got) == 60
+        assert set(got) == set(futures)
+
+
+@on_every_loop
+async def test_several_tasks_share_an_as_completed_while_some_are_cancelled():
+    futures = [Future() for _ in range(20)]
+    completed = as_completed(futures)
+    got = []
+
+    async def take():
+        async for fut in completed:
+            got.append(fut)
+
+    async with anyio.create_task_group() as tg:
+        with anyio.CancelScope() as scope:
+            async with anyio.create_task_group() as cancelled:
+                for _ in range(3):
+                    cancelled.start_soon(take)
+                tg.start_soon(take)
+                await anyio.wait_all_tasks_blocked()
+                scope.cancel()
+        for fut in futures:
+            fut.set_result(None)
+    assert set(got) == set(futures)
+
+
+def test_the_mixture_may_hold_whatever_as_future_adopts():
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        release = threading.Event()
+        submitted = pool.submit(release.wait)
+        combined = gather([submitted, done("ours")])
+        assert not combined.done()
+        release.set()
+        assert combined.wait(PATIENCE) == [True, "ours"]
+    assert as_future(submitted).wait() is True

@@ -1,0 +1,91 @@
+"""What importing costs, and what the package says of itself."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import pathlib
+import subprocess
+import sys
+
+import torchfut_aio
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def python(program, *options):
+    done = subprocess.run(
+        [sys.executable, "-W", "error", *options, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_imports_neither_trio_nor_uvloop_nor_rpc():
+    program = """
+import torch, sys
+before = set(sys.modules)
+import torchfut_aio
+print([m for m in sys.modules if m not in before and not m.startswith("torchfut_aio")])
+import asyncio
+fut = torchfut_aio.Future()
+fut.set_result(5)
+async def main():
+    asyncio.get_running_loop().call_later(0.001, later.set_result, 5)
+    return await fut + await later
+later = torchfut_aio.Future()
+assert asyncio.run(main()) == 10
+print([m for m in sys.modules if m.split(".")[0] in ("trio", "uvloop", "anyio", "sniffio")])
+"""
+    # Not one module beyond torch's own, whatever torch's version imports by itself.
+    assert python(program).split() == ["[]", "[]"]
+
+
+def test_importing_and_using_it_never_initialises_an_accelerator():
+    python(
+        "import torch, torchfut_aio; fut = torchfut_aio.Future(); fut.set_result(torch.ones(2));"
+        "fut.then(lambda f: f.wait()).wait(); assert not torch.cuda.is_initialized()"
+    )
+
+
+def test_it_works_without_trio_uvloop_and_anyio():
+    python(
+        "import sys; sys.modules.update(trio=None, uvloop=None, anyio=None);"
+        "import asyncio, torchfut_aio; fut = torchfut_aio.Future(); fut.set_result(5);"
+        "assert asyncio.run(asyncio.wait_for(fut, 9)) == 5"
+    )
+
+
+def test_public_names_are_what_is_documented():
+    assert sorted(torchfut_aio.__all__) == torchfut_aio.__all__
+    for name in torchfut_aio.__all__:
+        assert getattr(torchfut_aio, name).__doc__, name
+
+
+def test_imports_run_one_way():
+    def imported(path):
+        return {
+            line.split()[1]
+            for line in path.read_text().splitlines()
+            if line.lstrip().startswith("from .")
+        }
+
+    package = ROOT / "torchfut_aio"
+    below = {
+        "_errors.py": set(),
+        "_callbacks.py": {"._errors", "._future"},  # the latter for type checkers only
+        "_future.py": {".", "._callbacks", "._errors"},
+        "_adopt.py": {"._errors", "._future"},
+        "_collect.py": {"._adopt", "._callbacks", "._errors", "._future"},
+    }
+    for name, allowed in below.items():
+        assert imported(package / name) <= allowed, name
+    for path in (package / "_loops").glob("*.py"):
+        assert not any(module.startswith("..") for module in imported(path)), path
+
+
+def test_the_version_is_the_distributions():
+    assert importlib.metadata.version("torchfut-aio")
+    assert (ROOT / "torchfut_aio" / "py.typed").exists()

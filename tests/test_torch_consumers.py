@@ -1,0 +1,109 @@
+"""PyTorch's own consumers of futures take ours, and see the completion at once."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from torchfut_aio import Future
+
+from .threads import PATIENCE, running, until
+
+
+def test_the_cpp_future_is_complete_when_the_setter_returns():
+    fut, failed = Future(), Future()
+    assert not torch._C.Future.done(fut)
+    fut.set_result([1, 2])
+    failed.set_exception(ValueError("foo"))
+    assert torch._C.Future.done(fut)
+    assert torch._C.Future.wait(fut) == torch._C.Future.value(fut) == [1, 2]
+    with pytest.raises(ValueError, match="foo") as caught:
+        torch._C.Future.wait(failed)
+    assert caught.value is failed.exception()
+
+
+def test_torchs_collect_all_takes_ours():
+    ours, plain = Future(), torch.futures.Future()
+    combined = torch.futures.collect_all([ours, plain])
+    seen = []
+    combined.add_done_callback(lambda fut: seen.append([f.wait() for f in fut.value()]))
+    ours.set_result(1)
+    plain.set_result(2)
+    assert seen == [[1, 2]]
+    assert torch.futures.wait_all([ours, plain]) == [1, 2]
+
+
+def test_torchs_wait_all_raises_the_error_of_ours():
+    ours = Future()
+    ours.set_exception(KeyError("foo"))
+    with pytest.raises(KeyError, match="foo"):
+        torch.futures.wait_all([ours])
+
+
+def test_an_error_that_only_torch_still_holds_is_told_by_its_text():
+    ours = Future()
+    combined = torch.futures.collect_all([ours])
+    ours.set_exception(KeyError("foo"))
+    gone = weakref.ref(ours)
+    del ours
+    assert gone() is None
+    with pytest.raises(RuntimeError, match="KeyError: 'foo'"):
+        combined.wait()
+
+
+def test_a_callback_of_a_torch_consumer_may_read_the_future_and_wait_for_others_who_do():
+    ours = Future()
+    woken = threading.Event()
+    seen = []
+
+    def consumer(fut):
+        seen.append(ours.wait())
+        seen.append(ours.then(lambda f: "inline").value())
+        seen.append(woken.wait(PATIENCE))
+
+    torch.futures.collect_all([ours]).add_done_callback(consumer)
+
+    def wait():
+        ours.wait()
+        woken.set()
+
+    with running(wait):
+        until(lambda: "waiters=1" in repr(ours))
+        ours.set_result(5)
+    assert seen == [5, "inline", True]
+
+
+def test_a_ddp_communication_hook_may_return_ours(tmp_path):
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 2)
+        ddp = torch.nn.parallel.DistributedDataParallel(model)
+        threads = []
+
+        def hook(state, bucket):
+            fut = Future()
+            buffer = bucket.buffer()
+            thread = threading.Thread(target=lambda: fut.set_result(buffer.mul_(2)))
+            threads.append(thread)
+            thread.start()
+            return fut.then(lambda f: f.value() / 2)
+
+        ddp.register_comm_hook(None, hook)
+        data = torch.ones(3, 4)
+        ddp(data).sum().backward()
+        got = [p.grad.clone() for p in model.parameters()]
+        model.zero_grad()
+        model(data).sum().backward()
+        for mine, plain in zip(got, model.parameters(), strict=True):
+            assert torch.equal(mine, plain.grad)
+        for thread in threads:
+            thread.join(PATIENCE)
+        assert threads
+    finally:
+        dist.destroy_process_group()

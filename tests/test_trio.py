@@ -1,0 +1,157 @@
+"""What trio adds: checkpoints, its own thread, its guest mode."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import threading
+
+import pytest
+import trio
+import trio.testing
+
+from torchfut_aio import Future
+
+from .threads import until
+
+
+async def waits_for(fut, into):
+    into.append(await fut)
+
+
+@pytest.mark.parametrize("outcome", ["result", "error"])
+def test_an_await_is_always_a_checkpoint(outcome):
+    fut = Future()
+    fut.set_result(5) if outcome == "result" else fut.set_exception(ValueError("foo"))
+
+    async def main():
+        with trio.testing.assert_checkpoints():
+            try:
+                assert await fut == 5
+            except ValueError:
+                assert outcome == "error"
+        with trio.move_on_after(0) as scope:
+            await fut
+        assert scope.cancelled_caught
+
+    trio.run(main)
+
+
+def test_a_pending_future_is_a_checkpoint_too():
+    async def main():
+        fut = Future()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(waits_for, fut, [])
+            await trio.testing.wait_all_tasks_blocked()
+            fut.set_result(5)
+        with trio.move_on_after(0) as scope:
+            await Future()
+        assert scope.cancelled_caught
+
+    trio.run(main)
+
+
+def test_a_completion_on_trios_own_thread_does_not_go_through_its_pipe(monkeypatch):
+    calls = []
+
+    async def main():
+        real = trio.lowlevel.TrioToken.run_sync_soon
+        monkeypatch.setattr(
+            trio.lowlevel.TrioToken,
+            "run_sync_soon",
+            lambda *args, **kwargs: (calls.append(args), real(*args, **kwargs)),
+        )
+        futures = [Future() for _ in range(100)]
+        got = []
+        async with trio.open_nursery() as nursery:
+            for fut in futures:
+                nursery.start_soon(waits_for, fut, got)
+            await trio.testing.wait_all_tasks_blocked()
+            for fut in futures:
+                fut.set_result(5)
+        assert got == [5] * 100
+        assert not calls
+        # From another thread, any number of completions are one wake-up.
+        futures = [Future() for _ in range(100)]
+        async with trio.open_nursery() as nursery:
+            for fut in futures:
+                nursery.start_soon(waits_for, fut, got)
+            await trio.testing.wait_all_tasks_blocked()
+            thread = threading.Thread(target=lambda: [fut.set_result(6) for fut in futures])
+            thread.start()
+            thread.join()
+        assert got[100:] == [6] * 100
+        assert len(calls) == 1
+
+    trio.run(main)
+
+
+def run_as_guest(main):
+    """Runs ``main`` on trio as the guest of an asyncio loop; returns what it returns."""
+
+    async def host():
+        done = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        trio.lowlevel.start_guest_run(
+            main,
+            run_sync_soon_threadsafe=loop.call_soon_threadsafe,
+            done_callback=done.set_result,
+            host_uses_signal_set_wakeup_fd=True,
+        )
+        return (await done).unwrap()
+
+    return asyncio.run(host())
+
+
+def test_a_guests_task_is_trios_and_its_hosts_task_is_asyncios():
+    fut, from_host, from_guest = Future(), Future(), Future()
+
+    async def main():
+        got = []
+        host = asyncio.get_running_loop()
+
+        async def on_host():
+            got.append(("host", await fut))
+            from_host.set_result("host")
+
+        task = host.create_task(on_host())
+        with trio.testing.assert_checkpoints():
+            done = Future()
+            done.set_result(None)
+            await done
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(waits_for, fut, got)
+            nursery.start_soon(waits_for, from_host, got)
+            await trio.testing.wait_all_tasks_blocked()
+            threading.Thread(target=fut.set_result, args=(5,)).start()
+        # Completed by a callback of the host, while trio sleeps in this same thread.
+        host.call_later(0.01, from_guest.set_result, "callback")
+        got.append(await from_guest)
+        with trio.move_on_after(0.001):
+            await Future()
+        assert task.done()
+        return got
+
+    got = run_as_guest(main)
+    assert sorted(map(str, got)) == sorted(["('host', 5)", "5", "host", "callback"])
+
+
+def test_a_signal_handler_may_complete_what_trio_awaits():
+    fut = Future()
+    before = signal.signal(signal.SIGUSR1, lambda *args: fut.set_result("signal"))
+    try:
+
+        async def main():
+            thread = threading.Thread(
+                target=lambda: (
+                    until(lambda: "waiters=1" in repr(fut)),
+                    signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1),
+                )
+            )
+            thread.start()
+            with trio.fail_after(20):
+                assert await fut == "signal"
+
+        trio.run(main)
+    finally:
+        signal.signal(signal.SIGUSR1, before)

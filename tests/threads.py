@@ -1,0 +1,61 @@
+"""Threads in tests: started together, joined, their errors raised."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+
+import anyio
+import anyio.to_thread
+
+PATIENCE = 30.0  # seconds after which something that should happen is given up on
+
+
+@contextmanager
+def running(*functions: Callable[[], Any]) -> Iterator[None]:
+    """Runs ``functions`` in a thread each, released together; joins them at the end."""
+    errors: list[BaseException] = []
+    start = threading.Barrier(len(functions) + 1)
+
+    def run(function: Callable[[], Any]) -> None:
+        start.wait(PATIENCE)
+        try:
+            function()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(f,)) for f in functions]
+    for thread in threads:
+        thread.start()
+    start.wait(PATIENCE)
+    try:
+        yield
+    finally:
+        for thread in threads:
+            thread.join(PATIENCE)
+        assert not any(thread.is_alive() for thread in threads), "a thread hangs"
+    if errors:
+        raise errors[0]
+
+
+@asynccontextmanager
+async def alongside(*functions: Callable[[], Any]) -> AsyncIterator[None]:
+    """As `running`, for async code: joins without blocking the loop."""
+    threads = running(*functions)
+    await anyio.to_thread.run_sync(threads.__enter__)
+    try:
+        yield
+    finally:
+        with anyio.CancelScope(shield=True):
+            await anyio.to_thread.run_sync(threads.__exit__, None, None, None)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Returns once ``condition`` holds: for what gives no event of its own."""
+    give_up = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < give_up, "waited in vain"
+        time.sleep(0.0005)
