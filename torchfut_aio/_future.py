@@ -121,18 +121,50 @@ class Future(torch.futures.Future[T]):
             >>> fut.wait()
             5
         """
+        # All in one function: a thread that completes many futures has its caches
+        # emptied at every turn of the GIL, and each further call shows.
+        failed = type(result) is _Failure
         try:
             del self._open
         except AttributeError:
             _refuse_second(self)
-        try:
+        # Claimed, so it must become done. Ctrl-C strikes at calls, at jumps backward and
+        # nowhere else: from claim to done there is none, and what follows is guarded.
+        interrupt: BaseException | None = None
+        if failed:
+            self._traceback = result.traceback  # type: ignore[attr-defined]
+            self._error = result.error  # type: ignore[attr-defined]
+        else:
             self._value = result
             self._error = None
-            self._complete(result)
-        except BaseException:
-            if self._waiters is not None:  # interrupted before it was done
-                self._complete(result)
-            raise
+        if self._devices:
+            interrupt = self._complete_on_devices(result)
+        waiters = self._waiters
+        self._waiters = None
+        callbacks: list[Callback] = []
+        while waiters:
+            try:
+                # Listing the keys runs no Python code, not even the garbage collector's.
+                for entry in list(waiters):
+                    waker = waiters.pop(entry, _GONE)
+                    if waker is None:
+                        callbacks.append(entry)
+                    elif waker is not _GONE:
+                        waker.wake(entry)
+            except BaseException as error:
+                interrupt = error
+        try:
+            # After the waiters are awake: callbacks of C++ consumers run in here, with
+            # the GIL released around them. They may read this future, and take long.
+            if failed:
+                self._fail_in_cpp(result)  # type: ignore[arg-type]
+            elif not self._devices:
+                _Cpp.set_result(self, result)
+        finally:
+            if callbacks:
+                _callbacks.run(self, callbacks)
+        if interrupt is not None:
+            raise interrupt
 
     def set_exception(self, result: BaseException) -> None:  # type: ignore[override]
         """Marks the future completed with an error, wakes all who wait, runs callbacks.
@@ -159,69 +191,33 @@ class Future(torch.futures.Future[T]):
                 f"set_exception() takes an exception instance, such as ValueError('...'), "
                 f"not {result!r} of type {type(result).__qualname__}"
             )
-        try:
-            del self._open
-        except AttributeError:
-            _refuse_second(self)
+        failure: Any = _Failure(result)
+        Future.set_result(self, failure)
+
+    def _fail_in_cpp(self, failure: _Failure) -> None:
         # C++ knows an error of Python's as a value that raises when it is unwrapped.
         # The garbage collector does not see what C++ holds, and a traceback often leads
         # back to the future, so C++ gets a stand-in and a weak reference instead.
-        try:
-            self._store_error(result)
-            stand_in = RuntimeError(describe(result))
-            _Cpp._set_unwrap_func(self, partial(_raise_error_of, weakref.ref(self)))
-            self._complete(stand_in)
-        except BaseException:
-            if self._waiters is not None:  # interrupted before it was done
-                self._complete(RuntimeError(describe(result)))
-            raise
+        _Cpp._set_unwrap_func(self, partial(_raise_error_of, weakref.ref(self)))
+        _Cpp.set_result(self, failure.for_cpp)
 
-    def _store_error(self, error: BaseException) -> None:
-        # A raised exception collects the frames it passes. Every reader starts from
-        # the traceback that it came with, so a future read often does not grow.
-        self._traceback = error.__traceback__
-        self._error = error
+    def _complete_on_devices(self, result: object) -> BaseException | None:
+        """Completes the C++ side first; returns what interrupted it.
 
-    def _complete(self, for_cpp: object) -> None:
-        """Makes the claimed future done, on both sides, and serves everybody."""
-        if self._devices:
-            # Only the C++ side knows whether the value is on the declared devices, and
-            # its events must be recorded before anybody may synchronise with them.
-            _Cpp.set_result(self, for_cpp)
-            self._take_device_error()
-        waiters = self._waiters
-        assert waiters is not None
-        self._waiters = None
-        callbacks: list[Callback] = []
-        interrupt: BaseException | None = None
-        while waiters:  # once more if Ctrl-C cuts it short
-            try:
-                # Listing the keys runs no Python code, not even the garbage collector's.
-                for entry in list(waiters):
-                    waker = waiters.pop(entry, _GONE)
-                    if waker is None:
-                        callbacks.append(entry)
-                    elif waker is not _GONE:
-                        waker.wake(entry)
-            except BaseException as error:
-                interrupt = error
+        Its events must be recorded before anybody may synchronise with them, and only
+        it knows whether the value is on the declared devices: if not, it fails.
+        """
+        if self._error is not None:
+            return None
         try:
-            # After the waiters are awake: callbacks of C++ consumers run in here, with
-            # the GIL released around them. They may read this future, and take long.
-            if not self._devices:
-                _Cpp.set_result(self, for_cpp)
-        finally:
-            if callbacks:
-                _callbacks.run(self, callbacks)
-        if interrupt is not None:
-            raise interrupt
-
-    def _take_device_error(self) -> None:
-        try:
+            _Cpp.set_result(self, result)
             _Cpp.value(self)
         except Exception as error:
-            if self._error is None:
-                self._store_error(error.with_traceback(None))
+            self._traceback = None
+            self._error = error
+        except BaseException as interrupt:
+            return interrupt
+        return None
 
     # --------------------------------------------------------------------- reading
 
@@ -343,13 +339,11 @@ class Future(torch.futures.Future[T]):
             waiter = loop.waiter()
             waiters[waiter] = loop
             try:
-                # Completed since: whoever pops the waiter, nobody needs to be woken.
-                if self._waiters is not None:
-                    yield from waiter
-                else:
-                    yield from loop.checkpoint()
-            finally:
+                # If it is done now, whoever pops the waiter, nobody needs to be woken.
+                yield from waiter if self._waiters is not None else loop.checkpoint()
+            except BaseException:
                 waiters.pop(waiter, None)
+                raise
         else:
             yield from loop.checkpoint()
         try:
@@ -515,6 +509,19 @@ class Future(torch.futures.Future[T]):
             "Can not pickle torch.futures.Future: its completion belongs to this process; "
             "send its value instead"
         )
+
+
+class _Failure:
+    """An error on its way through ``set_result``, where a result would be."""
+
+    __slots__ = ("error", "for_cpp", "traceback")
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+        # A raised exception collects the frames it passes. Every reader starts from
+        # the traceback that it came with, so a future read often does not grow.
+        self.traceback = error.__traceback__
+        self.for_cpp = RuntimeError(describe(error))
 
 
 def _refuse_second(future: Future[Any]) -> NoReturn:

@@ -12,6 +12,8 @@ from ._inbox import Inbox
 
 __all__ = ["current"]
 
+_get_running_loop = asyncio._get_running_loop
+
 
 class AsyncioLoop(Inbox):
     """The inbox of one loop. It does not keep the loop alive; the waiters do."""
@@ -32,10 +34,11 @@ class AsyncioLoop(Inbox):
         return loop.create_future()
 
     def wake(self, waiter: asyncio.Future[None]) -> None:
-        if asyncio._get_running_loop() is not waiter.get_loop():
+        if _get_running_loop() is waiter.get_loop():
+            if not waiter.done():
+                waiter.set_result(None)
+        else:
             self.post(waiter)
-        elif not waiter.done():
-            waiter.set_result(None)
 
     def _call_soon(self, waiter: asyncio.Future[None]) -> bool:
         loop = waiter.get_loop()
@@ -47,9 +50,10 @@ class AsyncioLoop(Inbox):
             return False
         return True
 
-    def _resume(self, waiter: asyncio.Future[None]) -> None:
-        if not waiter.done():
-            waiter.set_result(None)
+    def _resume(self, waiters: list[asyncio.Future[None]]) -> None:
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
 
 
 class _LastUsed(threading.local):

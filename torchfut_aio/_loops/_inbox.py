@@ -33,8 +33,10 @@ class Inbox(ABC):
     def post(self, waiter: Any) -> None:
         """Has the loop resume ``waiter``; callable from any thread."""
         self._queue.append(waiter)
-        if self._armed:
-            return
+        if not self._armed:
+            self._arm(waiter)
+
+    def _arm(self, waiter: Any) -> None:
         try:
             self._armed = True
             open_ = self._call_soon(waiter)
@@ -51,14 +53,13 @@ class Inbox(ABC):
     def _serve(self) -> None:
         """Resumes, on the loop, all that has been posted when it starts."""
         self._armed = False
-        queue = self._queue
-        for _ in range(len(queue)):
-            self._resume(queue.popleft())
+        take = self._queue.popleft
+        self._resume([take() for _ in range(len(self._queue))])
 
     @abstractmethod
     def _call_soon(self, waiter: Any) -> bool:
         """Has the loop of ``waiter`` call `_serve`; returns False if it has closed."""
 
     @abstractmethod
-    def _resume(self, waiter: Any) -> None:
-        """Resumes the task behind ``waiter``, unless it has gone; runs on the loop."""
+    def _resume(self, waiters: list[Any]) -> None:
+        """Resumes the tasks behind ``waiters``, unless they have gone; runs on the loop."""

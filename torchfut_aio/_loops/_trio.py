@@ -27,6 +27,11 @@ class _Waiter:
         self.task = trio.lowlevel.current_task()
         return trio.lowlevel.wait_task_rescheduled(self.abort).__await__()
 
+    def wake(self) -> None:
+        task, self.task = self.task, None
+        if task is not None:
+            trio.lowlevel.reschedule(task)
+
     def abort(self, raise_cancel: Callable[[], Any]) -> trio.lowlevel.Abort:
         self.task = None
         return trio.lowlevel.Abort.SUCCEEDED
@@ -49,7 +54,7 @@ class TrioLoop(Inbox):
 
     def wake(self, waiter: _Waiter) -> None:
         if self._can_resume(waiter):
-            self._resume(waiter)
+            waiter.wake()
         else:
             self.post(waiter)
 
@@ -70,10 +75,9 @@ class TrioLoop(Inbox):
             return False
         return True
 
-    def _resume(self, waiter: _Waiter) -> None:
-        task, waiter.task = waiter.task, None
-        if task is not None:
-            trio.lowlevel.reschedule(task)
+    def _resume(self, waiters: list[_Waiter]) -> None:
+        for waiter in waiters:
+            waiter.wake()
 
 
 _this_run: trio.lowlevel.RunVar[TrioLoop] = trio.lowlevel.RunVar("torchfut_aio")
