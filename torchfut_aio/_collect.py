@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -160,7 +160,7 @@ class _Collector(Callback):
             self.combined.set_result([])
         return self.combined
 
-    def run(self, future: Future[Any]) -> None:
+    def run(self, future: Future[Any]) -> None:  # noqa: ARG002
         try:
             self.tickets.pop()
         except IndexError:
@@ -242,10 +242,8 @@ class _Arrivals(Callback):
         try:
             yield bell
         finally:
-            try:
+            with suppress(ValueError):  # it has been rung
                 self.bells.remove(bell)
-            except ValueError:
-                pass  # it has been rung
 
     def claim(self, exhausted: type[Exception]) -> None:
         try:

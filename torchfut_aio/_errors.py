@@ -12,7 +12,9 @@ import asyncio
 import concurrent.futures
 import contextlib
 import functools
+import sys
 import types
+import warnings
 from typing import Any
 
 __all__ = [
@@ -21,6 +23,8 @@ __all__ = [
     "InvalidStateError",
     "NotAFutureError",
     "callback_error",
+    "describe",
+    "warn_that_wait_blocks_a_loop",
 ]
 
 
@@ -47,6 +51,24 @@ class BlockingWaitWarning(RuntimeWarning):
     Every other task of that loop stands still meanwhile, the one that would complete
     the future perhaps among them. ``await`` the future instead.
     """
+
+
+def warn_that_wait_blocks_a_loop() -> None:
+    """Warns, at the line outside this package that led to the wait."""
+    package = __name__.partition(".")[0]
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and _package_of(frame) == package:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(
+        "wait() on a pending future blocks the event loop that this thread runs; "
+        "await the future instead",
+        BlockingWaitWarning,
+        stacklevel=level,
+    )
+
+
+def _package_of(frame: types.FrameType) -> str:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
 class CallbackError(RuntimeError):

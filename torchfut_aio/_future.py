@@ -27,11 +27,6 @@ that order streams after the value's kernels.
 from __future__ import annotations
 
 import asyncio
-import math
-import numbers
-import reprlib
-import sys
-import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterable
 from functools import partial
@@ -41,8 +36,10 @@ from typing import Any, NoReturn, TypeVar, cast
 import torch
 
 from . import _callbacks, _loops
+from ._arguments import check_callable, check_timeout
 from ._callbacks import Callback, Continuation
-from ._errors import BlockingWaitWarning, InvalidStateError, describe
+from ._errors import InvalidStateError, describe, warn_that_wait_blocks_a_loop
+from ._repr import short
 
 __all__ = ["Future"]
 
@@ -286,7 +283,7 @@ class Future(torch.futures.Future[T]):
                 loop, which stands still meanwhile.
         """
         if timeout is not None:
-            _check_timeout(timeout)
+            check_timeout(timeout)
         if self._waiters is not None:
             self._block(timeout)
         if self._devices and self._error is None:
@@ -303,12 +300,7 @@ class Future(torch.futures.Future[T]):
         if waiters is None:
             return
         if (timeout is None or timeout > 0) and _loops.loop_in_this_thread():
-            warnings.warn(
-                "wait() on a pending future blocks the event loop that this thread runs; "
-                "await the future instead",
-                BlockingWaitWarning,
-                stacklevel=_frames_to_caller(),
-            )
+            warn_that_wait_blocks_a_loop()
         waiter = _loops.THREADS.waiter()
         waiters[waiter] = _loops.THREADS
         try:
@@ -422,7 +414,7 @@ class Future(torch.futures.Future[T]):
             >>> fut.set_result(5)
             5
         """
-        _check_callable(callback)
+        check_callable(callback)
         self._add(Callback(callback))
 
     def then(self, callback: Callable[[Future[T]], S]) -> Future[S]:
@@ -450,7 +442,7 @@ class Future(torch.futures.Future[T]):
             >>> child.wait()
             6
         """
-        _check_callable(callback)
+        check_callable(callback)
         child = cast("Future[S]", type(self)(devices=self._devices))
         self._add(Continuation(callback, child))
         return child
@@ -498,9 +490,9 @@ class Future(torch.futures.Future[T]):
             callbacks = sum(waker is None for _, waker in entries)
             state = f"pending waiters={len(entries) - callbacks} callbacks={callbacks}"
         elif self._error is not None:
-            state = f"done error={_short.repr(self._error)}"
+            state = f"done error={short(self._error)}"
         else:
-            state = f"done result={_short.repr(self._value)}"
+            state = f"done result={short(self._value)}"
         devices = f" devices=[{', '.join(map(str, self._devices))}]" if self._devices else ""
         return f"<{type(self).__qualname__} {state}{devices}>"
 
@@ -537,45 +529,3 @@ def _raise_error_of(ref: weakref.ref[Future[Any]], stand_in: BaseException) -> N
         raise stand_in
     future._read()
     raise AssertionError("the future has no error")
-
-
-def _check_callable(callback: object) -> None:
-    if not callable(callback):
-        raise TypeError(
-            f"the callback must be callable with the future as its argument, "
-            f"not {callback!r} of type {type(callback).__qualname__}"
-        )
-
-
-def _check_timeout(timeout: float) -> None:
-    if not isinstance(timeout, numbers.Real):
-        raise TypeError(
-            f"timeout must be a number of seconds or None, not {timeout!r} "
-            f"of type {type(timeout).__qualname__}"
-        )
-    if math.isnan(timeout):
-        raise ValueError("timeout must be a number of seconds or None, not NaN")
-
-
-def _frames_to_caller() -> int:
-    """Returns the ``stacklevel`` of the first frame outside this package, for our caller."""
-    package = __name__.partition(".")[0]
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and _package_of(frame.f_globals) == package:
-        level, frame = level + 1, frame.f_back
-    return level
-
-
-def _package_of(module_globals: dict[str, Any]) -> str:
-    return str(module_globals.get("__name__", "")).partition(".")[0]
-
-
-class _ShortRepr(reprlib.Repr):
-    """Values cut to a line; a tensor by its kind, as its numbers may still be computed."""
-
-    def repr_Tensor(self, tensor: torch.Tensor, level: int) -> str:
-        return f"<tensor {tuple(tensor.shape)} {tensor.dtype} {tensor.device}>"
-
-
-_short = _ShortRepr()
-_short.maxother = _short.maxstring = 80

@@ -25,14 +25,14 @@ class _Waiter:
 
     def __iter__(self) -> Generator[Any, Any, object]:
         self.task = trio.lowlevel.current_task()
-        return trio.lowlevel.wait_task_rescheduled(self.abort).__await__()
+        return trio.lowlevel.wait_task_rescheduled(self.abort).__await__()  # noqa: ASYNC105
 
     def wake(self) -> None:
         task, self.task = self.task, None
         if task is not None:
             trio.lowlevel.reschedule(task)
 
-    def abort(self, raise_cancel: Callable[[], Any]) -> trio.lowlevel.Abort:
+    def abort(self, _raise_cancel: Callable[[], Any]) -> trio.lowlevel.Abort:
         self.task = None
         return trio.lowlevel.Abort.SUCCEEDED
 
@@ -47,7 +47,7 @@ class TrioLoop(Inbox):
         self._token = token
 
     def checkpoint(self) -> Iterable[Any]:
-        return trio.lowlevel.checkpoint().__await__()
+        return trio.lowlevel.checkpoint().__await__()  # noqa: ASYNC105
 
     def waiter(self) -> _Waiter:
         return _Waiter()
@@ -68,7 +68,7 @@ class TrioLoop(Inbox):
             return False
         return trio.lowlevel.current_task() is not waiter.task
 
-    def _call_soon(self, waiter: _Waiter) -> bool:
+    def _call_soon(self, _waiter: _Waiter) -> bool:
         try:
             self._token.run_sync_soon(self._serve)
         except trio.RunFinishedError:
