@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ._errors import callback_error
@@ -41,6 +41,9 @@ class Callback:
     def run(self, future: Future[Any]) -> None:
         self.function(future)
 
+    def interrupted(self, interrupt: BaseException) -> None:
+        """Is told when Ctrl-C cut `run` short, perhaps before its first line."""
+
 
 class Continuation(Callback):
     """What ``then`` leaves with a pending future: a callback whose result fills a child."""
@@ -62,6 +65,10 @@ class Continuation(Callback):
         else:
             self.child.set_result(result)
 
+    def interrupted(self, interrupt: BaseException) -> None:
+        if not self.child.done():
+            self.child.set_exception(interrupt)
+
 
 class _Here(threading.local):
     """How deep completions nest in this thread, and what they put off."""
@@ -74,12 +81,13 @@ class _Here(threading.local):
 _here = _Here()
 
 
-def run(future: Future[Any], callbacks: Iterable[Callback], *, inline: bool = False) -> None:
-    """Runs ``callbacks`` in this thread; those nested too deep are put off.
+def run(future: Future[Any], due: deque[Callback], *, inline: bool = False) -> None:
+    """Runs the callbacks that are ``due`` in this thread; puts off those nested too deep.
 
     Args:
         future: The future, which is done.
-        callbacks: What to run, in order.
+        due: What to run, in order; each is taken out once it was attempted, so that
+            a caller whom Ctrl-C cut off may call again.
         inline: Run now, however deep: what the documentation promises for a callback
             that is added to a future that is already done.
 
@@ -88,13 +96,15 @@ def run(future: Future[Any], callbacks: Iterable[Callback], *, inline: bool = Fa
     """
     here = _here
     if here.depth >= MAX_DEPTH and not inline:
-        here.deferred.extend((future, callback) for callback in callbacks)
+        while due:
+            here.deferred.append((future, due.popleft()))
         return
     interrupt: BaseException | None = None
     here.depth += 1
     try:
-        for callback in callbacks:
-            interrupt = _call(future, callback) or interrupt
+        while due:
+            interrupt = _attempt(future, due[0]) or interrupt
+            due.popleft()
         if here.depth == 1:
             interrupt = _run_deferred(here) or interrupt
     finally:
@@ -113,13 +123,20 @@ def run_deferred() -> None:
 def _run_deferred(here: _Here) -> BaseException | None:
     interrupt: BaseException | None = None
     while here.deferred:
-        future, callback = here.deferred.popleft()
-        interrupt = _call(future, callback) or interrupt
+        interrupt = _attempt(*here.deferred.popleft()) or interrupt
     return interrupt
 
 
-def _call(future: Future[Any], callback: Callback) -> BaseException | None:
+def _attempt(future: Future[Any], callback: Callback) -> BaseException | None:
     """Runs one callback; returns what must still reach the caller of ``set_result``."""
+    try:
+        return _call(future, callback)
+    except BaseException as interrupt:  # it struck just before or after the callback
+        callback.interrupted(interrupt)
+        return interrupt
+
+
+def _call(future: Future[Any], callback: Callback) -> BaseException | None:
     if not future._devices:
         return _guarded(future, callback)
     # The C++ future runs it on dedicated streams, ordered after the value's kernels.
@@ -133,6 +150,7 @@ def _guarded(future: Future[Any], callback: Callback) -> BaseException | None:
     try:
         callback.run(future)
     except (KeyboardInterrupt, SystemExit) as interrupt:
+        callback.interrupted(interrupt)
         return interrupt
     except BaseException:
         _logger.exception(

@@ -166,6 +166,10 @@ class _Collector(Callback):
         except IndexError:
             self.complete()
 
+    def interrupted(self, interrupt: BaseException) -> None:
+        if not self.combined.done():
+            self.combined.set_exception(interrupt)
+
     def complete(self) -> None:
         try:
             result = self.function(self.futures)

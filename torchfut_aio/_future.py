@@ -8,9 +8,9 @@ change of state is in this file, and these things are always true:
 - ``_waiters`` is a dict until the future is done, and None from then on. The outcome is
   stored before it becomes None and never changes after, so whoever sees None may read.
 - Who wants to know of the completion first enters the dict, then looks at ``_waiters``
-  again. If the future became done meanwhile, each entry is popped by exactly one side,
-  the setter or the one who entered it, and who pops it serves it: no entry is lost, and
-  none is served twice.
+  again. If the future became done meanwhile, a callback is popped by exactly one side,
+  the setter or the one who entered it, and who pops it runs it: none is lost, and none
+  run twice. A waiter may be woken twice, which does nothing, but not never.
 - No lock is taken, so nothing here can deadlock with a signal handler, a finaliser or
   a C++ callback that uses the same future in the middle of a step: each is as good as
   one more thread.
@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import asyncio
 import weakref
+from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from functools import partial
 from types import TracebackType
@@ -120,46 +121,58 @@ class Future(torch.futures.Future[T]):
         """
         # All in one function: a thread that completes many futures has its caches
         # emptied at every turn of the GIL, and each further call shows.
+        failure: Any = result
         failed = type(result) is _Failure
+        due: deque[Callback] = deque()
         try:
             del self._open
         except AttributeError:
             _refuse_second(self)
-        # Claimed, so it must become done. Ctrl-C strikes at calls, at jumps backward and
-        # nowhere else: from claim to done there is none, and what follows is guarded.
+        # Claimed, so all of the rest must be done, even if Ctrl-C strikes. It does so at
+        # calls and at jumps backward: from claimed to done there is none, and each step
+        # from there on is guarded, and can be repeated.
         interrupt: BaseException | None = None
         if failed:
-            self._traceback = result.traceback  # type: ignore[attr-defined]
-            self._error = result.error  # type: ignore[attr-defined]
+            self._traceback, self._error = failure.traceback, failure.error
         else:
-            self._value = result
-            self._error = None
+            self._value, self._error = result, None
         if self._devices:
             interrupt = self._complete_on_devices(result)
-        waiters = self._waiters
+        waiters: Any = self._waiters
         self._waiters = None
-        callbacks: list[Callback] = []
-        while waiters:
-            try:
-                # Listing the keys runs no Python code, not even the garbage collector's.
-                for entry in list(waiters):
-                    waker = waiters.pop(entry, _GONE)
-                    if waker is None:
-                        callbacks.append(entry)
-                    elif waker is not _GONE:
-                        waker.wake(entry)
-            except BaseException as error:
-                interrupt = error
+        if waiters:
+            for _ in (1, 2):
+                try:
+                    # Listing the keys runs no Python code, not even the collector's.
+                    for entry in list(waiters):
+                        waker = waiters.get(entry, _GONE)
+                        if waker is None:
+                            if not due or due[-1] is not entry:
+                                due.append(entry)
+                            if waiters.pop(entry, _GONE) is _GONE:
+                                due.pop()
+                        elif waker is not _GONE:
+                            waker.wake(entry)
+                    break
+                except BaseException as error:
+                    interrupt = error
+        # After the waiters are awake: callbacks of C++ consumers run in here, with the
+        # GIL released around them. They may read this future, and take long.
         try:
-            # After the waiters are awake: callbacks of C++ consumers run in here, with
-            # the GIL released around them. They may read this future, and take long.
             if failed:
-                self._fail_in_cpp(result)  # type: ignore[arg-type]
+                try:
+                    _Cpp._set_unwrap_func(self, failure.unwrap)
+                finally:
+                    _Cpp.set_result(self, failure.stand_in)
             elif not self._devices:
                 _Cpp.set_result(self, result)
-        finally:
-            if callbacks:
-                _callbacks.run(self, callbacks)
+        except BaseException as error:
+            interrupt = error
+        while due:
+            try:
+                _callbacks.run(self, due)
+            except BaseException as error:
+                interrupt = error
         if interrupt is not None:
             raise interrupt
 
@@ -188,15 +201,8 @@ class Future(torch.futures.Future[T]):
                 f"set_exception() takes an exception instance, such as ValueError('...'), "
                 f"not {result!r} of type {type(result).__qualname__}"
             )
-        failure: Any = _Failure(result)
+        failure: Any = _Failure(self, result)
         Future.set_result(self, failure)
-
-    def _fail_in_cpp(self, failure: _Failure) -> None:
-        # C++ knows an error of Python's as a value that raises when it is unwrapped.
-        # The garbage collector does not see what C++ holds, and a traceback often leads
-        # back to the future, so C++ gets a stand-in and a weak reference instead.
-        _Cpp._set_unwrap_func(self, partial(_raise_error_of, weakref.ref(self)))
-        _Cpp.set_result(self, failure.for_cpp)
 
     def _complete_on_devices(self, result: object) -> BaseException | None:
         """Completes the C++ side first; returns what interrupted it.
@@ -470,7 +476,7 @@ class Future(torch.futures.Future[T]):
             waiters[callback] = None
             if self._waiters is not None or waiters.pop(callback, _GONE) is _GONE:
                 return
-        _callbacks.run(self, (callback,), inline=True)
+        _callbacks.run(self, deque((callback,)), inline=True)
 
     def _discard(self, callback: Callback) -> bool:
         """Takes ``callback`` back; False if it has been run or is about to be."""
@@ -506,14 +512,18 @@ class Future(torch.futures.Future[T]):
 class _Failure:
     """An error on its way through ``set_result``, where a result would be."""
 
-    __slots__ = ("error", "for_cpp", "traceback")
+    __slots__ = ("error", "stand_in", "traceback", "unwrap")
 
-    def __init__(self, error: BaseException) -> None:
+    def __init__(self, future: Future[Any], error: BaseException) -> None:
         self.error = error
         # A raised exception collects the frames it passes. Every reader starts from
         # the traceback that it came with, so a future read often does not grow.
         self.traceback = error.__traceback__
-        self.for_cpp = RuntimeError(describe(error))
+        # C++ knows an error of Python's as a value that raises when it is unwrapped.
+        # The garbage collector does not see what C++ holds, and a traceback often leads
+        # back to the future, so C++ gets a stand-in and a weak reference instead.
+        self.stand_in = RuntimeError(describe(error))
+        self.unwrap = partial(_raise_error_of, weakref.ref(future))
 
 
 def _refuse_second(future: Future[Any]) -> NoReturn:

@@ -24,7 +24,7 @@ class Waker(Protocol):
     """Whom to ask to wake a waiter."""
 
     def wake(self, waiter: Any, /) -> None:
-        """Wakes ``waiter``, once, from any thread; does nothing if it has gone."""
+        """Wakes ``waiter``, from any thread; does nothing if it is awake, or has gone."""
 
 
 class Loop(Waker, Protocol):

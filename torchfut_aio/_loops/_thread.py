@@ -32,7 +32,8 @@ class Threads:
             waiter.acquire(timeout=min(max(timeout, 0.0), threading.TIMEOUT_MAX))
 
     def wake(self, waiter: threading.Lock) -> None:
-        waiter.release()
+        if waiter.locked():  # not when it is woken once more
+            waiter.release()
 
 
 THREADS = Threads()
