@@ -223,7 +223,7 @@ def test_a_closed_loop_is_not_kept_alive_by_this_package(new_loop):
     assert gone() is None
 
 
-def test_exit_with_tasks_waiting_and_a_daemon_thread_completing_is_clean():
+def test_exit_with_tasks_and_daemon_threads_waiting_and_a_thread_completing_is_clean():
     program = """
         import asyncio, threading
         from torchfut_aio import Future
@@ -240,7 +240,7 @@ def test_exit_with_tasks_waiting_and_a_daemon_thread_completing_is_clean():
 
         async def main():
             waiting = [asyncio.ensure_future(value_of(fut)) for fut in [*futures, never]]
-            threading.Thread(target=complete, daemon=True).start()
+            threading.Thread(target=complete).start()
             await waiting[100]
 
         asyncio.run(main())
