@@ -167,6 +167,16 @@ def test_a_pending_source_is_adopted_once_however_often_it_is_asked_for(source_t
     assert [ref() for ref in gone] == [None, None]
 
 
+def test_a_pending_source_is_adopted_once_for_each_set_of_devices():
+    source = torch.futures.Future()
+    plain, other = as_future(source), as_future(source, devices=[DEVICE])
+    assert plain is not other
+    assert as_future(source, devices=[torch.device(DEVICE)]) is other
+
+
+DEVICE = "cpu:0"  # a device like any other, to the C++ future
+
+
 @sources
 def test_threads_that_adopt_one_source_all_see_it_complete(source_type):
     for _ in range(50):

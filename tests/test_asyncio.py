@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import signal
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 import weakref
 
 import pytest
@@ -15,7 +18,7 @@ import uvloop
 from torchfut_aio import Future
 
 from .loops import on_asyncio
-from .threads import PATIENCE, alongside, running
+from .threads import PATIENCE, alongside, running, until
 
 
 async def value_of(fut):
@@ -119,6 +122,9 @@ async def test_as_asyncio_of_a_done_future_is_done():
     assert fut.as_asyncio().result() == 5
     assert failed.as_asyncio().exception() is failed.exception()
     assert cancelled.as_asyncio().cancelled()
+    twice = Future()
+    twice.set_exception(asyncio.CancelledError("a", "b"))
+    assert twice.as_asyncio().cancelled()
     assert isinstance(stopped.as_asyncio().exception().__cause__, StopIteration)
 
 
@@ -174,6 +180,55 @@ async def test_a_completion_on_the_loops_own_thread_does_not_go_through_the_pipe
 
 
 @on_asyncio
+async def test_a_completion_in_a_callback_of_the_loop_does_not_go_through_the_pipe(monkeypatch):
+    pipe = Pipe(monkeypatch)
+    fut, later = Future(), Future()
+    loop = asyncio.get_running_loop()
+    loop.call_soon(fut.set_result, 5)
+    loop.call_later(0.001, later.set_result, 6)
+    assert (await fut, await later) == (5, 6)
+    assert pipe.writes == 0
+
+
+@pytest.mark.parametrize("runner", [asyncio.run, uvloop.run])
+def test_a_signal_handler_wakes_a_loop_that_sleeps(runner):
+    fut = Future()
+    before = signal.signal(signal.SIGUSR1, lambda *args: fut.set_result("signal"))
+
+    def interrupt():
+        until(lambda: "waiters=1" in repr(fut))
+        time.sleep(0.05)  # the loop gives no sign of having gone to sleep
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
+
+    async def main():
+        return await fut  # and nothing else would wake this loop in time
+
+    try:
+        with running(interrupt):
+            assert runner(asyncio.wait_for(main(), PATIENCE)) == "signal"
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_what_runs_while_asyncios_loop_goes_to_sleep_wakes_it(monkeypatch):
+    async def main():
+        fut = Future()
+        selector = asyncio.get_running_loop()._selector
+        real = selector.select
+
+        def select(timeout):
+            if timeout is None or timeout > 1:  # it has made up its mind to sleep
+                monkeypatch.undo()
+                fut.set_result("finaliser")  # as the collector would, here
+            return real(timeout)
+
+        monkeypatch.setattr(selector, "select", select)
+        return await fut
+
+    assert asyncio.run(asyncio.wait_for(main(), PATIENCE)) == "finaliser"
+
+
+@on_asyncio
 async def test_any_number_of_completions_are_one_wake_up(monkeypatch, nothing_blocks_a_loop):
     nothing_blocks_a_loop.deactivate()
     pipe = Pipe(monkeypatch)
@@ -221,6 +276,23 @@ def test_a_closed_loop_is_not_kept_alive_by_this_package(new_loop):
     del loop
     gc.collect()
     assert gone() is None
+
+
+def test_loops_that_close_before_they_see_a_completion_are_not_kept():
+    refs = []
+    for _ in range(20):
+        loop = asyncio.new_event_loop()
+        fut = Future()
+        task = loop.create_task(value_of(fut))
+        task._log_destroy_pending = False
+        loop.run_until_complete(asyncio.sleep(0))
+        with running(lambda fut=fut: fut.set_result(5)):
+            pass
+        loop.close()
+        refs.append(weakref.ref(loop))
+        del loop, task, fut
+    gc.collect()
+    assert sum(ref() is not None for ref in refs) <= 1
 
 
 def test_exit_with_tasks_and_daemon_threads_waiting_and_a_thread_completing_is_clean():

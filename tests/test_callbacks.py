@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import copy
+import dataclasses
 import gc
 import itertools
 import logging
 import pickle
 import threading
+import traceback
 import weakref
 
 import pytest
@@ -270,6 +272,8 @@ class Unprintable(Exception):
         (ImportError("no", name="m", path="p"), ImportError),
         (torch.OutOfMemoryError("oom"), torch.OutOfMemoryError),
         (RuntimeError("r"), RuntimeError),
+        (MemoryError("m"), MemoryError),
+        (BlockingIOError(11, "would block", 3), BlockingIOError),
         (InvalidStateError("i"), asyncio.InvalidStateError),
         (Slotted("s"), Slotted),
         (Unprintable("u"), Unprintable),
@@ -289,7 +293,10 @@ def test_an_error_of_any_type_arrives_as_a_callback_error(error, own_type):
     assert got.__cause__ is error
     assert str(got).startswith("Got the following error when running the callback: ")
     assert type(error).__name__ in str(got)
-    if isinstance(error, OSError):
+    assert got.args == error.args
+    if isinstance(error, BlockingIOError):
+        assert (got.errno, got.characters_written) == (11, 3)
+    elif isinstance(error, OSError):
         assert (got.errno, got.strerror, got.filename) == (2, "No such file", "name")
     if isinstance(error, ImportError):
         assert (got.name, got.path) == ("m", "p")
@@ -297,6 +304,41 @@ def test_an_error_of_any_type_arrives_as_a_callback_error(error, own_type):
         assert got.code == 7
     if isinstance(error, UnicodeDecodeError):
         assert (got.start, got.reason) == (0, "bad")
+
+
+def test_an_error_that_resists_is_passed_on_all_the_same():
+    @dataclasses.dataclass(frozen=True)
+    class Frozen(Exception):
+        code: int
+
+    class Hiding(Exception):
+        def __getattribute__(self, name):
+            if name in ("args", "__dict__", "__cause__"):
+                raise ZeroDivisionError
+            return super().__getattribute__(name)
+
+    for error in (Frozen(7), Hiding("foo")):
+        fut = Future()
+        child = fut.then(raiser(error))
+        fut.set_result(None)
+        assert isinstance(child.exception(), CallbackError)
+        assert BaseException.__cause__.__get__(child.exception()) is error
+
+
+def test_an_error_that_passes_down_a_chain_does_not_grow():
+    fut = last = Future()
+    for _ in range(100):
+        last = last.then(lambda f: f.value())
+    try:
+        raise ValueError("foo")
+    except ValueError as error:
+        fut.set_exception(error)
+    with pytest.raises(ValueError, match="foo") as caught:
+        last.wait()
+    assert len(traceback.extract_tb(caught.value.__traceback__)) < 10
+    cause = caught.value.__cause__
+    assert cause is fut.exception()
+    assert len(traceback.extract_tb(cause.__traceback__)) < 10
 
 
 @pytest.mark.parametrize("copied", [lambda e: pickle.loads(pickle.dumps(e)), copy.copy])
@@ -327,11 +369,16 @@ def test_a_child_is_of_the_class_of_its_parent():
     class Ours(Future):
         pass
 
+    class Demanding(Future):
+        def __init__(self, name):
+            super().__init__()
+
     fut = Ours()
     child = fut.then(lambda f: f.value() + 1)
     fut.set_result(1)
     assert type(child) is type(fut.then(lambda f: None)) is Ours
     assert child.wait() == 2
+    assert type(Demanding("needs a name").then(lambda f: None)) is Future
 
 
 @pytest.mark.parametrize("length", [20, 100_000])

@@ -6,6 +6,7 @@ import concurrent.futures
 import gc
 import random
 import threading
+import traceback
 import weakref
 
 import anyio
@@ -104,6 +105,18 @@ def test_gather_fails_as_soon_as_one_fails_and_lets_go_of_the_others():
     assert combined.exception() is fails.exception()
     assert "callbacks=0" in repr(never)
     assert not never.done()
+
+
+def test_errors_do_not_grow_when_they_are_gathered_again_and_again():
+    fut = failed(ValueError("foo"))
+
+    def frames():
+        with pytest.raises(ValueError, match="foo") as caught:
+            wait_all([fut])
+        return len(traceback.extract_tb(caught.value.__traceback__))
+
+    first = frames()
+    assert [frames() for _ in range(20)] == [first] * 20
 
 
 def test_gather_of_a_failed_future_attaches_nothing_that_stays():
@@ -302,6 +315,17 @@ def test_an_as_completed_that_is_dropped_leaves_nothing_behind():
     gc.collect()
     assert gone() is None
     assert all("callbacks=0" in repr(fut) for fut in futures)
+
+
+def test_as_completed_lets_go_of_what_it_has_yielded():
+    futures = [done(n) for n in range(10)]
+    refs = [weakref.ref(fut) for fut in futures]
+    completed = as_completed(futures)
+    del futures
+    for _ in range(9):
+        next(completed)
+    gc.collect()
+    assert [ref() is not None for ref in refs] == [False] * 9 + [True]
 
 
 def test_several_threads_share_an_as_completed_and_each_future_goes_to_one():

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 
 import pytest
 import torch
 
-from torchfut_aio import Future
+from torchfut_aio import Future, as_completed, gather, wait_all
 
 
 class Alarm:
@@ -17,12 +18,14 @@ class Alarm:
         self.armed = False
 
     def __enter__(self):
+        gc.disable()  # what other tools hooked into it could be struck instead
         self.before = signal.signal(signal.SIGALRM, self.strike)
         return self
 
     def __exit__(self, *error):
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, self.before)
+        gc.enable()
 
     def strike(self, *args):
         if self.armed:
@@ -92,3 +95,23 @@ def test_ctrl_c_in_a_setter_leaves_no_child_pending():
                 assert child.done()
                 assert child.exception() or child.value() == "child"
     assert strikes > 0
+
+
+def test_ctrl_c_in_a_setter_loses_no_combined_future_and_no_arrival():
+    strikes = 0
+    with Alarm() as alarm:
+        for n in range(40_000):
+            fut = Future()
+            combined, completed = gather([fut]), as_completed([fut])
+            if struck(lambda fut=fut: fut.set_result(5), alarm, n % 40 + 10) and fut.done():
+                strikes += 1
+                assert combined.done()
+                assert next(completed) is fut
+    assert strikes > 0
+
+
+def test_an_interrupted_wait_all_withdraws():
+    fut = Future()
+    with Alarm() as alarm:
+        assert struck(lambda: wait_all([fut]), alarm, 20_000)
+    assert repr(fut) == "<Future pending waiters=0 callbacks=0>"

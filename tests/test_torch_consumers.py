@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pathlib
+import subprocess
+import sys
 import threading
 import weakref
 
@@ -12,6 +15,8 @@ import torch.distributed as dist
 from torchfut_aio import Future
 
 from .threads import PATIENCE, running, until
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 def test_the_cpp_future_is_complete_when_the_setter_returns():
@@ -44,14 +49,14 @@ def test_torchs_wait_all_raises_the_error_of_ours():
         torch.futures.wait_all([ours])
 
 
-def test_an_error_that_only_torch_still_holds_is_told_by_its_text():
+def test_an_error_that_only_torch_still_holds_keeps_its_type_and_text():
     ours = Future()
     combined = torch.futures.collect_all([ours])
     ours.set_exception(KeyError("foo"))
     gone = weakref.ref(ours)
     del ours
     assert gone() is None
-    with pytest.raises(RuntimeError, match="KeyError: 'foo'"):
+    with pytest.raises(KeyError, match="KeyError: 'foo'"):
         combined.wait()
 
 
@@ -107,3 +112,49 @@ def test_a_ddp_communication_hook_may_return_ours(tmp_path):
         assert threads
     finally:
         dist.destroy_process_group()
+
+
+def test_the_error_of_an_rpc_that_returns_ours_is_raised_at_its_caller(tmp_path):
+    program = f"""
+import torch.distributed.rpc as rpc
+from torchfut_aio import Future
+
+@rpc.functions.async_execution
+def fails():
+    fut = Future()
+    fut.set_exception(ValueError("the callee"))
+    return fut
+
+@rpc.functions.async_execution
+def fails_in_then():
+    fut = Future()
+    child = fut.then(lambda fut: int("the callback"))
+    fut.set_result(None)
+    return child
+
+@rpc.functions.async_execution
+def works():
+    fut = Future()
+    child = fut.then(lambda fut: fut.value() + 1)
+    fut.set_result(4)
+    return child
+
+options = rpc.TensorPipeRpcBackendOptions(init_method="file://{tmp_path}/rpc")
+rpc.init_rpc("worker", rank=0, world_size=1, rpc_backend_options=options)
+try:
+    assert rpc.rpc_sync("worker", works) == 5
+    for function, text in (fails, "the callee"), (fails_in_then, "the callback"):
+        try:
+            print("returned", rpc.rpc_sync("worker", function))
+        except ValueError as error:
+            print("raised", text in str(error))
+finally:
+    rpc.shutdown()
+"""
+    path = tmp_path / "program.py"
+    path.write_text(program)
+    done = subprocess.run(
+        [sys.executable, path], capture_output=True, text=True, timeout=120, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n") == ["raised True", "raised True", ""]

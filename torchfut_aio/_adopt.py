@@ -110,7 +110,9 @@ as_future: _AsFuture = _dispatch  # type: ignore[assignment]
 
 # What has been made of sources that may still be pending, so as to make it once. A
 # source holds its future through the callback that it was given, not the other way.
-_made: weakref.WeakKeyDictionary[Any, weakref.ref[Future[Any]]] = weakref.WeakKeyDictionary()
+_made: weakref.WeakKeyDictionary[Any, weakref.WeakValueDictionary[Any, Future[Any]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def _once(
@@ -120,13 +122,13 @@ def _once(
 
     @functools.wraps(adopt)
     def adapter(source: Any, *, devices: _Devices = None) -> Future[Any]:
-        made = _made.get(source) if devices is None else None
-        future = None if made is None else made()
+        key = () if devices is None else tuple(torch.device(d) for d in devices)
+        made = _made.setdefault(source, weakref.WeakValueDictionary())
+        future = made.get(key)
         if future is None:
-            future = Future(devices=devices)
+            future = Future(devices=key)
             adopt(source, future)
-            if devices is None:
-                _made[source] = weakref.ref(future)
+            made[key] = future
         return future
 
     return adapter
@@ -165,9 +167,11 @@ def _from_asyncio(source: asyncio.Future[Any], future: Future[Any]) -> None:
         try:
             loop.call_soon_threadsafe(source.add_done_callback, copy)
         except RuntimeError as error:
-            raise RuntimeError(
-                f"{source!r} is pending on a loop that has closed: it will never complete"
-            ) from error
+            if not source.done():
+                raise RuntimeError(
+                    f"{source!r} is pending on a loop that has closed: it will never complete"
+                ) from error
+            copy(source)
 
 
 def _copy(read: Callable[[], Any], future: Future[Any]) -> None:

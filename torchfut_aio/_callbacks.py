@@ -8,6 +8,9 @@ completion of that thread runs them before it returns.
 
 A thread that is about to block may itself owe the callbacks that would wake it:
 `run_deferred` lets it pay first.
+
+Ctrl-C may strike anywhere. What is due stays in its queue until the very instruction
+before it is called, so that who is cut off before that can simply start again.
 """
 
 from __future__ import annotations
@@ -16,39 +19,51 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ._errors import callback_error
 
 if TYPE_CHECKING:
     from ._future import Future
 
-__all__ = ["Callback", "Continuation", "run", "run_deferred"]
+__all__ = ["Callback", "Continuation", "Due", "run", "run_deferred"]
 
 MAX_DEPTH = 32
 
 _logger = logging.getLogger("torchfut_aio")
 
 
-class Callback:
-    """What ``add_done_callback`` leaves with a pending future."""
+class Entry(Protocol):
+    """What is left with a pending future, to be run when it completes."""
 
-    __slots__ = ("function",)
+    def run(self, future: Any, /) -> object:
+        """Does what is to be done now that ``future`` has completed."""
 
-    def __init__(self, function: Callable[[Any], object]) -> None:
-        self.function = function
-
-    def run(self, future: Future[Any]) -> None:
-        self.function(future)
-
-    def interrupted(self, interrupt: BaseException) -> None:
+    def interrupted(self, future: Future[Any], interrupt: BaseException) -> None:
         """Is told when Ctrl-C cut `run` short, perhaps before its first line."""
 
 
-class Continuation(Callback):
-    """What ``then`` leaves with a pending future: a callback whose result fills a child."""
+Due = deque[Entry]
 
-    __slots__ = ("child",)
+
+class Callback:
+    """What ``add_done_callback`` leaves: the callback itself."""
+
+    __slots__ = ("run",)
+
+    run: Callable[[Any], object]
+
+    def __init__(self, function: Callable[[Any], object]) -> None:
+        self.run = function
+
+    def interrupted(self, future: Future[Any], interrupt: BaseException) -> None:
+        pass
+
+
+class Continuation:
+    """What ``then`` leaves: a callback whose result fills a child."""
+
+    __slots__ = ("child", "function")
 
     def __init__(self, function: Callable[[Any], object], child: Future[Any]) -> None:
         self.function = function
@@ -58,14 +73,18 @@ class Continuation(Callback):
         try:
             result = self.function(future)
         except BaseException as error:
-            # Less this frame, which would tie the error to the child that holds it.
-            traceback = error.__traceback__
-            error.__traceback__ = traceback and traceback.tb_next
+            if error is future._error:
+                # Passed on: every link of a chain would add its frames, and keep them.
+                error.with_traceback(future._traceback)
+            else:
+                # Less this frame, which would tie the error to the child that holds it.
+                traceback = error.__traceback__
+                error.with_traceback(traceback and traceback.tb_next)
             self.child.set_exception(callback_error(error))
         else:
             self.child.set_result(result)
 
-    def interrupted(self, interrupt: BaseException) -> None:
+    def interrupted(self, _future: Future[Any], interrupt: BaseException) -> None:
         if not self.child.done():
             self.child.set_exception(interrupt)
 
@@ -75,24 +94,24 @@ class _Here(threading.local):
 
     def __init__(self) -> None:
         self.depth = 0
-        self.deferred: deque[tuple[Future[Any], Callback]] = deque()
+        self.deferred: deque[tuple[Future[Any], Entry]] = deque()
 
 
 _here = _Here()
 
 
-def run(future: Future[Any], due: deque[Callback], *, inline: bool = False) -> None:
-    """Runs the callbacks that are ``due`` in this thread; puts off those nested too deep.
+def run(future: Future[Any], due: Due, *, inline: bool = False) -> None:
+    """Runs what is ``due`` in this thread; puts off what is nested too deep.
 
     Args:
         future: The future, which is done.
-        due: What to run, in order; each is taken out once it was attempted, so that
-            a caller whom Ctrl-C cut off may call again.
+        due: What to run, in order; each is taken out as it is run.
         inline: Run now, however deep: what the documentation promises for a callback
             that is added to a future that is already done.
 
     Raises:
-        KeyboardInterrupt, SystemExit: A callback raised it; the others were run first.
+        KeyboardInterrupt, SystemExit: A callback raised it, after the others were run;
+            or it struck in between, and what is still ``due`` is to be run again.
     """
     here = _here
     if here.depth >= MAX_DEPTH and not inline:
@@ -103,8 +122,7 @@ def run(future: Future[Any], due: deque[Callback], *, inline: bool = False) -> N
     here.depth += 1
     try:
         while due:
-            interrupt = _attempt(future, due[0]) or interrupt
-            due.popleft()
+            interrupt = _run_next(future, due) or interrupt
         if here.depth == 1:
             interrupt = _run_deferred(here) or interrupt
     finally:
@@ -123,39 +141,35 @@ def run_deferred() -> None:
 def _run_deferred(here: _Here) -> BaseException | None:
     interrupt: BaseException | None = None
     while here.deferred:
-        interrupt = _attempt(*here.deferred.popleft()) or interrupt
+        future, entry = here.deferred.popleft()
+        due = deque((entry,))
+        while due:
+            interrupt = _run_next(future, due) or interrupt
     return interrupt
 
 
-def _attempt(future: Future[Any], callback: Callback) -> BaseException | None:
+def _run_next(future: Future[Any], due: Due) -> BaseException | None:
     """Runs one callback; returns what must still reach the caller of ``set_result``."""
-    try:
-        return _call(future, callback)
-    except BaseException as interrupt:  # it struck just before or after the callback
-        callback.interrupted(interrupt)
-        return interrupt
-
-
-def _call(future: Future[Any], callback: Callback) -> BaseException | None:
     if not future._devices:
-        return _guarded(future, callback)
+        return _guarded(future, due)
     # The C++ future runs it on dedicated streams, ordered after the value's kernels.
     # An exception cannot cross C++ as itself, so it is carried around.
     outcome: list[BaseException | None] = []
-    future._run_on_streams(lambda: outcome.append(_guarded(future, callback)))
-    return outcome.pop()
+    future._run_on_streams(lambda: outcome.append(_guarded(future, due)))
+    return outcome.pop() if outcome else None
 
 
-def _guarded(future: Future[Any], callback: Callback) -> BaseException | None:
+def _guarded(future: Future[Any], due: Due) -> BaseException | None:
+    entry = due[0]
     try:
-        callback.run(future)
+        # Between these two, Ctrl-C cannot strike.
+        del due[0]
+        entry.run(future)
     except (KeyboardInterrupt, SystemExit) as interrupt:
-        callback.interrupted(interrupt)
+        entry.interrupted(future, interrupt)
         return interrupt
     except BaseException:
         _logger.exception(
-            "Got the following error when running the callback %r of %r:",
-            callback.function,
-            future,
+            "Got the following error when running the callback %r of %r:", entry.run, future
         )
     return None

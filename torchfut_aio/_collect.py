@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 import torch
 
 from ._adopt import as_future
-from ._callbacks import Callback
 from ._errors import NotAFutureError
 from ._future import Future
 
@@ -64,7 +63,8 @@ def gather(futures: Iterable[torch.futures.Future[T]]) -> Future[list[T]]:
     Returns:
         A future of the list of the values, in the order of ``futures``. When one
         fails it fails with that error at once, and waits for none of the others, which
-        go on undisturbed.
+        go on undisturbed. A caller who loses interest in it leaves it attached to those
+        until they complete.
 
     Raises:
         NotAFutureError: One of them is None, or cannot be adopted.
@@ -77,12 +77,7 @@ def gather(futures: Iterable[torch.futures.Future[T]]) -> Future[list[T]]:
         >>> both.wait()
         ['a', 'b']
     """
-
-    def result(ours: list[Future[Any]]) -> list[Any]:
-        # They are done: wait() does not block, but orders the current streams.
-        return [future.wait() for future in ours]
-
-    return _Gatherer(_adopted(_listed(futures)), result).start()
+    return _Gatherer(_adopted(_listed(futures)), _values).start()
 
 
 def wait_all(futures: Iterable[torch.futures.Future[T]]) -> list[T]:
@@ -105,7 +100,13 @@ def wait_all(futures: Iterable[torch.futures.Future[T]]) -> list[T]:
         >>> torchfut_aio.wait_all([fut0, fut1])
         [0, 1]
     """
-    return gather(futures).wait()
+    gatherer = _Gatherer(_adopted(_listed(futures)), _values)
+    try:
+        values: list[T] = gatherer.start().wait()
+        return values
+    except BaseException:
+        gatherer.withdraw()
+        raise
 
 
 def as_completed(futures: Iterable[torch.futures.Future[T]]) -> _AsCompleted[T]:
@@ -136,16 +137,16 @@ def as_completed(futures: Iterable[torch.futures.Future[T]]) -> _AsCompleted[T]:
     return _AsCompleted(_distinct(_adopted(_listed(futures))))
 
 
-class _Collector(Callback):
+class _Collector:
     """Completes one future when the last of several has completed."""
 
-    # ``function`` makes the combined result of the list of futures, or raises.
-    __slots__ = ("combined", "distinct", "futures", "tickets")
+    # ``result`` makes the combined result of the list of futures, or raises.
+    __slots__ = ("combined", "distinct", "futures", "result", "tickets")
 
     def __init__(
         self, futures: list[Future[Any]], result: Callable[[list[Future[Any]]], list[Any]]
     ) -> None:
-        super().__init__(result)
+        self.result = result
         self.futures = futures
         self.distinct = _distinct(futures)
         devices = dict.fromkeys(device for future in futures for device in future._devices)
@@ -166,13 +167,13 @@ class _Collector(Callback):
         except IndexError:
             self.complete()
 
-    def interrupted(self, interrupt: BaseException) -> None:
+    def interrupted(self, _future: Future[Any], interrupt: BaseException) -> None:
         if not self.combined.done():
             self.combined.set_exception(interrupt)
 
     def complete(self) -> None:
         try:
-            result = self.function(self.futures)
+            result = self.result(self.futures)
         except BaseException as error:
             self.combined.set_exception(error)
         else:
@@ -213,19 +214,27 @@ class _Gatherer(_Collector):
             future._discard(self)
 
 
-class _Arrivals(Callback):
+class _Arrivals:
     """Takes in futures as they complete, and rings for those who wait for the next."""
 
-    __slots__ = ("bells", "ready", "tickets")
+    __slots__ = ("awaited", "bells", "ready", "tickets")
 
-    def __init__(self, expected: int) -> None:
+    def __init__(self, futures: list[Future[Any]]) -> None:
+        self.awaited = dict.fromkeys(futures)
         self.ready: deque[Future[Any]] = deque()
         self.bells: list[Future[None]] = []
         # One for each arrival that nobody has asked for. Who holds one gets a future.
-        self.tickets = [None] * expected
+        self.tickets = [None] * len(futures)
 
     def run(self, future: Future[Any]) -> None:
-        self.ready.append(future)
+        # Not with append(): Ctrl-C strikes after calls, and these go together.
+        self.ready += (future,)
+        del self.awaited[future]
+        self.ring()
+
+    def interrupted(self, future: Future[Any], _interrupt: BaseException) -> None:
+        if future in self.awaited:
+            self.run(future)
         self.ring()
 
     def ring(self) -> None:
@@ -269,8 +278,7 @@ class _AsCompleted(AsyncIterator[Future[T]], Iterator[Future[T]]):
     """What `as_completed` returns."""
 
     def __init__(self, futures: list[Future[T]]) -> None:
-        self._futures = futures
-        self._arrivals = _Arrivals(len(futures))
+        self._arrivals = _Arrivals(futures)
         for future in futures:
             future._add(self._arrivals)
 
@@ -305,8 +313,13 @@ class _AsCompleted(AsyncIterator[Future[T]], Iterator[Future[T]]):
         return future
 
     def __del__(self) -> None:
-        for future in self._futures:
+        for future in list(self._arrivals.awaited):
             future._discard(self._arrivals)
+
+
+def _values(futures: list[Future[Any]]) -> list[Any]:
+    # They are done: wait() does not block, but orders the current streams.
+    return [future.wait() for future in futures]
 
 
 def _listed(futures: Iterable[Any]) -> list[Any]:

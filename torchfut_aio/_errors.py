@@ -15,6 +15,7 @@ import functools
 import sys
 import types
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 __all__ = [
@@ -23,7 +24,9 @@ __all__ = [
     "InvalidStateError",
     "NotAFutureError",
     "callback_error",
-    "describe",
+    "remade",
+    "stand_in",
+    "type_and_text",
     "warn_that_wait_blocks_a_loop",
 ]
 
@@ -119,25 +122,68 @@ def callback_error(error: BaseException) -> BaseException:
         return error
     if isinstance(error, concurrent.futures.CancelledError):
         return error
-    dressed = _dress(error)
-    dressed.__cause__ = error
+    try:
+        dressed = _dress(error)
+    except Exception:
+        dressed = CallbackError(*_args.__get__(error))
+    _cause.__set__(dressed, error)
     return dressed
+
+
+def type_and_text(error: BaseException) -> tuple[type[BaseException], str]:
+    """Returns what is told of ``error`` where it cannot go itself."""
+    if isinstance(error, CallbackError) and error.__cause__ is not None:
+        return type(error.__cause__), str(error)
+    return type(error), describe(error)
+
+
+def stand_in(kind: type[BaseException], text: str) -> object:
+    """Returns a value that PyTorch's own consumers take for an error, as far as they can."""
+    internal = sys.modules.get("torch.distributed.rpc.internal")
+    remote: Callable[..., object] | None = getattr(internal, "RemoteException", None)
+    # RPC sends this one to the caller and raises it there.
+    return RuntimeError(text) if remote is None else remote(text, kind)
+
+
+def remade(kind: type[BaseException], text: str) -> BaseException:
+    """Returns an error of that type, or a RuntimeError if that can't be, with the text."""
+    try:
+        error: BaseException = bare(kind, text)
+    except Exception:
+        return RuntimeError(text)
+    _args.__set__(error, (text,))
+    return error
+
+
+# Read and written past what an exception's own class makes of attributes.
+_args: Any = vars(BaseException)["args"]
+_cause: Any = vars(BaseException)["__cause__"]
 
 
 def _dress(error: Exception) -> CallbackError:
-    try:
-        kind: Any = type(error)
-        # A constructor written in Python might do anything, and is not called: the
-        # memory is laid out by the built-in one, and the state copied.
-        built_in = next(base for base in kind.__mro__ if base.__module__ == "builtins")
-        dressed: CallbackError = built_in.__new__(_combined(kind), *error.args)
-        for name in _members(kind):
-            with contextlib.suppress(AttributeError, TypeError):  # unset, or read-only
-                setattr(dressed, name, getattr(error, name))
-        dressed.__dict__.update(error.__dict__)
-    except Exception:
-        return CallbackError(*error.args)
+    kind: Any = type(error)
+    dressed: CallbackError = bare(_combined(kind), *_args.__get__(error))
+    for descriptor in _state(kind):
+        with contextlib.suppress(AttributeError, TypeError):  # unset, or read-only
+            descriptor.__set__(dressed, descriptor.__get__(error))
+    _args.__set__(dressed, _args.__get__(error))
+    dressed.__dict__.update(error.__dict__)
     return dressed
+
+
+def bare(kind: type[BaseException], *args: object) -> Any:
+    """Returns an instance of ``kind`` on which no constructor written in Python ran.
+
+    Such a constructor might do anything and need anything. What C code lays out is what
+    the built-in class among the bases does.
+    """
+    built_in: Any = kind
+    while built_in.__flags__ & _MADE_BY_PYTHON:
+        built_in = built_in.__base__
+    return built_in.__new__(kind, *args)
+
+
+_MADE_BY_PYTHON = 1 << 9  # Py_TPFLAGS_HEAPTYPE
 
 
 @functools.lru_cache(maxsize=256)
@@ -150,11 +196,12 @@ def _combined(kind: Any) -> type[CallbackError]:
     return type(f"CallbackError[{kind.__qualname__}]", (CallbackError, kind), {})
 
 
-def _members(kind: Any) -> list[str]:
-    """Returns what instances of ``kind`` keep outside ``__dict__``: errno, or slots."""
+def _state(kind: type[BaseException]) -> list[Any]:
+    """Returns what describes the state of instances outside ``__dict__``: errno, slots."""
     return [
-        name
+        attribute
         for base in kind.__mro__
         for name, attribute in vars(base).items()
-        if isinstance(attribute, types.MemberDescriptorType)
+        if isinstance(attribute, (types.MemberDescriptorType, types.GetSetDescriptorType))
+        and not name.startswith("__")
     ]

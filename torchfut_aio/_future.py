@@ -32,14 +32,20 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from functools import partial
 from types import TracebackType
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
 from . import _callbacks, _loops
 from ._arguments import check_callable, check_timeout
 from ._callbacks import Callback, Continuation
-from ._errors import InvalidStateError, describe, warn_that_wait_blocks_a_loop
+from ._errors import (
+    InvalidStateError,
+    remade,
+    stand_in,
+    type_and_text,
+    warn_that_wait_blocks_a_loop,
+)
 from ._repr import short
 
 __all__ = ["Future"]
@@ -123,7 +129,6 @@ class Future(torch.futures.Future[T]):
         # emptied at every turn of the GIL, and each further call shows.
         failure: Any = result
         failed = type(result) is _Failure
-        due: deque[Callback] = deque()
         try:
             del self._open
         except AttributeError:
@@ -137,9 +142,14 @@ class Future(torch.futures.Future[T]):
         else:
             self._value, self._error = result, None
         if self._devices:
-            interrupt = self._complete_on_devices(result)
+            try:
+                self._complete_on_devices(failure)
+            except BaseException as error:
+                interrupt = error
+                self._complete_on_devices(failure)
         waiters: Any = self._waiters
         self._waiters = None
+        due: _callbacks.Due | None = None
         if waiters:
             for _ in (1, 2):
                 try:
@@ -147,6 +157,7 @@ class Future(torch.futures.Future[T]):
                     for entry in list(waiters):
                         waker = waiters.get(entry, _GONE)
                         if waker is None:
+                            due = due or deque()
                             if not due or due[-1] is not entry:
                                 due.append(entry)
                             if waiters.pop(entry, _GONE) is _GONE:
@@ -159,15 +170,12 @@ class Future(torch.futures.Future[T]):
         # After the waiters are awake: callbacks of C++ consumers run in here, with the
         # GIL released around them. They may read this future, and take long.
         try:
-            if failed:
-                try:
-                    _Cpp._set_unwrap_func(self, failure.unwrap)
-                finally:
-                    _Cpp.set_result(self, failure.stand_in)
-            elif not self._devices:
-                _Cpp.set_result(self, result)
+            if not self._devices:
+                _complete_in_cpp(self, failure) if failed else _Cpp.set_result(self, result)
         except BaseException as error:
             interrupt = error
+            if not _Cpp.done(self):
+                _complete_in_cpp(self, failure)
         while due:
             try:
                 _callbacks.run(self, due)
@@ -204,23 +212,18 @@ class Future(torch.futures.Future[T]):
         failure: Any = _Failure(self, result)
         Future.set_result(self, failure)
 
-    def _complete_on_devices(self, result: object) -> BaseException | None:
-        """Completes the C++ side first; returns what interrupted it.
-
-        Its events must be recorded before anybody may synchronise with them, and only
-        it knows whether the value is on the declared devices: if not, it fails.
-        """
-        if self._error is not None:
-            return None
-        try:
-            _Cpp.set_result(self, result)
-            _Cpp.value(self)
-        except Exception as error:
-            self._traceback = None
-            self._error = error
-        except BaseException as interrupt:
-            return interrupt
-        return None
+    def _complete_on_devices(self, result: Any) -> None:
+        # Before it is done: the events must be recorded before anybody may synchronise
+        # with them, and only C++ knows if the value is on the declared devices. It fails
+        # if not. Ctrl-C may have cut a first attempt short.
+        if not _Cpp.done(self):
+            _complete_in_cpp(self, result)
+        if self._error is None:
+            try:
+                _Cpp.value(self)
+            except Exception as error:
+                self._traceback = None
+                self._error = error
 
     # --------------------------------------------------------------------- reading
 
@@ -261,7 +264,8 @@ class Future(torch.futures.Future[T]):
             raise InvalidStateError(
                 f"the exception of {self!r} was read while it is pending; wait() or await it first"
             )
-        return self._error
+        error = self._error
+        return error and error.with_traceback(self._traceback)
 
     def wait(self, timeout: float | None = None) -> T:
         """Blocks the calling thread until the future is done, and returns its value.
@@ -387,7 +391,7 @@ class Future(torch.futures.Future[T]):
         if error is None:
             target.set_result(self._value)
         elif isinstance(error, asyncio.CancelledError):
-            target.cancel(*error.args)
+            target.cancel(*error.args[:1])
         elif isinstance(error, StopIteration):
             # asyncio cannot carry one; this is what a coroutine that raises it does.
             replacement = RuntimeError("the torchfut_aio future failed with StopIteration")
@@ -427,8 +431,8 @@ class Future(torch.futures.Future[T]):
         """Returns a child future of what ``callback(self)`` returns.
 
         The callback runs as one given to `add_done_callback` does, streams included.
-        A child is of the same class as this future and has the same devices. Chains
-        may have any length.
+        A child has the devices of this future, and its class too, unless that has a
+        constructor of its own. Chains may have any length.
 
         Args:
             callback: Called with this future as its only argument.
@@ -449,7 +453,9 @@ class Future(torch.futures.Future[T]):
             6
         """
         check_callable(callback)
-        child = cast("Future[S]", type(self)(devices=self._devices))
+        # A class with a constructor of its own may need what only its users know.
+        kind = type(self) if type(self).__init__ is Future.__init__ else Future
+        child: Future[Any] = kind(devices=self._devices)
         self._add(Continuation(callback, child))
         return child
 
@@ -465,11 +471,11 @@ class Future(torch.futures.Future[T]):
         waiters = self._waiters
         removed = 0
         for entry in list(waiters or ()):
-            if type(entry) is Callback and entry.function == callback and self._discard(entry):
+            if type(entry) is Callback and entry.run == callback and self._discard(entry):
                 removed += 1
         return removed
 
-    def _add(self, callback: Callback) -> None:
+    def _add(self, callback: _callbacks.Entry) -> None:
         """Has ``callback`` run when the future completes; inline now, if it is done."""
         waiters = self._waiters
         if waiters is not None:
@@ -478,7 +484,7 @@ class Future(torch.futures.Future[T]):
                 return
         _callbacks.run(self, deque((callback,)), inline=True)
 
-    def _discard(self, callback: Callback) -> bool:
+    def _discard(self, callback: _callbacks.Entry) -> bool:
         """Takes ``callback`` back; False if it has been run or is about to be."""
         waiters = self._waiters
         return waiters is not None and waiters.pop(callback, _GONE) is not _GONE
@@ -522,8 +528,19 @@ class _Failure:
         # C++ knows an error of Python's as a value that raises when it is unwrapped.
         # The garbage collector does not see what C++ holds, and a traceback often leads
         # back to the future, so C++ gets a stand-in and a weak reference instead.
-        self.stand_in = RuntimeError(describe(error))
-        self.unwrap = partial(_raise_error_of, weakref.ref(future))
+        kind, text = type_and_text(error)
+        self.stand_in = stand_in(kind, text)
+        self.unwrap = partial(_raise_error_of, weakref.ref(future), kind, text)
+
+
+def _complete_in_cpp(future: Future[Any], result: Any) -> None:
+    if type(result) is not _Failure:
+        _Cpp.set_result(future, result)
+        return
+    try:
+        _Cpp._set_unwrap_func(future, result.unwrap)
+    finally:  # even if Ctrl-C strikes
+        _Cpp.set_result(future, result.stand_in)
 
 
 def _refuse_second(future: Future[Any]) -> NoReturn:
@@ -533,9 +550,11 @@ def _refuse_second(future: Future[Any]) -> NoReturn:
     ) from None
 
 
-def _raise_error_of(ref: weakref.ref[Future[Any]], stand_in: BaseException) -> NoReturn:
+def _raise_error_of(
+    ref: weakref.ref[Future[Any]], kind: type[BaseException], text: str, _stand_in: object
+) -> NoReturn:
     future = ref()
-    if future is None:
-        raise stand_in
+    if future is None or future._error is None:
+        raise remade(kind, text)
     future._read()
-    raise AssertionError("the future has no error")
+    raise AssertionError("unreachable: it has an error")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 import weakref
+from collections import deque
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 from ._inbox import Inbox
@@ -24,6 +27,12 @@ class AsyncioLoop(Inbox):
         super().__init__()
         self._loop = weakref.ref(loop)
 
+    def clear_if_closed(self) -> None:
+        # What was posted to a loop that closed before it looked holds on to the loop.
+        loop = self._loop()
+        if loop is not None and loop.is_closed():
+            self._queue.clear()
+
     def checkpoint(self) -> Iterable[Any]:
         # As with an asyncio future that is done: the task goes on at once.
         return ()
@@ -34,7 +43,8 @@ class AsyncioLoop(Inbox):
         return loop.create_future()
 
     def wake(self, waiter: asyncio.Future[None]) -> None:
-        if _get_running_loop() is waiter.get_loop():
+        loop = waiter.get_loop()
+        if _get_running_loop() is loop and _will_look_before_it_sleeps(loop):
             if not waiter.done():
                 waiter.set_result(None)
         else:
@@ -50,10 +60,37 @@ class AsyncioLoop(Inbox):
             return False
         return True
 
-    def _resume(self, waiters: list[asyncio.Future[None]]) -> None:
-        for waiter in waiters:
-            if not waiter.done():
-                waiter.set_result(None)
+    def _resume(self, waiters: deque[asyncio.Future[None]], count: int) -> None:
+        for _ in range(count):
+            waiter = waiters[0]
+            # Ctrl-C may cancel the task that waits, between a look and the leap.
+            with suppress(asyncio.InvalidStateError):
+                if not waiter.done():
+                    waiter.set_result(None)
+            del waiters[0]
+
+
+def _will_look_before_it_sleeps(loop: asyncio.AbstractEventLoop) -> bool:
+    """Tells whether ``loop``, in whose thread this runs, is in a task or a callback.
+
+    A signal handler, or a finaliser, may also run while asyncio's loop is about to sleep
+    or asleep. It would not notice what these schedule: it takes a write to its pipe.
+    (uvloop runs them where it does notice.)
+    """
+    if asyncio.current_task(loop) is not None:
+        return True
+    frame = sys._getframe()
+    while (caller := frame.f_back) is not None:
+        frame = caller
+        if frame.f_code is _RUN_CALLBACK:
+            return True
+        if frame.f_code is _RUN_ONCE:
+            return False
+    return True
+
+
+_RUN_CALLBACK = asyncio.Handle._run.__code__
+_RUN_ONCE = asyncio.BaseEventLoop._run_once.__code__  # type: ignore[attr-defined]
 
 
 class _LastUsed(threading.local):
@@ -74,6 +111,8 @@ def current(loop: asyncio.AbstractEventLoop) -> AsyncioLoop:
     if inbox is None or inbox._loop() is not loop:
         inbox = _inboxes.get(loop)
         if inbox is None:
+            for other in list(_inboxes.values()):
+                other.clear_if_closed()
             inbox = _inboxes[loop] = AsyncioLoop(loop)
         _last_used.inbox = inbox
     return inbox

@@ -53,13 +53,18 @@ class Inbox(ABC):
     def _serve(self) -> None:
         """Resumes, on the loop, all that has been posted when it starts."""
         self._armed = False
-        take = self._queue.popleft
-        self._resume([take() for _ in range(len(self._queue))])
+        queue = self._queue
+        try:
+            self._resume(queue, len(queue))
+        except BaseException:  # Ctrl-C cut it short
+            if queue:
+                self._arm(queue[0])
+            raise
 
     @abstractmethod
     def _call_soon(self, waiter: Any) -> bool:
         """Has the loop of ``waiter`` call `_serve`; returns False if it has closed."""
 
     @abstractmethod
-    def _resume(self, waiters: list[Any]) -> None:
-        """Resumes the tasks behind ``waiters``, unless they have gone; runs on the loop."""
+    def _resume(self, waiters: deque[Any], count: int) -> None:
+        """Takes out ``count`` waiters, each once its task is resumed, if that is there."""

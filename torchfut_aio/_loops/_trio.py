@@ -5,6 +5,7 @@ Only `torchfut_aio._loops.current` imports this module, and only when trio runs.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
@@ -33,8 +34,9 @@ class _Waiter:
             trio.lowlevel.reschedule(task)
 
     def abort(self, _raise_cancel: Callable[[], Any]) -> trio.lowlevel.Abort:
-        self.task = None
-        return trio.lowlevel.Abort.SUCCEEDED
+        # A signal handler may have woken the task on the way here.
+        task, self.task = self.task, None
+        return trio.lowlevel.Abort.SUCCEEDED if task else trio.lowlevel.Abort.FAILED
 
 
 class TrioLoop(Inbox):
@@ -75,9 +77,10 @@ class TrioLoop(Inbox):
             return False
         return True
 
-    def _resume(self, waiters: list[_Waiter]) -> None:
-        for waiter in waiters:
-            waiter.wake()
+    def _resume(self, waiters: deque[_Waiter], count: int) -> None:
+        for _ in range(count):
+            waiters[0].wake()
+            del waiters[0]
 
 
 _this_run: trio.lowlevel.RunVar[TrioLoop] = trio.lowlevel.RunVar("torchfut_aio")
