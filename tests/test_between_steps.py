@@ -1,0 +1,82 @@
+"""A completion that comes between two steps of somebody who is about to wait.
+
+Repetition under load (test_stress.py) meets these moments by chance; here they are made.
+"""
+
+from __future__ import annotations
+
+import anyio
+import pytest
+
+from torchfut_aio import Future, as_completed, gather
+
+from .loops import on_asyncio, on_every_loop
+from .threads import PATIENCE
+
+moments = pytest.mark.parametrize("moment", ["before", "after"])
+
+
+def completes(moment):
+    """A future that completes just before, or just after, somebody enters its list."""
+
+    class Racing(dict):
+        def __setitem__(self, entry, waker):
+            if moment == "before":
+                complete()
+            super().__setitem__(entry, waker)
+            if moment == "after":
+                complete()
+
+    def complete():
+        if not fut.done():
+            fut.set_result("in between")
+
+    fut = Future()
+    fut._waiters = Racing()
+    return fut
+
+
+@on_every_loop
+@moments
+async def test_a_task_that_is_about_to_wait_is_not_left_asleep(moment):
+    with anyio.fail_after(PATIENCE):
+        assert await completes(moment) == "in between"
+
+
+@moments
+def test_a_thread_that_is_about_to_wait_is_not_left_asleep(moment):
+    assert completes(moment).wait(timeout=PATIENCE) == "in between"
+
+
+@moments
+def test_a_callback_that_is_being_added_runs_once(moment):
+    fut, ran = completes(moment), []
+    fut.add_done_callback(ran.append)
+    assert ran == [fut]
+    child = completes(moment).then(lambda fut: fut.value())
+    assert child.wait(timeout=0) == "in between"
+
+
+@on_asyncio
+@moments
+async def test_an_asyncio_future_that_is_being_made_completes(moment):
+    assert await completes(moment).as_asyncio() == "in between"
+
+
+@moments
+def test_futures_that_are_being_combined_complete(moment):
+    assert gather([completes(moment) for _ in range(3)]).wait(PATIENCE) == ["in between"] * 3
+    assert len(list(as_completed([completes(moment) for _ in range(3)]))) == 3
+
+
+def test_an_arrival_while_the_iterator_goes_to_sleep_is_not_missed():
+    fut = Future()
+    completed = as_completed([fut])
+
+    class Racing(list):
+        def append(self, bell):
+            fut.set_result(None)  # before the bell hangs, so nobody rings it
+            super().append(bell)
+
+    completed._arrivals.bells = Racing()
+    assert next(completed) is fut
