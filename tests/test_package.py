@@ -77,8 +77,9 @@ def test_imports_run_one_way():
         "_arguments.py": set(),
         "_errors.py": set(),
         "_repr.py": set(),
+        "_streams.py": set(),
         "_callbacks.py": {"._errors", "._future"},  # the latter for type checkers only
-        "_future.py": {".", "._arguments", "._callbacks", "._errors", "._repr"},
+        "_future.py": {".", "._arguments", "._callbacks", "._errors", "._repr", "._streams"},
         "_adopt.py": {"._errors", "._future"},
         "_collect.py": {"._adopt", "._callbacks", "._errors", "._future"},
     }

@@ -150,7 +150,7 @@ def _run_deferred(here: _Here) -> BaseException | None:
 
 def _run_next(future: Future[Any], due: Due) -> BaseException | None:
     """Runs one callback; returns what must still reach the caller of ``set_result``."""
-    if not future._devices:
+    if not future._needs_streams():
         return _guarded(future, due)
     # The C++ future runs it on dedicated streams, ordered after the value's kernels.
     # An exception cannot cross C++ as itself, so it is carried around.

@@ -21,7 +21,8 @@ and is run by the setter, after all waiters have been woken.
 
 Underneath is the C++ future that consumers in PyTorch's own C++ see. The setter that
 has claimed the future completes it, once. For a future with devices it owns the events
-that order streams after the value's kernels.
+that order streams after the value's kernels; for one without, ``_order`` does, if the
+value turns out to hold tensors of an accelerator.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ from ._errors import (
     warn_that_wait_blocks_a_loop,
 )
 from ._repr import short
+from ._streams import HOST_ONLY, stream_order
 
 __all__ = ["Future"]
 
@@ -67,13 +69,17 @@ class Future(torch.futures.Future[T]):
     trio loops in any number of threads, while other threads block in `wait` and
     callbacks are attached. All methods may be called from any thread.
 
-    Awaiting resumes with the value, or raises the error, once the future is done.
-    Cancelling a task that awaits leaves the future as it was.
+    Awaiting resumes with the value, or raises the error, once the future is done. As
+    `wait` does, it orders the current streams after the kernels that fill the value,
+    and does not wait for these. Cancelling a task that awaits leaves the future as it
+    was.
 
     Args:
         devices: The devices on which tensors in the value may reside, as
-            ``torch.device``, string or index. Streams are synchronised for these, and
-            the child futures made by `then` inherit them.
+            ``torch.device``, string or index; a value on any other is an error. Child
+            futures made by `then` inherit them. If None, the value is searched for
+            tensors of the accelerator when the future is completed, and streams are
+            synchronised all the same.
 
     Example:
         >>> import asyncio, threading
@@ -85,12 +91,13 @@ class Future(torch.futures.Future[T]):
         42
     """
 
-    __slots__ = ("_devices", "_error", "_open", "_traceback", "_value", "_waiters")
+    __slots__ = ("_devices", "_error", "_open", "_order", "_traceback", "_value", "_waiters")
 
     _open: None
     _value: T
     _error: BaseException | None
     _traceback: TracebackType | None
+    _order: torch._C.Future[Any] | None
     _waiters: dict[Any, _loops.Waker | None] | None
     _devices: tuple[torch.device, ...]
 
@@ -129,6 +136,9 @@ class Future(torch.futures.Future[T]):
         # emptied at every turn of the GIL, and each further call shows.
         failure: Any = result
         failed = type(result) is _Failure
+        order = None
+        if not failed and not self._devices and type(result) not in HOST_ONLY:
+            order = stream_order(result)
         try:
             del self._open
         except AttributeError:
@@ -141,6 +151,7 @@ class Future(torch.futures.Future[T]):
             self._traceback, self._error = failure.traceback, failure.error
         else:
             self._value, self._error = result, None
+        self._order = order
         if self._devices:
             try:
                 self._complete_on_devices(failure)
@@ -296,8 +307,7 @@ class Future(torch.futures.Future[T]):
             check_timeout(timeout)
         if self._waiters is not None:
             self._block(timeout)
-        if self._devices and self._error is None:
-            _Cpp.wait(self)
+        self._order_streams()
         try:
             return self._read()
         finally:
@@ -320,6 +330,14 @@ class Future(torch.futures.Future[T]):
             waiters.pop(waiter, None)
         if self._waiters is not None:
             raise TimeoutError(f"{self!r} was not done within {timeout} s; it stays pending")
+
+    def _order_streams(self) -> None:
+        """Orders the current streams after the kernels that fill the value."""
+        if self._devices:
+            if self._error is None:
+                _Cpp.wait(self)
+        elif self._order is not None:
+            _Cpp.wait(self._order)
 
     def _read(self) -> T:
         error = self._error
@@ -348,6 +366,7 @@ class Future(torch.futures.Future[T]):
                 raise
         else:
             yield from loop.checkpoint()
+        self._order_streams()
         try:
             return self._read()
         finally:
@@ -389,6 +408,7 @@ class Future(torch.futures.Future[T]):
             return
         error = self._error
         if error is None:
+            self._order_streams()
             target.set_result(self._value)
         elif isinstance(error, asyncio.CancelledError):
             target.cancel(*error.args[:1])
@@ -489,9 +509,12 @@ class Future(torch.futures.Future[T]):
         waiters = self._waiters
         return waiters is not None and waiters.pop(callback, _GONE) is not _GONE
 
+    def _needs_streams(self) -> bool:
+        return self._order is not None or bool(self._devices)
+
     def _run_on_streams(self, function: Callable[[], object]) -> None:
-        # The future is done, so C++ calls it before this returns.
-        _Cpp.add_done_callback(self, lambda _: function())
+        # What orders them is done, so C++ calls it before this returns.
+        _Cpp.add_done_callback(self._order or self, lambda _: function())
 
     # --------------------------------------------------------------------- the rest
 
