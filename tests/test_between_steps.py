@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import anyio
 import pytest
+import trio
 
 from torchfut_aio import Future, as_completed, gather
 
@@ -80,3 +81,19 @@ def test_an_arrival_while_the_iterator_goes_to_sleep_is_not_missed():
 
     completed._arrivals.bells = Racing()
     assert next(completed) is fut
+
+
+def test_a_task_of_trio_that_is_interrupted_on_its_way_to_sleep_wakes_up(monkeypatch):
+    fut = Future()
+    real = trio.lowlevel.wait_task_rescheduled
+
+    def wait_task_rescheduled(abort):
+        fut.set_result("in between")  # as a signal handler or a finaliser might, here
+        return real(abort)
+
+    async def main():
+        monkeypatch.setattr(trio.lowlevel, "wait_task_rescheduled", wait_task_rescheduled)
+        with trio.fail_after(PATIENCE):
+            return await fut
+
+    assert trio.run(main) == "in between"

@@ -106,6 +106,19 @@ def test_a_callback_may_wait_for_a_future_that_it_makes_complete():
     assert deeper(60) == 61
 
 
+def test_a_callback_on_a_done_future_runs_inline_however_deep_in_other_callbacks():
+    inline = []
+
+    def deeper(n):
+        fut = Future()
+        fut.add_done_callback(lambda f: deeper(n - 1) if n else None)
+        fut.set_result(None)
+        inline.append(fut.then(lambda f: "ran").done())
+
+    deeper(40)
+    assert inline and all(inline)
+
+
 @pytest.mark.parametrize("method", ["add_done_callback", "then"])
 @pytest.mark.parametrize("callback", [None, 5])
 def test_what_is_not_callable_is_refused(method, callback):

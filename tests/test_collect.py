@@ -120,11 +120,12 @@ def test_errors_do_not_grow_when_they_are_gathered_again_and_again():
 
 
 def test_gather_of_a_failed_future_attaches_nothing_that_stays():
-    never = Future()
-    combined = gather([never, failed(ValueError("foo")), never])
-    with pytest.raises(ValueError, match="foo"):
-        combined.wait(timeout=0)
-    assert "callbacks=0" in repr(never)
+    for make in (lambda n, f: [n, f, n], lambda n, f: [f, n]):
+        never = Future()
+        combined = gather(make(never, failed(ValueError("foo"))))
+        with pytest.raises(ValueError, match="foo"):
+            combined.wait(timeout=0)
+        assert "callbacks=0" in repr(never)
 
 
 def test_wait_all_gives_the_values():
