@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from torchfut_aio import Future, NotAFutureError, as_future
+from torchfut_aio import Future, NotAFutureError, as_completed, as_future, gather
 
 from .loops import on_asyncio, on_every_loop
 from .threads import PATIENCE, alongside, running
@@ -240,6 +240,26 @@ def test_other_libraries_register_their_own_sources(registered):
     assert as_future(handle).wait() is as_future(handle, devices=[]).wait() is handle
     with pytest.raises(TypeError, match=r"test_adopt\.Handle"):
         as_future(5)
+
+
+def test_what_is_registered_must_return_ours():
+    class Careless:
+        pass
+
+    as_future.register(Careless, lambda source: torch.futures.Future())
+    for use in (as_future, lambda source: gather([source]), lambda source: as_completed([source])):
+        with pytest.raises(TypeError, match=r"Careless must return a torchfut_aio\.Future"):
+            use(Careless())
+
+
+def test_a_coroutine_is_refused_with_a_cure():
+    async def coroutine():
+        pass
+
+    running = coroutine()
+    with pytest.raises(TypeError, match="ensure_future"):
+        as_future(running)
+    running.close()
 
 
 def test_registering_by_annotation_works_as_with_singledispatch():

@@ -113,6 +113,14 @@ async def test_as_asyncio_serves_asyncio_wait():
 
 
 @on_asyncio
+async def test_asyncio_wait_refuses_what_it_would_hang_on():
+    fut = Future()
+    with pytest.raises(TypeError, match=r"fut\.as_asyncio\(\)"):
+        await asyncio.wait([fut])
+    assert "callbacks=0" in repr(fut)
+
+
+@on_asyncio
 async def test_as_asyncio_of_a_done_future_is_done():
     fut, failed, cancelled, stopped = Future(), Future(), Future(), Future()
     fut.set_result(5)

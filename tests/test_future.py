@@ -10,6 +10,7 @@ import threading
 import time
 import traceback
 import warnings
+from fractions import Fraction
 
 import pytest
 import torch
@@ -33,6 +34,12 @@ def test_the_constructor_takes_keywords_only():
 def test_a_device_that_this_build_lacks_is_refused_when_the_future_is_made():
     with pytest.raises((RuntimeError, ValueError)):
         Future(devices=["no-such-device:0"])
+
+
+@pytest.mark.parametrize("devices", ["cpu:0", 0, torch.device("cpu")])
+def test_one_device_that_is_no_list_is_refused_with_a_cure(devices):
+    with pytest.raises(TypeError, match=r"devices must be a list of devices, such as \["):
+        Future(devices=devices)
 
 
 # ------------------------------------------------------------------ done, value, wait
@@ -213,7 +220,9 @@ def test_an_exception_as_a_result_is_a_result():
 # ----------------------------------------------------------------- timeouts and signals
 
 
-@pytest.mark.parametrize("timeout", [0, -1, 0.01, -float("inf")])
+@pytest.mark.parametrize(
+    "timeout", [0, -1, 0.01, -float("inf"), Fraction(1, 100), True - 1, -(10**400)]
+)
 def test_a_wait_that_times_out_leaves_the_future_as_it_was(timeout):
     fut = Future()
     with pytest.raises(TimeoutError, match=r"within .* s; it stays pending"):
@@ -232,7 +241,7 @@ def test_a_wait_with_a_timeout_returns_as_soon_as_the_future_is_done():
     assert got == [5]
 
 
-@pytest.mark.parametrize("timeout", [float("inf"), 1e300])
+@pytest.mark.parametrize("timeout", [float("inf"), 1e300, 10**400])
 def test_a_timeout_beyond_the_platforms_waits_as_for_ever(timeout):
     fut = Future()
     got = []

@@ -1,9 +1,14 @@
 """Futures of PyTorch that can be awaited.
 
-The path of a completion: ``_future.py`` (a setter claims the future, the C++ future is
-completed, everybody in the list of waiters is served), ``_callbacks.py`` (callbacks
-run), ``_loops/`` (a waiting task is resumed by its loop, a thread by its lock).
-``_collect.py`` combines futures, ``_adopt.py`` turns other kinds of future into ours.
+`Future` is a ``torch.futures.Future`` for ``await`` on asyncio, uvloop and trio.
+`as_future` makes one of another kind of future; `gather`, `collect_all`, `wait_all` and
+`as_completed` take many.
+
+To read the package, follow a completion: ``_future.py`` (a setter claims the future, all
+who wait are served, the C++ future is completed), ``_callbacks.py`` (callbacks run),
+``_loops/`` (a waiting task is resumed by its loop, a thread by its lock). Beside these,
+``_collect.py`` combines futures, ``_adopt.py`` adopts other kinds, ``_streams.py`` orders
+streams after the kernels that fill a value, ``_errors.py`` dresses errors.
 """
 
 from ._adopt import as_future

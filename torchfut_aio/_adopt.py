@@ -11,7 +11,7 @@ import concurrent.futures
 import functools
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol, TypeVar, overload
+from typing import Any, TypeVar, overload
 
 import torch
 
@@ -26,37 +26,13 @@ _Adapter = Callable[..., Future[Any]]
 _A = TypeVar("_A", bound=_Adapter)
 
 
-class _AsFuture(Protocol):
-    """`as_future`, as a type checker sees it."""
-
-    @overload
-    def __call__(
-        self, source: torch.futures.Future[T], *, devices: _Devices = None
-    ) -> Future[T]: ...
-    @overload
-    def __call__(self, source: asyncio.Future[T], *, devices: _Devices = None) -> Future[T]: ...
-    @overload
-    def __call__(
-        self, source: concurrent.futures.Future[T], *, devices: _Devices = None
-    ) -> Future[T]: ...
-    @overload
-    def __call__(self, source: object, *, devices: _Devices = None) -> Future[Any]: ...
-
-    @overload
-    def register(self, cls: type[Any], func: None = None) -> Callable[[_A], _A]: ...
-    @overload
-    def register(self, cls: type[Any], func: _A) -> _A: ...
-    @overload
-    def register(self, cls: _A, func: None = None) -> _A: ...
-
-
-def _as_future(source: object, *, devices: _Devices = None) -> Future[Any]:
+class _AsFuture:
     """Returns a `Future` that completes as ``source`` does.
 
     The error of a source arrives as it is, and its cancellation as its own
-    CancelledError. Asked again for a source that is still pending, it returns the
-    future that it made before, so that what times out and asks anew leaves nothing
-    behind with the source.
+    CancelledError: that of ``concurrent.futures`` is not asyncio's. Asked again for a
+    source that is still pending, it returns the future that it made before, so that
+    what times out and asks anew leaves nothing behind with the source.
 
     Other libraries add theirs as with ``functools.singledispatch``: see the example.
 
@@ -70,6 +46,7 @@ def _as_future(source: object, *, devices: _Devices = None) -> Future[Any]:
 
     Raises:
         NotAFutureError: ``source`` is none of these; a TypeError.
+        TypeError: What was registered for it does not return a `Future`.
         RuntimeError: ``source`` is a pending asyncio future of a loop that has closed.
 
     Example:
@@ -89,24 +66,67 @@ def _as_future(source: object, *, devices: _Devices = None) -> Future[Any]:
         >>> torchfut_aio.as_future(Ticket()).wait()
         'ready'
     """
+
+    @overload
+    def __call__(
+        self, source: torch.futures.Future[T], *, devices: _Devices = None
+    ) -> Future[T]: ...
+    @overload
+    def __call__(self, source: asyncio.Future[T], *, devices: _Devices = None) -> Future[T]: ...
+    @overload
+    def __call__(
+        self, source: concurrent.futures.Future[T], *, devices: _Devices = None
+    ) -> Future[T]: ...
+    @overload
+    def __call__(self, source: object, *, devices: _Devices = None) -> Future[Any]: ...
+
+    def __call__(self, source: object, *, devices: _Devices = None) -> Future[Any]:
+        adapter = _adapters.dispatch(type(source))
+        future: object = adapter(source) if devices is None else adapter(source, devices=devices)
+        if not isinstance(future, Future):
+            raise TypeError(
+                f"what is registered with as_future for {type(source).__qualname__} must "
+                f"return a torchfut_aio.Future, and returned {future!r}"
+            )
+        return future
+
+    @overload
+    def register(self, cls: type[Any], func: None = None) -> Callable[[_A], _A]: ...
+    @overload
+    def register(self, cls: type[Any], func: _A) -> _A: ...
+    @overload
+    def register(self, cls: _A, func: None = None) -> _A: ...
+
+    def register(self, cls: Any, func: Any = None) -> Any:
+        """Registers what adopts instances of a type, as ``functools.singledispatch`` does.
+
+        Use it as a decorator, ``@as_future.register(Type)``, or call it with the
+        function. That takes the source and, by keyword, the ``devices`` that
+        `as_future` was given, if it was, and returns a `Future`.
+        """
+        return _adapters.register(cls, func)
+
+
+@functools.singledispatch
+def _adapters(source: object, *, devices: _Devices = None) -> Future[Any]:
     if asyncio.isfuture(source):  # written in Python, or of another loop
         return _from_asyncio(source, devices=devices)
+    problem, cure = f"{source!r} of type {type(source).__qualname__} is not a future", ""
     if source is None:
         problem = "Future can't be None"
-    else:
-        problem = f"{source!r} of type {type(source).__qualname__} is not a future"
+    elif asyncio.iscoroutine(source):
+        cure = " A coroutine must run first: pass asyncio.ensure_future(coroutine)."
     registered = "".join(
-        f", {kind.__module__}.{kind.__qualname__}" for kind in _dispatch.registry.keys() - _OWN
+        f", {kind.__module__}.{kind.__qualname__}" for kind in _adapters.registry.keys() - _OWN
     )
     raise NotAFutureError(
         f"{problem}; as_future() accepts torchfut_aio.Future, torch.futures.Future, "
         "torch.distributed.Work, concurrent.futures.Future, asyncio.Future, asyncio.Task"
-        f"{registered}, and what is added with as_future.register()"
+        f"{registered}, and what is added with as_future.register().{cure}"
     )
 
 
-_dispatch = functools.singledispatch(_as_future)
-as_future: _AsFuture = _dispatch  # type: ignore[assignment]
+as_future = _AsFuture()
 
 # What has been made of sources that may still be pending, so as to make it once. A
 # source holds its future through the callback that it was given, not the other way.
@@ -134,24 +154,24 @@ def _once(
     return adapter
 
 
-@_dispatch.register(Future)
+@_adapters.register(Future)
 def _from_ours(source: Future[T], *, devices: _Devices = None) -> Future[T]:
     return source if devices is None else _from_torch(source, devices=devices)
 
 
-@_dispatch.register(torch._C.Future)
+@_adapters.register(torch._C.Future)
 @_once
 def _from_torch(source: torch._C.Future[Any], future: Future[Any]) -> None:
     source.add_done_callback(lambda source: _copy(source.value, future))
 
 
-@_dispatch.register(concurrent.futures.Future)
+@_adapters.register(concurrent.futures.Future)
 @_once
 def _from_concurrent(source: concurrent.futures.Future[Any], future: Future[Any]) -> None:
     source.add_done_callback(lambda source: _copy(source.result, future))
 
 
-@_dispatch.register(asyncio.Future)
+@_adapters.register(asyncio.Future)
 @_once
 def _from_asyncio(source: asyncio.Future[Any], future: Future[Any]) -> None:
     def copy(source: asyncio.Future[Any]) -> None:
@@ -188,10 +208,10 @@ def _copy(read: Callable[[], Any], future: Future[Any]) -> None:
 
 if torch.distributed.is_available():
 
-    @_dispatch.register(torch.distributed.Work)
+    @_adapters.register(torch.distributed.Work)
     @_once
     def _from_work(source: torch.distributed.Work, future: Future[Any]) -> None:
         source.get_future().add_done_callback(lambda done: _copy(done.value, future))
 
 
-_OWN = frozenset(_dispatch.registry)
+_OWN = frozenset(_adapters.registry)

@@ -4,21 +4,38 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Iterable
 
-__all__ = ["check_callable", "check_timeout"]
+import torch
+
+__all__ = ["callback_checked", "devices_checked", "timeout_checked"]
 
 
-def check_callable(callback: object) -> None:
-    """Raises TypeError unless ``callback`` can be called."""
+def callback_checked(callback: object) -> None:
+    """Raises TypeError unless ``callback`` can be called when a future completes."""
     if not callable(callback):
         raise TypeError(
             f"the callback must be callable with the future as its argument, "
             f"not {callback!r} of type {type(callback).__qualname__}"
         )
+    if getattr(callback, "__module__", None) == "asyncio.tasks":
+        # asyncio.wait() asks nothing of what it is given but this method, and its own
+        # callback is not to be called in another thread: its loop would sleep on.
+        raise TypeError(
+            "asyncio.wait() takes futures of asyncio only: pass fut.as_asyncio(), "
+            "or asyncio.ensure_future(fut)"
+        )
 
 
-def check_timeout(timeout: float) -> None:
-    """Raises TypeError or ValueError unless ``timeout`` is a number of seconds."""
+def devices_checked(devices: Iterable[int | str | torch.device]) -> tuple[torch.device, ...]:
+    """Returns the devices; TypeError unless they are a list of such."""
+    if isinstance(devices, (str, int, torch.device)):
+        raise TypeError(f"devices must be a list of devices, such as [{devices!r}]")
+    return tuple(torch.device(device) for device in devices)
+
+
+def timeout_checked(timeout: float) -> float:
+    """Returns ``timeout`` as a float, 0 if negative; TypeError or ValueError if it is none."""
     if not isinstance(timeout, numbers.Real):
         raise TypeError(
             f"timeout must be a number of seconds or None, not {timeout!r} "
@@ -26,3 +43,7 @@ def check_timeout(timeout: float) -> None:
         )
     if math.isnan(timeout):
         raise ValueError("timeout must be a number of seconds or None, not NaN")
+    try:
+        return max(float(timeout), 0.0)
+    except OverflowError:
+        return math.inf if timeout > 0 else 0.0

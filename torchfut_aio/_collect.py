@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import torch
 
@@ -22,7 +22,11 @@ __all__ = ["as_completed", "collect_all", "gather", "wait_all"]
 T = TypeVar("T")
 
 
-def collect_all(futures: Iterable[torch.futures.Future[T]]) -> Future[list[Future[T]]]:
+@overload
+def collect_all(futures: Iterable[torch.futures.Future[T]]) -> Future[list[Future[T]]]: ...
+@overload
+def collect_all(futures: Iterable[Any]) -> Future[list[Any]]: ...
+def collect_all(futures: Iterable[Any]) -> Future[list[Any]]:
     """Returns a future that completes when all of ``futures`` have.
 
     Args:
@@ -31,7 +35,8 @@ def collect_all(futures: Iterable[torch.futures.Future[T]]) -> Future[list[Futur
 
     Returns:
         A future of the list of the very objects passed in. If some failed, it fails
-        with the error of the first of these in the list, once all are done.
+        with the error of the first of these in the list, once all are done. A caller
+        who loses interest in it leaves it attached to those that are still pending.
 
     Raises:
         NotAFutureError: One of them is None, or cannot be adopted.
@@ -54,7 +59,11 @@ def collect_all(futures: Iterable[torch.futures.Future[T]]) -> Future[list[Futur
     return _Collector(_adopted(given), result).start()
 
 
-def gather(futures: Iterable[torch.futures.Future[T]]) -> Future[list[T]]:
+@overload
+def gather(futures: Iterable[torch.futures.Future[T]]) -> Future[list[T]]: ...
+@overload
+def gather(futures: Iterable[Any]) -> Future[list[Any]]: ...
+def gather(futures: Iterable[Any]) -> Future[list[Any]]:
     """Returns a future of the values of ``futures``, which fails as soon as one fails.
 
     Args:
@@ -80,7 +89,11 @@ def gather(futures: Iterable[torch.futures.Future[T]]) -> Future[list[T]]:
     return _Gatherer(_adopted(_listed(futures)), _values).start()
 
 
-def wait_all(futures: Iterable[torch.futures.Future[T]]) -> list[T]:
+@overload
+def wait_all(futures: Iterable[torch.futures.Future[T]]) -> list[T]: ...
+@overload
+def wait_all(futures: Iterable[Any]) -> list[Any]: ...
+def wait_all(futures: Iterable[Any]) -> list[Any]:
     """Blocks until all of ``futures`` are done, or one has failed.
 
     Args:
@@ -102,14 +115,18 @@ def wait_all(futures: Iterable[torch.futures.Future[T]]) -> list[T]:
     """
     gatherer = _Gatherer(_adopted(_listed(futures)), _values)
     try:
-        values: list[T] = gatherer.start().wait()
+        values: list[Any] = gatherer.start().wait()
         return values
     except BaseException:
         gatherer.withdraw()
         raise
 
 
-def as_completed(futures: Iterable[torch.futures.Future[T]]) -> _AsCompleted[T]:
+@overload
+def as_completed(futures: Iterable[torch.futures.Future[T]]) -> _AsCompleted[T]: ...
+@overload
+def as_completed(futures: Iterable[Any]) -> _AsCompleted[Any]: ...
+def as_completed(futures: Iterable[Any]) -> _AsCompleted[Any]:
     """Iterates over ``futures`` in the order in which they complete.
 
     Use it with ``async for`` on an event loop, with ``for`` in a thread. It may be
@@ -120,8 +137,9 @@ def as_completed(futures: Iterable[torch.futures.Future[T]]) -> _AsCompleted[T]:
         futures: As for `collect_all`. A future that is named twice is yielded once.
 
     Returns:
-        An iterator of futures of this package that are done: those passed in, and for
-        those of another kind what `as_future` makes of them.
+        An iterator, for ``for`` and ``async for``, of futures of this package that are
+        done: those passed in, and for those of another kind what `as_future` makes of
+        them. To know which is which, pass what you got from `as_future` yourself.
 
     Raises:
         NotAFutureError: One of them is None, or cannot be adopted.

@@ -63,8 +63,8 @@ def warn_that_wait_blocks_a_loop() -> None:
     while frame.f_back is not None and _package_of(frame) == package:
         level, frame = level + 1, frame.f_back
     warnings.warn(
-        "wait() on a pending future blocks the event loop that this thread runs; "
-        "await the future instead",
+        "waiting for a pending future blocks the event loop that this thread runs; "
+        "await the future instead (wait_all: await gather(); for: async for)",
         BlockingWaitWarning,
         stacklevel=level,
     )

@@ -38,7 +38,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 
 from . import _callbacks, _loops
-from ._arguments import check_callable, check_timeout
+from ._arguments import callback_checked, devices_checked, timeout_checked
 from ._callbacks import Callback, Continuation
 from ._errors import (
     InvalidStateError,
@@ -76,7 +76,7 @@ class Future(torch.futures.Future[T]):
 
     Args:
         devices: The devices on which tensors in the value may reside, as
-            ``torch.device``, string or index; a value on any other is an error. Child
+            ``torch.device`` with an index, string or index; a value on any other is an error. Child
             futures made by `then` inherit them. If None, the value is searched for
             tensors of the accelerator when the future is completed, and streams are
             synchronised all the same.
@@ -102,7 +102,8 @@ class Future(torch.futures.Future[T]):
     _devices: tuple[torch.device, ...]
 
     def __init__(self, *, devices: Iterable[int | str | torch.device] | None = None) -> None:
-        self._devices = () if devices is None else tuple(torch.device(d) for d in devices)
+        """Makes a pending future."""
+        self._devices = () if devices is None else devices_checked(devices)
         # torch.futures.Future.__init__ would only convert the devices once more.
         _Cpp.__init__(self, self._devices)  # type: ignore[arg-type]
         self._waiters = {}
@@ -198,7 +199,8 @@ class Future(torch.futures.Future[T]):
     def set_exception(self, result: BaseException) -> None:  # type: ignore[override]
         """Marks the future completed with an error, wakes all who wait, runs callbacks.
 
-        `wait`, `value` and ``await`` raise this very exception.
+        `wait`, `value` and ``await`` raise this very exception. (All but StopIteration:
+        Python turns that into a RuntimeError where it leaves a coroutine.)
 
         Args:
             result: The exception, an instance of any ``BaseException``.
@@ -297,6 +299,7 @@ class Future(torch.futures.Future[T]):
 
         Raises:
             TimeoutError: The future was not done in time. It stays pending.
+            TypeError, ValueError: ``timeout`` is not a number, or is NaN.
             BaseException: The error that the future was completed with.
 
         Warns:
@@ -304,7 +307,7 @@ class Future(torch.futures.Future[T]):
                 loop, which stands still meanwhile.
         """
         if timeout is not None:
-            check_timeout(timeout)
+            timeout = timeout_checked(timeout)
         if self._waiters is not None:
             self._block(timeout)
         self._order_streams()
@@ -329,7 +332,7 @@ class Future(torch.futures.Future[T]):
         finally:
             waiters.pop(waiter, None)
         if self._waiters is not None:
-            raise TimeoutError(f"{self!r} was not done within {timeout} s; it stays pending")
+            raise TimeoutError(f"{self!r} was not done within {timeout:g} s; it stays pending")
 
     def _order_streams(self) -> None:
         """Orders the current streams after the kernels that fill the value."""
@@ -353,6 +356,7 @@ class Future(torch.futures.Future[T]):
     # -------------------------------------------------------------------- awaiting
 
     def __await__(self) -> Generator[Any, Any, T]:
+        """Suspends the current task until the future is done, and gives its value."""
         loop = _loops.current()
         waiters = self._waiters
         if waiters is not None:
@@ -376,7 +380,7 @@ class Future(torch.futures.Future[T]):
         """Returns an ``asyncio.Future`` of the running loop that completes as this one.
 
         For what insists on one, such as ``asyncio.wait``. Cancelling it leaves this
-        future as it was, and nothing behind.
+        future as it was, and nothing behind; so cancel it when you lose interest.
 
         Raises:
             RuntimeError: No asyncio loop runs in this thread.
@@ -392,6 +396,11 @@ class Future(torch.futures.Future[T]):
             5
         """
         loop = _loops.current_asyncio()
+        if loop is None:
+            raise RuntimeError(
+                "as_asyncio() makes a future of the running asyncio loop, and none runs in "
+                "this thread; await the future itself on trio, use wait() in a script"
+            )
         target: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         waiters = self._waiters
         if waiters is not None:
@@ -444,7 +453,7 @@ class Future(torch.futures.Future[T]):
             >>> fut.set_result(5)
             5
         """
-        check_callable(callback)
+        callback_checked(callback)
         self._add(Callback(callback))
 
     def then(self, callback: Callable[[Future[T]], S]) -> Future[S]:
@@ -472,7 +481,7 @@ class Future(torch.futures.Future[T]):
             >>> child.wait()
             6
         """
-        check_callable(callback)
+        callback_checked(callback)
         # A class with a constructor of its own may need what only its users know.
         kind = type(self) if type(self).__init__ is Future.__init__ else Future
         child: Future[Any] = kind(devices=self._devices)

@@ -60,22 +60,19 @@ def current() -> Loop:
         from . import _trio
 
         return _trio.current()
-    return current_asyncio()
-
-
-def current_asyncio() -> _asyncio.AsyncioLoop:
-    """Returns the asyncio or uvloop loop that runs in this thread.
-
-    Raises:
-        RuntimeError: None does.
-    """
-    loop = asyncio._get_running_loop()
+    loop = current_asyncio()
     if loop is None:
         raise RuntimeError(
             "no asyncio, uvloop or trio event loop runs here to await a torchfut_aio "
             "future on; use wait() in code that is not asynchronous"
         )
-    return _asyncio.current(loop)
+    return loop
+
+
+def current_asyncio() -> _asyncio.AsyncioLoop | None:
+    """Returns the asyncio or uvloop loop that runs in this thread, if one does."""
+    loop = asyncio._get_running_loop()
+    return None if loop is None else _asyncio.current(loop)
 
 
 def loop_in_this_thread() -> bool:

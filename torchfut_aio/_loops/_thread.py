@@ -29,7 +29,7 @@ class Threads:
         if timeout is None:
             waiter.acquire()
         else:
-            waiter.acquire(timeout=min(max(timeout, 0.0), threading.TIMEOUT_MAX))
+            waiter.acquire(timeout=min(timeout, threading.TIMEOUT_MAX))
 
     def wake(self, waiter: threading.Lock) -> None:
         if waiter.locked():  # not when it is woken once more
