@@ -41,9 +41,10 @@ def timeout_checked(timeout: float) -> float:
             f"timeout must be a number of seconds or None, not {timeout!r} "
             f"of type {type(timeout).__qualname__}"
         )
-    if math.isnan(timeout):
-        raise ValueError("timeout must be a number of seconds or None, not NaN")
     try:
-        return max(float(timeout), 0.0)
+        seconds = float(timeout)
     except OverflowError:
-        return math.inf if timeout > 0 else 0.0
+        seconds = math.inf if timeout > 0 else 0.0
+    if math.isnan(seconds):
+        raise ValueError("timeout must be a number of seconds or None, not NaN")
+    return max(seconds, 0.0)
