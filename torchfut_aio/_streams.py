@@ -39,7 +39,7 @@ def stream_order(value: object) -> torch._C.Future[Any] | None:
     tensors = [t for t in _tensors(value) if t.device.type == accelerator.type]
     if not tensors:
         return None
-    order = torch._C.Future[Any](list({tensor.device for tensor in tensors}))
+    order: torch._C.Future[Any] = torch._C.Future(list({tensor.device for tensor in tensors}))
     order.set_result(tensors)
     return order
 
