@@ -150,12 +150,13 @@ def _run_deferred(here: _Here) -> BaseException | None:
 
 def _run_next(future: Future[Any], due: Due) -> BaseException | None:
     """Runs one callback; returns what must still reach the caller of ``set_result``."""
-    if not future._needs_streams():
+    order = future._order
+    if order is None:
         return _guarded(future, due)
-    # The C++ future runs it on dedicated streams, ordered after the value's kernels.
-    # An exception cannot cross C++ as itself, so it is carried around.
+    # C++ runs it, at once, on dedicated streams that are ordered after the kernels. An
+    # exception cannot cross C++ as itself, so it is carried around.
     outcome: list[BaseException | None] = []
-    future._run_on_streams(lambda: outcome.append(_guarded(future, due)))
+    order.add_done_callback(lambda _: outcome.append(_guarded(future, due)))
     return outcome.pop() if outcome else None
 
 

@@ -20,9 +20,8 @@ on, or what stands for a task on its loop) maps to its `Waker`. A callback maps 
 and is run by the setter, after all waiters have been woken.
 
 Underneath is the C++ future that consumers in PyTorch's own C++ see. The setter that
-has claimed the future completes it, once. For a future with devices it owns the events
-that order streams after the value's kernels; for one without, ``_order`` does, if the
-value turns out to hold tensors of an accelerator.
+has claimed the future completes it, once. ``_order`` is what orders streams after the
+kernels that fill the value, if it has any: see ``_streams.py``.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ from ._errors import (
     warn_that_wait_blocks_a_loop,
 )
 from ._repr import short
-from ._streams import HOST_ONLY, stream_order
+from ._streams import HOST_ONLY, declared_order, found_order
 
 __all__ = ["Future"]
 
@@ -137,9 +136,12 @@ class Future(torch.futures.Future[T]):
         # emptied at every turn of the GIL, and each further call shows.
         failure: Any = result
         failed = type(result) is _Failure
-        order = None
-        if not failed and not self._devices and type(result) not in HOST_ONLY:
-            order = stream_order(result)
+        order: torch._C.Future[Any] | None = None
+        refused: BaseException | None = None
+        if self._devices:
+            order, refused = declared_order(self._devices, None if failed else result)
+        elif not failed and type(result) not in HOST_ONLY:
+            order = found_order(result)
         try:
             del self._open
         except AttributeError:
@@ -150,15 +152,11 @@ class Future(torch.futures.Future[T]):
         interrupt: BaseException | None = None
         if failed:
             self._traceback, self._error = failure.traceback, failure.error
+        elif refused is not None:
+            self._traceback, self._error = None, refused
         else:
             self._value, self._error = result, None
         self._order = order
-        if self._devices:
-            try:
-                self._complete_on_devices(failure)
-            except BaseException as error:
-                interrupt = error
-                self._complete_on_devices(failure)
         waiters: Any = self._waiters
         self._waiters = None
         due: _callbacks.Due | None = None
@@ -182,8 +180,7 @@ class Future(torch.futures.Future[T]):
         # After the waiters are awake: callbacks of C++ consumers run in here, with the
         # GIL released around them. They may read this future, and take long.
         try:
-            if not self._devices:
-                _complete_in_cpp(self, failure) if failed else _Cpp.set_result(self, result)
+            _complete_in_cpp(self, failure) if failed else _Cpp.set_result(self, result)
         except BaseException as error:
             interrupt = error
             if not _Cpp.done(self):
@@ -224,19 +221,6 @@ class Future(torch.futures.Future[T]):
             )
         failure: Any = _Failure(self, result)
         Future.set_result(self, failure)
-
-    def _complete_on_devices(self, result: Any) -> None:
-        # Before it is done: the events must be recorded before anybody may synchronise
-        # with them, and only C++ knows if the value is on the declared devices. It fails
-        # if not. Ctrl-C may have cut a first attempt short.
-        if not _Cpp.done(self):
-            _complete_in_cpp(self, result)
-        if self._error is None:
-            try:
-                _Cpp.value(self)
-            except Exception as error:
-                self._traceback = None
-                self._error = error
 
     # --------------------------------------------------------------------- reading
 
@@ -336,11 +320,8 @@ class Future(torch.futures.Future[T]):
 
     def _order_streams(self) -> None:
         """Orders the current streams after the kernels that fill the value."""
-        if self._devices:
-            if self._error is None:
-                _Cpp.wait(self)
-        elif self._order is not None:
-            _Cpp.wait(self._order)
+        if self._order is not None and self._error is None:
+            self._order.wait()
 
     def _read(self) -> T:
         error = self._error
@@ -517,13 +498,6 @@ class Future(torch.futures.Future[T]):
         """Takes ``callback`` back; False if it has been run or is about to be."""
         waiters = self._waiters
         return waiters is not None and waiters.pop(callback, _GONE) is not _GONE
-
-    def _needs_streams(self) -> bool:
-        return self._order is not None or bool(self._devices)
-
-    def _run_on_streams(self, function: Callable[[], object]) -> None:
-        # What orders them is done, so C++ calls it before this returns.
-        _Cpp.add_done_callback(self._order or self, lambda _: function())
 
     # --------------------------------------------------------------------- the rest
 

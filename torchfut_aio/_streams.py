@@ -1,36 +1,48 @@
-"""Ordering streams after the kernels that fill a value, when nobody declared its devices.
+"""Ordering streams after the kernels that fill a value.
 
-A ``torch.futures.Future`` that was made without ``devices`` hands out tensors of an
-accelerator with no synchronisation at all. Ours looks for such tensors when it is
-completed, and if there are any keeps a *stream order*: a C++ future of these tensors
-alone, with their devices, whose events are recorded there and then. Waiting for it
-orders the current streams after the kernels; a callback of it runs on dedicated streams.
+A future hands out tensors of an accelerator while kernels still write to them. What makes
+that safe is its *stream order*: a C++ future with the devices of these tensors, completed
+while the streams are current on which the kernels were enqueued, so that it records
+events there. Waiting for it orders the current streams after the kernels; a callback of
+it runs on dedicated streams. It is complete before anybody can see that the future is.
 
-A process that uses no accelerator pays a look at the type of the result.
+For devices that were declared it holds the value, and C++ looks for the tensors. A
+``torch.futures.Future`` made without ``devices`` hands them out with no synchronisation
+at all; for ours, `found_order` looks for them. A process that uses no accelerator pays a
+glance at the type of the result.
 """
 
 from __future__ import annotations
 
 import types
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
 import torch
 
-__all__ = ["HOST_ONLY", "stream_order"]
+__all__ = ["HOST_ONLY", "declared_order", "found_order"]
 
 # Types whose instances hold no tensor: most results, told by a glance.
 HOST_ONLY = frozenset({type(None), bool, int, float, complex, str, bytes})
 
 
-def stream_order(value: object) -> torch._C.Future[Any] | None:
-    """Returns what orders streams after the kernels that fill ``value``, enqueued so far.
+def declared_order(
+    devices: Iterable[torch.device], value: object
+) -> tuple[torch._C.Future[Any], Exception | None]:
+    """Returns the stream order of a value on ``devices``; and the error, if it is on others."""
+    order: torch._C.Future[Any] = torch._C.Future(list(devices))
+    order.set_result(value)
+    try:
+        order.value()
+    except Exception as error:
+        return order, error.with_traceback(None)
+    return order, None
 
-    The streams that are current now are those on which they are expected, as
-    documented for ``set_result``. None if ``value`` holds no tensor on an accelerator.
-    """
+
+def found_order(value: object) -> torch._C.Future[Any] | None:
+    """Returns the stream order of a value, or None if it holds nothing on an accelerator."""
     if isinstance(value, torch.Tensor) and value.is_cpu:
         return None
     accelerator = torch.accelerator.current_accelerator()
@@ -39,8 +51,9 @@ def stream_order(value: object) -> torch._C.Future[Any] | None:
     tensors = [t for t in _tensors(value) if t.device.type == accelerator.type]
     if not tensors:
         return None
-    order: torch._C.Future[Any] = torch._C.Future(list({tensor.device for tensor in tensors}))
-    order.set_result(tensors)
+    order, error = declared_order({tensor.device for tensor in tensors}, tensors)
+    if error is not None:
+        raise error
     return order
 
 
