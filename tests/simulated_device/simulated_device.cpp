@@ -1,0 +1,323 @@
+// An accelerator made of host threads, so that what is written for accelerators can be
+// tested without one: its device guard, its memory and its kernels.
+//
+// What makes it a test is that nobody waits for anybody unless the program says so, and
+// that a kernel takes as long as a test likes. Whoever reads too early sees the old value.
+//
+// Kernels own the memory they touch, never a tensor: see streams.h on the GIL.
+
+#include "streams.h"
+
+#include <ATen/ATen.h>
+#include <ATen/EmptyTensor.h>
+#include <ATen/detail/PrivateUse1HooksInterface.h>
+#include <ATen/native/CPUFallback.h>
+#include <ATen/ops/_reshape_alias_native.h>
+#include <ATen/ops/as_strided_native.h>
+#include <ATen/ops/view_native.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/library.h>
+
+#include <map>
+
+namespace simulated {
+namespace {
+
+// ------------------------------------------------------- devices, as PyTorch sees them
+
+thread_local c10::DeviceIndex current_device = 0;
+thread_local std::array<c10::StreamId, kDevices> current_streams{};
+
+c10::Stream stream_of(c10::Device device, c10::StreamId id) {
+  auto index = device.has_index() ? device.index() : current_device;
+  return c10::Stream(c10::Stream::UNSAFE, {kSim, index}, id);
+}
+
+c10::Stream current_stream(c10::Device device) {
+  return stream_of(device, current_streams.at(stream_of(device, 0).device_index()));
+}
+
+c10::StreamId next_of(int count) {
+  static std::atomic<unsigned> turn{0};
+  return turn++ % count;
+}
+
+struct Guard final : c10::impl::DeviceGuardImplInterface {
+  c10::DeviceType type() const override { return kSim; }
+  c10::DeviceIndex deviceCount() const noexcept override { return kDevices; }
+  c10::Device getDevice() const override { return {kSim, current_device}; }
+  void uncheckedSetDevice(c10::Device device) const noexcept override {
+    current_device = device.index();
+  }
+  void setDevice(c10::Device device) const override {
+    TORCH_CHECK(device.index() >= 0 && device.index() < kDevices, "there is no ", device);
+    current_device = device.index();
+  }
+  c10::Device exchangeDevice(c10::Device device) const override {
+    auto before = getDevice();
+    setDevice(device);
+    return before;
+  }
+
+  c10::Stream getStream(c10::Device device) const override { return current_stream(device); }
+  c10::Stream getDefaultStream(c10::Device device) const override { return stream_of(device, 0); }
+  c10::Stream getStreamFromGlobalPool(c10::Device device, bool) const override {
+    return stream_of(device, kFirstPooled + next_of(kPooled));
+  }
+  c10::Stream getNewStream(c10::Device device, int) const override {
+    return stream_of(device, kFirstNew + next_of(kNew));
+  }
+  c10::Stream exchangeStream(c10::Stream stream) const override {
+    auto before = getStream(stream.device());
+    current_streams.at(stream.device_index()) = stream.id();
+    return before;
+  }
+  bool queryStream(const c10::Stream& stream) const override {
+    count(counters.stream_queries);
+    Lock lock(mutex);
+    queue_of(stream).check();
+    return queue_of(stream).jobs.empty();
+  }
+  void synchronizeStream(const c10::Stream& stream) const override {
+    synchronize(simulated::record(stream));
+  }
+  void synchronizeDevice(const c10::DeviceIndex device) const override {
+    for (c10::StreamId id = 0; id < kStreams; id++)
+      synchronizeStream(stream_of({kSim, device}, id));
+  }
+
+  // An event holds the mark of its latest recording. It is created by the first one, as
+  // CUDA's are.
+  void record(void** event, const c10::Stream& stream, const c10::DeviceIndex,
+              const c10::EventFlag) const override {
+    auto mark = simulated::record(stream);
+    Lock lock(mutex);
+    if (*event == nullptr) {
+      counters.events_created++;
+      *event = new MarkPtr;
+    }
+    *static_cast<MarkPtr*>(*event) = mark;
+  }
+  static MarkPtr latest(void* event) {
+    Lock lock(mutex);
+    return *static_cast<MarkPtr*>(event);
+  }
+  void block(void* event, const c10::Stream& stream) const override {
+    simulated::block(stream, latest(event));
+  }
+  bool queryEvent(void* event) const override {
+    count(counters.event_queries);
+    return query(latest(event));
+  }
+  void synchronizeEvent(void* event) const override { synchronize(latest(event)); }
+  void destroyEvent(void* event, const c10::DeviceIndex) const noexcept override {
+    count(counters.events_destroyed);
+    delete static_cast<MarkPtr*>(event);
+  }
+
+  // Kernels own their memory, so it is never reused under them.
+  void recordDataPtrOnStream(const c10::DataPtr&, const c10::Stream&) const override {}
+};
+C10_REGISTER_GUARD_IMPL(PrivateUse1, Guard)
+
+// ---------------------------------------------------------------------------- memory
+
+using Memory = std::shared_ptr<void>;
+std::map<const char*, size_t> pinned; // where pinned memory begins, and its size
+
+void release(void* memory) { delete static_cast<Memory*>(memory); }
+
+struct Allocator final : c10::Allocator {
+  explicit Allocator(bool pin) : pin(pin) {}
+  c10::DataPtr allocate(size_t size) override {
+    auto start = static_cast<char*>(::operator new(size));
+    if (!pin)
+      return {start, new Memory(start, [](char* p) { ::operator delete(p); }), release,
+              {kSim, current_device}};
+    Lock lock(mutex);
+    pinned[start] = size;
+    return {start, new Memory(start, unpin), release, c10::kCPU};
+  }
+  static void unpin(char* start) {
+    Lock lock(mutex);
+    pinned.erase(start);
+    ::operator delete(start);
+  }
+  void copy_data(void* to, const void* from, size_t size) const override {
+    default_copy_data(to, from, size);
+  }
+  const bool pin;
+};
+REGISTER_ALLOCATOR(kSim, new Allocator(false))
+
+struct Hooks final : at::PrivateUse1HooksInterface {
+  bool isBuilt() const override { return true; }
+  bool isAvailable() const override { return true; }
+  bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
+  bool isPinnedPtr(const void* address) const override {
+    Lock lock(mutex);
+    auto after = pinned.upper_bound(static_cast<const char*>(address));
+    return after != pinned.begin() && address < std::prev(after)->first + std::prev(after)->second;
+  }
+  c10::Allocator* getPinnedMemoryAllocator() const override {
+    static Allocator allocator(true);
+    return &allocator;
+  }
+};
+
+// The same memory as a tensor of the host's, for a kernel to work on. Keeps memory that
+// was allocated here alive, and nothing else.
+at::Tensor on_host(const at::Tensor& tensor) {
+  auto& data = tensor.storage().data_ptr();
+  bool ours = data.get_deleter() == release;
+  Memory memory = ours ? *static_cast<Memory*>(data.get_context()) : nullptr;
+  return at::from_blob(tensor.data_ptr(), tensor.sizes(), tensor.strides(), [memory](void*) {},
+                       at::dtype(tensor.scalar_type()));
+}
+
+// --------------------------------------------------------------------------- kernels
+
+constexpr c10::DispatchKeySet kKeys(c10::DispatchKey::PrivateUse1);
+
+at::Tensor empty(at::IntArrayRef size, std::optional<at::ScalarType> dtype,
+                 std::optional<at::Layout>, std::optional<at::Device> device, std::optional<bool>,
+                 std::optional<at::MemoryFormat> format) {
+  c10::OptionalDeviceGuard guard(device);
+  return at::detail::empty_generic(size, c10::GetAllocator(kSim), kKeys,
+                                   c10::dtype_or_default(dtype), format);
+}
+
+at::Tensor empty_strided(at::IntArrayRef size, at::IntArrayRef stride,
+                         std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
+                         std::optional<at::Device> device, std::optional<bool>) {
+  c10::OptionalDeviceGuard guard(device);
+  return at::detail::empty_strided_generic(size, stride, c10::GetAllocator(kSim), kKeys,
+                                           c10::dtype_or_default(dtype));
+}
+
+// For results of other operations only: what was in the tensor is lost if it grows.
+const at::Tensor& resize_in_place(const at::Tensor& self, at::IntArrayRef size,
+                                  std::optional<at::MemoryFormat>) {
+  auto bytes = at::detail::computeStorageNbytesContiguous(size, self.itemsize(),
+                                                          self.storage_offset());
+  if (bytes > self.storage().nbytes()) {
+    c10::DeviceGuard guard(self.device());
+    self.storage().set_data_ptr_noswap(c10::GetAllocator(kSim)->allocate(bytes));
+    self.storage().set_nbytes(bytes);
+  }
+  self.unsafeGetTensorImpl()->set_sizes_contiguous(size);
+  return self;
+}
+
+// As CUDA does it: between devices the host never waits; from and to the host it waits
+// unless told not to, and always until memory that is not pinned may be used again.
+at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to, bool non_blocking) {
+  bool from_device = from.is_privateuseone(), to_device = to.is_privateuseone();
+  bool staged = !from_device && !from.is_pinned();
+  bool at_once = to_device ? !from_device && !non_blocking : !non_blocking || !to.is_pinned();
+  auto stream = current_stream((from_device ? from : to).device());
+  auto target_stream = current_stream((to_device ? to : from).device());
+  if (target_stream != stream)
+    block(stream, record(target_stream));
+  launch(stream, [source = staged ? from.clone() : on_host(from), target = on_host(to)] {
+    target.copy_(source);
+  });
+  if (target_stream != stream)
+    block(target_stream, record(stream));
+  if (at_once)
+    synchronize(record(stream));
+  return to;
+}
+
+at::Tensor copy_from_and_resize(const at::Tensor& from, const at::Tensor& to) {
+  return copy_from(from, resize_in_place(to, from.sizes(), std::nullopt), false);
+}
+
+void fill_after(const at::Tensor& self, const at::Scalar& value, double seconds) {
+  launch(current_stream(self.device()), [host = on_host(self), value, sleep = sleeper(seconds)] {
+    sleep();
+    host.fill_(value);
+  });
+}
+
+at::Tensor& fill(at::Tensor& self, const at::Scalar& value) {
+  fill_after(self, value, 0);
+  return self;
+}
+
+at::Tensor& zero(at::Tensor& self) {
+  fill_after(self, 0, 0);
+  return self;
+}
+
+at::Scalar item(const at::Tensor& self) {
+  synchronize(record(current_stream(self.device())));
+  return on_host(self).item();
+}
+
+// Everything else the host computes, when the current streams are done.
+void fall_back(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  for (c10::DeviceIndex device = 0; device < kDevices; device++)
+    synchronize(record(current_stream({kSim, device})));
+  at::native::cpu_fallback(op, stack);
+}
+
+TORCH_LIBRARY_IMPL(_, PrivateUse1, library) {
+  library.fallback(torch::CppFunction::makeFromBoxedFunction<&fall_back>());
+}
+
+TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
+  library.impl("empty.memory_format", empty);
+  library.impl("empty_strided", empty_strided);
+  library.impl("resize_", resize_in_place);
+  library.impl("as_strided", at::native::as_strided_tensorimpl);
+  library.impl("view", at::native::view);
+  library.impl("_reshape_alias", at::native::_reshape_alias);
+  library.impl("_copy_from", copy_from);
+  library.impl("_copy_from_and_resize", copy_from_and_resize);
+  library.impl("fill_.Scalar", fill);
+  library.impl("zero_", zero);
+  library.impl("_local_scalar_dense", item);
+}
+
+// ------------------------------------------------------------------ what tests call
+
+pybind11::dict current_counters() {
+  using namespace pybind11::literals;
+  Lock lock(mutex);
+  Counters now = counters;
+  lock.unlock(); // as making Python objects may collect garbage, events for example
+  return pybind11::dict(
+      "event_queries"_a = now.event_queries, "stream_queries"_a = now.stream_queries,
+      "events_created"_a = now.events_created, "events_destroyed"_a = now.events_destroyed,
+      "synchronizations"_a = now.synchronizations, "streams"_a = now.streams);
+}
+
+} // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
+  using Released = pybind11::call_guard<pybind11::gil_scoped_release>;
+  at::RegisterPrivateUse1HooksInterface(new Hooks);
+  module.attr("DEVICES") = kDevices;
+  module.def("counters", &current_counters);
+  module.def("reset_counters", [] {
+    Lock lock(mutex);
+    counters = {};
+  });
+  module.def("reset", &reset, Released());
+  module.def("shut_down", &shut_down, Released());
+  module.def("wake", &wake, Released());
+  module.def("sleep", [](double seconds) {
+    launch(current_stream(kSim), sleeper(seconds));
+  }, Released());
+  module.def("fail", [](std::string message) {
+    launch(current_stream(kSim), [message] { throw std::runtime_error(message); });
+  }, Released());
+  module.def("fill_after", [](const at::Tensor& tensor, double value, double seconds) {
+    fill_after(tensor, value, seconds);
+  }, Released());
+}
+
+} // namespace simulated

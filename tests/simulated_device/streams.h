@@ -1,0 +1,214 @@
+// Streams that are threads, each of which works off a queue in order, and events that are
+// marks which a job on such a queue sets. This file knows nothing of tensors.
+//
+// No stream thread ever takes the GIL, and so none may destroy what holds a Python object.
+
+#pragma once
+
+#include <c10/core/Stream.h>
+#include <c10/util/Exception.h>
+
+#include <array>
+#include <chrono>
+#include <condition_variable>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <set>
+#include <signal.h>
+#include <string>
+#include <thread>
+
+namespace simulated {
+
+constexpr auto kSim = c10::DeviceType::PrivateUse1;
+constexpr int kDevices = 2;
+// Stream 0 is the default one. Those that a program asks for and those that futures fetch
+// from the global pool are kept apart, so that a test can tell them from each other.
+constexpr int kFirstPooled = 1, kPooled = 8, kFirstNew = 9, kNew = 16, kStreams = 25;
+
+// Guards everything in this file. One lock, as there is nothing to win: kernels sleep.
+inline std::mutex mutex;
+using Lock = std::unique_lock<std::mutex>;
+
+struct Counters {
+  int64_t event_queries, stream_queries, events_created, events_destroyed, synchronizations;
+  std::set<std::pair<int64_t, int64_t>> streams; // that ran a kernel: device index, stream id
+};
+inline Counters counters{};
+
+inline void count(int64_t& counter) {
+  Lock lock(mutex);
+  counter++;
+}
+
+using Job = std::function<void()>;
+
+struct Queue {
+  std::deque<Job> jobs; // the one that runs stays at the front until it is done
+  std::condition_variable arrived;
+  std::thread thread; // started by the first job
+  std::string error; // of the first kernel that failed; those after it do not run
+
+  void check() const { TORCH_CHECK(error.empty(), error); }
+};
+
+// Never destroyed, as static objects are destroyed while threads may still run.
+inline auto& queues = *new std::array<std::array<Queue, kStreams>, kDevices>;
+
+inline Queue& queue_of(c10::Stream stream) {
+  return queues.at(stream.device_index()).at(stream.id());
+}
+
+inline bool stopping = false;
+inline int64_t wakes = 0; // how often wake() was called
+inline std::condition_variable woken;
+
+// Sleeps until the time is up, or wake() is called after this.
+inline Job sleeper(double seconds) {
+  Lock lock(mutex);
+  return [duration = std::chrono::duration<double>(seconds), before = wakes] {
+    Lock lock(mutex);
+    woken.wait_for(lock, duration, [&] { return stopping || wakes != before; });
+  };
+}
+
+inline void wake() {
+  Lock lock(mutex);
+  wakes++;
+  woken.notify_all();
+}
+
+inline void work_off(Queue& queue) {
+  Lock lock(mutex);
+  while (true) {
+    queue.arrived.wait(lock, [&] { return stopping || !queue.jobs.empty(); });
+    if (queue.jobs.empty())
+      return;
+    Job job = std::move(queue.jobs.front());
+    lock.unlock();
+    job();
+    job = nullptr; // frees memory, for which it may need the lock
+    lock.lock();
+    queue.jobs.pop_front();
+  }
+}
+
+inline void enqueue(c10::Stream stream, Job job) {
+  Queue& queue = queue_of(stream);
+  Lock lock(mutex);
+  if (stopping) // only daemon threads still come here, and might for ever
+    return;
+  queue.jobs.push_back(std::move(job));
+  queue.arrived.notify_one();
+  if (queue.thread.joinable())
+    return;
+  sigset_t all, before; // signals are for Python's threads, not for this one
+  sigfillset(&all);
+  pthread_sigmask(SIG_SETMASK, &all, &before);
+  queue.thread = std::thread(work_off, std::ref(queue));
+  pthread_sigmask(SIG_SETMASK, &before, nullptr);
+}
+
+inline void launch(c10::Stream stream, Job kernel) {
+  enqueue(stream, [stream, kernel = std::move(kernel)] {
+    Queue& queue = queue_of(stream);
+    Lock lock(mutex);
+    if (!queue.error.empty())
+      return;
+    counters.streams.emplace(stream.device_index(), stream.id());
+    lock.unlock();
+    try {
+      kernel();
+    } catch (const std::exception& error) {
+      lock.lock();
+      queue.error = error.what();
+    }
+  });
+}
+
+// One recording of an event. An event that is recorded again gets a new mark, which does
+// not affect whoever waits for the old one.
+struct Mark {
+  const Queue& queue;
+  bool reached = false, after_failure = false;
+  std::condition_variable changed;
+
+  void reach() {
+    reached = true;
+    after_failure = !queue.error.empty();
+    changed.notify_all();
+  }
+};
+using MarkPtr = std::shared_ptr<Mark>;
+
+inline MarkPtr record(c10::Stream stream) {
+  MarkPtr mark(new Mark{queue_of(stream)});
+  Lock lock(mutex);
+  if (mark->queue.jobs.empty()) {
+    mark->reach();
+    return mark;
+  }
+  lock.unlock();
+  enqueue(stream, [mark] {
+    Lock lock(mutex);
+    mark->reach();
+  });
+  return mark;
+}
+
+inline void wait(const MarkPtr& mark) {
+  Lock lock(mutex);
+  mark->changed.wait(lock, [&] { return mark->reached; });
+}
+
+// Makes the stream wait, not the caller. A failure does not spread to it.
+inline void block(c10::Stream stream, const MarkPtr& mark) {
+  enqueue(stream, [mark] { wait(mark); });
+}
+
+inline bool query(const MarkPtr& mark) {
+  Lock lock(mutex);
+  if (mark->after_failure)
+    mark->queue.check();
+  return mark->reached;
+}
+
+inline void synchronize(const MarkPtr& mark) {
+  count(counters.synchronizations);
+  wait(mark);
+  query(mark);
+}
+
+inline void for_each_stream(const std::function<void(c10::Stream)>& visit) {
+  for (c10::DeviceIndex device = 0; device < kDevices; device++)
+    for (c10::StreamId id = 0; id < kStreams; id++)
+      visit(c10::Stream(c10::Stream::UNSAFE, {kSim, device}, id));
+}
+
+// Ends all kernels, and forgets all failures.
+inline void reset() {
+  wake();
+  for_each_stream([](c10::Stream stream) {
+    wait(record(stream));
+    Lock lock(mutex);
+    queue_of(stream).error.clear();
+  });
+}
+
+// Works off what is queued, without sleeping, and ends all threads.
+inline void shut_down() {
+  for_each_stream([](c10::Stream stream) {
+    Lock lock(mutex);
+    stopping = true;
+    woken.notify_all();
+    queue_of(stream).arrived.notify_all();
+  });
+  for_each_stream([](c10::Stream stream) {
+    if (queue_of(stream).thread.joinable())
+      queue_of(stream).thread.join();
+  });
+}
+
+} // namespace simulated
