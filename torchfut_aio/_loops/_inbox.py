@@ -6,6 +6,9 @@ not woken directly. It is put into the inbox of its loop, and only the first to 
 in an empty-handed inbox writes to the pipe; the loop then serves whatever has come by
 the time it looks.
 
+A loop may stay awake to look once more, where its next turn comes anyway; as long as it
+means to, posters rely on it.
+
 No lock is held, so an inbox may be posted to from a signal handler or a finaliser. What
 makes that right is the order of two steps on either side. A poster appends, then reads
 ``_armed``. The loop clears ``_armed``, then reads the queue. Whichever way they
@@ -54,6 +57,9 @@ class Inbox(ABC):
         """Resumes, on the loop, all that has been posted when it starts."""
         self._armed = False
         queue = self._queue
+        if not queue:
+            return
+        self._armed = self._look_again(queue[0])
         try:
             self._resume(queue, len(queue))
         except BaseException:  # Ctrl-C cut it short
@@ -64,6 +70,10 @@ class Inbox(ABC):
     @abstractmethod
     def _call_soon(self, waiter: Any) -> bool:
         """Has the loop of ``waiter`` call `_serve`; returns False if it has closed."""
+
+    def _look_again(self, _waiter: Any) -> bool:
+        """Has `_serve` called in the loop's next turn, too, if that costs no wake-up."""
+        return False
 
     @abstractmethod
     def _resume(self, waiters: deque[Any], count: int) -> None:
