@@ -10,6 +10,7 @@ import dataclasses
 import importlib
 import logging
 
+import anyio
 import pytest
 import torch
 
@@ -611,3 +612,51 @@ def test_a_value_on_an_undeclared_device_fails_the_future_and_nobody_is_left_wai
     assert child.exception().__cause__ is error
     with pytest.raises(InvalidStateError):
         fut.set_result(None)
+
+
+def test_values_that_only_some_declared_devices_for_are_gathered(sim, producer, consumer):
+    declared, other, host = Future(devices=["sim:0"]), Future(), Future()
+    combined = gather([declared, other, host])
+    with producer:
+        declared.set_result(being_filled(sim))
+    with torch.Stream("sim:1"):
+        other.set_result(being_filled(sim, "sim:1"))
+    host.set_result(lambda: "what no pickle can carry")
+    with consumer:
+        first, second, third = combined.wait()
+        copy = read_on_current_stream(first)
+    with torch.Stream("sim:1") as stream:
+        combined.wait()
+        other_copy = read_on_current_stream(second)
+    sim.wake()
+    consumer.synchronize()
+    stream.synchronize()
+    assert (copy.tolist(), other_copy.tolist()) == (NEW, NEW)
+    assert third() == "what no pickle can carry"
+
+
+@told_or_not
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_await_orders_the_current_stream_after_the_kernels(
+    sim, producer, consumer, devices, backend
+):
+    async def main():
+        fut = Future(devices=devices)
+        copies = []
+
+        async def read():
+            with consumer:
+                copies.append(read_on_current_stream(await fut))
+
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(read)
+            await anyio.wait_all_tasks_blocked()
+            with producer:
+                fut.set_result(being_filled(sim))
+        assert not producer.query()
+        return copies
+
+    [copy] = anyio.run(main, backend=backend)
+    sim.wake()
+    consumer.synchronize()
+    assert copy.tolist() == NEW

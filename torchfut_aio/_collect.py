@@ -167,8 +167,8 @@ class _Collector:
         self.result = result
         self.futures = futures
         self.distinct = _distinct(futures)
-        devices = dict.fromkeys(device for future in futures for device in future._devices)
-        self.combined: Future[Any] = Future(devices=devices)
+        # No devices are declared: values may be on those of all, or on others, and are found.
+        self.combined: Future[Any] = Future()
         # Popping from a list is one indivisible step: who finds it empty is the last.
         self.tickets = [None] * (len(self.distinct) - 1)
 

@@ -59,8 +59,8 @@ class Inbox(ABC):
         queue = self._queue
         if not queue:
             return
-        self._armed = self._look_again(queue[0])
         try:
+            self._armed = self._look_again(queue[0])
             self._resume(queue, len(queue))
         except BaseException:  # Ctrl-C cut it short
             if queue:
