@@ -12,6 +12,7 @@ import traceback
 import warnings
 from fractions import Fraction
 
+import anyio
 import pytest
 import torch
 
@@ -286,11 +287,12 @@ async def waits(fut):
     return fut.wait(timeout=0.01)
 
 
-def test_wait_warns_on_a_thread_that_runs_an_event_loop(nothing_blocks_a_loop):
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_wait_warns_on_a_thread_that_runs_an_event_loop(nothing_blocks_a_loop, backend):
     nothing_blocks_a_loop.deactivate()
     with pytest.warns(torchfut_aio.BlockingWaitWarning, match="await") as caught:
         with pytest.raises(TimeoutError):
-            asyncio.run(waits(Future()))
+            anyio.run(waits, Future(), backend=backend)
     assert issubclass(caught[0].category, RuntimeWarning)
     assert caught[0].filename == __file__
 
