@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
-def run_examples(text, name, names):
+def check_examples(text, name, names):
     test = doctest.DocTestParser().get_doctest(text, dict(names), name, None, None)
     report = []
     runner = doctest.DocTestRunner(optionflags=FLAGS)
@@ -46,7 +46,7 @@ def documented():
 
 @pytest.mark.parametrize("doc", list(documented()))
 def test_the_examples_in_docstrings_run_as_written(doc):
-    run_examples(doc, "docstring", {"torchfut_aio": torchfut_aio})
+    check_examples(doc, "docstring", {"torchfut_aio": torchfut_aio})
 
 
 TORCHS = {
@@ -65,7 +65,7 @@ TORCHS = {
 def test_the_examples_of_torchs_documentation_run_as_written(name):
     # With our futures in the place of torch's, and nothing else changed.
     ours = types.SimpleNamespace(futures=torchfut_aio, ones=torch.ones)
-    run_examples(TORCHS[name], name, {"torch": ours})
+    check_examples(TORCHS[name], name, {"torch": ours})
 
 
 def readme_blocks(language):
