@@ -174,6 +174,11 @@ def test_a_pending_source_is_adopted_once_for_each_set_of_devices():
     assert as_future(source, devices=[torch.device(DEVICE)]) is other
 
 
+def test_one_device_that_is_no_list_is_refused_when_adopting_too():
+    with pytest.raises(TypeError, match="devices must be a list of devices"):
+        as_future(torch.futures.Future(), devices="cpu:0")
+
+
 DEVICE = "cpu:0"  # a device like any other, to the C++ future
 
 

@@ -125,17 +125,20 @@ class FutureAgainstItsDocumentation(RuleBasedStateMachine):
         models = [self.pick(data) for _ in range(n)]
         combined = Model((gather if early else collect_all)([m.fut for m in models]))
 
-        def expect():
+        def expect(just_done=None):
             failures = [m.outcome for m in models if m.outcome and m.outcome[0] != "result"]
-            if failures and (early or all(m.outcome for m in models)):
-                # gather takes the first in time: the one that has just come.
-                combined.complete(failures[0])
-            elif all(m.outcome for m in models):
+            if early and just_done is not None and just_done.outcome[0] != "result":
+                combined.complete(just_done.outcome)  # the first that it is told of
+            elif not all(m.outcome for m in models):
+                return
+            elif failures:
+                combined.complete(failures[0])  # the first in the list
+            else:
                 values = [m.outcome[1] for m in models] if early else [m.fut for m in models]
                 combined.complete(("result", values))
 
         for model in models:
-            model.when_done(expect)
+            model.when_done(lambda model=model: expect(model))
         expect()
         self.models.append(combined)
 

@@ -15,7 +15,8 @@ from typing import Any, TypeVar, overload
 
 import torch
 
-from ._errors import NotAFutureError
+from ._arguments import devices_checked
+from ._errors import NotAFutureError, less_innermost_frame
 from ._future import Future
 
 __all__ = ["as_future"]
@@ -142,7 +143,7 @@ def _once(
 
     @functools.wraps(adopt)
     def adapter(source: Any, *, devices: _Devices = None) -> Future[Any]:
-        key = () if devices is None else tuple(torch.device(d) for d in devices)
+        key = () if devices is None else devices_checked(devices)
         made = _made.setdefault(source, weakref.WeakValueDictionary())
         future = made.get(key)
         if future is None:
@@ -199,9 +200,7 @@ def _copy(read: Callable[[], Any], future: Future[Any]) -> None:
     try:
         value = read()
     except BaseException as error:
-        # Less this frame, which would tie the error to the future that holds it.
-        traceback = error.__traceback__
-        future.set_exception(error.with_traceback(traceback and traceback.tb_next))
+        future.set_exception(less_innermost_frame(error))
     else:
         future.set_result(value)
 

@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ._errors import callback_error
+from ._errors import callback_error, less_innermost_frame
 
 if TYPE_CHECKING:
     from ._future import Future
@@ -57,7 +57,7 @@ class Callback:
         self.run = function
 
     def interrupted(self, future: Future[Any], interrupt: BaseException) -> None:
-        pass
+        """Does nothing: what a callback began is the business of who wrote it."""
 
 
 class Continuation:
@@ -70,6 +70,7 @@ class Continuation:
         self.child = child
 
     def run(self, future: Future[Any]) -> None:
+        """Fills the child with what the callback returns or raises."""
         try:
             result = self.function(future)
         except BaseException as error:
@@ -77,14 +78,13 @@ class Continuation:
                 # Passed on: every link of a chain would add its frames, and keep them.
                 error.with_traceback(future._traceback)
             else:
-                # Less this frame, which would tie the error to the child that holds it.
-                traceback = error.__traceback__
-                error.with_traceback(traceback and traceback.tb_next)
+                less_innermost_frame(error)
             self.child.set_exception(callback_error(error))
         else:
             self.child.set_result(result)
 
     def interrupted(self, _future: Future[Any], interrupt: BaseException) -> None:
+        """Fails the child, on which somebody may wait."""
         if not self.child.done():
             self.child.set_exception(interrupt)
 

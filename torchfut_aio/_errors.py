@@ -24,6 +24,7 @@ __all__ = [
     "InvalidStateError",
     "NotAFutureError",
     "callback_error",
+    "less_innermost_frame",
     "remade",
     "stand_in",
     "type_and_text",
@@ -104,6 +105,15 @@ class CallbackError(RuntimeError):
         if self.__cause__ is None:
             return RuntimeError.__reduce__(self)  # type: ignore[return-value]
         return callback_error, (self.__cause__,)
+
+
+def less_innermost_frame(error: BaseException) -> BaseException:
+    """Takes the frame that caught ``error`` out of its traceback.
+
+    That frame knows the future which is to hold the error: the two would be a cycle.
+    """
+    traceback = error.__traceback__
+    return error.with_traceback(traceback and traceback.tb_next)
 
 
 def describe(error: BaseException) -> str:
