@@ -11,6 +11,10 @@ import pytest
 import uvloop
 from blockbuster import BlockBuster
 
+from .accelerator import accelerator, accelerator_module, consumer, producer
+
+__all__ = ["accelerator", "accelerator_module", "consumer", "producer"]
+
 
 def pytest_asyncio_loop_factories(
     config: pytest.Config, item: pytest.Item

@@ -7,12 +7,14 @@
 To read the package, follow a completion: ``_future.py`` (a setter claims the future, all
 who wait are served, the C++ future is completed), ``_callbacks.py`` (callbacks run),
 ``_loops/`` (a waiting task is resumed by its loop, a thread by its lock). Beside these,
-``_collect.py`` combines futures, ``_adopt.py`` adopts other kinds, ``_streams.py`` orders
-streams after the kernels that fill a value, ``_errors.py`` dresses errors.
+``_collect.py`` combines futures, ``_adopt.py`` adopts other kinds, ``_errors.py`` dresses
+errors. ``_devices/`` knows of accelerators: of the kernels that fill a value, and when they
+are done.
 """
 
 from ._adopt import as_future
 from ._collect import as_completed, collect_all, gather, wait_all
+from ._devices import PollPolicy, Statistics, set_poll_policy, statistics, synchronize, to_host
 from ._errors import BlockingWaitWarning, CallbackError, InvalidStateError, NotAFutureError
 from ._future import Future
 
@@ -22,9 +24,15 @@ __all__ = [
     "Future",
     "InvalidStateError",
     "NotAFutureError",
+    "PollPolicy",
+    "Statistics",
     "as_completed",
     "as_future",
     "collect_all",
     "gather",
+    "set_poll_policy",
+    "statistics",
+    "synchronize",
+    "to_host",
     "wait_all",
 ]

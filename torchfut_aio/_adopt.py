@@ -11,12 +11,14 @@ import concurrent.futures
 import functools
 import weakref
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any, TypeVar, overload
 
 import torch
 
 from ._arguments import devices_checked
-from ._errors import NotAFutureError, less_innermost_frame
+from ._devices import Mark, mark_of, mark_stream, when_reached
+from ._errors import InvalidStateError, NotAFutureError, less_innermost_frame
 from ._future import Future
 
 __all__ = ["as_future"]
@@ -41,7 +43,9 @@ class _AsFuture:
         source: A future of this package, which is returned as it is; a
             ``torch.futures.Future``; a ``torch.distributed`` ``Work``; a
             ``concurrent.futures.Future``; an ``asyncio.Future`` or ``Task``, of any
-            loop; or an instance of a registered type.
+            loop; a ``torch.Event`` that has been recorded, or a ``torch.Stream``, for a
+            future that completes with None when the work enqueued so far has been done;
+            or an instance of a registered type.
         devices: The devices of the future that is made, as for `Future`; for a future
             of this package too, if given, a new one is made.
 
@@ -122,7 +126,8 @@ def _adapters(source: object, *, devices: _Devices = None) -> Future[Any]:
     )
     raise NotAFutureError(
         f"{problem}; as_future() accepts torchfut_aio.Future, torch.futures.Future, "
-        "torch.distributed.Work, concurrent.futures.Future, asyncio.Future, asyncio.Task"
+        "torch.distributed.Work, torch.Event, torch.Stream, concurrent.futures.Future, "
+        "asyncio.Future, asyncio.Task"
         f"{registered}, and what is added with as_future.register().{cure}"
     )
 
@@ -203,6 +208,30 @@ def _copy(read: Callable[[], Any], future: Future[Any]) -> None:
         future.set_exception(less_innermost_frame(error))
     else:
         future.set_result(value)
+
+
+def _from_mark(mark: Mark, devices: _Devices) -> Future[None]:
+    future: Future[None] = Future(devices=devices)
+
+    def complete(error: Exception | None) -> None:
+        with suppress(InvalidStateError):  # somebody has completed it instead
+            if error is None:
+                future.set_result(None)
+            else:
+                future.set_exception(error)
+
+    when_reached(mark, complete)
+    return future
+
+
+@_adapters.register(torch.Event)
+def _from_event(source: torch.Event, *, devices: _Devices = None) -> Future[None]:
+    return _from_mark(mark_of(source), devices)
+
+
+@_adapters.register(torch.Stream)
+def _from_stream(source: torch.Stream, *, devices: _Devices = None) -> Future[None]:
+    return _from_mark(mark_stream(source), devices)
 
 
 if torch.distributed.is_available():

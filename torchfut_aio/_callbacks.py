@@ -156,7 +156,7 @@ def _run_next(future: Future[Any], due: Due) -> BaseException | None:
     # C++ runs it, at once, on dedicated streams that are ordered after the kernels. An
     # exception cannot cross C++ as itself, so it is carried around.
     outcome: list[BaseException | None] = []
-    order.add_done_callback(lambda _: outcome.append(_guarded(future, due)))
+    order.run(lambda: outcome.append(_guarded(future, due)))
     return outcome.pop() if outcome else None
 
 

@@ -15,7 +15,7 @@ import torch
 
 from ._adopt import as_future
 from ._errors import NotAFutureError
-from ._future import Future
+from ._future import Combination, Future
 
 __all__ = ["as_completed", "collect_all", "gather", "wait_all"]
 
@@ -167,7 +167,6 @@ class _Collector:
         self.result = result
         self.futures = futures
         self.distinct = _distinct(futures)
-        # No devices are declared: values may be on those of all, or on others, and are found.
         self.combined: Future[Any] = Future()
         # Popping from a list is one indivisible step: who finds it empty is the last.
         self.tickets = [None] * (len(self.distinct) - 1)
@@ -195,7 +194,7 @@ class _Collector:
         except BaseException as error:
             self.combined.set_exception(error)
         else:
-            self.combined.set_result(result)
+            self.combined.set_result(Combination(result, self.distinct))
 
 
 class _Gatherer(_Collector):
@@ -336,8 +335,7 @@ class _AsCompleted(AsyncIterator[Future[T]], Iterator[Future[T]]):
 
 
 def _values(futures: list[Future[Any]]) -> list[Any]:
-    # They are done: wait() does not block, but orders the current streams.
-    return [future.wait() for future in futures]
+    return [future.value() for future in futures]
 
 
 def _listed(futures: Iterable[Any]) -> list[Any]:

@@ -20,8 +20,8 @@ on, or what stands for a task on its loop) maps to its `Waker`. A callback maps 
 and is run by the setter, after all waiters have been woken.
 
 Underneath is the C++ future that consumers in PyTorch's own C++ see. The setter that
-has claimed the future completes it, once. ``_order`` is what orders streams after the
-kernels that fill the value, if it has any: see ``_streams.py``.
+has claimed the future completes it, once. ``_order`` is what is known of the kernels that
+fill the value, if there may be any: see ``_devices/_order.py``.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 
-from . import _callbacks, _loops
+from . import _callbacks, _devices, _loops
 from ._arguments import callback_checked, devices_checked, timeout_checked
 from ._callbacks import Callback, Continuation
+from ._devices import HOST_ONLY, declared_order, found_order
 from ._errors import (
     InvalidStateError,
     remade,
@@ -47,7 +48,6 @@ from ._errors import (
     warn_that_wait_blocks_a_loop,
 )
 from ._repr import short
-from ._streams import HOST_ONLY, declared_order, found_order
 
 __all__ = ["Future"]
 
@@ -68,10 +68,11 @@ class Future(torch.futures.Future[T]):
     trio loops in any number of threads, while other threads block in `wait` and
     callbacks are attached. All methods may be called from any thread.
 
-    Awaiting resumes with the value, or raises the error, once the future is done. As
-    `wait` does, it orders the current streams after the kernels that fill the value,
-    and does not wait for these. Cancelling a task that awaits leaves the future as it
-    was.
+    Awaiting resumes with the value, or raises the error, once the future is done *and*
+    the kernels that fill the value have finished: reading it does not block the loop. If
+    one of these has failed, it raises the device's error, a RuntimeError.
+    `stream_ordered` waits for no kernel. Cancelling a task that awaits leaves the future
+    as it was.
 
     Args:
         devices: The devices on which tensors in the value may reside, as
@@ -96,7 +97,7 @@ class Future(torch.futures.Future[T]):
     _value: T
     _error: BaseException | None
     _traceback: TracebackType | None
-    _order: torch._C.Future[Any] | None
+    _order: _devices.Order | None
     _waiters: dict[Any, _loops.Waker | None] | None
     _devices: tuple[torch.device, ...]
 
@@ -136,9 +137,11 @@ class Future(torch.futures.Future[T]):
         # emptied at every turn of the GIL, and each further call shows.
         failure: Any = result
         failed = type(result) is _Failure
-        order: torch._C.Future[Any] | None = None
+        order: _devices.Order | None = None
         refused: BaseException | None = None
-        if self._devices:
+        if type(result) is Combination:
+            result, order = failure.result, failure.order
+        elif self._devices:
             order, refused = declared_order(self._devices, None if failed else result)
         elif not failed and type(result) not in HOST_ONLY:
             order = found_order(result)
@@ -184,7 +187,7 @@ class Future(torch.futures.Future[T]):
         except BaseException as error:
             interrupt = error
             if not _Cpp.done(self):
-                _complete_in_cpp(self, failure)
+                _complete_in_cpp(self, failure if failed else result)
         while due:
             try:
                 _callbacks.run(self, due)
@@ -228,7 +231,7 @@ class Future(torch.futures.Future[T]):
         """Returns whether the future has a result or an error.
 
         For a value on an accelerator this may be True while the kernels that fill it
-        still run; `wait` and ``await`` perform the synchronisation that is then due.
+        still run; `wait` orders streams after these, and ``await`` waits for them.
         """
         return self._waiters is None
 
@@ -336,8 +339,11 @@ class Future(torch.futures.Future[T]):
 
     # -------------------------------------------------------------------- awaiting
 
-    def __await__(self) -> Generator[Any, Any, T]:
-        """Suspends the current task until the future is done, and gives its value."""
+    def __await__(self, ready: bool = True) -> Generator[Any, Any, T]:
+        """Suspends the current task until the value is there, and gives it.
+
+        If ``ready``, until the kernels that fill it have finished, too.
+        """
         loop = _loops.current()
         waiters = self._waiters
         if waiters is not None:
@@ -351,11 +357,40 @@ class Future(torch.futures.Future[T]):
                 raise
         else:
             yield from loop.checkpoint()
-        self._order_streams()
+        order = self._order
+        if order is not None and self._error is None:
+            if ready:
+                yield from order.ready()
+            order.wait()
         try:
             return self._read()
         finally:
             del self  # as in _read()
+
+    async def stream_ordered(self) -> T:
+        """Waits until the future is done, and orders streams as `wait` does; for ``await``.
+
+        The kernels that fill the value may still be running then. What is enqueued on the
+        current streams from here on, until the task awaits something else, runs after
+        them. Reading the value on the host blocks until they have finished.
+
+        Returns:
+            The value held by this future.
+
+        Raises:
+            BaseException: The error that the future was completed with.
+
+        Example:
+            >>> import asyncio, torch
+            >>> async def main(fut):
+            ...     return await fut.stream_ordered() * 2
+            >>> fut = torchfut_aio.Future()
+            >>> fut.set_result(torch.ones(2))
+            >>> asyncio.run(main(fut))
+            tensor([2., 2.])
+        """
+        value: T = await _StreamOrdered(self)
+        return value
 
     def as_asyncio(self) -> asyncio.Future[T]:
         """Returns an ``asyncio.Future`` of the running loop that completes as this one.
@@ -394,9 +429,21 @@ class Future(torch.futures.Future[T]):
         return target
 
     def _copy_to(self, target: asyncio.Future[T]) -> None:
+        """Completes ``target``, on its loop, once the value is ready or there is an error."""
+        order = self._order
         if target.done():
             return
-        error = self._error
+        if order is None or self._error is not None:
+            self._copy_ready_to(target, self._error)
+            return
+        watcher = _devices.watcher_of(_loops.current())
+        wait = _devices.Wait(partial(self._copy_ready_to, target))
+        watcher.tell(order.marks, wait)
+        target.add_done_callback(lambda _: watcher.forget(wait))
+
+    def _copy_ready_to(self, target: asyncio.Future[T], error: BaseException | None) -> None:
+        if target.done():
+            return
         if error is None:
             self._order_streams()
             target.set_result(self._value)
@@ -408,7 +455,8 @@ class Future(torch.futures.Future[T]):
             replacement.__cause__ = error
             target.set_exception(replacement)
         else:
-            target.set_exception(error.with_traceback(self._traceback))
+            own = error is self._error
+            target.set_exception(error.with_traceback(self._traceback if own else None))
 
     # ------------------------------------------------------------------- callbacks
 
@@ -519,6 +567,31 @@ class Future(torch.futures.Future[T]):
             "Can not pickle torch.futures.Future: its completion belongs to this process; "
             "send its value instead"
         )
+
+
+class _StreamOrdered:
+    """Awaits a future as `Future.stream_ordered` does."""
+
+    __slots__ = ("_future",)
+
+    def __init__(self, future: Future[Any]) -> None:
+        self._future = future
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        return self._future.__await__(ready=False)
+
+
+class Combination:
+    """A result made of those of other futures, on its way through ``set_result``.
+
+    It is ready when those of ``parts`` are, and no tensor has to be looked for.
+    """
+
+    __slots__ = ("order", "result")
+
+    def __init__(self, result: Any, parts: Iterable[Future[Any]]) -> None:
+        self.result = result
+        self.order = _devices.joint_order(part._order for part in parts)
 
 
 class _Failure:

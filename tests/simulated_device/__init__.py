@@ -73,6 +73,13 @@ counters = _extension.counters
 ``synchronizations``, and the set of ``streams`` (device index, stream id) that ran a kernel."""
 reset_counters = _extension.reset_counters
 
+
+def finished_at(stream: torch.Stream) -> float:
+    """Returns when the latest kernel of ``stream`` finished, by ``time.monotonic()``."""
+    when: float = _extension.finished_at(stream.device_index, stream.stream_id)
+    return when
+
+
 torch.utils.rename_privateuse1_backend("sim")
 # This module is what torch.get_device_module("sim") returns, so some names are torch's.
 torch._register_device_module("sim", sys.modules[__name__])

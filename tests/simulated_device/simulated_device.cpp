@@ -312,6 +312,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("sleep", [](double seconds) {
     launch(current_stream(kSim), sleeper(seconds));
   }, Released());
+  module.def("finished_at", [](int64_t device, int64_t stream) {
+    Lock lock(mutex);
+    auto when = queues.at(device).at(stream).finished;
+    return std::chrono::duration<double>(when.time_since_epoch()).count();
+  });
   module.def("fail", [](std::string message) {
     launch(current_stream(kSim), [message] { throw std::runtime_error(message); });
   }, Released());

@@ -50,6 +50,7 @@ struct Queue {
   std::condition_variable arrived;
   std::thread thread; // started by the first job
   std::string error; // of the first kernel that failed; those after it do not run
+  std::chrono::steady_clock::time_point finished; // when the latest kernel did
 
   void check() const { TORCH_CHECK(error.empty(), error); }
 };
@@ -119,12 +120,15 @@ inline void launch(c10::Stream stream, Job kernel) {
       return;
     counters.streams.emplace(stream.device_index(), stream.id());
     lock.unlock();
+    std::string error;
     try {
       kernel();
-    } catch (const std::exception& error) {
-      lock.lock();
-      queue.error = error.what();
+    } catch (const std::exception& exception) {
+      error = exception.what();
     }
+    lock.lock();
+    queue.error = error;
+    queue.finished = std::chrono::steady_clock::now();
   });
 }
 

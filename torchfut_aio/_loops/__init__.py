@@ -4,20 +4,30 @@ One file a kind of loop, and one interface, `Loop`. A task that waits makes a *w
 leaves it where the completing thread will find it, and parks. The completing thread
 calls ``loop.wake(waiter)``; nothing else crosses threads.
 
-Nothing here knows what a future is.
+What has to be looked at now and then gets an `Alarm`, so that the loop drives it.
+
+Nothing here knows what a future is, or a device.
 """
 
 from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from . import _asyncio
 from ._thread import THREADS
 
-__all__ = ["THREADS", "Loop", "Waker", "current", "current_asyncio", "loop_in_this_thread"]
+__all__ = [
+    "THREADS",
+    "Alarm",
+    "Loop",
+    "Waker",
+    "current",
+    "current_asyncio",
+    "loop_in_this_thread",
+]
 
 
 class Waker(Protocol):
@@ -38,6 +48,31 @@ class Loop(Waker, Protocol):
 
         ``yield from waiter`` suspends the task until it is woken, or cancelled.
         """
+
+    watcher: Any
+    """What the device side keeps for this loop."""
+
+    def alarm(self, function: Callable[[], None]) -> Alarm:
+        """Returns an alarm that is not set; for the loop's own thread."""
+
+    def call_soon(self, function: Callable[[], None]) -> None:
+        """Has the loop call ``function``, from any thread; does nothing if it has closed."""
+
+
+class Alarm(Protocol):
+    """Calls a function on the loop when its time has come. Not to be used in other threads.
+
+    From when it is made until it is closed, something is registered with the loop.
+    """
+
+    def set(self, seconds: float, /) -> None:
+        """Calls the function in so many seconds, or never, and not when last set to.
+
+        It may go on calling the function when its time has come until it is set again.
+        """
+
+    def close(self) -> None:
+        """Calls nothing any more, and leaves nothing with the loop."""
 
 
 def _in_trio_task() -> bool:

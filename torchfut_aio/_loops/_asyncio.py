@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
+import math
 import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+from . import _timer
 from ._inbox import Inbox
 
 __all__ = ["current"]
@@ -52,6 +55,28 @@ class AsyncioLoop(Inbox):
             if not self._armed:
                 self._arm(waiter)
 
+    def alarm(self, function: Callable[[], None]) -> _Alarm | _CoarseAlarm:
+        loop = self._loop()
+        assert loop is not None  # it is running the caller
+        if _timer.available():
+            try:
+                return _Alarm(loop, function)
+            except NotImplementedError:
+                pass  # it is a loop that cannot watch files
+        return _CoarseAlarm(loop, function)
+
+    def call_soon(self, function: Callable[[], None]) -> None:
+        loop = self._loop()
+        if loop is not None:
+            try:
+                if _get_running_loop() is loop:
+                    loop.call_soon(function)
+                else:
+                    loop.call_soon_threadsafe(function)
+            except RuntimeError:
+                if not loop.is_closed():
+                    raise
+
     def _call_soon(self, waiter: asyncio.Future[None]) -> bool:
         loop = waiter.get_loop()
         try:
@@ -77,6 +102,50 @@ class AsyncioLoop(Inbox):
             except asyncio.InvalidStateError:
                 pass  # Ctrl-C has cancelled the task that waits, after the look
             del waiters[0]
+
+
+class _Alarm:
+    """A timerfd that the loop watches. Neither keeps the loop alive."""
+
+    __slots__ = ("_loop", "_timer")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None:
+        self._timer = _timer.TimerFd()
+        self._loop = weakref.ref(loop)
+        # The task that happens to be the first to need it lends nothing of its context.
+        contextvars.Context().run(loop.add_reader, self._timer.fd, function)
+
+    def set(self, seconds: float) -> None:
+        self._timer.set(seconds)
+
+    def close(self) -> None:
+        loop = self._loop()
+        if loop is not None and not loop.is_closed():
+            loop.remove_reader(self._timer.fd)
+        self._timer.close()
+
+
+class _CoarseAlarm:
+    """The loop's own timer, for platforms that have no better one."""
+
+    __slots__ = ("_function", "_handle", "_loop")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None:
+        self._function = function
+        self._loop = weakref.ref(loop)
+        self._handle: asyncio.TimerHandle | None = None
+
+    def set(self, seconds: float) -> None:
+        self.close()
+        loop = self._loop()
+        assert loop is not None  # it is running the caller
+        if seconds < math.inf:
+            context = contextvars.Context()
+            self._handle = loop.call_later(seconds, self._function, context=context)
+
+    def close(self) -> None:
+        if self._handle is not None:
+            self._handle.cancel()
 
 
 def _will_look_before_it_sleeps(loop: asyncio.AbstractEventLoop) -> bool:

@@ -27,9 +27,10 @@ __all__ = ["Inbox"]
 class Inbox(ABC):
     """The waiters of one loop that were completed elsewhere and await their wake-up."""
 
-    __slots__ = ("__weakref__", "_armed", "_queue")
+    __slots__ = ("__weakref__", "_armed", "_queue", "watcher")
 
     def __init__(self) -> None:
+        self.watcher: Any = None
         self._queue: deque[Any] = deque()
         self._armed = False
 

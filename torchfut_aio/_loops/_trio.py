@@ -5,12 +5,15 @@ Only `torchfut_aio._loops.current` imports this module, and only when trio runs.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
+from contextlib import suppress
 from typing import Any
 
 import trio
 
+from . import _timer
 from ._inbox import Inbox
 
 __all__ = ["current"]
@@ -70,6 +73,13 @@ class TrioLoop(Inbox):
             return False
         return trio.lowlevel.current_task() is not waiter.task
 
+    def alarm(self, function: Callable[[], None]) -> _Alarm | _CoarseAlarm:
+        return (_Alarm if _timer.available() else _CoarseAlarm)(function)
+
+    def call_soon(self, function: Callable[[], None]) -> None:
+        with suppress(trio.RunFinishedError):
+            self._token.run_sync_soon(function)
+
     def _call_soon(self, _waiter: _Waiter) -> bool:
         try:
             self._token.run_sync_soon(self._serve)
@@ -81,6 +91,63 @@ class TrioLoop(Inbox):
         for _ in range(count):
             waiters[0].wake()
             del waiters[0]
+
+
+class _Alarm:
+    """A timerfd, and a system task that watches it."""
+
+    __slots__ = ("_function", "_scope", "_timer")
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self._function = function
+        self._timer = _timer.TimerFd()
+        self._scope = trio.CancelScope()
+        trio.lowlevel.spawn_system_task(self._run, name="torchfut_aio alarm")
+
+    async def _run(self) -> None:
+        try:
+            with self._scope:
+                while True:
+                    await trio.lowlevel.wait_readable(self._timer.fd)
+                    if not self._scope.cancel_called:  # after its time had come
+                        self._function()
+        finally:
+            self._timer.close()
+
+    def set(self, seconds: float) -> None:
+        self._timer.set(seconds)
+
+    def close(self) -> None:
+        self._scope.cancel()
+
+
+class _CoarseAlarm:
+    """A system task that sleeps, for platforms that have no timerfd."""
+
+    __slots__ = ("_closed", "_deadline", "_function", "_pause")
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self._function = function
+        self._closed = False
+        self._deadline = math.inf
+        self._pause = trio.CancelScope()
+        trio.lowlevel.spawn_system_task(self._run, name="torchfut_aio alarm")
+
+    async def _run(self) -> None:
+        while not self._closed:
+            self._pause = trio.CancelScope(deadline=self._deadline)
+            with self._pause:
+                await trio.sleep_forever()
+            self._deadline = math.inf
+            if not self._closed:
+                self._function()
+
+    def set(self, seconds: float) -> None:
+        self._deadline = self._pause.deadline = trio.current_time() + seconds
+
+    def close(self) -> None:
+        self._closed = True
+        self._pause.cancel()
 
 
 _this_run: trio.lowlevel.RunVar[TrioLoop] = trio.lowlevel.RunVar("torchfut_aio")

@@ -1,0 +1,91 @@
+"""The accelerator that device tests run on: the simulated one, or a real GPU.
+
+``TORCHFUT_AIO_TEST_DEVICE=cuda`` chooses; the tests are the same. A kernel that "runs until
+woken" does so on both, so "while the kernels run" is a fact in a test, and a copy that is
+made too early has the old value.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from torchfut_aio import Future
+
+from .threads import PATIENCE
+
+DEVICE = os.environ.get("TORCHFUT_AIO_TEST_DEVICE", "sim")
+FIRST, SECOND = f"{DEVICE}:0", f"{DEVICE}:1"
+
+OLD, NEW = [0.0, 0.0], [7.0, 7.0]
+
+several_devices = pytest.mark.several_devices
+
+# The same holds for a future that was told its devices and one that was not.
+told_or_not = pytest.mark.parametrize("devices", [[FIRST], None], ids=["declared", "undeclared"])
+
+
+@pytest.fixture(scope="session")
+def accelerator_module() -> Any:
+    """The device's functions; builds the simulated one, unless that has been done before."""
+    if DEVICE != "sim":
+        return importlib.import_module(f"tests.{DEVICE}_device")
+    if not shutil.which(os.environ.get("CXX", "c++")) and "CI" not in os.environ:
+        pytest.skip("there is no C++ compiler to build the simulated device with")
+    return importlib.import_module("tests.simulated_device")
+
+
+@pytest.fixture
+def accelerator(accelerator_module: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
+    """The device under test, at rest."""
+    needs_two = request.node.get_closest_marker("several_devices") is not None
+    if needs_two and accelerator_module.device_count() < 2:
+        pytest.skip("this machine has one accelerator")
+    accelerator_module.reset_counters()
+    yield accelerator_module
+    accelerator_module.reset()
+
+
+@pytest.fixture
+def producer(accelerator: Any) -> torch.Stream:
+    return torch.Stream(FIRST)
+
+
+@pytest.fixture
+def consumer(accelerator: Any) -> torch.Stream:
+    return torch.Stream(FIRST)
+
+
+def being_filled(accelerator: Any, device: str = FIRST, value: float = 7) -> torch.Tensor:
+    """A tensor of zeros, and a kernel on the current stream that fills it once woken."""
+    stream = torch.accelerator.current_stream(device)
+    idle = stream.query()
+    tensor = torch.zeros(2, device=device)
+    if idle:
+        stream.synchronize()
+    accelerator.fill_after(tensor, value, PATIENCE)
+    return tensor
+
+
+def completed_on(stream: torch.Stream, accelerator: Any, devices: Any) -> Future[Any]:
+    """A future that is done, with a value that is being filled on ``stream``."""
+    fut: Future[Any] = Future(devices=devices)
+    with stream:
+        fut.set_result(being_filled(accelerator))
+    return fut
+
+
+def read_on_current_stream(tensor: torch.Tensor) -> torch.Tensor:
+    """Enqueues a copy to the host, which has the value that is there when its turn comes."""
+    host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
+
+
+def current_stream(device: str | int = FIRST) -> torch.Stream:
+    return torch.accelerator.current_stream(device)

@@ -1,0 +1,513 @@
+"""Await means ready: the value is set, and the kernels that fill it are done."""
+
+from __future__ import annotations
+
+import asyncio
+
+import anyio
+import anyio.lowlevel
+import pytest
+import torch
+
+from torchfut_aio import (
+    Future,
+    as_completed,
+    as_future,
+    collect_all,
+    gather,
+    statistics,
+    synchronize,
+    to_host,
+)
+
+from .accelerator import (
+    FIRST,
+    NEW,
+    SECOND,
+    being_filled,
+    completed_on,
+    read_on_current_stream,
+    several_devices,
+    told_or_not,
+)
+from .loops import on_asyncio, on_every_loop
+from .threads import PATIENCE, alongside, running, until
+
+pytestmark = pytest.mark.device
+
+
+async def looked(times=5):
+    """Returns when the watcher of this loop has looked at events some more times."""
+    enough = statistics().polls + times
+    with anyio.fail_after(PATIENCE):
+        while statistics().polls < enough:  # noqa: ASYNC110
+            await anyio.sleep(0.001)
+
+
+async def pending(waits):
+    """Returns when so many waits are pending on this loop."""
+    with anyio.fail_after(PATIENCE):
+        while statistics().pending != waits:
+            await anyio.lowlevel.checkpoint()
+
+
+class Reader:
+    """Awaits something in a task, and keeps what it gives."""
+
+    def __init__(self, awaitable):
+        self.awaitable = awaitable
+        self.outcome = None
+
+    async def __call__(self):
+        try:
+            self.outcome = await self.awaitable
+        except Exception as error:
+            self.outcome = error
+
+
+# ------------------------------------------------------------------------------- await
+
+
+@on_every_loop
+@told_or_not
+async def test_await_resumes_when_the_kernels_are_done_and_the_loop_runs_meanwhile(
+    accelerator, producer, devices
+):
+    fut = Future(devices=devices)
+    reader = Reader(fut)
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(reader)
+        await anyio.wait_all_tasks_blocked()
+        with producer:
+            fut.set_result(being_filled(accelerator))
+        await looked()
+        assert fut.done()
+        assert reader.outcome is None
+        accelerator.wake()
+    assert producer.query()
+    assert reader.outcome is fut.value()
+    assert reader.outcome.tolist() == NEW
+
+
+@on_every_loop
+@told_or_not
+async def test_nothing_about_an_await_blocks_on_the_device(accelerator, producer, devices):
+    fut = Future(devices=devices)
+    with producer:
+        tensor = being_filled(accelerator)
+        accelerator.reset_counters()
+        fut.set_result(tensor)
+    reader = Reader(fut)
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(reader)
+        await looked()
+        accelerator.wake()
+    assert accelerator.counters()["synchronizations"] == 0
+    assert reader.outcome is tensor
+
+
+@on_every_loop
+@told_or_not
+async def test_only_kernels_enqueued_before_the_completion_are_awaited(
+    accelerator, producer, devices
+):
+    fut = Future(devices=devices)
+    with producer:
+        fut.set_result(torch.full((2,), 7.0, device=FIRST))
+        accelerator.sleep(PATIENCE)
+    assert (await fut) is fut.value()
+    assert not producer.query()
+
+
+@on_every_loop
+@told_or_not
+async def test_kernels_of_other_streams_are_not_awaited(accelerator, producer, consumer, devices):
+    slow, quick = completed_on(producer, accelerator, devices), Future(devices=devices)
+    with consumer:
+        quick.set_result(torch.full((2,), 7.0, device=FIRST))
+    reader = Reader(slow)
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(reader)
+        await pending(1)
+        assert (await quick).tolist() == NEW
+        assert reader.outcome is None
+        accelerator.wake()
+
+
+@on_every_loop
+@told_or_not
+async def test_awaiting_again_returns_at_once(accelerator, producer, devices):
+    fut = completed_on(producer, accelerator, devices)
+    accelerator.wake()
+    await fut
+    before = statistics()
+    assert (await fut).tolist() == NEW
+    assert statistics() == before
+
+
+@on_every_loop
+@told_or_not
+async def test_many_tasks_may_await_one_value(accelerator, producer, devices):
+    fut = completed_on(producer, accelerator, devices)
+    readers = [Reader(fut) for _ in range(20)]
+    async with anyio.create_task_group() as tg:
+        for reader in readers:
+            tg.start_soon(reader)
+        await pending(20)
+        accelerator.wake()
+    assert all(reader.outcome is fut.value() for reader in readers)
+
+
+@on_every_loop
+@several_devices
+@pytest.mark.parametrize("devices", [[FIRST, SECOND], None], ids=["declared", "undeclared"])
+async def test_a_value_on_several_devices_is_ready_when_all_of_it_is(accelerator, devices):
+    fut = Future(devices=devices)
+    with torch.Stream(FIRST) as first:
+        one = being_filled(accelerator, FIRST)
+        accelerator.wake()
+        first.synchronize()
+    with torch.Stream(SECOND), first:
+        fut.set_result({"a": one, "b": [being_filled(accelerator, SECOND)]})
+    reader = Reader(fut)
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(reader)
+        await looked()
+        assert reader.outcome is None
+        accelerator.wake()
+    assert reader.outcome["b"][0].tolist() == NEW
+
+
+@on_every_loop
+@told_or_not
+async def test_an_error_is_raised_without_waiting_for_any_kernel(accelerator, producer, devices):
+    fut = Future(devices=devices)
+    with producer:
+        being_filled(accelerator)
+        fut.set_exception(ValueError("foo"))
+    with pytest.raises(ValueError, match="foo"):
+        await fut
+    assert not producer.query()
+
+
+@on_every_loop
+@told_or_not
+async def test_after_an_await_the_current_streams_may_use_the_value(
+    accelerator, producer, consumer, devices
+):
+    fut = completed_on(producer, accelerator, devices)
+    accelerator.wake()
+    tensor = await fut
+    with consumer:
+        copy = read_on_current_stream(tensor)
+        consumer.synchronize()
+    assert copy.tolist() == NEW
+
+
+@on_every_loop
+@told_or_not
+async def test_a_cancelled_await_leaves_the_future_as_it_was_and_nothing_behind(
+    accelerator, producer, devices
+):
+    fut = completed_on(producer, accelerator, devices)
+    with anyio.move_on_after(0.01) as scope:
+        await fut
+    assert scope.cancelled_caught
+    polls = statistics().polls
+    assert statistics().pending == 0
+    await anyio.sleep(0.01)
+    assert statistics().polls == polls
+    accelerator.wake()
+    assert (await fut).tolist() == NEW
+
+
+@told_or_not
+def test_loops_in_several_threads_may_await_one_value(accelerator, producer, devices):
+    fut = completed_on(producer, accelerator, devices)
+    values = []
+
+    async def read():
+        values.append(await fut)
+
+    def on(backend):
+        return lambda: anyio.run(read, backend=backend)
+
+    with running(on("asyncio"), on("asyncio"), on("trio"), on("trio")):
+        until(lambda: statistics().pending == 4)
+        assert not values
+        accelerator.wake()
+    assert [value.tolist() for value in values] == [NEW] * 4
+
+
+# ---------------------------------------------------------------------- stream_ordered
+
+
+@on_every_loop
+@told_or_not
+async def test_stream_ordered_resumes_while_the_kernels_run_with_the_current_stream_after_them(
+    accelerator, producer, devices
+):
+    fut, current = Future(devices=devices), torch.Stream(FIRST)
+    before = torch.accelerator.current_stream()
+    copies = []
+
+    async def read():
+        torch.accelerator.set_stream(current)
+        tensor = await fut.stream_ordered()
+        copies.append(read_on_current_stream(tensor))
+
+    try:
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(read)
+            await anyio.wait_all_tasks_blocked()
+            with producer:
+                fut.set_result(being_filled(accelerator))
+    finally:
+        torch.accelerator.set_stream(before)
+    assert not producer.query()
+    assert not current.query()
+    assert statistics().queries == 0
+    accelerator.wake()
+    await synchronize(current)
+    assert copies[0].tolist() == NEW
+
+
+@on_every_loop
+async def test_stream_ordered_gives_the_value_or_raises_the_error(accelerator):
+    fut, failed = Future(), Future()
+    fut.set_result(5)
+    failed.set_exception(ValueError("foo"))
+    assert await fut.stream_ordered() == 5
+    with pytest.raises(ValueError, match="foo"):
+        await failed.stream_ordered()
+
+
+# ------------------------------------------------------------------------- combinations
+
+
+@on_every_loop
+@told_or_not
+@pytest.mark.parametrize("combine", [gather, collect_all])
+async def test_a_combined_future_is_ready_when_its_parts_are(accelerator, devices, combine):
+    futures = [Future(devices=devices) for _ in range(3)]
+    combined = combine(futures)
+    for fut in futures:
+        with torch.Stream(FIRST):
+            fut.set_result(being_filled(accelerator))
+    assert combined.done()
+    reader = Reader(combined)
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(reader)
+        await looked()
+        assert reader.outcome is None
+        accelerator.wake()
+    values = [f.value() for f in futures]
+    assert [v.tolist() for v in values] == [NEW] * 3
+    expected = futures if combine is collect_all else values
+    assert all(got is want for got, want in zip(reader.outcome, expected))
+
+
+@on_every_loop
+@told_or_not
+async def test_a_combined_future_does_not_wait_for_other_work_of_who_completes_the_last(
+    accelerator, producer, devices
+):
+    on_device, on_host = Future(devices=devices), Future()
+    combined = gather([on_device, on_host])
+    with producer:
+        on_device.set_result(torch.full((2,), 7.0, device=FIRST))
+    with torch.Stream(FIRST) as busy:
+        accelerator.sleep(PATIENCE)
+        on_host.set_result("text")
+    with anyio.fail_after(PATIENCE / 2):
+        assert [str(part) for part in await combined][1] == "text"
+    assert not busy.query()
+
+
+@on_every_loop
+@told_or_not
+async def test_combining_orders_nobodys_streams(accelerator, producer, devices):
+    one, other = completed_on(producer, accelerator, devices), Future(devices=devices)
+    combined = gather([one, other])
+    with torch.Stream(FIRST) as bystander:
+        other.set_result(torch.ones(2, device=FIRST))
+    bystander.synchronize()
+    assert not producer.query()
+    accelerator.wake()
+    assert (await combined)[0].tolist() == NEW
+
+
+@on_every_loop
+@told_or_not
+async def test_a_child_is_ready_when_what_its_callback_enqueued_is_done(
+    accelerator, producer, devices
+):
+    fut = Future(devices=devices)
+    child = fut.then(lambda f: f.value().clone())
+    with producer:
+        fut.set_result(being_filled(accelerator))
+    reader = Reader(child)
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(reader)
+        await looked()
+        assert reader.outcome is None
+        accelerator.wake()
+    assert reader.outcome.tolist() == NEW
+
+
+@on_every_loop
+@told_or_not
+async def test_as_completed_yields_what_is_set_and_awaiting_that_means_ready(
+    accelerator, producer, devices
+):
+    fut = completed_on(producer, accelerator, devices)
+    async for done in as_completed([fut]):
+        assert done is fut
+        assert not producer.query()
+        accelerator.wake()
+        assert (await done).tolist() == NEW
+
+
+@on_every_loop
+@told_or_not
+async def test_an_adopted_torch_future_is_ready_when_its_kernels_are_done(
+    accelerator, producer, devices
+):
+    source = torch.futures.Future(devices=devices)
+    fut = as_future(source)
+    with producer:
+        source.set_result([being_filled(accelerator)])
+    reader = Reader(fut)
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(reader)
+        await looked()
+        assert reader.outcome is None
+        accelerator.wake()
+    assert reader.outcome[0].tolist() == NEW
+
+
+@on_asyncio
+@told_or_not
+async def test_as_asyncio_completes_when_the_value_is_ready(accelerator, producer, devices):
+    pending_one = Future(devices=devices)
+    done_one = completed_on(producer, accelerator, devices)
+    targets = [pending_one.as_asyncio(), done_one.as_asyncio()]
+    with producer:
+        pending_one.set_result(being_filled(accelerator))
+    await looked()
+    assert not any(target.done() for target in targets)
+    accelerator.wake()
+    values = await asyncio.gather(*targets)
+    assert [value.tolist() for value in values] == [NEW, NEW]
+
+
+@on_asyncio
+async def test_a_cancelled_as_asyncio_leaves_nothing_with_the_watcher(accelerator, producer):
+    target = completed_on(producer, accelerator, None).as_asyncio()
+    assert statistics().pending == 1
+    target.cancel()
+    await asyncio.sleep(0)
+    assert statistics().pending == 0
+
+
+# ------------------------------------------------------------------------------ failure
+
+
+@on_every_loop
+@told_or_not
+async def test_a_failed_kernel_reaches_those_who_await_its_stream_and_nobody_else(
+    accelerator, producer, consumer, devices
+):
+    early = completed_on(producer, accelerator, devices)
+    with producer:
+        accelerator.fail("the kernel failed")
+    late = completed_on(producer, accelerator, devices)
+    latest = completed_on(producer, accelerator, devices)
+    other = completed_on(consumer, accelerator, devices)
+    waits = [early, late, latest, other, gather([other, late]), synchronize(producer)]
+    readers = [Reader(wait) for wait in waits]
+    async with anyio.create_task_group() as tg:
+        for reader in readers:
+            tg.start_soon(reader)
+        await pending(len(waits))
+        accelerator.wake()
+    outcomes = [reader.outcome for reader in readers]
+    assert outcomes[0].tolist() == outcomes[3].tolist() == NEW
+    for error in outcomes[1], outcomes[2], outcomes[4], outcomes[5]:
+        assert isinstance(error, RuntimeError)
+        assert "the kernel failed" in str(error)
+    # The future is done, and has its value; that its stream failed, others are told, too.
+    assert late.done()
+    assert late.exception() is None
+    with pytest.raises(RuntimeError, match="the kernel failed"):
+        await late
+    with producer, pytest.raises(RuntimeError, match="the kernel failed"):
+        await to_host(late.value())
+    assert statistics().pending == 0
+
+
+@on_asyncio
+async def test_a_failed_kernel_reaches_as_asyncio(accelerator, producer):
+    fut = Future()
+    with producer:
+        tensor = being_filled(accelerator)
+        accelerator.fail("the kernel failed")
+        fut.set_result(tensor)
+    accelerator.wake()
+    first = fut.as_asyncio()
+    with pytest.raises(RuntimeError, match="the kernel failed"):
+        await first
+    second = fut.as_asyncio()
+    with pytest.raises(RuntimeError, match="the kernel failed"):
+        await second
+
+
+# -------------------------------------------------------------------- under some load
+
+
+@on_every_loop
+async def test_every_one_of_many_awaits_on_many_streams_resumes_when_its_kernel_is_done(
+    accelerator,
+):
+    streams = [torch.Stream(FIRST) for _ in range(6)]
+    outcomes = []
+
+    async def read(fut, n):
+        outcomes.append((n, (await fut)[0].item()))
+
+    def produce(futures):
+        for n, fut in futures:
+            with streams[n % 6]:
+                tensor = torch.zeros(1, device=FIRST)
+                accelerator.fill_after(tensor, n, 0.0001)
+                fut.set_result([tensor])
+
+    futures = [(n, Future()) for n in range(600)]
+    async with alongside(lambda: produce(futures[::2]), lambda: produce(futures[1::2])):
+        async with anyio.create_task_group() as tg:
+            for n, fut in futures:
+                tg.start_soon(read, *([fut, n]))
+    assert sorted(outcomes) == [(n, float(n)) for n in range(600)]
+    assert statistics().pending == 0
+
+
+@on_every_loop
+async def test_awaits_that_are_cancelled_at_random_harm_no_others(accelerator):
+    stream = torch.Stream(FIRST)
+    resumed = []
+
+    async def read(fut, seconds):
+        with anyio.move_on_after(seconds):
+            resumed.append(await fut)
+
+    for _ in range(10):
+        accelerator.reset()
+        resumed.clear()
+        futures = [completed_on(stream, accelerator, None) for _ in range(20)]
+        async with anyio.create_task_group() as tg:
+            for n, fut in enumerate(futures):
+                tg.start_soon(read, fut, n / 10_000 if n % 2 else PATIENCE)
+            await pending(10)
+            accelerator.wake()
+        assert [value.tolist() for value in resumed] == [NEW] * 10
+        assert statistics().pending == 0

@@ -1,0 +1,108 @@
+"""Marks that are waited for where no event loop runs: a loop of its own, in one thread.
+
+The thread is started by the first mark, and ends with the last. No lock guards that. Who
+brings a mark appends it, then looks whether there is a thread. A thread that is about to
+end says that there is none, then looks for marks. So one of the two sees the other; and
+two threads at a time would do no harm.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+
+from .. import _loops
+from ._events import Mark
+from ._watcher import Wait, Watcher, watcher_of
+
+__all__ = ["when_reached"]
+
+_Notify = Callable[[Exception | None], object]
+
+
+def when_reached(mark: Mark, notify: _Notify) -> None:
+    """Has ``notify(error or None)`` called when ``mark`` is reached, now or later.
+
+    The event loop that runs here sees to it; if none does, or it closes before, a thread.
+    """
+    if _loops.loop_in_this_thread():
+        _watch(watcher_of(_loops.current()), mark, notify)
+    else:
+        _in_background(mark, notify)
+
+
+def _watch(watcher: Watcher, mark: Mark, notify: _Notify) -> None:
+    watcher.tell([mark], Wait(notify, orphaned=partial(_in_background, mark, notify)))
+
+
+_jobs: deque[tuple[Mark, _Notify]] = deque()
+_thread: _Thread | None = None
+
+
+def _in_background(mark: Mark, notify: _Notify) -> None:
+    global _thread
+    _jobs.append((mark, notify))
+    thread = _thread
+    if thread is None:
+        _thread = thread = _Thread()
+        thread.start()
+    else:
+        thread.ring()
+
+
+class _Thread(threading.Thread):
+    """Runs an event loop as long as there is a mark to watch."""
+
+    def __init__(self) -> None:
+        # A daemon, as it would wait for kernels that may take long. It never waits inside
+        # of torch, where the end of the interpreter would abort the process.
+        super().__init__(name="torchfut_aio watcher", daemon=True)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._bell = asyncio.Event()
+
+    def ring(self) -> None:
+        if self._loop is not None:
+            with suppress(RuntimeError):  # it has closed, having seen what there was
+                self._loop.call_soon_threadsafe(self._bell.set)
+
+    def run(self) -> None:
+        asyncio.run(self._serve())
+
+    async def _serve(self) -> None:
+        global _thread
+        self._loop = asyncio.get_running_loop()
+        watcher = watcher_of(_loops.current())
+        while True:
+            self._bell.clear()
+            while _jobs:
+                with suppress(IndexError):
+                    mark, notify = _jobs.popleft()
+                    _watch(watcher, mark, partial(self._notify, notify))
+            if watcher.pending:
+                await self._bell.wait()
+                continue
+            _thread = None
+            if not _jobs:
+                return
+            _thread = self
+
+    def _notify(self, notify: _Notify, error: Exception | None) -> None:
+        self._bell.set()
+        # Nobody is above to take what a callback of a future may pass on.
+        with suppress(KeyboardInterrupt, SystemExit):
+            notify(error)
+
+
+def _forget() -> None:
+    global _thread
+    _thread = None
+    _jobs.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)

@@ -1,0 +1,177 @@
+"""Awaiting devices themselves: the async counterparts of ``synchronize()`` and ``.cpu()``."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Generator, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+
+from .. import _loops
+from ._events import Mark, current_stream, mark_of, mark_stream, on_stream
+from ._tensors import replaced, tensors
+from ._watcher import Wait, watcher_of
+
+__all__ = ["reached", "synchronize", "to_host"]
+
+T = TypeVar("T")
+
+
+def reached(marks: Sequence[Mark]) -> Generator[Any, Any, None]:
+    """Suspends the current task until all ``marks`` are reached; for ``yield from``.
+
+    Raises:
+        RuntimeError: What the device says of a kernel that failed.
+    """
+    loop = _loops.current()
+    watcher = watcher_of(loop)
+    waiter = loop.waiter()
+    wait = Wait(lambda _: loop.wake(waiter))
+    if not watcher.watch(marks, wait):
+        return
+    try:
+        yield from waiter
+    finally:
+        watcher.forget(wait)
+    if wait.error is not None:
+        try:
+            # Others may raise the same one: each starts from an empty traceback.
+            raise wait.error.with_traceback(None)
+        finally:
+            del wait
+
+
+class _Reached:
+    """Makes an awaitable of `reached`."""
+
+    __slots__ = ("_marks",)
+
+    def __init__(self, marks: Sequence[Mark]) -> None:
+        self._marks = marks
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        yield from _loops.current().checkpoint()
+        yield from reached(self._marks)
+
+
+async def synchronize(
+    target: torch.Event | torch.Stream | torch.device | str | int | None = None,
+) -> None:
+    """Waits until a device has done its work, while the event loop runs.
+
+    The async counterpart of ``torch.accelerator.synchronize``, of ``stream.synchronize()``
+    and of ``event.synchronize()``. Only work that is enqueued when this is called is waited
+    for. If the task is cancelled, the work goes on.
+
+    Args:
+        target: An event that has been recorded (one that has not been is done); a stream;
+            a device, as ``torch.device``, string or index, for all of its streams, whom a
+            helper thread waits for, as devices have no event for that; or None, for the
+            current stream of the current device.
+
+    Raises:
+        TypeError: ``target`` is none of these.
+        RuntimeError: A kernel failed: the device's own error.
+
+    Example:
+        >>> import asyncio, torch
+        >>> async def main():
+        ...     tensor = torch.ones(3)  # on a GPU, if you have one
+        ...     tensor *= 2
+        ...     await torchfut_aio.synchronize()
+        ...     return tensor.sum().item()
+        >>> asyncio.run(main())
+        6.0
+    """
+    if isinstance(target, torch.Event):
+        await _Reached([mark_of(target)])
+    elif isinstance(target, torch.Stream):
+        await _Reached([mark_stream(target)])
+    elif target is None:
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        current = [] if accelerator is None else [mark_stream(torch.accelerator.current_stream())]
+        await _Reached(current)
+    elif isinstance(target, (torch.device, str, int)):
+        if torch.device(target).type == "cpu":  # which has nothing pending
+            await _Reached([])
+        else:
+            await _in_thread(partial(torch.accelerator.synchronize, target))
+    else:
+        raise TypeError(
+            "synchronize() waits for a torch.Event, a torch.Stream, a device or None, for "
+            f"the current stream; not for {target!r} of type {type(target).__qualname__}"
+        )
+
+
+async def to_host(value: T) -> T:
+    """Copies tensors of the accelerator to the host, while the event loop runs.
+
+    The async counterpart of ``tensor.cpu()``. The tensors may be anywhere in ``value``: in
+    containers, dataclasses and objects, however nested. They are copied to pinned memory on
+    a side stream, after the kernels enqueued so far on the current streams, and later
+    kernels on these do not wait for the copies.
+
+    Args:
+        value: Any object. Leave its tensors as they are until this returns.
+
+    Returns:
+        ``value`` with host tensors in the place of those of the accelerator. What holds one
+        of them is copied, shallowly; all else is the very same object. A value without any
+        is returned as it is.
+
+    Raises:
+        RuntimeError: A kernel or a copy failed: the device's own error.
+        TypeError: An object that holds a tensor cannot be copied with ``copy.copy``.
+
+    Example:
+        >>> import asyncio, torch
+        >>> accelerator = torch.accelerator.current_accelerator() or "cpu"
+        >>> async def main():
+        ...     batch = {"name": "first", "scores": [torch.ones(2, device=accelerator)]}
+        ...     return await torchfut_aio.to_host(batch)
+        >>> asyncio.run(main())
+        {'name': 'first', 'scores': [tensor([1., 1.])]}
+    """
+    accelerator = torch.accelerator.current_accelerator()
+    found = [t for t in tensors(value) if accelerator and t.device.type == accelerator.type]
+    copies = {}
+    starts = {device: mark_stream(current_stream(device)) for device in {t.device for t in found}}
+    for device, start in starts.items():
+        start.event.wait(_side_stream(device))
+    for tensor in found:
+        with on_stream(_side_stream(tensor.device)):
+            if (host := _pinned_like(tensor)) is not None:
+                copies[id(tensor)] = host.copy_(tensor, non_blocking=True)
+    # The starts, too: a device may keep to itself that what a side stream waited for failed.
+    ends = [mark_stream(_side_stream(device)) for device in starts]
+    await _Reached([*starts.values(), *ends])
+    for tensor in found:
+        if id(tensor) not in copies:
+            copies[id(tensor)] = await _in_thread(tensor.cpu)
+    copied: T = replaced(value, copies)
+    return copied
+
+
+def _pinned_like(tensor: torch.Tensor) -> torch.Tensor | None:
+    """Returns pinned memory for a copy; None if the copy has to block, and needs a thread."""
+    # Sparse tensors and subclasses take several steps, of which some block.
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout != torch.strided:
+        return None
+    try:
+        return torch.empty_like(tensor, device="cpu", pin_memory=True)
+    except RuntimeError:  # the accelerator, or the memory of the host, has none
+        return None
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.Stream:
+    return torch.Stream(device)
+
+
+async def _in_thread(function: Any) -> Any:
+    # Imported here, as only this needs it.
+    from anyio.to_thread import run_sync
+
+    return await run_sync(function, abandon_on_cancel=True)

@@ -1,0 +1,131 @@
+"""Tensors in values: in containers, dataclasses and objects, however nested."""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from typing import Any
+
+import torch
+
+__all__ = ["HOST_ONLY", "replaced", "tensors"]
+
+# Types whose instances hold no tensor: most results, told by a glance.
+HOST_ONLY = frozenset({type(None), bool, int, float, complex, str, bytes})
+
+# What offers a way to tensors, and does not contain them; and what only code refers to.
+_OPAQUE = (
+    torch._C.Future,
+    type,
+    types.ModuleType,
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    types.MethodType,
+)
+
+
+def tensors(value: object) -> Iterator[torch.Tensor]:
+    """Yields the tensors in ``value``, once each."""
+    seen: dict[int, object] = {}  # kept, so that no id is used again meanwhile
+    found = [value]
+    while found:
+        thing = found.pop()
+        if type(thing) in HOST_ONLY or id(thing) in seen:
+            continue
+        seen[id(thing)] = thing
+        if isinstance(thing, torch.Tensor):
+            yield thing
+        else:
+            found.extend(_items(thing))
+            found.extend(part for _, part in _attributes(thing))
+
+
+def _items(thing: object) -> list[Any]:
+    if isinstance(thing, Mapping):
+        return list(thing.values())
+    if isinstance(thing, (list, tuple, set, frozenset, deque)):
+        return list(thing)
+    return []
+
+
+def _attributes(thing: object) -> Iterator[tuple[str, object]]:
+    if isinstance(thing, _OPAQUE):
+        return
+    yield from list(getattr(thing, "__dict__", {}).items())
+    for kind in type(thing).__mro__:
+        for name, slot in list(vars(kind).items()):
+            if isinstance(slot, types.MemberDescriptorType):
+                with suppress(AttributeError):  # not set
+                    yield name, slot.__get__(thing)
+
+
+def replaced(value: Any, substitutes: Mapping[int, torch.Tensor]) -> Any:
+    """Returns ``value`` with tensors replaced, by id.
+
+    What holds none of these tensors is kept as it is; what does is copied, shallowly, once
+    each, so that what was shared still is.
+    """
+    copied: dict[int, Any] = dict(substitutes)
+    holders = _holders(value, substitutes)
+
+    def new(thing: Any) -> Any:
+        if id(thing) in copied:
+            return copied[id(thing)]
+        return _rebuilt(thing, new, copied) if id(thing) in holders else thing
+
+    return new(value)
+
+
+def _holders(value: object, tensor_ids: Mapping[int, object]) -> set[int]:
+    """Returns the ids of all things that lead to one of the tensors."""
+    seen: dict[int, object] = {}
+    parents: defaultdict[int, list[int]] = defaultdict(list)
+    found = [value]
+    while found:
+        thing = found.pop()
+        if type(thing) in HOST_ONLY or id(thing) in seen:
+            continue
+        seen[id(thing)] = thing
+        if isinstance(thing, torch.Tensor):
+            continue
+        for part in [*_items(thing), *(part for _, part in _attributes(thing))]:
+            parents[id(part)].append(id(thing))
+            found.append(part)
+    holders: set[int] = set()
+    upward = list(tensor_ids)
+    while upward:
+        for parent in parents[upward.pop()]:
+            if parent not in holders:
+                holders.add(parent)
+                upward.append(parent)
+    return holders
+
+
+def _rebuilt(thing: Any, new: Callable[[Any], Any], copied: dict[int, Any]) -> Any:
+    """Copies ``thing``, which leads to a tensor, with ``new(part)`` in place of its parts."""
+    if isinstance(thing, (tuple, frozenset)):
+        parts = [new(part) for part in thing]
+        make = getattr(type(thing), "_make", type(thing))  # of a named tuple
+        # Its parts may lead back to it.
+        copy_of = copied.setdefault(id(thing), make(parts))
+    else:
+        # Known before its parts are looked at, which may lead back to it.
+        copy_of = copied[id(thing)] = copy.copy(thing)
+        if isinstance(thing, Mapping):
+            for key, part in thing.items():
+                copy_of[key] = new(part)
+        elif isinstance(thing, list):
+            copy_of[:] = [new(part) for part in thing]
+        elif isinstance(thing, deque):
+            copy_of.clear()
+            copy_of.extend([new(part) for part in thing])
+        elif isinstance(thing, set):
+            copy_of.clear()
+            copy_of.update([new(part) for part in thing])
+    for name, part in list(_attributes(thing)):
+        if (fresh := new(part)) is not part:
+            object.__setattr__(copy_of, name, fresh)
+    return copy_of
