@@ -32,37 +32,9 @@ from .accelerator import (
 )
 from .loops import on_asyncio, on_every_loop
 from .threads import PATIENCE, alongside, running, until
+from .waiting import Reader, looked, pending
 
 pytestmark = pytest.mark.device
-
-
-async def looked(times=5):
-    """Returns when the watcher of this loop has looked at events some more times."""
-    enough = statistics().polls + times
-    with anyio.fail_after(PATIENCE):
-        while statistics().polls < enough:  # noqa: ASYNC110
-            await anyio.sleep(0.001)
-
-
-async def pending(waits):
-    """Returns when so many waits are pending on this loop."""
-    with anyio.fail_after(PATIENCE):
-        while statistics().pending != waits:
-            await anyio.lowlevel.checkpoint()
-
-
-class Reader:
-    """Awaits something in a task, and keeps what it gives."""
-
-    def __init__(self, awaitable):
-        self.awaitable = awaitable
-        self.outcome = None
-
-    async def __call__(self):
-        try:
-            self.outcome = await self.awaitable
-        except Exception as error:
-            self.outcome = error
 
 
 # ------------------------------------------------------------------------------- await
@@ -494,19 +466,24 @@ async def test_every_one_of_many_awaits_on_many_streams_resumes_when_its_kernel_
 @on_every_loop
 async def test_awaits_that_are_cancelled_at_random_harm_no_others(accelerator):
     stream = torch.Stream(FIRST)
-    resumed = []
+    resumed, given_up = [], []
 
     async def read(fut, seconds):
-        with anyio.move_on_after(seconds):
+        with anyio.move_on_after(seconds) as scope:
             resumed.append(await fut)
+        if scope.cancelled_caught:
+            given_up.append(fut)
 
     for _ in range(10):
         accelerator.reset()
         resumed.clear()
+        given_up.clear()
         futures = [completed_on(stream, accelerator, None) for _ in range(20)]
         async with anyio.create_task_group() as tg:
             for n, fut in enumerate(futures):
                 tg.start_soon(read, fut, n / 10_000 if n % 2 else PATIENCE)
+            while len(given_up) < 10:
+                await anyio.lowlevel.checkpoint()
             await pending(10)
             accelerator.wake()
         assert [value.tolist() for value in resumed] == [NEW] * 10

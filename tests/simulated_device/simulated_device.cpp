@@ -16,6 +16,7 @@
 #include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/view_native.h>
 #include <c10/core/DeviceGuard.h>
+#include <c10/core/InferenceMode.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
@@ -170,6 +171,7 @@ struct Hooks final : at::PrivateUse1HooksInterface {
 // The same memory as a tensor of the host's, for a kernel to work on. Keeps memory that
 // was allocated here alive, and nothing else.
 at::Tensor on_host(const at::Tensor& tensor) {
+  c10::InferenceMode normal(false); // the thread of the stream is in no such mode
   auto& data = tensor.storage().data_ptr();
   bool ours = data.get_deleter() == release;
   Memory memory = ours ? *static_cast<Memory*>(data.get_context()) : nullptr;

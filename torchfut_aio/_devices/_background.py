@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -46,6 +47,8 @@ _thread: _Thread | None = None
 
 def _in_background(mark: Mark, notify: _Notify) -> None:
     global _thread
+    if sys.is_finalizing():  # no thread starts any more, nor is there one to wait for it
+        return
     _jobs.append((mark, notify))
     thread = _thread
     if thread is None:

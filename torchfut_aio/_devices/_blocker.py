@@ -7,8 +7,6 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 
-import torch
-
 from ._events import Mark
 
 __all__ = ["Blocker"]
@@ -49,20 +47,6 @@ class Blocker:
                     return
                 mark, then = self._jobs.popleft()
             with suppress(Exception):  # who looks at the event will see it, too
-                _block_until_reached(mark)
+                mark.event.synchronize()
             then()
             del mark, then
-
-
-def _block_until_reached(mark: Mark) -> None:
-    # CUDA spins in synchronize(), unless the event was made for blocking. Those of the
-    # pool are not, as torch.Event cannot be; so one that is follows on a side stream.
-    event_type = getattr(torch.get_device_module(mark.device), "Event", None)
-    if event_type is None:
-        mark.event.synchronize()
-        return
-    side = torch.Stream(mark.device)
-    side.wait_event(mark.event)
-    relay = event_type(blocking=True)
-    relay.record(side)
-    relay.synchronize()

@@ -15,10 +15,13 @@ from time import monotonic
 
 import torch
 
+from ._policy import policy
+
 __all__ = ["Mark", "current_stream", "mark_of", "mark_stream", "on_stream"]
 
-# Taking from and adding to a deque are indivisible steps: no lock, so a finaliser may.
-_pools: dict[torch.device, deque[torch.Event]] = {}
+# By device, and whether to wait for them blocks rather than spins. Taking from and adding
+# to a deque are indivisible steps: no lock, so a finaliser may.
+_pools: dict[tuple[torch.device, bool], deque[torch.Event]] = {}
 
 _ticks = itertools.count()
 
@@ -59,14 +62,25 @@ class Mark:
 def mark_stream(stream: torch.Stream) -> Mark:
     """Marks the end of what is enqueued on ``stream`` so far."""
     device = stream.device
-    pool = _pools.get(device)
+    blocking = policy().blocking
+    pool = _pools.get((device, blocking))
     if pool is None:
-        pool = _pools.setdefault(device, deque())
+        pool = _pools.setdefault((device, blocking), deque())
     try:
         event = pool.pop()
     except IndexError:
-        event = torch.Event(device, enable_timing=False)
+        event = _new_event(device, blocking)
     return Mark(event, stream, device, pool)
+
+
+def _new_event(device: torch.device, blocking: bool) -> torch.Event:
+    if blocking:
+        # torch.Event takes the argument, and ignores it: CUDA would spin.
+        kind = getattr(torch.get_device_module(device), "Event", None)
+        if kind is not None:
+            event: torch.Event = kind(blocking=True)
+            return event
+    return torch.Event(device, enable_timing=False)
 
 
 def mark_of(event: torch.Event) -> Mark:

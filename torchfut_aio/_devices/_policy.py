@@ -121,7 +121,7 @@ class History:
     def note_wake_up(self, pause: float, late: float) -> None:
         """Notes how late a wake-up came: after a long sleep, a machine takes longer."""
         shortest = _policy.shortest
-        if pause > 16 * shortest:
+        if pause > 16 * shortest and late > 0:
             self._late += (min(late, 16 * shortest) - self._late) / 4
 
     def pause(self, waited: float) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Generator, Sequence
+from collections.abc import Coroutine, Generator, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -56,14 +56,18 @@ class _Reached:
         yield from reached(self._marks)
 
 
-async def synchronize(
+async def _reached(marks: Sequence[Mark]) -> None:
+    await _Reached(marks)
+
+
+def synchronize(
     target: torch.Event | torch.Stream | torch.device | str | int | None = None,
-) -> None:
-    """Waits until a device has done its work, while the event loop runs.
+) -> Coroutine[Any, Any, None]:
+    """Waits until a device has done its work, while the event loop runs; for ``await``.
 
     The async counterpart of ``torch.accelerator.synchronize``, of ``stream.synchronize()``
     and of ``event.synchronize()``. Only work that is enqueued when this is called is waited
-    for. If the task is cancelled, the work goes on.
+    for (on a whole device: when it is awaited). If the task is cancelled, the work goes on.
 
     Args:
         target: An event that has been recorded (one that has not been is done); a stream;
@@ -86,35 +90,34 @@ async def synchronize(
         6.0
     """
     if isinstance(target, torch.Event):
-        await _Reached([mark_of(target)])
-    elif isinstance(target, torch.Stream):
-        await _Reached([mark_stream(target)])
-    elif target is None:
+        return _reached([mark_of(target)])
+    if isinstance(target, torch.Stream):
+        return _reached([mark_stream(target)])
+    if target is None:
         accelerator = torch.accelerator.current_accelerator(check_available=True)
-        current = [] if accelerator is None else [mark_stream(torch.accelerator.current_stream())]
-        await _Reached(current)
-    elif isinstance(target, (torch.device, str, int)):
+        current = [] if accelerator is None else [torch.accelerator.current_stream()]
+        return _reached([mark_stream(stream) for stream in current])
+    if isinstance(target, (torch.device, str, int)):
         if torch.device(target).type == "cpu":  # which has nothing pending
-            await _Reached([])
-        else:
-            await _in_thread(partial(torch.accelerator.synchronize, target))
-    else:
-        raise TypeError(
-            "synchronize() waits for a torch.Event, a torch.Stream, a device or None, for "
-            f"the current stream; not for {target!r} of type {type(target).__qualname__}"
-        )
+            return _reached([])
+        return _in_thread(partial(torch.accelerator.synchronize, target))
+    raise TypeError(
+        "synchronize() waits for a torch.Event, a torch.Stream, a device or None, for "
+        f"the current stream; not for {target!r} of type {type(target).__qualname__}"
+    )
 
 
-async def to_host(value: T) -> T:
-    """Copies tensors of the accelerator to the host, while the event loop runs.
+def to_host(value: T) -> Coroutine[Any, Any, T]:
+    """Copies tensors of the accelerator to the host, while the event loop runs; for ``await``.
 
     The async counterpart of ``tensor.cpu()``. The tensors may be anywhere in ``value``: in
     containers, dataclasses and objects, however nested. They are copied to pinned memory on
-    a side stream, after the kernels enqueued so far on the current streams, and later
-    kernels on these do not wait for the copies.
+    a side stream, after the kernels that are enqueued on the current streams when this is
+    called, and later kernels on these do not wait for the copies. (The allocator of pinned
+    memory keeps what it has got; the first calls, which get it, may take milliseconds.)
 
     Args:
-        value: Any object. Leave its tensors as they are until this returns.
+        value: Any object. Leave its tensors as they are until the copy has been awaited.
 
     Returns:
         ``value`` with host tensors in the place of those of the accelerator. What holds one
@@ -136,7 +139,7 @@ async def to_host(value: T) -> T:
     """
     accelerator = torch.accelerator.current_accelerator()
     found = [t for t in tensors(value) if accelerator and t.device.type == accelerator.type]
-    copies = {}
+    copies: dict[int, torch.Tensor] = {}
     starts = {device: mark_stream(current_stream(device)) for device in {t.device for t in found}}
     for device, start in starts.items():
         start.event.wait(_side_stream(device))
@@ -146,7 +149,13 @@ async def to_host(value: T) -> T:
                 copies[id(tensor)] = host.copy_(tensor, non_blocking=True)
     # The starts, too: a device may keep to itself that what a side stream waited for failed.
     ends = [mark_stream(_side_stream(device)) for device in starts]
-    await _Reached([*starts.values(), *ends])
+    return _host_copy(value, found, copies, [*starts.values(), *ends])
+
+
+async def _host_copy(
+    value: T, found: list[torch.Tensor], copies: dict[int, torch.Tensor], marks: list[Mark]
+) -> T:
+    await _Reached(marks)
     for tensor in found:
         if id(tensor) not in copies:
             copies[id(tensor)] = await _in_thread(tensor.cpu)

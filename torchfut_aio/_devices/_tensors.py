@@ -57,7 +57,7 @@ def _attributes(thing: object) -> Iterator[tuple[str, object]]:
     yield from list(getattr(thing, "__dict__", {}).items())
     for kind in type(thing).__mro__:
         for name, slot in list(vars(kind).items()):
-            if isinstance(slot, types.MemberDescriptorType):
+            if isinstance(slot, types.MemberDescriptorType) and name != "__dict__":
                 with suppress(AttributeError):  # not set
                     yield name, slot.__get__(thing)
 
@@ -126,6 +126,7 @@ def _rebuilt(thing: Any, new: Callable[[Any], Any], copied: dict[int, Any]) -> A
             copy_of.clear()
             copy_of.update([new(part) for part in thing])
     for name, part in list(_attributes(thing)):
-        if (fresh := new(part)) is not part:
+        fresh = new(part)
+        if fresh is not part and getattr(copy_of, name) is not fresh:
             object.__setattr__(copy_of, name, fresh)
     return copy_of

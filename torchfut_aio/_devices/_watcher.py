@@ -61,7 +61,7 @@ class Wait:
     """Somebody who waits for some marks.
 
     ``notify`` is called once, on the loop, when all are reached, with None, or when the
-    device reports an error, with that. If the loop has gone, ``orphaned`` is called.
+    device reports an error, with that. If the loop goes before, ``orphaned`` is called.
     """
 
     __slots__ = ("entries", "error", "notify", "orphaned", "over")
@@ -272,10 +272,11 @@ class Watcher:
         self.polls += 1
         self._alarm_at = inf
         now = monotonic()
-        due = now + policy().shortest / 2  # one wake-up for those that are nearly due
+        early = 10 * policy().shortest
         try:
             for lane in list(self._watched):
-                if lane.look_at <= due:
+                # One wake-up serves those, too, that are half-way to their own.
+                if lane.look_at - min(lane.pause, early) / 2 <= now:
                     self._look_at(lane, now)
             while self._over:
                 # Whom Ctrl-C keeps from being told is told at the next look.
@@ -365,14 +366,21 @@ class Watcher:
         if alarm is not None:
             alarm.close()
 
-    def __del__(self) -> None:
-        # Its loop has gone, with the tasks that waited. What else waited has not.
+    # ------------------------------------------------------------------- the end
+
+    def abandon(self) -> None:
+        """Is told that the loop has gone, with the tasks that waited; not all who waited do."""
+        waits = [entry.wait for lane in self._watched for entry in lane.pending]
+        for wait in waits:
+            if wait is not None and not wait.over:
+                self.forget(wait)
+                if wait.orphaned is not None:
+                    wait.orphaned()
         self._close_alarm()
+
+    def __del__(self) -> None:
+        self.abandon()
         _ended.append(self.statistics())
-        for lane in self._watched:
-            for entry in lane.pending:
-                if entry.wait is not None and entry.wait.orphaned is not None:
-                    entry.wait.orphaned()
 
 
 def _begun(entry: _Entry) -> int:

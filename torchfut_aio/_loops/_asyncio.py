@@ -27,13 +27,13 @@ class AsyncioLoop(Inbox):
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__()
-        self._loop = weakref.ref(loop)
+        self._loop = weakref.ref(loop, lambda _: self.abandon())
 
-    def clear_if_closed(self) -> None:
+    def abandon_if_closed(self) -> None:
         # What was posted to a loop that closed before it looked holds on to the loop.
         loop = self._loop()
         if loop is not None and loop.is_closed():
-            self._queue.clear()
+            self.abandon()
 
     def checkpoint(self) -> Iterable[Any]:
         # As with an asyncio future that is done: the task goes on at once.
@@ -190,7 +190,7 @@ def current(loop: asyncio.AbstractEventLoop) -> AsyncioLoop:
         inbox = _inboxes.get(loop)
         if inbox is None:
             for other in list(_inboxes.values()):
-                other.clear_if_closed()
+                other.abandon_if_closed()
             inbox = _inboxes[loop] = AsyncioLoop(loop)
         _last_used.inbox = inbox
     return inbox

@@ -34,6 +34,13 @@ class Inbox(ABC):
         self._queue: deque[Any] = deque()
         self._armed = False
 
+    def abandon(self) -> None:
+        """Is told that the loop has gone."""
+        self._queue.clear()
+        watcher, self.watcher = self.watcher, None
+        if watcher is not None:
+            watcher.abandon()
+
     def post(self, waiter: Any) -> None:
         """Has the loop resume ``waiter``; callable from any thread."""
         self._queue.append(waiter)

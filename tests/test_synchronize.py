@@ -1,0 +1,427 @@
+"""Awaiting a device itself: synchronize, to_host, and events and streams as futures."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import threading
+import types
+from typing import NamedTuple
+
+import anyio
+import anyio.lowlevel
+import pytest
+import torch
+
+from torchfut_aio import (
+    Future,
+    PollPolicy,
+    as_future,
+    gather,
+    set_poll_policy,
+    statistics,
+    synchronize,
+    to_host,
+)
+
+from .accelerator import DEVICE, FIRST, NEW, being_filled
+from .loops import on_every_loop
+from .threads import PATIENCE, running, until
+from .waiting import Reader, looked, pending
+
+pytestmark = pytest.mark.device
+
+
+def recorded(stream):
+    event = torch.Event(DEVICE)
+    event.record(stream)
+    return event
+
+
+targets = pytest.mark.parametrize(
+    "target_of",
+    [recorded, lambda stream: stream, lambda stream: FIRST, lambda stream: torch.device(FIRST)],
+    ids=["event", "stream", "device name", "device"],
+)
+
+
+# -------------------------------------------------------------------------- synchronize
+
+
+@on_every_loop
+@targets
+async def test_synchronize_returns_when_the_work_is_done_and_the_loop_runs_meanwhile(
+    accelerator, producer, target_of
+):
+    with producer:
+        tensor = being_filled(accelerator)
+    reader = Reader(synchronize(target_of(producer)))
+    reader.outcome = "pending"
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(reader)
+        for _ in range(10):
+            await anyio.sleep(0.001)
+        assert reader.outcome == "pending"
+        accelerator.wake()
+    assert reader.outcome is None
+    assert tensor.tolist() == NEW
+
+
+@on_every_loop
+async def test_synchronize_waits_for_the_current_stream_by_default(accelerator, producer):
+    before = torch.accelerator.current_stream()
+    torch.accelerator.set_stream(producer)
+    try:
+        accelerator.sleep(PATIENCE)
+        reader = Reader(synchronize())
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(reader)
+            await pending(1)
+            accelerator.wake()
+    finally:
+        torch.accelerator.set_stream(before)
+    assert producer.query()
+
+
+@on_every_loop
+async def test_synchronize_does_not_wait_for_what_is_enqueued_later(accelerator, producer):
+    with producer:
+        accelerator.sleep(PATIENCE)
+    reader = Reader(synchronize(producer))
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(reader)
+        await pending(1)
+        accelerator.wake()
+        with producer:
+            accelerator.sleep(PATIENCE)
+    assert not producer.query()
+
+
+@on_every_loop
+async def test_what_is_done_is_not_waited_for(accelerator, producer):
+    for target in (recorded(producer), producer, torch.Event(DEVICE), None, "cpu"):
+        assert await synchronize(target) is None
+    assert statistics().polls == 0
+
+
+@on_every_loop
+@targets
+async def test_a_failed_kernel_is_raised(accelerator, producer, target_of):
+    with producer:
+        accelerator.fail("the kernel failed")
+        accelerator.sleep(0)
+    with pytest.raises(RuntimeError, match="the kernel failed"):
+        await synchronize(target_of(producer))
+
+
+@on_every_loop
+@targets
+async def test_synchronize_may_be_cancelled(accelerator, producer, target_of):
+    with producer:
+        accelerator.sleep(PATIENCE)
+    target = target_of(producer)
+    with anyio.move_on_after(0.01) as scope:
+        await synchronize(target)
+    assert scope.cancelled_caught
+    assert statistics().pending == 0
+    accelerator.wake()
+
+
+@on_every_loop
+async def test_what_cannot_be_synchronised_is_refused(accelerator):
+    for target, kind in ((Future(), "Future"), (torch.ones(2), "Tensor"), (object(), "object")):
+        with pytest.raises(TypeError, match=f"torch.Event, a torch.Stream.*{kind}"):
+            await synchronize(target)
+
+
+# ------------------------------------------------------------------------------ to_host
+
+
+class Point(NamedTuple):
+    x: object
+    y: object
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    name: str
+    tensor: torch.Tensor
+
+
+@dataclasses.dataclass
+class Slotted:
+    __slots__ = ("name", "tensor")
+    name: str
+    tensor: torch.Tensor
+
+
+class Plain:
+    def __init__(self, tensor):
+        self.tensor = tensor
+        self.text = ["kept"]
+
+
+def filled(value=7.0):
+    return torch.full((2,), value, device=FIRST)
+
+
+@on_every_loop
+async def test_to_host_waits_for_the_kernels_and_for_the_copy_without_blocking(
+    accelerator, producer
+):
+    before = torch.accelerator.current_stream()
+    torch.accelerator.set_stream(producer)
+    try:
+        tensor = being_filled(accelerator)
+        accelerator.reset_counters()
+        reader = Reader(to_host({"a": [tensor]}))
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(reader)
+            await looked()
+            accelerator.wake()
+    finally:
+        torch.accelerator.set_stream(before)
+    copy = reader.outcome["a"][0]
+    assert copy.tolist() == NEW
+    assert copy.is_pinned()
+    assert accelerator.counters()["synchronizations"] == 0
+
+
+@on_every_loop
+async def test_later_kernels_do_not_wait_for_the_copy_nor_it_for_them(accelerator, producer):
+    before = torch.accelerator.current_stream()
+    torch.accelerator.set_stream(producer)
+    try:
+        reader = Reader(to_host(filled()))
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(reader)
+            await anyio.lowlevel.checkpoint()
+            accelerator.sleep(PATIENCE)
+    finally:
+        torch.accelerator.set_stream(before)
+    assert reader.outcome.tolist() == NEW
+    assert not producer.query()
+
+
+@on_every_loop
+@pytest.mark.parametrize(
+    "pack",
+    [
+        lambda t: t,
+        lambda t: [t, 5],
+        lambda t: (None, [t]),
+        lambda t: {"a": {"b": t}},
+        lambda t: Point("x", t),
+        lambda t: collections.OrderedDict(a=t),
+        lambda t: collections.defaultdict(list, a=[t]),
+        lambda t: collections.deque([t], maxlen=3),
+        lambda t: {t},
+        lambda t: Frozen("first", t),
+        lambda t: Slotted("first", t),
+        lambda t: types.SimpleNamespace(tensor=t),
+        Plain,
+        lambda t: torch.return_types.max((t, t)),
+    ],
+)
+async def test_structure_is_kept_and_tensors_are_on_the_host(accelerator, pack):
+    value = pack(filled())
+    copy = await to_host(value)
+    expected = pack(torch.tensor(NEW))
+    assert type(copy) is type(value)
+    for got, want in zip(leaves(copy), leaves(expected)):
+        if isinstance(want, torch.Tensor):
+            assert got.device.type == "cpu"
+            assert got.tolist() == NEW
+        else:
+            assert got == want
+    assert all(t.device.type != "cpu" for t in leaves(value) if isinstance(t, torch.Tensor))
+
+
+def leaves(thing):
+    if isinstance(thing, dict):
+        return [leaf for part in thing.items() for leaf in leaves(part)]
+    if isinstance(thing, (list, tuple, set, collections.deque)):
+        return [leaf for part in thing for leaf in leaves(part)]
+    if isinstance(thing, (Plain, types.SimpleNamespace)):
+        return leaves(vars(thing))
+    if isinstance(thing, (Frozen, Slotted)):
+        return [thing.name, thing.tensor]
+    return [thing]
+
+
+@on_every_loop
+async def test_what_holds_no_device_tensor_is_the_very_same_object(accelerator):
+    host, other, text = torch.ones(2), object(), ["text"]
+    value = {"host": host, "other": other, "text": text, "device": filled()}
+    copy = await to_host(value)
+    assert copy is not value
+    assert (copy["host"], copy["other"], copy["text"]) == (host, other, text)
+    assert copy["host"] is host
+    assert copy["text"] is text
+    for kept in (value["text"], host, other, None, 5, {"a": [host]}):
+        assert await to_host(kept) is kept
+
+
+@on_every_loop
+async def test_what_was_shared_still_is_and_cycles_are_kept(accelerator):
+    tensor = filled()
+    inner = [tensor, tensor]
+    value = {"a": inner, "b": inner, "t": (tensor,)}
+    value["self"] = value
+    copy = await to_host(value)
+    assert copy["a"] is copy["b"]
+    assert copy["a"][0] is copy["a"][1] is copy["t"][0]
+    assert copy["self"] is copy
+
+
+@on_every_loop
+async def test_dtype_shape_strides_and_gradients_are_as_cpu_has_them(accelerator):
+    given = [
+        torch.zeros(0, device=FIRST),
+        torch.full((), 3, dtype=torch.int64, device=FIRST),
+        torch.full((2, 3), 7.0, device=FIRST).t(),
+        torch.full((4,), 7.0, dtype=torch.float16, device=FIRST)[1::2],
+        torch.nn.Parameter(filled()),
+    ]
+    for tensor in given:
+        copy, expected = await to_host(tensor), tensor.cpu()
+        assert (copy.dtype, copy.shape, copy.stride()) == (
+            expected.dtype,
+            expected.shape,
+            expected.stride(),
+        )
+        assert copy.tolist() == expected.tolist()
+        assert copy.requires_grad == expected.requires_grad
+        assert type(copy) is type(expected)
+
+
+@on_every_loop
+async def test_to_host_may_be_cancelled(accelerator, producer):
+    before = torch.accelerator.current_stream()
+    torch.accelerator.set_stream(producer)
+    try:
+        tensor = being_filled(accelerator)
+        with anyio.move_on_after(0.01) as scope:
+            await to_host(tensor)
+        assert scope.cancelled_caught
+        assert statistics().pending == 0
+        accelerator.wake()
+        assert (await to_host(tensor)).tolist() == NEW
+    finally:
+        torch.accelerator.set_stream(before)
+
+
+# ---------------------------------------------------------- events and streams, adopted
+
+
+sources = pytest.mark.parametrize(
+    "source_of", [recorded, lambda stream: stream], ids=["event", "stream"]
+)
+
+
+@on_every_loop
+@sources
+async def test_an_adopted_event_completes_when_it_is_reached(accelerator, producer, source_of):
+    with producer:
+        accelerator.sleep(PATIENCE)
+    fut = as_future(source_of(producer))
+    assert statistics().pending == 1  # this loop watches it
+    await looked()
+    assert not fut.done()
+    accelerator.wake()
+    assert await fut is None
+    assert statistics().pending == 0
+
+
+@sources
+def test_an_adopted_event_completes_where_no_loop_runs(accelerator, producer, source_of):
+    with producer:
+        accelerator.sleep(PATIENCE)
+    fut = as_future(source_of(producer))
+    done = fut.then(lambda f: "done")
+    with pytest.raises(TimeoutError):
+        fut.wait(0.01)
+    accelerator.wake()
+    assert done.wait(PATIENCE) == "done"
+
+
+def test_the_thread_that_watches_where_no_loop_runs_ends_with_the_last_event(accelerator, producer):
+
+    def watchers():
+        return [t for t in threading.enumerate() if t.name == "torchfut_aio watcher"]
+
+    for _ in range(20):
+        with producer:
+            accelerator.sleep(PATIENCE)
+        futures = [as_future(recorded(producer)) for _ in range(50)]
+        assert len(watchers()) == 1
+        accelerator.wake()
+        assert gather(futures).wait(PATIENCE) == [None] * 50
+        until(lambda: not watchers())
+
+
+@on_every_loop
+@sources
+async def test_an_adopted_event_that_failed_fails_the_future(accelerator, producer, source_of):
+    with producer:
+        accelerator.sleep(PATIENCE)
+        accelerator.fail("the kernel failed")
+    futures = [as_future(source_of(producer)) for _ in range(3)]
+    accelerator.wake()
+    for fut in futures:
+        with pytest.raises(RuntimeError, match="the kernel failed"):
+            await fut
+    with pytest.raises(RuntimeError, match="the kernel failed"):
+        await as_future(source_of(producer))
+
+
+@on_every_loop
+async def test_what_is_reached_already_is_done_at_once(accelerator, producer):
+    assert as_future(producer).done()
+    assert as_future(recorded(producer)).done()
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_an_adopted_event_completes_even_if_its_loop_has_closed(
+    accelerator, producer, backend, collected
+):
+    async def adopt():
+        return as_future(recorded(producer))
+
+    with producer:
+        accelerator.sleep(PATIENCE)
+    fut = anyio.run(adopt, backend=backend)
+    collected()
+    accelerator.wake()
+    assert fut.wait(PATIENCE) is None
+
+
+@on_every_loop
+async def test_an_adopted_event_may_be_completed_by_somebody_else(accelerator, producer):
+    with producer:
+        accelerator.sleep(PATIENCE)
+    fut = as_future(producer)
+    fut.set_exception(ValueError("foo"))
+    accelerator.wake()
+    await pending(0)
+    with pytest.raises(ValueError, match="foo"):
+        await fut
+
+
+@pytest.mark.parametrize("blocking", [False, True])
+def test_threads_without_a_loop_may_adopt_at_the_same_time(accelerator, producer, blocking):
+    def adopt():
+        for _ in range(100):
+            as_future(recorded(producer)).wait(PATIENCE)
+
+    def work():
+        for _ in range(300):
+            with torch.Stream(FIRST):
+                accelerator.sleep(0.0001)
+
+    before = set_poll_policy(PollPolicy(blocking=blocking))
+    try:
+        with running(adopt, adopt, work):
+            pass
+    finally:
+        set_poll_policy(before)

@@ -1,0 +1,41 @@
+"""Waits for device work, as tests see them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+
+from torchfut_aio import statistics
+
+from .threads import PATIENCE
+
+
+async def looked(times: int = 5) -> None:
+    """Returns when the watcher of this loop has looked at events some more times."""
+    enough = statistics().polls + times
+    with anyio.fail_after(PATIENCE):
+        while statistics().polls < enough:  # noqa: ASYNC110
+            await anyio.sleep(0.001)
+
+
+async def pending(waits: int) -> None:
+    """Returns when so many waits are pending on this loop."""
+    with anyio.fail_after(PATIENCE):
+        while statistics().pending != waits:
+            await anyio.lowlevel.checkpoint()
+
+
+class Reader:
+    """Awaits something in a task, and keeps what it gives or raises."""
+
+    def __init__(self, awaitable: Any) -> None:
+        self.awaitable = awaitable
+        self.outcome: Any = None
+
+    async def __call__(self) -> None:
+        try:
+            self.outcome = await self.awaitable
+        except Exception as error:
+            self.outcome = error
