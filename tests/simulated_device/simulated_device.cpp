@@ -12,8 +12,23 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
 #include <ATen/native/CPUFallback.h>
+#include <ATen/native/SparseTensorUtils.h>
+#include <ATen/ops/_coalesced_native.h>
+#include <ATen/ops/_indices_native.h>
+#include <ATen/ops/_nnz_native.h>
 #include <ATen/ops/_reshape_alias_native.h>
+#include <ATen/ops/_sparse_coo_tensor_with_dims_native.h>
+#include <ATen/ops/_sparse_coo_tensor_with_dims_and_tensors_native.h>
+#include <ATen/ops/_values_native.h>
 #include <ATen/ops/as_strided_native.h>
+#include <ATen/ops/clone_native.h>
+#include <ATen/ops/copy_native.h>
+#include <ATen/ops/dense_dim_native.h>
+#include <ATen/ops/empty_native.h>
+#include <ATen/ops/indices_native.h>
+#include <ATen/ops/is_coalesced_native.h>
+#include <ATen/ops/sparse_dim_native.h>
+#include <ATen/ops/values_native.h>
 #include <ATen/ops/view_native.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/InferenceMode.h>
@@ -282,6 +297,54 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
   library.impl("fill_.Scalar", fill);
   library.impl("zero_", zero);
   library.impl("_local_scalar_dense", item);
+}
+
+// Sparse tensors are two dense ones. What is computed with them is computed by the host.
+
+at::Tensor sparse_on_host(const at::Tensor& tensor) {
+  return at::_sparse_coo_tensor_unsafe(tensor._indices().cpu(), tensor._values().cpu(),
+                                       tensor.sizes())._coalesced_(tensor.is_coalesced());
+}
+
+at::Tensor sparse_on_device(const at::Tensor& host, at::Device device) {
+  return at::_sparse_coo_tensor_unsafe(host._indices().to(device), host._values().to(device),
+                                       host.sizes())._coalesced_(host.is_coalesced());
+}
+
+at::Tensor sparse_coalesce(const at::Tensor& self) {
+  return sparse_on_device(sparse_on_host(self).coalesce(), self.device());
+}
+
+at::Tensor sparse_add(const at::Tensor& self, const at::Tensor& other, const at::Scalar& alpha) {
+  return sparse_on_device(at::add(sparse_on_host(self), sparse_on_host(other), alpha),
+                          self.device());
+}
+
+at::Tensor& sparse_add_in_place(at::Tensor& self, const at::Tensor& other, const at::Scalar& alpha) {
+  auto sum = sparse_add(self, other, alpha);
+  at::sparse::get_sparse_impl(self)->set_indices_and_values_unsafe(sum._indices(), sum._values());
+  return self._coalesced_(sum.is_coalesced());
+}
+
+TORCH_LIBRARY_IMPL(aten, SparsePrivateUse1, library) {
+  library.impl("_sparse_coo_tensor_with_dims", at::native::new_with_dims_sparse);
+  library.impl("_sparse_coo_tensor_with_dims_and_tensors",
+               at::native::new_with_dims_and_tensor_sparse_symint);
+  library.impl("_indices", at::native::_indices_sparse);
+  library.impl("_values", at::native::_values_sparse);
+  library.impl("indices", at::native::indices_sparse);
+  library.impl("values", at::native::values_sparse);
+  library.impl("_nnz", at::native::_nnz_sparse);
+  library.impl("is_coalesced", at::native::is_coalesced_sparse);
+  library.impl("_coalesced_", at::native::_coalesced_sparse_);
+  library.impl("sparse_dim", at::native::sparse_dim_sparse);
+  library.impl("dense_dim", at::native::dense_dim_sparse);
+  library.impl("empty.memory_format", at::native::empty_sparse);
+  library.impl("copy_", at::native::copy_sparse_wrapper_);
+  library.impl("clone", at::native::clone_sparse);
+  library.impl("_coalesce", sparse_coalesce);
+  library.impl("add.Tensor", sparse_add);
+  library.impl("add_.Tensor", sparse_add_in_place);
 }
 
 // ------------------------------------------------------------------ what tests call
