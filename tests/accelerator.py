@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -64,11 +65,11 @@ def consumer(accelerator: Any) -> torch.Stream:
 
 def being_filled(accelerator: Any, device: str = FIRST, value: float = 7) -> torch.Tensor:
     """A tensor of zeros, and a kernel on the current stream that fills it once woken."""
-    stream = torch.accelerator.current_stream(device)
-    idle = stream.query()
     tensor = torch.zeros(2, device=device)
-    if idle:
-        stream.synchronize()
+    # Not at all if the stream is held up by another such kernel.
+    zeroed, give_up = torch.accelerator.current_stream(device), time.monotonic() + 0.02
+    while not zeroed.query() and time.monotonic() < give_up:
+        pass
     accelerator.fill_after(tensor, value, PATIENCE)
     return tensor
 

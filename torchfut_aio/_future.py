@@ -140,11 +140,11 @@ class Future(torch.futures.Future[T]):
         order: _devices.Order | None = None
         refused: BaseException | None = None
         if type(result) is Combination:
-            result, order = failure.result, failure.order
+            result, order, refused = failure.result, failure.order, failure.error
         elif self._devices:
             order, refused = declared_order(self._devices, None if failed else result)
         elif not failed and type(result) not in HOST_ONLY:
-            order = found_order(result)
+            order, refused = found_order(result)
         try:
             del self._open
         except AttributeError:
@@ -180,6 +180,9 @@ class Future(torch.futures.Future[T]):
                     break
                 except BaseException as error:
                     interrupt = error
+        if refused is not None and not self._devices:
+            # C++ knows only of values on devices that were not declared.
+            failure, failed = _Failure(self, refused), True
         # After the waiters are awake: callbacks of C++ consumers run in here, with the
         # GIL released around them. They may read this future, and take long.
         try:
@@ -436,7 +439,9 @@ class Future(torch.futures.Future[T]):
         if order is None or self._error is not None:
             self._copy_ready_to(target, self._error)
             return
-        watcher = _devices.watcher_of(_loops.current())
+        loop = _loops.current_asyncio()  # which may be the host of the trio that runs this task
+        assert loop is not None
+        watcher = _devices.watcher_of(loop)
         wait = _devices.Wait(partial(self._copy_ready_to, target))
         watcher.tell(order.marks, wait)
         target.add_done_callback(lambda _: watcher.forget(wait))
@@ -587,11 +592,11 @@ class Combination:
     It is ready when those of ``parts`` are, and no tensor has to be looked for.
     """
 
-    __slots__ = ("order", "result")
+    __slots__ = ("error", "order", "result")
 
     def __init__(self, result: Any, parts: Iterable[Future[Any]]) -> None:
         self.result = result
-        self.order = _devices.joint_order(part._order for part in parts)
+        self.order, self.error = _devices.joint_order(part._order for part in parts)
 
 
 class _Failure:

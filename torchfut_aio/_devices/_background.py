@@ -53,7 +53,11 @@ def _in_background(mark: Mark, notify: _Notify) -> None:
     thread = _thread
     if thread is None:
         _thread = thread = _Thread()
-        thread.start()
+        try:
+            thread.start()
+        except BaseException:  # let the next one try
+            _thread = None
+            raise
     else:
         thread.ring()
 
@@ -74,11 +78,18 @@ class _Thread(threading.Thread):
                 self._loop.call_soon_threadsafe(self._bell.set)
 
     def run(self) -> None:
-        asyncio.run(self._serve())
+        global _thread
+        # Not one by the policy, which may make loops for other threads only.
+        self._loop = asyncio.SelectorEventLoop()
+        try:
+            self._loop.run_until_complete(self._serve())
+        finally:
+            if _thread is self:  # an error has ended it
+                _thread = None
+            self._loop.close()
 
     async def _serve(self) -> None:
         global _thread
-        self._loop = asyncio.get_running_loop()
         watcher = watcher_of(_loops.current())
         while True:
             self._bell.clear()

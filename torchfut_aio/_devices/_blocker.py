@@ -37,7 +37,11 @@ class Blocker:
                 self._arrived.notify()
                 return
             self._running = True
-        threading.Thread(target=self._run, name="torchfut_aio blocker").start()
+        try:
+            threading.Thread(target=self._run, name="torchfut_aio blocker", daemon=False).start()
+        except BaseException:  # let the next one try
+            self._running = False
+            raise
 
     def _run(self) -> None:
         while True:

@@ -43,8 +43,8 @@ class Mark:
         device: torch.device,
         pool: deque[torch.Event] | None,
     ) -> None:
-        self._pool = pool
         self.event = event
+        self._pool = pool
         self.device = device
         # Of a program's own event nobody knows the stream.
         self.stream = None if stream is None else (device, stream.stream_id)
@@ -55,8 +55,9 @@ class Mark:
         self.made = monotonic()
 
     def __del__(self) -> None:
-        if self._pool is not None:
-            self._pool.append(self.event)
+        pool = getattr(self, "_pool", None)  # unless Ctrl-C struck at the very beginning
+        if pool is not None:
+            pool.append(self.event)
 
 
 def mark_stream(stream: torch.Stream) -> Mark:

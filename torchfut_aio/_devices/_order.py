@@ -74,38 +74,53 @@ class Order:
 
 def declared_order(
     devices: Sequence[torch.device], value: object
-) -> tuple[Order, Exception | None]:
+) -> tuple[Order | None, Exception | None]:
     """Returns the order of a value on ``devices``, and the error it is to fail with, if any."""
     try:
         # C++ would call the same, and keep what it finds to itself.
         found = torch._jit_internal._extract_tensors(value)  # type: ignore[no-untyped-call]
     except Exception as error:  # what cannot be pickled
         return Order(devices, []), error.with_traceback(None)
-    order = Order(devices, found)
+    order = None
     try:
+        order = Order(devices, found)
         order.tensors()
-    except Exception as error:
-        order.marks = ()
+    except Exception as error:  # on other devices; or the devices take no more events
         return order, error.with_traceback(None)
     return order, None
 
 
-def found_order(value: object) -> Order | None:
-    """Returns the order of a value, or None if it holds nothing on an accelerator."""
+def found_order(value: object) -> tuple[Order | None, Exception | None]:
+    """Returns the order of a value that holds something on an accelerator; or the error.
+
+    There is one if the accelerator, because a kernel has failed, takes no more events.
+    """
     if isinstance(value, torch.Tensor) and value.is_cpu:
-        return None
+        return None, None
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is None or not _initialised(accelerator):
-        return None
+        return None, None
     found = [tensor for tensor in tensors(value) if tensor.device.type == accelerator.type]
-    return Order({tensor.device for tensor in found}, found) if found else None
+    if not found:
+        return None, None
+    try:
+        return Order({tensor.device for tensor in found}, found), None
+    except Exception as error:
+        return None, error.with_traceback(None)
 
 
-def joint_order(orders: Iterable[Order | None]) -> Order | None:
-    """Returns the order of several values together, or None if none of them has one."""
+def joint_order(orders: Iterable[Order | None]) -> tuple[Order | None, Exception | None]:
+    """Returns the order of several values together, if one of them has one; or the error."""
     parts = [order for order in dict.fromkeys(orders) if order is not None]
     if len(parts) < 2:
-        return parts[0] if parts else None
+        return (parts[0] if parts else None), None
+    try:
+        return _joint_order(parts), None
+    except Exception as error:
+        return None, error.with_traceback(None)
+
+
+def _joint_order(parts: Sequence[Order]) -> Order:
     found = [tensor for part in parts for tensor in part.tensors()]
     devices = {tensor.device for tensor in found if not tensor.is_cpu}
     with ExitStack() as streams:

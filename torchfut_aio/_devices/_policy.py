@@ -30,8 +30,9 @@ class PollPolicy:
         blocking: Do not look at all: for each stream with pending events a helper thread
             blocks in ``event.synchronize()``, and wakes the loop. Costs no time of the
             loop while it waits, and a thread switch at the end. The thread ends soon after
-            its last event. For an event that the program has recorded itself, so that its
-            stream is unknown, a thread of its own.
+            its last event, and the interpreter waits for that when it exits. Events that the
+            program has recorded itself are looked at all the same, as nobody knows their
+            streams.
 
     Raises:
         TypeError, ValueError: Not numbers; not ``0 < shortest <= longest``.

@@ -70,7 +70,8 @@ def synchronize(
     for (on a whole device: when it is awaited). If the task is cancelled, the work goes on.
 
     Args:
-        target: An event that has been recorded (one that has not been is done); a stream;
+        target: An event that has been recorded (one that has not been is done, and one that
+            is recorded again meanwhile is waited for as it is then); a stream;
             a device, as ``torch.device``, string or index, for all of its streams, whom a
             helper thread waits for, as devices have no event for that; or None, for the
             current stream of the current device.
@@ -126,7 +127,8 @@ def to_host(value: T) -> Coroutine[Any, Any, T]:
 
     Raises:
         RuntimeError: A kernel or a copy failed: the device's own error.
-        TypeError: An object that holds a tensor cannot be copied with ``copy.copy``.
+        TypeError: An object that holds a tensor cannot be copied with ``copy.copy``, or
+            its attribute cannot be set.
 
     Example:
         >>> import asyncio, torch
@@ -139,17 +141,19 @@ def to_host(value: T) -> Coroutine[Any, Any, T]:
     """
     accelerator = torch.accelerator.current_accelerator()
     found = [t for t in tensors(value) if accelerator and t.device.type == accelerator.type]
+    starts = {device: current_stream(device) for device in {t.device for t in found}}
+    sides = {device: _side_stream(device, start.stream_id) for device, start in starts.items()}
+    marks = {device: mark_stream(start) for device, start in starts.items()}
+    for device, mark in marks.items():
+        mark.event.wait(sides[device])
     copies: dict[int, torch.Tensor] = {}
-    starts = {device: mark_stream(current_stream(device)) for device in {t.device for t in found}}
-    for device, start in starts.items():
-        start.event.wait(_side_stream(device))
     for tensor in found:
-        with on_stream(_side_stream(tensor.device)):
+        with on_stream(sides[tensor.device]):
             if (host := _pinned_like(tensor)) is not None:
                 copies[id(tensor)] = host.copy_(tensor, non_blocking=True)
     # The starts, too: a device may keep to itself that what a side stream waited for failed.
-    ends = [mark_stream(_side_stream(device)) for device in starts]
-    return _host_copy(value, found, copies, [*starts.values(), *ends])
+    ends = [mark_stream(side) for side in sides.values()]
+    return _host_copy(value, found, copies, [*marks.values(), *ends])
 
 
 async def _host_copy(
@@ -174,8 +178,9 @@ def _pinned_like(tensor: torch.Tensor) -> torch.Tensor | None:
         return None
 
 
-@functools.cache
-def _side_stream(device: torch.device) -> torch.Stream:
+@functools.lru_cache(maxsize=256)
+def _side_stream(device: torch.device, _of_stream: int) -> torch.Stream:
+    # One for each stream: a copy that waits for one must not hold up those of another.
     return torch.Stream(device)
 
 

@@ -39,8 +39,14 @@ def tensors(value: object) -> Iterator[torch.Tensor]:
         if isinstance(thing, torch.Tensor):
             yield thing
         else:
-            found.extend(_items(thing))
-            found.extend(part for _, part in _attributes(thing))
+            found.extend(_parts(thing))
+
+
+def _parts(thing: object) -> list[Any]:
+    try:
+        return [*_items(thing), *(part for _, part in _attributes(thing))]
+    except Exception:
+        return []  # what cannot be read, such as a proxy for nothing, holds nothing
 
 
 def _items(thing: object) -> list[Any]:
@@ -68,19 +74,27 @@ def replaced(value: Any, substitutes: Mapping[int, torch.Tensor]) -> Any:
     What holds none of these tensors is kept as it is; what does is copied, shallowly, once
     each, so that what was shared still is.
     """
-    copied: dict[int, Any] = dict(substitutes)
     holders = _holders(value, substitutes)
+    copies: dict[int, Any] = dict(substitutes)
+    # All but tuples are there before they are filled, as what they hold may lead back.
+    for key, thing in holders.items():
+        if not isinstance(thing, (tuple, frozenset)):
+            copies[key] = _copy(thing)
 
     def new(thing: Any) -> Any:
-        if id(thing) in copied:
-            return copied[id(thing)]
-        return _rebuilt(thing, new, copied) if id(thing) in holders else thing
+        if id(thing) in holders and id(thing) not in copies:
+            parts = [new(part) for part in thing]
+            make = getattr(type(thing), "_make", type(thing))  # of a named tuple
+            copies.setdefault(id(thing), make(parts))
+        return copies.get(id(thing), thing)
 
+    for key, thing in holders.items():
+        _fill(new(thing) if key not in copies else copies[key], thing, new)
     return new(value)
 
 
-def _holders(value: object, tensor_ids: Mapping[int, object]) -> set[int]:
-    """Returns the ids of all things that lead to one of the tensors."""
+def _holders(value: object, tensor_ids: Mapping[int, object]) -> dict[int, Any]:
+    """Returns all things that lead to one of the tensors, by id."""
     seen: dict[int, object] = {}
     parents: defaultdict[int, list[int]] = defaultdict(list)
     found = [value]
@@ -91,42 +105,46 @@ def _holders(value: object, tensor_ids: Mapping[int, object]) -> set[int]:
         seen[id(thing)] = thing
         if isinstance(thing, torch.Tensor):
             continue
-        for part in [*_items(thing), *(part for _, part in _attributes(thing))]:
+        for part in _parts(thing):
             parents[id(part)].append(id(thing))
             found.append(part)
-    holders: set[int] = set()
+    holders: dict[int, Any] = {}
     upward = list(tensor_ids)
     while upward:
         for parent in parents[upward.pop()]:
             if parent not in holders:
-                holders.add(parent)
+                holders[parent] = seen[parent]
                 upward.append(parent)
     return holders
 
 
-def _rebuilt(thing: Any, new: Callable[[Any], Any], copied: dict[int, Any]) -> Any:
-    """Copies ``thing``, which leads to a tensor, with ``new(part)`` in place of its parts."""
-    if isinstance(thing, (tuple, frozenset)):
-        parts = [new(part) for part in thing]
-        make = getattr(type(thing), "_make", type(thing))  # of a named tuple
-        # Its parts may lead back to it.
-        copy_of = copied.setdefault(id(thing), make(parts))
-    else:
-        # Known before its parts are looked at, which may lead back to it.
-        copy_of = copied[id(thing)] = copy.copy(thing)
-        if isinstance(thing, Mapping):
-            for key, part in thing.items():
-                copy_of[key] = new(part)
-        elif isinstance(thing, list):
-            copy_of[:] = [new(part) for part in thing]
-        elif isinstance(thing, deque):
-            copy_of.clear()
-            copy_of.extend([new(part) for part in thing])
-        elif isinstance(thing, set):
-            copy_of.clear()
-            copy_of.update([new(part) for part in thing])
+def _copy(thing: Any) -> Any:
+    copy_of = copy.copy(thing)
+    if copy_of is thing:
+        raise TypeError(f"{thing!r} holds a tensor to be replaced, and copies of it are itself")
+    return copy_of
+
+
+def _fill(copy_of: Any, thing: Any, new: Callable[[Any], Any]) -> None:
+    """Puts ``new(part)`` in the place of each part of ``thing``, in a shallow copy of it."""
+    if isinstance(thing, Mapping):
+        for key, part in thing.items():
+            copy_of[key] = new(part)
+    elif isinstance(thing, list):
+        copy_of[:] = [new(part) for part in thing]
+    elif isinstance(thing, deque):
+        copy_of.clear()
+        copy_of.extend([new(part) for part in thing])
+    elif isinstance(thing, set):
+        copy_of.clear()
+        copy_of.update([new(part) for part in thing])
     for name, part in list(_attributes(thing)):
         fresh = new(part)
-        if fresh is not part and getattr(copy_of, name) is not fresh:
+        if fresh is part or getattr(copy_of, name, None) is fresh:
+            continue
+        try:
             object.__setattr__(copy_of, name, fresh)
-    return copy_of
+        except AttributeError:
+            raise TypeError(
+                f"{name!r} of {type(thing).__qualname__} holds a tensor, and cannot be set"
+            ) from None

@@ -15,6 +15,8 @@ one take into account that entries in it may have been left by who waited.
 
 from __future__ import annotations
 
+import sys
+import threading
 import weakref
 from bisect import insort
 from collections import deque
@@ -79,20 +81,21 @@ class Wait:
 
 
 class _Entry:
-    """A mark in a lane; ``wait`` is None when nobody waits for it any more."""
+    """A mark in a lane; ``wait`` is None while nobody waits for it, and no more."""
 
     __slots__ = ("lane", "mark", "wait")
 
-    def __init__(self, mark: Mark, lane: _Lane, wait: Wait) -> None:
+    def __init__(self, mark: Mark, lane: _Lane) -> None:
         self.mark = mark
         self.lane = lane
-        self.wait: Wait | None = wait
+        self.wait: Wait | None = None
 
 
 class _Lane:
     """The pending marks of one stream, in the order in which they will be reached."""
 
     __slots__ = (
+        "blocked",
         "blocker",
         "history",
         "look_at",
@@ -114,6 +117,7 @@ class _Lane:
         self.pause = 0.0
         self.look_at = inf
         self.blocker: Blocker | None = None
+        self.blocked = False  # a thread waits for a mark of it, and will have it looked at
 
     def knows_pending(self, mark: Mark) -> bool:
         return self.waited > 0 and self.pending[0].mark.ended < mark.begun
@@ -126,7 +130,8 @@ class Watcher:
         "__weakref__",
         "_alarm",
         "_alarm_at",
-        "_foreign",
+        "_event_histories",
+        "_event_lanes",
         "_lanes",
         "_loop",
         "_over",
@@ -142,7 +147,10 @@ class Watcher:
         self._alarm: Alarm | None = None
         self._alarm_at = inf
         self._lanes: dict[tuple[torch.device, int], _Lane] = {}
-        self._foreign: dict[torch.device, History] = {}
+        # The streams of events that a program has recorded itself are unknown. These have a
+        # lane each, by id, while they are waited for.
+        self._event_lanes: dict[int, _Lane] = {}
+        self._event_histories: dict[torch.device, History] = {}
         self._watched: dict[_Lane, None] = {}  # those in which somebody waits
         self._over: deque[Wait] = deque()  # still to be notified
         self.pending = self.polls = self.queries = self.hits = 0
@@ -177,11 +185,18 @@ class Watcher:
             for mark, lane in missing:
                 if lane.waited == 0:
                     self._start(lane, mark, now)
-                entry = _Entry(mark, lane, wait)
-                wait.entries.append(entry)
+                elif len(lane.pending) > 2 * lane.waited + 16:
+                    lane.pending = [entry for entry in lane.pending if entry.wait is not None]
+                entry = _Entry(mark, lane)
                 # Nearly always last: tasks mostly come in the order of the work.
                 insort(lane.pending, entry, key=_begun)
+                # From here on it counts. Ctrl-C strikes at calls, and there is none.
                 lane.waited += 1
+                entry.wait = wait
+                wait.entries = [*wait.entries, entry]
+                self._watched[lane] = None
+                if mark.stream is None:
+                    self._event_lanes[id(mark.event)] = lane
             self._set_alarm()
         except BaseException:  # Ctrl-C
             self.forget(wait)
@@ -220,14 +235,16 @@ class Watcher:
         if lane.waited == 0:
             lane.pending = []
             self._watched.pop(lane, None)
+            self._event_lanes.pop(id(entry.mark.event), None)
 
     # ----------------------------------------------------------------------- lanes
 
     def _lane_if_pending(self, mark: Mark) -> _Lane | None:
-        if mark.stream is None:
-            lane = _Lane(self._foreign.setdefault(mark.device, History()))
-        else:
+        if mark.stream is not None:
             lane = self._lanes.get(mark.stream) or self._new_lane(mark.stream)
+        else:
+            history = self._event_histories.setdefault(mark.device, History())
+            lane = self._event_lanes.get(id(mark.event)) or _Lane(history)
         if mark.ended < lane.reached:
             return None
         if not lane.knows_pending(mark) and self._query(mark):
@@ -252,15 +269,16 @@ class Watcher:
         lane.since = max(lane.since, now if mark.stream is None else mark.made)
         lane.missed = now - lane.since
         self._decide_on(lane, mark, now)
-        self._watched[lane] = None
 
     def _decide_on(self, lane: _Lane, oldest: Mark, now: float) -> None:
         """Decides when to look at ``lane`` next."""
-        if policy().blocking:
+        if policy().blocking and oldest.stream is not None:
             lane.look_at = inf
-            lane.blocker = lane.blocker or Blocker()
-            look = partial(self._look_at_once, lane)
-            lane.blocker.block(oldest, partial(self._loop.call_soon, look))
+            if not lane.blocked:
+                lane.blocked = True
+                lane.blocker = lane.blocker or Blocker()
+                look = partial(self._look_at_once, lane)
+                lane.blocker.block(oldest, partial(self._loop.call_soon, look))
         else:
             lane.pause = lane.history.pause(now - lane.since)
             lane.look_at = now + lane.pause
@@ -293,6 +311,7 @@ class Watcher:
             self._close_alarm()
 
     def _look_at_once(self, lane: _Lane) -> None:
+        lane.blocked = False
         if lane in self._watched:
             lane.look_at = lane.pause = 0.0
             self.look()
@@ -380,15 +399,38 @@ class Watcher:
 
     def __del__(self) -> None:
         self.abandon()
-        _ended.append(self.statistics())
+        if not sys.is_finalizing():
+            _ended.add(self.statistics())
 
 
 def _begun(entry: _Entry) -> int:
     return entry.mark.begun
 
 
+class _Ended:
+    """What watchers have done whose loops have gone; kept short by whoever comes by."""
+
+    def __init__(self) -> None:
+        self._parts: list[Statistics] = []
+        self._summing = threading.Lock()
+
+    def add(self, part: Statistics) -> None:
+        """Adds a part; a finaliser may, in the middle of anything."""
+        self._parts.append(part)
+        if len(self._parts) > 50 and self._summing.acquire(blocking=False):
+            try:
+                count = len(self._parts)
+                self._parts[:count] = [_sum(self._parts[:count])]
+            finally:
+                self._summing.release()
+
+    def parts(self) -> list[Statistics]:
+        """Returns the parts, some of them summed up."""
+        return list(self._parts)
+
+
 _watchers: weakref.WeakSet[Watcher] = weakref.WeakSet()
-_ended: list[Statistics] = []  # of watchers whose loops have gone; summed up now and then
+_ended = _Ended()
 
 
 def watcher_of(loop: Loop) -> Watcher:
@@ -413,10 +455,9 @@ def statistics() -> Statistics:
     """
     if loop_in_this_thread():
         return watcher_of(current()).statistics()
-    of_all = [watcher.statistics() for watcher in list(_watchers)]
-    while len(_ended) > 1:
-        _ended.append(_sum([_ended.pop(), _ended.pop()]))
-    return _sum(of_all + _ended)
+    # Not an iteration over the set itself: other threads may start and end loops meanwhile.
+    watchers = [ref() for ref in list(_watchers.data)]  # type: ignore[attr-defined]
+    return _sum([w.statistics() for w in watchers if w is not None] + _ended.parts())
 
 
 def _sum(parts: Iterable[Statistics]) -> Statistics:

@@ -189,7 +189,8 @@ def current(loop: asyncio.AbstractEventLoop) -> AsyncioLoop:
     if inbox is None or inbox._loop() is not loop:
         inbox = _inboxes.get(loop)
         if inbox is None:
-            for other in list(_inboxes.values()):
+            # Of the dict underneath, as other threads may add to it meanwhile.
+            for other in list(_inboxes.data.values()):  # type: ignore[attr-defined]
                 other.abandon_if_closed()
             inbox = _inboxes[loop] = AsyncioLoop(loop)
         _last_used.inbox = inbox
