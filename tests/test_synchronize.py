@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import threading
 import types
 from typing import NamedTuple
@@ -425,3 +426,109 @@ def test_threads_without_a_loop_may_adopt_at_the_same_time(accelerator, producer
             pass
     finally:
         set_poll_policy(before)
+
+
+# ------------------------------------------------------------------------- odd values
+
+
+@on_every_loop
+async def test_what_counts_is_what_is_enqueued_at_the_call(accelerator, producer):
+    with producer:
+        waiting, copying = synchronize(producer), to_host(torch.full((2,), 7.0, device=FIRST))
+        accelerator.sleep(PATIENCE)
+    await waiting
+    assert (await copying).tolist() == NEW
+    assert not producer.query()
+
+
+@on_every_loop
+async def test_a_copy_that_waits_for_one_stream_does_not_hold_up_those_of_others(
+    accelerator, producer, consumer
+):
+    with producer:
+        slow = to_host(being_filled(accelerator))
+    with anyio.move_on_after(0.01):
+        await slow
+    with consumer:
+        quick = to_host(torch.full((2,), 7.0, device=FIRST))
+    assert (await quick).tolist() == NEW
+    assert not producer.query()
+
+
+@on_every_loop
+async def test_values_may_be_nested_as_deep_as_anybody_likes(accelerator):
+    value = filled()
+    for _ in range(5000):
+        value = [value]
+    copy = await to_host(value)
+    while isinstance(copy, list):
+        [copy] = copy
+    assert copy.tolist() == NEW
+
+
+@on_every_loop
+async def test_sparse_tensors_are_copied_too(accelerator):
+    with torch.sparse.check_sparse_tensor_invariants(False):
+        sparse = torch.sparse_coo_tensor([[0, 1], [1, 0]], [3.0, 4.0], (2, 2)).to(FIRST)
+        copy = await to_host({"a": sparse})
+    assert copy["a"].to_dense().tolist() == [[0, 3], [4, 0]]
+
+
+@on_every_loop
+async def test_what_cannot_be_copied_is_refused_and_left_as_it_was(accelerator):
+    class Single:
+        def __copy__(self):
+            return self
+
+    single = Single()
+    single.tensor = tensor = filled()
+    for value in (single, [single], functools.partial(print, tensor), {"a": slice(tensor)}):
+        with pytest.raises(TypeError, match=r"copies of it|cannot be set"):
+            await to_host(value)
+    assert single.tensor is tensor
+
+
+class Unreadable(collections.UserDict):
+    def values(self):
+        raise OSError("the file is closed")
+
+
+def test_a_value_that_cannot_be_read_completes_its_future_all_the_same(accelerator):
+    fut = Future()
+    child = fut.then(lambda f: Unreadable())
+    fut.set_result(Unreadable())
+    assert type(fut.wait()) is type(child.wait()) is Unreadable
+
+
+def test_where_the_device_takes_no_events_futures_fail_and_nobody_is_left_waiting(
+    accelerator, producer, monkeypatch
+):
+    from torchfut_aio._devices import _order
+
+    def broken(stream):
+        raise RuntimeError("the device is lost")
+
+    errors, futures = [], [Future() for _ in range(3)]
+    done = [Future(), Future()]
+    for fut in done:
+        fut.set_result(filled())
+    child, combined = futures[1].then(lambda f: filled()), gather([*done, futures[2]])
+    torch.accelerator.synchronize()
+
+    def wait():
+        with pytest.raises(RuntimeError, match="the device is lost") as caught:
+            futures[0].wait(PATIENCE)
+        errors.append(caught.value)
+
+    with running(wait), monkeypatch.context() as patch:
+        until(lambda: "waiters=1" in repr(futures[0]))
+        patch.setattr(_order, "mark_stream", broken)
+        patch.setattr(_order, "on_stream", broken)
+        futures[0].set_result(filled())
+        futures[1].set_result(None)
+        futures[2].set_result("text")
+    assert errors == [futures[0].exception()]
+    assert torch._C.Future.done(futures[0])
+    for fut in (child, combined):
+        with pytest.raises(RuntimeError, match="the device is lost"):
+            fut.wait(PATIENCE)

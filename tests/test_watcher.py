@@ -26,7 +26,7 @@ from torchfut_aio._loops import _timer
 
 from .accelerator import DEVICE, FIRST, NEW, completed_on
 from .loops import on_asyncio, on_every_loop
-from .threads import PATIENCE
+from .threads import PATIENCE, running
 from .waiting import Reader, looked, pending
 
 pytestmark = pytest.mark.device
@@ -525,3 +525,122 @@ adopted.wait(30)
 print("done")
 """)
     assert told == "done\n"
+
+
+# -------------------------------------------------------------- what might go wrong
+
+
+@on_every_loop
+async def test_ctrl_c_while_a_wait_is_entered_harms_no_other(accelerator, producer, monkeypatch):
+    from torchfut_aio._devices import _watcher
+
+    class Strike(BaseException):
+        """As KeyboardInterrupt, which pytest and the loops would take for themselves."""
+
+    def strikes(entry):
+        raise Strike
+
+    first = Reader(completed_on(producer, accelerator, None))
+    struck = completed_on(producer, accelerator, None)
+    async with anyio.create_task_group() as tg:
+        for waiting in range(2):  # nobody waits on the stream; then somebody does
+            with monkeypatch.context() as patch:
+                patch.setattr(_watcher, "_begun", strikes)
+                with pytest.raises(Strike):
+                    await struck
+            assert statistics().pending == waiting
+            if not waiting:
+                tg.start_soon(first)
+                await pending(1)
+        before = statistics().polls
+        await anyio.sleep(0.05)
+        assert statistics().polls - before < 500
+        accelerator.wake()
+    assert first.outcome.tolist() == NEW
+    assert (await struck).tolist() == NEW
+
+
+@on_every_loop
+async def test_one_event_is_queried_once_a_look_however_many_wait_for_it(accelerator, producer):
+    event = torch.Event(DEVICE)
+    with producer:
+        accelerator.sleep(PATIENCE)
+    event.record(producer)
+    async with anyio.create_task_group() as tg:
+        for _ in range(50):
+            tg.start_soon(synchronize, event)
+        await pending(50)
+        before = statistics()
+        await looked(5)
+        after = statistics()
+        assert after.queries - before.queries <= after.polls - before.polls
+        accelerator.wake()
+
+
+@on_every_loop
+async def test_cancelled_waits_leave_nothing_with_a_blocking_thread(
+    accelerator, producer, blocking_policy
+):
+    from torchfut_aio import _loops
+    from torchfut_aio._devices import watcher_of
+
+    with producer:
+        accelerator.sleep(PATIENCE)
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(synchronize, producer)
+        await pending(1)
+        for _ in range(100):
+            with anyio.move_on_after(0):
+                await synchronize(producer)
+        [lane] = watcher_of(_loops.current())._watched
+        assert len(lane.pending) < 40
+        assert len(lane.blocker._jobs) <= 1
+        accelerator.wake()
+
+
+def test_the_blocking_thread_is_no_daemon_even_if_its_loop_runs_in_one(
+    accelerator, producer, blocking_policy
+):
+    async def main():
+        with producer:
+            accelerator.sleep(PATIENCE)
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(synchronize, producer)
+            await pending(1)
+            daemons.extend(
+                t.daemon for t in threading.enumerate() if t.name == "torchfut_aio blocker"
+            )
+            accelerator.wake()
+
+    daemons = []
+    thread = threading.Thread(target=asyncio.run, args=(main(),), daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    assert daemons == [False]
+
+
+def test_loops_may_start_and_end_in_many_threads_at_once(accelerator):
+    async def main():
+        stream = torch.Stream(FIRST)
+        with stream:
+            accelerator.sleep(0.0005)
+        await synchronize(stream)
+
+    def loops(backend):
+        def run():
+            for _ in range(40):
+                anyio.run(main, backend=backend)
+
+        return run
+
+    def look():
+        for _ in range(300):
+            assert statistics().pending >= 0
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with running(loops("asyncio"), loops("asyncio"), loops("trio"), look):
+            pass
+    finally:
+        sys.setswitchinterval(interval)

@@ -113,9 +113,9 @@ def to_host(value: T) -> Coroutine[Any, Any, T]:
 
     The async counterpart of ``tensor.cpu()``. The tensors may be anywhere in ``value``: in
     containers, dataclasses and objects, however nested. They are copied to pinned memory on
-    a side stream, after the kernels that are enqueued on the current streams when this is
-    called, and later kernels on these do not wait for the copies. (The allocator of pinned
-    memory keeps what it has got; the first calls, which get it, may take milliseconds.)
+    a side stream, once the kernels are done that are enqueued on the current streams when
+    this is called; later kernels on these do not wait for the copies. (The allocator of
+    pinned memory keeps what it has got; the first calls, which get it, may take milliseconds.)
 
     Args:
         value: Any object. Leave its tensors as they are until the copy has been awaited.
@@ -141,28 +141,23 @@ def to_host(value: T) -> Coroutine[Any, Any, T]:
     """
     accelerator = torch.accelerator.current_accelerator()
     found = [t for t in tensors(value) if accelerator and t.device.type == accelerator.type]
-    starts = {device: current_stream(device) for device in {t.device for t in found}}
-    sides = {device: _side_stream(device, start.stream_id) for device, start in starts.items()}
-    marks = {device: mark_stream(start) for device, start in starts.items()}
-    for device, mark in marks.items():
-        mark.event.wait(sides[device])
+    starts = [mark_stream(current_stream(device)) for device in {t.device for t in found}]
+    return _host_copy(value, found, starts)
+
+
+async def _host_copy(value: T, found: list[torch.Tensor], starts: list[Mark]) -> T:
+    # The copies could wait on the side stream instead. But then those of one slow stream
+    # would hold up all others, even when nobody wants them any more.
+    await _Reached(starts)
     copies: dict[int, torch.Tensor] = {}
     for tensor in found:
-        with on_stream(sides[tensor.device]):
-            if (host := _pinned_like(tensor)) is not None:
+        if (host := _pinned_like(tensor)) is not None:
+            with on_stream(_side_stream(tensor.device)):
                 copies[id(tensor)] = host.copy_(tensor, non_blocking=True)
-    # The starts, too: a device may keep to itself that what a side stream waited for failed.
-    ends = [mark_stream(side) for side in sides.values()]
-    return _host_copy(value, found, copies, [*marks.values(), *ends])
-
-
-async def _host_copy(
-    value: T, found: list[torch.Tensor], copies: dict[int, torch.Tensor], marks: list[Mark]
-) -> T:
-    await _Reached(marks)
-    for tensor in found:
-        if id(tensor) not in copies:
+        else:
             copies[id(tensor)] = await _in_thread(tensor.cpu)
+    sides = [_side_stream(device) for device in {tensor.device for tensor in found}]
+    await _Reached([mark_stream(side) for side in sides])
     copied: T = replaced(value, copies)
     return copied
 
@@ -178,9 +173,8 @@ def _pinned_like(tensor: torch.Tensor) -> torch.Tensor | None:
         return None
 
 
-@functools.lru_cache(maxsize=256)
-def _side_stream(device: torch.device, _of_stream: int) -> torch.Stream:
-    # One for each stream: a copy that waits for one must not hold up those of another.
+@functools.cache
+def _side_stream(device: torch.device) -> torch.Stream:
     return torch.Stream(device)
 
 
