@@ -35,7 +35,9 @@ class _AsFuture:
     The error of a source arrives as it is, and its cancellation as its own
     CancelledError: that of ``concurrent.futures`` is not asyncio's. Asked again for a
     source that is still pending, it returns the future that it made before, so that
-    what times out and asks anew leaves nothing behind with the source.
+    what times out and asks anew leaves nothing behind with the source. Not so for an
+    event or a stream: each time it makes a future, which a thread watches, one for all of
+    these, until the work is done. To wait just once, `synchronize` is better.
 
     Other libraries add theirs as with ``functools.singledispatch``: see the example.
 

@@ -1,4 +1,7 @@
-"""Marks that are waited for where no event loop runs: a loop of its own, in one thread.
+"""Marks that somebody waits for who is no task: a loop of their own, in one thread.
+
+A future of an event may be awaited on any loop, and outlive the one where it was made; it
+may be waited for in threads, and have callbacks. So no loop of the program watches it.
 
 The thread is started by the first mark, and ends with the last. No lock guards that. Who
 brings a mark appends it, then looks whether there is a thread. A thread that is about to
@@ -10,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -19,35 +21,26 @@ from functools import partial
 
 from .. import _loops
 from ._events import Mark
-from ._watcher import Wait, Watcher, watcher_of
+from ._watcher import Wait, watcher_of
 
 __all__ = ["when_reached"]
 
 _Notify = Callable[[Exception | None], object]
 
 
-def when_reached(mark: Mark, notify: _Notify) -> None:
-    """Has ``notify(error or None)`` called when ``mark`` is reached, now or later.
-
-    The event loop that runs here sees to it; if none does, or it closes before, a thread.
-    """
-    if _loops.loop_in_this_thread():
-        _watch(watcher_of(_loops.current()), mark, notify)
-    else:
-        _in_background(mark, notify)
-
-
-def _watch(watcher: Watcher, mark: Mark, notify: _Notify) -> None:
-    watcher.tell([mark], Wait(notify, orphaned=partial(_in_background, mark, notify)))
-
-
 _jobs: deque[tuple[Mark, _Notify]] = deque()
 _thread: _Thread | None = None
 
 
-def _in_background(mark: Mark, notify: _Notify) -> None:
+def when_reached(mark: Mark, notify: _Notify) -> None:
+    """Has ``notify(error or None)`` called when ``mark`` is reached: in a thread, or at once."""
     global _thread
-    if sys.is_finalizing():  # no thread starts any more, nor is there one to wait for it
+    try:
+        if mark.event.query():
+            notify(None)
+            return
+    except Exception as error:
+        notify(error)
         return
     _jobs.append((mark, notify))
     thread = _thread
@@ -96,7 +89,7 @@ class _Thread(threading.Thread):
             while _jobs:
                 with suppress(IndexError):
                     mark, notify = _jobs.popleft()
-                    _watch(watcher, mark, partial(self._notify, notify))
+                    watcher.tell([mark], Wait(partial(self._notify, notify)))
             if watcher.pending:
                 await self._bell.wait()
                 continue

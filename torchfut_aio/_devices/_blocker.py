@@ -1,38 +1,39 @@
-"""Threads that block until an event is reached: the policy that does not poll."""
+"""Threads that block: for those who would rather not poll, and for whole devices."""
 
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
-
-from ._events import Mark
 
 __all__ = ["Blocker"]
 
 # A thread that has nothing to do waits for so long, in seconds, for more to come.
 _LINGER = 0.1
 
+_Notify = Callable[[Exception | None], object]
+
 
 class Blocker:
-    """Waits for the marks of one stream, one after the other, in at most one thread.
+    """Calls a function that blocks, in at most one thread, for any number of who wait.
 
     The thread is not a daemon: to end a thread that is inside of torch, as the end of the
     interpreter does, can abort the process. So an interpreter that exits waits for it.
     """
 
-    __slots__ = ("_arrived", "_jobs", "_running")
+    __slots__ = ("_arrived", "_notify", "_running")
 
     def __init__(self) -> None:
         self._arrived = threading.Condition()
-        self._jobs: deque[tuple[Mark, Callable[[], object]]] = deque()
+        self._notify: dict[_Notify, Callable[[], object]] = {}
         self._running = False
 
-    def block(self, mark: Mark, then: Callable[[], object]) -> None:
-        """Has ``then`` called, in a thread, once ``mark`` is reached or has failed."""
+    def block(self, function: Callable[[], object], notify: _Notify) -> None:
+        """Has ``notify(error or None)`` called, in a thread, after ``function`` has been.
+
+        One call of a function serves all who have asked for it by the time it starts.
+        """
         with self._arrived:
-            self._jobs.append((mark, then))
+            self._notify[notify] = function
             if self._running:
                 self._arrived.notify()
                 return
@@ -43,14 +44,23 @@ class Blocker:
             self._running = False
             raise
 
+    def forget(self, notify: _Notify) -> None:
+        """Does not call ``notify`` any more, unless it is being called."""
+        self._notify.pop(notify, None)
+
     def _run(self) -> None:
         while True:
             with self._arrived:
-                if not self._jobs and not self._arrived.wait_for(lambda: self._jobs, _LINGER):
+                if not self._notify and not self._arrived.wait_for(lambda: self._notify, _LINGER):
                     self._running = False
                     return
-                mark, then = self._jobs.popleft()
-            with suppress(Exception):  # who looks at the event will see it, too
-                mark.event.synchronize()
-            then()
-            del mark, then
+                asked = list(self._notify.items())
+            function, error = asked[0][1], None
+            try:
+                function()
+            except Exception as exception:
+                error = exception
+            for notify, wanted in asked:
+                if wanted == function and self._notify.pop(notify, None) is not None:
+                    notify(error)
+            del asked, function, error

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Coroutine, Generator, Sequence
+import os
+from collections.abc import Callable, Coroutine, Generator, Iterable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 
 from .. import _loops
+from ._blocker import Blocker
 from ._events import Mark, current_stream, mark_of, mark_stream, on_stream
 from ._tensors import replaced, tensors
 from ._watcher import Wait, watcher_of
@@ -56,8 +58,52 @@ class _Reached:
         yield from reached(self._marks)
 
 
-async def _reached(marks: Sequence[Mark]) -> None:
+async def _synchronize(marks: Sequence[Mark]) -> None:
     await _Reached(marks)
+
+
+# One for each device, so that any number of tasks cost one thread.
+_blockers: dict[torch.device, Blocker] = {}
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_blockers.clear)
+
+
+@functools.cache
+def _blocking(device: torch.device) -> Callable[[], None]:
+    return partial(torch.accelerator.synchronize, device)
+
+
+async def _synchronize_device(device: torch.device) -> None:
+    await _Reached([])  # a checkpoint, also if it is idle
+    loop = _loops.current()
+    waiter = loop.waiter()
+    errors: list[Exception | None] = []
+
+    def notify(error: Exception | None) -> None:
+        errors.append(error)
+        loop.wake(waiter)
+
+    blocker = _blockers.setdefault(device, Blocker())
+    blocker.block(_blocking(device), notify)
+    try:
+        await _Woken(waiter)
+    finally:
+        blocker.forget(notify)
+    if errors[0] is not None:
+        raise errors[0].with_traceback(None)
+
+
+class _Woken:
+    """Makes an awaitable of a waiter."""
+
+    __slots__ = ("_waiter",)
+
+    def __init__(self, waiter: Iterable[Any]) -> None:
+        self._waiter = waiter
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        yield from self._waiter
 
 
 def synchronize(
@@ -72,9 +118,10 @@ def synchronize(
     Args:
         target: An event that has been recorded (one that has not been is done, and one that
             is recorded again meanwhile is waited for as it is then); a stream;
-            a device, as ``torch.device``, string or index, for all of its streams, whom a
-            helper thread waits for, as devices have no event for that; or None, for the
-            current stream of the current device.
+            a device, as ``torch.device``, string or index, for all of its streams; or
+            None, for the current stream of the current device. Devices have no event: one
+            helper thread a device blocks for all tasks, until the device is idle even if
+            these are cancelled, and an interpreter that exits waits for it.
 
     Raises:
         TypeError: ``target`` is none of these.
@@ -91,17 +138,20 @@ def synchronize(
         6.0
     """
     if isinstance(target, torch.Event):
-        return _reached([mark_of(target)])
+        return _synchronize([mark_of(target)])
     if isinstance(target, torch.Stream):
-        return _reached([mark_stream(target)])
+        return _synchronize([] if target.device.type == "cpu" else [mark_stream(target)])
     if target is None:
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         current = [] if accelerator is None else [torch.accelerator.current_stream()]
-        return _reached([mark_stream(stream) for stream in current])
-    if isinstance(target, (torch.device, str, int)):
-        if torch.device(target).type == "cpu":  # which has nothing pending
-            return _reached([])
-        return _in_thread(partial(torch.accelerator.synchronize, target))
+        return _synchronize([mark_stream(stream) for stream in current])
+    if isinstance(target, (torch.device, str, int)) and not isinstance(target, bool):
+        device = torch.device(target)
+        if device.type == "cpu":  # which has nothing pending
+            return _synchronize([])
+        if device.index is None:
+            device = torch.device(device.type, torch.accelerator.current_device_index())
+        return _synchronize_device(device)
     raise TypeError(
         "synchronize() waits for a torch.Event, a torch.Stream, a device or None, for "
         f"the current stream; not for {target!r} of type {type(target).__qualname__}"
@@ -142,10 +192,10 @@ def to_host(value: T) -> Coroutine[Any, Any, T]:
     accelerator = torch.accelerator.current_accelerator()
     found = [t for t in tensors(value) if accelerator and t.device.type == accelerator.type]
     starts = [mark_stream(current_stream(device)) for device in {t.device for t in found}]
-    return _host_copy(value, found, starts)
+    return _to_host(value, found, starts)
 
 
-async def _host_copy(value: T, found: list[torch.Tensor], starts: list[Mark]) -> T:
+async def _to_host(value: T, found: list[torch.Tensor], starts: list[Mark]) -> T:
     # The copies could wait on the side stream instead. But then those of one slow stream
     # would hold up all others, even when nobody wants them any more.
     await _Reached(starts)

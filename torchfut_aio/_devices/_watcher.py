@@ -63,18 +63,13 @@ class Wait:
     """Somebody who waits for some marks.
 
     ``notify`` is called once, on the loop, when all are reached, with None, or when the
-    device reports an error, with that. If the loop goes before, ``orphaned`` is called.
+    device reports an error, with that.
     """
 
-    __slots__ = ("entries", "error", "notify", "orphaned", "over")
+    __slots__ = ("entries", "error", "notify", "over")
 
-    def __init__(
-        self,
-        notify: Callable[[Exception | None], object],
-        orphaned: Callable[[], object] | None = None,
-    ) -> None:
+    def __init__(self, notify: Callable[[Exception | None], object]) -> None:
         self.notify = notify
-        self.orphaned = orphaned
         self.error: Exception | None = None
         self.entries: list[_Entry] = []
         self.over = True  # while it is not pending
@@ -278,7 +273,8 @@ class Watcher:
                 lane.blocked = True
                 lane.blocker = lane.blocker or Blocker()
                 look = partial(self._look_at_once, lane)
-                lane.blocker.block(oldest, partial(self._loop.call_soon, look))
+                # Whoever looks at the event will see the error, too.
+                lane.blocker.block(oldest.event.synchronize, lambda _: self._loop.call_soon(look))
         else:
             lane.pause = lane.history.pause(now - lane.since)
             lane.look_at = now + lane.pause
@@ -388,13 +384,11 @@ class Watcher:
     # ------------------------------------------------------------------- the end
 
     def abandon(self) -> None:
-        """Is told that the loop has gone, with the tasks that waited; not all who waited do."""
+        """Is told that the loop has gone, with the tasks that waited."""
         waits = [entry.wait for lane in self._watched for entry in lane.pending]
         for wait in waits:
-            if wait is not None and not wait.over:
+            if wait is not None:
                 self.forget(wait)
-                if wait.orphaned is not None:
-                    wait.orphaned()
         self._close_alarm()
 
     def __del__(self) -> None:
