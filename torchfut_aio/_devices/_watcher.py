@@ -9,8 +9,8 @@ goes off is for `History` to tell; where the policy is to block, a thread tells 
 when to look instead.
 
 All of this runs in the thread of the loop. But a finaliser may close a coroutine, and so
-call `forget`, in the middle of any step: it changes no list, and others who go through
-one take into account that entries in it may have been left by who waited.
+call `forget`, in the middle of any step: it changes no list, but may put an empty one in
+its place, and who goes through one finds entries in it that nobody waits for any more.
 """
 
 from __future__ import annotations
@@ -183,12 +183,15 @@ class Watcher:
                 elif len(lane.pending) > 2 * lane.waited + 16:
                     lane.pending = [entry for entry in lane.pending if entry.wait is not None]
                 entry = _Entry(mark, lane)
+                pending = lane.pending
                 # Nearly always last: tasks mostly come in the order of the work.
-                insort(lane.pending, entry, key=_begun)
+                insort(pending, entry, key=_begun)
                 # From here on it counts. Ctrl-C strikes at calls, and there is none.
                 lane.waited += 1
                 entry.wait = wait
                 wait.entries = [*wait.entries, entry]
+                if lane.pending is not pending:  # the last of the others has just left
+                    lane.pending = [entry]
                 self._watched[lane] = None
                 if mark.stream is None:
                     self._event_lanes[id(mark.event)] = lane
@@ -355,14 +358,17 @@ class Watcher:
         return reached, failed, error
 
     def _settle(self, entry: _Entry, error: Exception | None) -> None:
+        """Ends the wait of an entry, if it waits for no other; or at an error."""
         wait = entry.wait
-        self._leave(entry)
-        if wait is None or wait.over:
+        if wait is None:
             return
-        if error is not None or all(entry.wait is None for entry in wait.entries):
-            wait.error = error
-            self._over.append(wait)
-            self._end(wait)
+        if error is None and any(e.wait is not None for e in wait.entries if e is not entry):
+            self._leave(entry)
+            return
+        # In this order: who is left out by Ctrl-C in between is told twice, not never.
+        wait.error = error
+        self._over.append(wait)
+        self._end(wait)
 
     # ---------------------------------------------------------------------- alarm
 
