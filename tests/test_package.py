@@ -81,7 +81,13 @@ def test_imports_run_one_way():
         "_repr.py": set(),
         "_callbacks.py": {"._errors", "._future"},  # the latter for type checkers only
         "_future.py": {".", "._arguments", "._callbacks", "._errors", "._devices", "._repr"},
-        "_adopt.py": {"._arguments", "._devices", "._errors", "._future"},
+        "_adopt.py": {
+            "._arguments",
+            "._devices",
+            "._devices._background",
+            "._errors",
+            "._future",
+        },
         "_collect.py": {"._adopt", "._callbacks", "._errors", "._future"},
     }
     for name, allowed in below.items():

@@ -409,9 +409,11 @@ async def test_an_adopted_event_may_be_completed_by_somebody_else(accelerator, p
 
 @pytest.mark.parametrize("blocking", [False, True])
 def test_threads_without_a_loop_may_adopt_at_the_same_time(accelerator, producer, blocking):
+    done = []
+
     def adopt():
         for _ in range(100):
-            as_future(recorded(producer)).wait(PATIENCE)
+            done.append(as_future(recorded(producer)).wait(PATIENCE))
 
     def work():
         for _ in range(300):
@@ -424,6 +426,7 @@ def test_threads_without_a_loop_may_adopt_at_the_same_time(accelerator, producer
             pass
     finally:
         set_poll_policy(before)
+    assert done == [None] * 200
 
 
 # ------------------------------------------------------------------------- odd values

@@ -17,7 +17,7 @@ from typing import Any, TypeVar, overload
 import torch
 
 from ._arguments import devices_checked
-from ._devices import Mark, mark_of, mark_stream, when_reached
+from ._devices import Mark, mark_of, mark_stream
 from ._errors import InvalidStateError, NotAFutureError, less_innermost_frame
 from ._future import Future
 
@@ -213,6 +213,8 @@ def _copy(read: Callable[[], Any], future: Future[Any]) -> None:
 
 
 def _from_mark(mark: Mark, devices: _Devices) -> Future[None]:
+    from ._devices._background import when_reached
+
     future: Future[None] = Future(devices=devices)
 
     def complete(error: Exception | None) -> None:

@@ -6,10 +6,10 @@ would rather block a thread, ``_background.py`` for where no loop runs. ``_tenso
 the tensors in a value, ``_order.py`` keeps what a future has to know about them, and
 ``_synchronize.py`` has what is awaited.
 
-Nothing here knows what a future of this package is.
+Nothing here knows what a future of this package is. What few programs need is imported
+where it is used: ``_background.py``, and the loops' ``_timer.py``.
 """
 
-from ._background import when_reached
 from ._events import Mark, mark_of, mark_stream
 from ._order import Order, declared_order, found_order, joint_order
 from ._policy import PollPolicy, set_poll_policy
@@ -35,5 +35,4 @@ __all__ = [
     "synchronize",
     "to_host",
     "watcher_of",
-    "when_reached",
 ]

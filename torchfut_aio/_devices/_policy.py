@@ -132,7 +132,10 @@ class History:
         often = max(9 * shortest, waited / 1024)
         spread = self.high - self.low
         if self.regular:
-            near = self.low + min(spread / 2, shortest) - 2 * self._late
+            # A late wake-up is made up for, and twice as far as it exceeds the shortest pause:
+            # the longer a machine sleeps, the less does it keep to a time.
+            late = self._late + max(self._late - shortest, 0)
+            near = self.low + min(spread / 2, shortest) - late
             pause = spread / 8 if waited < self.high + spread else min(waited / 4, often)
         else:
             near = min(self.least - self._late, waited + 4 * often)

@@ -29,6 +29,11 @@ _OPAQUE = (
 
 def tensors(value: object) -> Iterator[torch.Tensor]:
     """Yields the tensors in ``value``, once each."""
+    return (thing for thing, _ in _walk(value) if isinstance(thing, torch.Tensor))
+
+
+def _walk(value: object) -> Iterator[tuple[Any, list[Any]]]:
+    """Yields all that ``value`` leads to, once each, and what each directly holds."""
     seen: dict[int, object] = {}  # kept, so that no id is used again meanwhile
     found = [value]
     while found:
@@ -36,10 +41,9 @@ def tensors(value: object) -> Iterator[torch.Tensor]:
         if type(thing) in HOST_ONLY or id(thing) in seen:
             continue
         seen[id(thing)] = thing
-        if isinstance(thing, torch.Tensor):
-            yield thing
-        else:
-            found.extend(_parts(thing))
+        parts = [] if isinstance(thing, torch.Tensor) else _parts(thing)
+        yield thing, parts
+        found.extend(parts)
 
 
 def _parts(thing: object) -> list[Any]:
@@ -97,17 +101,10 @@ def _holders(value: object, tensor_ids: Mapping[int, object]) -> dict[int, Any]:
     """Returns all things that lead to one of the tensors, by id."""
     seen: dict[int, object] = {}
     parents: defaultdict[int, list[int]] = defaultdict(list)
-    found = [value]
-    while found:
-        thing = found.pop()
-        if type(thing) in HOST_ONLY or id(thing) in seen:
-            continue
+    for thing, parts in _walk(value):
         seen[id(thing)] = thing
-        if isinstance(thing, torch.Tensor):
-            continue
-        for part in _parts(thing):
+        for part in parts:
             parents[id(part)].append(id(thing))
-            found.append(part)
     holders: dict[int, Any] = {}
     upward = list(tensor_ids)
     while upward:

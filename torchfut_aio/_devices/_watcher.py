@@ -20,11 +20,12 @@ import threading
 import weakref
 from bisect import insort
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from math import inf
 from time import monotonic
+from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 
@@ -39,8 +40,7 @@ __all__ = ["Statistics", "Wait", "Watcher", "statistics", "watcher_of"]
 _LANES_AT_REST = 256
 
 
-@dataclass(frozen=True)
-class Statistics:
+class Statistics(NamedTuple):
     """What the event watcher of a loop, or those of all, have done and are doing.
 
     Attributes:
@@ -56,7 +56,7 @@ class Statistics:
     polls: int = 0
     queries: int = 0
     hits: int = 0
-    intervals: dict[tuple[torch.device, int], float] = field(default_factory=dict)
+    intervals: Mapping[tuple[torch.device, int], float] = MappingProxyType({})
 
 
 class Wait:

@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from . import _timer
 from ._inbox import Inbox
 
 __all__ = ["current"]
@@ -58,6 +57,8 @@ class AsyncioLoop(Inbox):
     def alarm(self, function: Callable[[], None]) -> _Alarm | _CoarseAlarm:
         loop = self._loop()
         assert loop is not None  # it is running the caller
+        from . import _timer
+
         if _timer.available():
             try:
                 return _Alarm(loop, function)
@@ -110,6 +111,8 @@ class _Alarm:
     __slots__ = ("_loop", "_timer")
 
     def __init__(self, loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None:
+        from . import _timer
+
         self._timer = _timer.TimerFd()
         self._loop = weakref.ref(loop)
         # The task that happens to be the first to need it lends nothing of its context.
