@@ -132,9 +132,9 @@ class History:
         often = max(9 * shortest, waited / 1024)
         spread = self.high - self.low
         if self.regular:
-            # A late wake-up is made up for, and twice as far as it exceeds the shortest pause:
-            # the longer a machine sleeps, the less does it keep to a time.
-            late = self._late + max(self._late - shortest, 0)
+            # Late wake-ups are made up for, and more so where they are very late: the longer
+            # a machine sleeps, the less does it keep to a time.
+            late = self._late + 2 * max(self._late - shortest, 0)
             near = self.low + min(spread / 2, shortest) - late
             pause = spread / 8 if waited < self.high + spread else min(waited / 4, often)
         else:
