@@ -644,3 +644,23 @@ def test_loops_may_start_and_end_in_many_threads_at_once(accelerator):
             pass
     finally:
         sys.setswitchinterval(interval)
+
+
+@on_every_loop
+async def test_a_thread_that_could_not_be_started_is_an_error_for_one_wait_only(
+    accelerator, producer, blocking_policy, monkeypatch
+):
+    def fails(thread):
+        raise RuntimeError("can't start new thread")
+
+    fut = completed_on(producer, accelerator, None)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fails)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            await fut
+    reader = Reader(fut)
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(reader)
+        await pending(1)
+        accelerator.wake()
+    assert reader.outcome.tolist() == NEW

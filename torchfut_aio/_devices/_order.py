@@ -76,18 +76,18 @@ def declared_order(
     devices: Sequence[torch.device], value: object
 ) -> tuple[Order | None, Exception | None]:
     """Returns the order of a value on ``devices``, and the error it is to fail with, if any."""
+    order, found, error = None, [], None
     try:
         # C++ would call the same, and keep what it finds to itself.
         found = torch._jit_internal._extract_tensors(value)  # type: ignore[no-untyped-call]
-    except Exception as error:  # what cannot be pickled
-        return Order(devices, []), error.with_traceback(None)
-    order = None
+    except Exception as exception:  # what cannot be pickled
+        error = exception.with_traceback(None)
     try:
         order = Order(devices, found)
         order.tensors()
-    except Exception as error:  # on other devices; or the devices take no more events
-        return order, error.with_traceback(None)
-    return order, None
+    except Exception as exception:  # on other devices; or the devices take no more events
+        error = error or exception.with_traceback(None)
+    return order, error
 
 
 def found_order(value: object) -> tuple[Order | None, Exception | None]:

@@ -273,11 +273,11 @@ class Watcher:
         if policy().blocking and oldest.stream is not None:
             lane.look_at = inf
             if not lane.blocked:
-                lane.blocked = True
                 lane.blocker = lane.blocker or Blocker()
                 look = partial(self._look_at_once, lane)
                 # Whoever looks at the event will see the error, too.
                 lane.blocker.block(oldest.event.synchronize, lambda _: self._loop.call_soon(look))
+                lane.blocked = True  # now that the thread has started; the look comes later
         else:
             lane.pause = lane.history.pause(now - lane.since)
             lane.look_at = now + lane.pause

@@ -10,9 +10,12 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ._inbox import Inbox
+
+if TYPE_CHECKING:
+    from ._timer import TimerFd
 
 __all__ = ["current"]
 
@@ -61,7 +64,7 @@ class AsyncioLoop(Inbox):
 
         if _timer.available():
             try:
-                return _Alarm(loop, function)
+                return _Alarm(loop, function, _timer.TimerFd())
             except NotImplementedError:
                 pass  # it is a loop that cannot watch files
         return _CoarseAlarm(loop, function)
@@ -110,10 +113,10 @@ class _Alarm:
 
     __slots__ = ("_loop", "_timer")
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None:
-        from . import _timer
-
-        self._timer = _timer.TimerFd()
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, function: Callable[[], None], timer: TimerFd
+    ) -> None:
+        self._timer = timer
         self._loop = weakref.ref(loop)
         # The task that happens to be the first to need it lends nothing of its context.
         contextvars.Context().run(loop.add_reader, self._timer.fd, function)
