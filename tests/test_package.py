@@ -80,15 +80,28 @@ def test_imports_run_one_way():
         "_errors.py": set(),
         "_repr.py": set(),
         "_callbacks.py": {"._errors", "._future"},  # the latter for type checkers only
-        "_future.py": {".", "._arguments", "._callbacks", "._errors", "._devices", "._repr"},
+        "_rpc_errors.py": {"._errors"},
+        "_future.py": {
+            ".",
+            "._arguments",
+            "._callbacks",
+            "._devices",
+            "._errors",
+            "._repr",
+            "._rpc_errors",
+        },
         "_adopt.py": {
             "._arguments",
             "._devices",
             "._devices._background",
             "._errors",
             "._future",
+            "._rpc_errors",
         },
         "_collect.py": {"._adopt", "._callbacks", "._errors", "._future"},
+        "_timeouts.py": {"._adopt", "._arguments", "._errors", "._future"},
+        "_tasks.py": {".", "._adopt", "._arguments", "._errors", "._future"},
+        "_background_loop.py": {"._future", "._tasks"},
     }
     for name, allowed in below.items():
         assert imported(package / name) <= allowed, name

@@ -17,6 +17,8 @@ from ._collect import as_completed, collect_all, gather, wait_all
 from ._devices import PollPolicy, Statistics, set_poll_policy, statistics, synchronize, to_host
 from ._errors import BlockingWaitWarning, CallbackError, InvalidStateError, NotAFutureError
 from ._future import Future
+from ._tasks import start_soon, submit
+from ._timeouts import with_timeout
 
 __all__ = [
     "BlockingWaitWarning",
@@ -31,8 +33,11 @@ __all__ = [
     "collect_all",
     "gather",
     "set_poll_policy",
+    "start_soon",
     "statistics",
+    "submit",
     "synchronize",
     "to_host",
     "wait_all",
+    "with_timeout",
 ]

@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import functools
+import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -17,11 +19,12 @@ from typing import Any, TypeVar, overload
 import torch
 
 from ._arguments import devices_checked
-from ._devices import Mark, mark_of, mark_stream
+from ._devices import Mark, finish_current_streams, mark_of, mark_stream
 from ._errors import InvalidStateError, NotAFutureError, less_innermost_frame
 from ._future import Future
+from ._rpc_errors import restored
 
-__all__ = ["as_future"]
+__all__ = ["adopts_unimported", "as_future"]
 
 T = TypeVar("T")
 _Devices = Iterable[int | str | torch.device] | None
@@ -45,7 +48,8 @@ class _AsFuture:
         source: A future of this package, which is returned as it is; a
             ``torch.futures.Future``; a ``torch.distributed`` ``Work``; a
             ``concurrent.futures.Future``; an ``asyncio.Future`` or ``Task``, of any
-            loop; a ``torch.Event`` that has been recorded, or a ``torch.Stream``, for a
+            loop; a ``TaskHandle`` or ``Future`` of anyio, of the loop that runs in this thread;
+            a ``torch.Event`` that has been recorded, or a ``torch.Stream``, for a
             future that completes with None when the work enqueued so far has been done;
             or an instance of a registered type.
         devices: The devices of the future that is made, as for `Future`; for a future
@@ -114,8 +118,26 @@ class _AsFuture:
         return _adapters.register(cls, func)
 
 
+_unimported: dict[tuple[str, str], _Adapter] = {}
+
+
+def adopts_unimported(module: str, *names: str) -> Callable[[_A], _A]:
+    """Registers what adopts instances of types of a module that may not be imported yet."""
+
+    def register(adapter: _A) -> _A:
+        _unimported.update({(module, name): adapter for name in names})
+        return adapter
+
+    return register
+
+
 @functools.singledispatch
 def _adapters(source: object, *, devices: _Devices = None) -> Future[Any]:
+    for (module, name), adapter in _unimported.items():
+        kind = getattr(sys.modules.get(module), name, None)
+        if kind is not None and isinstance(source, kind):
+            _adapters.register(kind, adapter)
+            return adapter(source, devices=devices)
     if asyncio.isfuture(source):  # written in Python, or of another loop
         return _from_asyncio(source, devices=devices)
     problem, cure = f"{source!r} of type {type(source).__qualname__} is not a future", ""
@@ -124,12 +146,14 @@ def _adapters(source: object, *, devices: _Devices = None) -> Future[Any]:
     elif asyncio.iscoroutine(source):
         cure = " A coroutine must run first: pass asyncio.ensure_future(coroutine)."
     registered = "".join(
-        f", {kind.__module__}.{kind.__qualname__}" for kind in _adapters.registry.keys() - _OWN
+        f", {kind.__module__}.{kind.__qualname__}"
+        for kind, adapter in _adapters.registry.items()
+        if kind not in _OWN and adapter not in _unimported.values()
     )
     raise NotAFutureError(
         f"{problem}; as_future() accepts torchfut_aio.Future, torch.futures.Future, "
         "torch.distributed.Work, torch.Event, torch.Stream, concurrent.futures.Future, "
-        "asyncio.Future, asyncio.Task"
+        "asyncio.Future, asyncio.Task, anyio.TaskHandle, anyio.Future"
         f"{registered}, and what is added with as_future.register().{cure}"
     )
 
@@ -207,7 +231,7 @@ def _copy(read: Callable[[], Any], future: Future[Any]) -> None:
     try:
         value = read()
     except BaseException as error:
-        future.set_exception(less_innermost_frame(error))
+        future.set_exception(restored(less_innermost_frame(error)))
     else:
         future.set_result(value)
 
@@ -243,7 +267,21 @@ if torch.distributed.is_available():
     @_adapters.register(torch.distributed.Work)
     @_once
     def _from_work(source: torch.distributed.Work, future: Future[Any]) -> None:
-        source.get_future().add_done_callback(lambda done: _copy(done.value, future))
+        try:
+            native = source.get_future()
+        except RuntimeError:
+            # Some works of gloo have none, and only who blocks is told: one thread each.
+            name = "torchfut_aio work"
+            threading.Thread(target=_outwait, args=(source, future), name=name, daemon=True).start()
+        else:
+            native.add_done_callback(lambda done: _copy(done.value, future))
+
+    def _outwait(source: torch.distributed.Work, future: Future[Any]) -> None:
+        def wait() -> None:
+            source.wait()
+            finish_current_streams()
+
+        _copy(wait, future)
 
 
 _OWN = frozenset(_adapters.registry)

@@ -15,7 +15,6 @@ import functools
 import sys
 import types
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 __all__ = [
@@ -24,9 +23,9 @@ __all__ = [
     "InvalidStateError",
     "NotAFutureError",
     "callback_error",
+    "describe",
     "less_innermost_frame",
     "remade",
-    "stand_in",
     "type_and_text",
     "warn_that_wait_blocks_a_loop",
 ]
@@ -145,14 +144,6 @@ def type_and_text(error: BaseException) -> tuple[type[BaseException], str]:
     if isinstance(error, CallbackError) and error.__cause__ is not None:
         return type(error.__cause__), str(error)
     return type(error), describe(error)
-
-
-def stand_in(kind: type[BaseException], text: str) -> object:
-    """Returns a value that PyTorch's own consumers take for an error, as far as they can."""
-    internal = sys.modules.get("torch.distributed.rpc.internal")
-    remote: Callable[..., object] | None = getattr(internal, "RemoteException", None)
-    # RPC sends this one to the caller and raises it there.
-    return RuntimeError(text) if remote is None else remote(text, kind)
 
 
 def remade(kind: type[BaseException], text: str) -> BaseException:

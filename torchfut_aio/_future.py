@@ -43,11 +43,11 @@ from ._devices import HOST_ONLY, declared_order, found_order
 from ._errors import (
     InvalidStateError,
     remade,
-    stand_in,
     type_and_text,
     warn_that_wait_blocks_a_loop,
 )
 from ._repr import short
+from ._rpc_errors import StandIn
 
 __all__ = ["Future"]
 
@@ -613,8 +613,9 @@ class _Failure:
         # The garbage collector does not see what C++ holds, and a traceback often leads
         # back to the future, so C++ gets a stand-in and a weak reference instead.
         kind, text = type_and_text(error)
-        self.stand_in = stand_in(kind, text)
-        self.unwrap = partial(_raise_error_of, weakref.ref(future), kind, text)
+        find = partial(_error_of, weakref.ref(future), kind, text)
+        self.stand_in = StandIn.of(kind, text, find)
+        self.unwrap = partial(_raise_found, find)
 
 
 def _complete_in_cpp(future: Future[Any], result: Any) -> None:
@@ -634,11 +635,13 @@ def _refuse_second(future: Future[Any]) -> NoReturn:
     ) from None
 
 
-def _raise_error_of(
-    ref: weakref.ref[Future[Any]], kind: type[BaseException], text: str, _stand_in: object
-) -> NoReturn:
+def _error_of(ref: weakref.ref[Future[Any]], kind: type[BaseException], text: str) -> BaseException:
     future = ref()
-    if future is None or future._error is None:
-        raise remade(kind, text)
-    future._read()
-    raise AssertionError("unreachable: it has an error")
+    error = None if future is None else future._error
+    if future is None or error is None:
+        return remade(kind, text)
+    return error.with_traceback(future._traceback)
+
+
+def _raise_found(find: Callable[[], BaseException], _stand_in: object) -> NoReturn:
+    raise find()

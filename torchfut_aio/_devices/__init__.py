@@ -10,7 +10,7 @@ Nothing here knows what a future of this package is. What few programs need is i
 where it is used: ``_background.py``, and the loops' ``_timer.py``.
 """
 
-from ._events import Mark, mark_of, mark_stream
+from ._events import Mark, devices_in_use, finish_current_streams, mark_of, mark_stream
 from ._order import Order, declared_order, found_order, joint_order
 from ._policy import PollPolicy, set_poll_policy
 from ._synchronize import reached, synchronize, to_host
@@ -25,6 +25,8 @@ __all__ = [
     "Statistics",
     "Wait",
     "declared_order",
+    "devices_in_use",
+    "finish_current_streams",
     "found_order",
     "joint_order",
     "mark_of",

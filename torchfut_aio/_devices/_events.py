@@ -17,7 +17,16 @@ import torch
 
 from ._policy import policy
 
-__all__ = ["Mark", "current_stream", "mark_of", "mark_stream", "on_stream"]
+__all__ = [
+    "Mark",
+    "accelerator_in_use",
+    "current_stream",
+    "devices_in_use",
+    "finish_current_streams",
+    "mark_of",
+    "mark_stream",
+    "on_stream",
+]
 
 # By device, and whether to wait for them blocks rather than spins. Taking from and adding
 # to a deque are indivisible steps: no lock, so a finaliser may.
@@ -96,6 +105,30 @@ def current_stream(device: torch.device) -> torch.Stream:
         return torch.accelerator.current_stream(device)
     stream: torch.Stream = torch.get_device_module(device).current_stream(device)
     return stream
+
+
+def accelerator_in_use() -> torch.device | None:
+    """Returns the accelerator of this process, without an index, if it has been initialised."""
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None:
+        return None
+    # Asking must not initialise it; where it cannot be asked, it counts as in use.
+    module = torch.get_device_module(accelerator)
+    return accelerator if getattr(module, "is_initialized", lambda: True)() else None
+
+
+def devices_in_use() -> list[torch.device]:
+    """Returns all devices of the accelerator, if it has been initialised."""
+    accelerator = accelerator_in_use()
+    if accelerator is None:
+        return []
+    return [torch.device(accelerator.type, n) for n in range(torch.accelerator.device_count())]
+
+
+def finish_current_streams() -> None:
+    """Blocks until the work on the streams that are current in this thread is done."""
+    for device in devices_in_use():
+        current_stream(device).synchronize()
 
 
 @contextmanager

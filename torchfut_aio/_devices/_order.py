@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from ._events import Mark, current_stream, mark_stream, on_stream
+from ._events import Mark, accelerator_in_use, current_stream, mark_stream, on_stream
 from ._synchronize import reached
 from ._tensors import tensors
 
@@ -97,8 +97,8 @@ def found_order(value: object) -> tuple[Order | None, Exception | None]:
     """
     if isinstance(value, torch.Tensor) and value.is_cpu:
         return None, None
-    accelerator = torch.accelerator.current_accelerator()
-    if accelerator is None or not _initialised(accelerator):
+    accelerator = accelerator_in_use()
+    if accelerator is None:
         return None, None
     found = [tensor for tensor in tensors(value) if tensor.device.type == accelerator.type]
     if not found:
@@ -130,9 +130,3 @@ def _joint_order(parts: Sequence[Order]) -> Order:
         for part in parts:
             part.wait()
         return Order(devices, found, [mark for part in parts for mark in part.marks])
-
-
-def _initialised(accelerator: torch.device) -> bool:
-    # Asking must not initialise it; where it cannot be asked, it counts as in use.
-    module = torch.get_device_module(accelerator)
-    return bool(getattr(module, "is_initialized", lambda: True)())

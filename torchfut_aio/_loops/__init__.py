@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, Protocol
 
 from . import _asyncio
@@ -57,6 +57,12 @@ class Loop(Waker, Protocol):
 
     def call_soon(self, function: Callable[[], None]) -> None:
         """Has the loop call ``function``, from any thread; does nothing if it has closed."""
+
+    def spawn(self, function: Callable[..., Coroutine[Any, Any, None]], *args: object) -> None:
+        """Runs an async function, which must not raise, until it ends or the loop does.
+
+        For the loop's own thread.
+        """
 
 
 class Alarm(Protocol):

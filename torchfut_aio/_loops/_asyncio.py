@@ -9,7 +9,7 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from typing import TYPE_CHECKING, Any
 
 from ._inbox import Inbox
@@ -81,6 +81,13 @@ class AsyncioLoop(Inbox):
                 if not loop.is_closed():
                     raise
 
+    def spawn(self, function: Callable[..., Coroutine[Any, Any, None]], *args: object) -> None:
+        loop = self._loop()
+        assert loop is not None  # it is running the caller
+        task = loop.create_task(function(*args))
+        _spawned.add(task)
+        task.add_done_callback(_spawned.discard)
+
     def _call_soon(self, waiter: asyncio.Future[None]) -> bool:
         loop = waiter.get_loop()
         try:
@@ -106,6 +113,10 @@ class AsyncioLoop(Inbox):
             except asyncio.InvalidStateError:
                 pass  # Ctrl-C has cancelled the task that waits, after the look
             del waiters[0]
+
+
+# A loop does not keep its tasks.
+_spawned: set[asyncio.Task[None]] = set()
 
 
 class _Alarm:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Coroutine, Generator, Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -79,6 +79,9 @@ class TrioLoop(Inbox):
     def call_soon(self, function: Callable[[], None]) -> None:
         with suppress(trio.RunFinishedError):
             self._token.run_sync_soon(function)
+
+    def spawn(self, function: Callable[..., Coroutine[Any, Any, None]], *args: object) -> None:
+        trio.lowlevel.spawn_system_task(function, *args)
 
     def _call_soon(self, _waiter: _Waiter) -> bool:
         try:

@@ -1,0 +1,256 @@
+"""Async functions that run in a task group, or on another thread's loop, as futures.
+
+The task keeps a `Promise`, the only thing that knows the future from the task's side. A
+task may end in many ways without a chance to say so: cancelled before its first step,
+or dropped by a loop that has closed. Then its promise dies with it, and fails the future.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import inspect
+import sys
+import weakref
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from . import _loops
+from ._adopt import adopts_unimported
+from ._arguments import devices_checked
+from ._errors import InvalidStateError, less_innermost_frame
+from ._future import Future
+
+if TYPE_CHECKING:
+    import anyio.abc
+    import anyio.from_thread
+    import trio
+    from typing_extensions import TypeVarTuple, Unpack
+
+    Args = TypeVarTuple("Args")
+    if sys.version_info >= (3, 11):
+        _TaskGroup = anyio.abc.TaskGroup | asyncio.TaskGroup | trio.Nursery
+    else:
+        _TaskGroup = anyio.abc.TaskGroup | trio.Nursery
+
+__all__ = ["Promise", "function_checked", "run", "start_soon", "submit", "task_name"]
+
+T = TypeVar("T")
+
+
+def start_soon(
+    task_group: _TaskGroup,
+    func: Callable[[Unpack[Args]], Awaitable[T]],
+    *args: Unpack[Args],
+    name: object = None,
+) -> Future[T]:
+    """Runs ``func(*args)`` as a task of a task group; returns a future of its result.
+
+    What the function raises goes to the future, and does not end the group: it is up to
+    those who hold the future. A task that is cancelled fails it with
+    ``concurrent.futures.CancelledError``, as does one that the end of its loop takes away;
+    so a future of a group that has exited is done. KeyboardInterrupt, SystemExit and
+    cancellation also act on the group, as from any task of it. To complete the future
+    yourself does not stop the task; then its result is dropped.
+
+    Args:
+        task_group: A task group of anyio, an ``asyncio.TaskGroup`` or a ``trio.Nursery``,
+            of the loop that runs in this thread.
+        func: An async function.
+        *args: Its positional arguments.
+        name: The name of the task; that of the function, if None.
+
+    Raises:
+        TypeError: ``task_group`` or ``func`` is none.
+        RuntimeError: The group is not active.
+
+    Example:
+        >>> import anyio
+        >>> async def double(x):
+        ...     await anyio.sleep(0.001)
+        ...     return 2 * x
+        >>> async def main():
+        ...     async with anyio.create_task_group() as group:
+        ...         futures = [torchfut_aio.start_soon(group, double, n) for n in range(3)]
+        ...         return await torchfut_aio.gather(futures)
+        >>> anyio.run(main)
+        [0, 2, 4]
+    """
+    function_checked(func)
+    future: Future[T] = Future()
+    promise = Promise(future, task_name(func, name))
+    group: Any = task_group
+    if hasattr(group, "start_soon"):
+        group.start_soon(run, promise, func, args, name=promise.name)
+    elif hasattr(group, "create_task"):
+        task = run(promise, func, args)
+        try:
+            group.create_task(task, name=promise.name)
+        except BaseException:
+            task.close()
+            raise
+    else:
+        raise TypeError(
+            "start_soon() takes a task group of anyio, an asyncio.TaskGroup or a trio.Nursery, "
+            f"not {group!r}; from another thread, use submit()"
+        )
+    return future
+
+
+def submit(
+    portal: anyio.from_thread.BlockingPortal,
+    func: Callable[[Unpack[Args]], Awaitable[T]],
+    *args: Unpack[Args],
+    name: object = None,
+) -> Future[T]:
+    """Runs ``func(*args)`` on the loop of a portal, from another thread; see `start_soon`.
+
+    It returns when the loop has got round to making the task.
+
+    Args:
+        portal: An ``anyio.from_thread.BlockingPortal``.
+        func: An async function.
+        *args: Its positional arguments.
+        name: The name of the task; that of the function, if None.
+
+    Raises:
+        TypeError: ``portal`` or ``func`` is none.
+        RuntimeError: The portal is not running, or this is the thread of its loop: there,
+            use `start_soon`.
+
+    Example:
+        >>> import anyio.from_thread
+        >>> async def double(x):
+        ...     await anyio.sleep(0.001)
+        ...     return 2 * x
+        >>> with anyio.from_thread.start_blocking_portal() as portal:
+        ...     torchfut_aio.submit(portal, double, 21).wait()
+        42
+    """
+    function_checked(func)
+    if not hasattr(portal, "start_task_soon"):
+        raise TypeError(f"submit() takes a BlockingPortal of anyio.from_thread, not {portal!r}")
+    future: Future[T] = Future()
+    promise = Promise(future, task_name(func, name))
+    portal.start_task_soon(run, promise, func, args, name=promise.name)
+    return future
+
+
+def function_checked(func: object) -> None:
+    """Raises TypeError unless ``func`` is something to call in a task."""
+    if inspect.iscoroutine(func):
+        func.close()
+        raise TypeError(
+            f"pass the async function and its arguments, not the coroutine {func!r} of a call"
+        )
+    if not callable(func):
+        raise TypeError(f"func must be an async function, not {func!r}")
+
+
+def task_name(func: Any, name: object = None) -> str:
+    """Returns ``name``, or what ``func`` is called, as anyio does."""
+    if name is not None:
+        return str(name)
+    called = getattr(func, "__qualname__", None)
+    return repr(func) if called is None else f"{func.__module__}.{called}"
+
+
+class Promise:
+    """The only reference from a task to the future of its result."""
+
+    __slots__ = ("_future", "name")
+
+    def __init__(self, future: Future[Any], name: str) -> None:
+        self._future = future
+        self.name = name
+
+    def keep(self, result: object) -> None:
+        with suppress(InvalidStateError):  # somebody has completed it instead
+            self._future.set_result(result)
+
+    def fail(self, error: BaseException) -> None:
+        with suppress(InvalidStateError):
+            self._future.set_exception(error)
+
+    def cancel(self, *why: object) -> None:
+        self.fail(concurrent.futures.CancelledError(*why or (f"{self.name} was cancelled",)))
+
+    def __del__(self) -> None:
+        if not self._future.done():
+            self.cancel(f"{self.name} was cancelled, or its event loop ended")
+
+
+async def run(promise: Promise, func: Callable[..., Awaitable[Any]], args: tuple[Any, ...]) -> None:
+    """What such a task runs: it keeps the promise, whatever ``func(*args)`` does."""
+    try:
+        awaitable = func(*args)
+        if not inspect.isawaitable(awaitable):
+            raise TypeError(f"{func!r} is not an async function: it returned {awaitable!r}")
+        result = await awaitable
+    except BaseException as error:
+        less_innermost_frame(error)
+        if isinstance(error, asyncio.CancelledError):
+            promise.cancel(*error.args)  # what was given to cancel()
+        elif _is_cancellation(error):
+            promise.cancel()
+        else:
+            promise.fail(error)
+        if not isinstance(error, Exception):
+            raise
+    else:
+        promise.keep(result)
+
+
+def _is_cancellation(error: BaseException) -> bool:
+    # A coroutine that nobody will resume is closed by GeneratorExit.
+    trio = sys.modules.get("trio")
+    return isinstance(error, GeneratorExit) or (
+        trio is not None and isinstance(error, trio.Cancelled)
+    )
+
+
+# The futures made of sources that are still waited for. The task that waits keeps both,
+# so while one here is pending, its source's identity is not another's.
+_made: weakref.WeakValueDictionary[tuple[int, object], Future[Any]] = weakref.WeakValueDictionary()
+
+
+@adopts_unimported("anyio", "TaskHandle", "Future")
+def _from_anyio(source: Any, *, devices: Any = None) -> Future[Any]:
+    key = id(source), None if devices is None else devices_checked(devices)
+    made = _made.get(key)
+    if made is not None and not made.done():
+        return made
+    future: Future[Any] = Future(devices=devices)
+    promise = Promise(future, repr(source))
+    if _is_finished(source):
+        _keep_as(promise, source)
+        return future
+    # Only a task can wait for it, and only on its loop.
+    _loops.current().spawn(_watch, promise, source)
+    _made[key] = future
+    return future
+
+
+def _is_finished(source: Any) -> bool:
+    return source.status.name not in ("PENDING", "CANCELLING")
+
+
+async def _watch(promise: Promise, source: Any) -> None:
+    try:
+        await source.wait()
+    except Exception as error:  # it is another loop's
+        promise.fail(less_innermost_frame(error))
+    else:
+        _keep_as(promise, source)
+
+
+def _keep_as(promise: Promise, source: Any) -> None:
+    try:
+        error = source.exception
+    except Exception as cancelled:  # anyio's own
+        error = less_innermost_frame(cancelled)
+    if error is None:
+        promise.keep(source.return_value)
+    else:
+        promise.fail(error)

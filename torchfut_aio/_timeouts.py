@@ -1,0 +1,201 @@
+"""Futures with a deadline: one thread looks after all of them, while there are any.
+
+Nothing here takes a lock, for a future may be completed by a finaliser or a signal handler
+in the middle of any step. Whoever starts or stops to be one of the futures that are looked
+after enters `_Timer.live`, or leaves it. The thread alone keeps them in order of time, and
+hears of new ones through a deque; it is rung for only if it would wake too late, or if it
+is to end, or if much has piled up. To end, it gives back the token that stands for it, and
+looks once more: who brings a future does these in the opposite order.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+import os
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import torch
+
+from ._adopt import as_future
+from ._arguments import timeout_checked
+from ._errors import InvalidStateError
+from ._future import Combination, Future
+
+__all__ = ["with_timeout"]
+
+T = TypeVar("T")
+
+
+def with_timeout(future: torch.futures.Future[T], seconds: float) -> Future[T]:
+    """Returns a future that completes as ``future`` does, or in time with TimeoutError.
+
+    For those who chain and never await; who awaits may use the loop's own timeouts. What
+    has timed out leaves nothing behind with ``future``, which goes on undisturbed. One
+    thread looks after all timeouts, and there is none while nothing is pending. Callbacks
+    of a future that has timed out run in that thread, and hold up other timeouts.
+
+    Args:
+        future: A future, or anything that `as_future` adopts.
+        seconds: How long from now. If not positive, ``future`` must be done now.
+
+    Raises:
+        NotAFutureError: ``future`` is none.
+        TypeError, ValueError: ``seconds`` is not a number, or is NaN.
+
+    Example:
+        >>> fut = torchfut_aio.Future()
+        >>> late = torchfut_aio.with_timeout(fut, 0.01).then(lambda f: type(f.exception()))
+        >>> late.wait()
+        <class 'TimeoutError'>
+        >>> fut
+        <Future pending waiters=0 callbacks=0>
+    """
+    if seconds is None:
+        raise TypeError("with_timeout() takes a number of seconds, not None")
+    seconds = timeout_checked(seconds)
+    source: Future[T] = as_future(future)
+    deadline = _Deadline(source, seconds)
+    source._add(deadline)
+    if seconds <= 0:
+        deadline.expire()
+    elif seconds < math.inf and not source.done():
+        try:
+            _timer.add(deadline)
+        except BaseException:  # no thread could be started
+            source._discard(deadline)
+            raise
+        if source.done():  # perhaps before it was added
+            _timer.forget(deadline)
+    return deadline.child
+
+
+class _Deadline:
+    """Stays with the source, and with the timer, until one of them has it."""
+
+    __slots__ = ("child", "seconds", "source", "when")
+
+    def __init__(self, source: Future[Any], seconds: float) -> None:
+        self.source = source
+        self.child: Future[Any] = Future(devices=source._devices)
+        self.seconds = seconds
+        self.when = time.monotonic() + seconds
+
+    def run(self, source: Future[Any]) -> None:
+        _timer.forget(self)
+        error = source.exception()
+        with suppress(InvalidStateError):  # somebody has completed it instead
+            if error is None:
+                self.child.set_result(Combination(source.value(), (source,)))
+            else:
+                self.child.set_exception(error)
+
+    def interrupted(self, _source: Future[Any], interrupt: BaseException) -> None:
+        if not self.child.done():
+            self.child.set_exception(interrupt)
+
+    def expire(self) -> None:
+        if self.source._discard(self):
+            with suppress(InvalidStateError):
+                self.child.set_exception(
+                    TimeoutError(f"{self.source!r} was not done within {self.seconds:g} s")
+                )
+
+
+class _Timer:
+    """The deadlines that are looked after, and the thread that does."""
+
+    def __init__(self) -> None:
+        self.live: dict[_Deadline, None] = {}
+        self._new: deque[_Deadline] = deque()
+        # A put may interrupt a put, or a get.
+        self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._wakes_at = math.inf
+        self._token = [None]
+        self._thread: threading.Thread | None = None
+
+    def add(self, deadline: _Deadline) -> None:
+        self.live[deadline] = None
+        self._new.append(deadline)
+        if self._start():
+            return
+        if deadline.when < self._wakes_at or len(self._new) > 2 * len(self.live) + 1000:
+            self._bell.put(None)
+
+    def forget(self, deadline: _Deadline) -> None:
+        if self.live.pop(deadline, deadline) is None and not self.live:
+            self._bell.put(None)
+
+    def _start(self) -> bool:
+        """Starts the thread, unless there is one."""
+        try:
+            self._token.pop()
+        except IndexError:
+            return False
+        try:
+            self._thread = threading.Thread(
+                target=self._run, name="torchfut_aio timeouts", daemon=True
+            )
+            self._thread.start()
+        except BaseException:
+            self._token.append(None)
+            raise
+        return True
+
+    def _run(self) -> None:
+        number = itertools.count()
+        heap: list[tuple[float, int, _Deadline]] = []
+        while True:
+            self._take_in(heap, number)
+            while heap and (heap[0][0] <= time.monotonic() or heap[0][2] not in self.live):
+                self._expire(heapq.heappop(heap)[2])
+            if not self.live:
+                self._token.append(None)
+                if not self._new:
+                    return
+                try:
+                    self._token.pop()
+                except IndexError:  # another thread looks after what is new
+                    return
+                continue
+            self._wakes_at = heap[0][0] if heap else math.inf
+            if self._new:
+                continue
+            # Until the earliest is due, or longer than a platform's clock can count.
+            timeout = min(self._wakes_at - time.monotonic(), threading.TIMEOUT_MAX)
+            with suppress(queue.Empty):
+                self._bell.get(timeout=max(timeout, 0))
+
+    def _take_in(self, heap: list[tuple[float, int, _Deadline]], number: Iterator[int]) -> None:
+        while self._new:
+            deadline = self._new.popleft()
+            if deadline in self.live:
+                heapq.heappush(heap, (deadline.when, next(number), deadline))
+        if len(heap) > 2 * len(self.live) + 1000:  # the rest has been forgotten
+            heap[:] = [entry for entry in heap if entry[2] in self.live]
+            heapq.heapify(heap)
+
+    def _expire(self, deadline: _Deadline) -> None:
+        if self.live.pop(deadline, deadline) is None:
+            # Nobody is above to take what a callback of a future may pass on.
+            with suppress(KeyboardInterrupt, SystemExit):
+                deadline.expire()
+
+
+_timer = _Timer()
+
+
+def _forget_thread() -> None:
+    global _timer
+    _timer = _Timer()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_thread)
