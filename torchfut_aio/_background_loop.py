@@ -1,13 +1,13 @@
 """An event loop in a thread of its own, for async code that PyTorch's C++ threads call for.
 
-It starts with the first call, and lives on until it is closed, or the interpreter exits:
-what async code keeps between calls, such as locks and connections, belongs to a loop.
+It starts with the first call, and lives on until it is closed, at the latest when the
+interpreter exits: what async code keeps between calls, such as locks and connections,
+belongs to a loop.
 """
 
 from __future__ import annotations
 
 import asyncio
-import atexit
 import concurrent.futures
 import contextvars
 import importlib.util
@@ -22,7 +22,7 @@ import anyio
 from ._future import Future
 from ._tasks import Promise, run
 
-__all__ = ["close", "start_soon"]
+__all__ = ["close", "is_running", "start_soon"]
 
 _NAME = "torchfut_aio background loop"
 
@@ -96,6 +96,11 @@ def start_soon(
         _running.call(promise, func, args)
 
 
+def is_running() -> bool:
+    """Tells whether there is a loop to close."""
+    return _running is not None
+
+
 def close(timeout: float | None = 10.0) -> None:
     """Cancels what runs on the background loop, waits for it, and ends the thread.
 
@@ -115,6 +120,5 @@ def _forget() -> None:
     _lock, _running = threading.Lock(), None
 
 
-atexit.register(close)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)

@@ -10,6 +10,7 @@ Names are what RPC pickles functions by, so `async_rpc` is used where a function
 
 from __future__ import annotations
 
+import atexit
 import functools
 import inspect
 import weakref
@@ -145,8 +146,8 @@ def shutdown(graceful: bool = True, timeout: float | None = None) -> None:
     `async_rpc` that run on the background loop are cancelled. It blocks, so an async
     application calls it by ``anyio.to_thread.run_sync``.
 
-    Without it, ``rpc.shutdown()`` does all but the last: the loop ends, and cancels what it
-    still runs, as the interpreter exits.
+    ``rpc.shutdown()`` does all but the last. A process that exits with the loop still there
+    is shut down, not gracefully.
 
     Args:
         graceful: Whether to wait for all processes of the group, and for what is in flight.
@@ -170,6 +171,13 @@ def shutdown(graceful: bool = True, timeout: float | None = None) -> None:
         _background_loop.close()
 
 
+@atexit.register
+def _shut_down_at_exit() -> None:
+    # Else RPC's threads, told of what is cancelled, come for an interpreter that has gone.
+    if _background_loop.is_running():
+        shutdown(graceful=False)
+
+
 @overload
 def async_comm_hook(hook: _Hook) -> _TorchHook: ...
 @overload
@@ -183,7 +191,8 @@ def async_comm_hook(hook: Any = None, *, overlap: bool = False) -> Any:
     the optimiser's after those that fill the result. What it raises, ``backward()`` raises.
 
     Collectives have to be started in the same order on every rank. So the hook runs for one
-    bucket after the other, in their order, which is the same everywhere.
+    bucket after the other, in their order, which is the same everywhere, and not after it has
+    raised, until the next backward pass.
 
     Args:
         hook: An async function.
@@ -252,8 +261,12 @@ class _Reduction:
         ready: Future[torch.Tensor],
         before: Future[torch.Tensor] | None,
     ) -> torch.Tensor:
-        if before is not None:
-            await before.then(lambda _: None)  # however it ends
+        if before is not None and bucket.index() == 0:
+            await before.then(lambda _: None)  # of another backward pass, however it ended
+        elif before is not None:
+            # If that has failed, so does this: the other ranks may not even get this far,
+            # and would take the next collective for one that they do wait for.
+            await before.stream_ordered()
         await ready.stream_ordered()
         tensor = await self._hook(state, bucket)
         if not isinstance(tensor, torch.Tensor):

@@ -1,0 +1,145 @@
+"""Processes of one torch.distributed group, on loopback: gloo, and RPC over TensorPipe.
+
+Each does what it is told, one thing after the other, and gives back what came of it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pathlib
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import anyio
+
+from .threads import PATIENCE
+
+LOOPS = {
+    "asyncio": {"backend": "asyncio"},
+    "uvloop": {"backend": "asyncio", "backend_options": {"use_uvloop": True}},
+    "trio": {"backend": "trio"},
+}
+
+
+def run_on(loop: str, function: Callable[..., Any], *args: Any) -> Any:
+    """Runs an async function on that kind of loop, in this thread."""
+    return anyio.run(function, *args, **LOOPS[loop])
+
+
+class Cluster:
+    """So many worker processes, called ``worker0`` and so on to RPC."""
+
+    def __init__(self, size: int, *, uvloop: bool = True, rpc: bool = True) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._folder = tempfile.TemporaryDirectory()
+        self._pipes = []
+        self.processes = []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_work, args=(theirs, rank, size, self._folder.name, uvloop, rpc)
+            )
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self.processes.append(process)
+        self.results()
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Ends the processes; without an error, they must end well by themselves."""
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self.processes:
+            process.join(0 if kind else PATIENCE)
+        codes = [process.exitcode for process in self.processes]
+        for process in self.processes:
+            process.kill()
+            process.join()
+            process.close()
+        self._folder.cleanup()
+        if kind is None:
+            assert codes == [0] * len(codes) or self.killed, codes
+
+    killed = False
+
+    def start(self, rank: int, function: Callable[..., Any], *args: Any) -> None:
+        """Has one of them call ``function(*args)``, pickled by name."""
+        self._pipes[rank].send((function, args))
+
+    def result(self, rank: int) -> Any:
+        """Returns what it gave, or raises."""
+        assert self._pipes[rank].poll(2 * PATIENCE), f"worker {rank} hangs"
+        outcome, text = self._pipes[rank].recv()
+        if text is not None:
+            raise AssertionError(f"worker {rank}: {text}")
+        return outcome
+
+    def call(self, rank: int, function: Callable[..., Any], *args: Any) -> Any:
+        self.start(rank, function, *args)
+        return self.result(rank)
+
+    def results(self) -> list[Any]:
+        return [self.result(rank) for rank in range(len(self._pipes))]
+
+    def everywhere(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Has each call ``function(*args)``, all at the same time."""
+        for rank in range(len(self._pipes)):
+            self.start(rank, function, *args)
+        return self.results()
+
+    def kill(self, rank: int) -> None:
+        self.killed = True
+        self.processes[rank].kill()
+        self.processes[rank].join()
+
+
+def _work(pipe: Any, rank: int, size: int, folder: str, uvloop: bool, with_rpc: bool) -> None:
+    os.environ.update(GLOO_SOCKET_IFNAME="lo", TP_SOCKET_IFNAME="lo")
+    import torch
+    import torch.distributed as dist
+    from torch.distributed import rpc
+
+    torch.set_num_threads(1)
+    store = pathlib.Path(folder)
+    dist.init_process_group("gloo", init_method=f"file://{store}/gloo", rank=rank, world_size=size)
+    if with_rpc:
+        options = rpc.TensorPipeRpcBackendOptions(
+            init_method=f"file://{store}/rpc", rpc_timeout=PATIENCE
+        )
+        rpc.init_rpc(f"worker{rank}", rank=rank, world_size=size, rpc_backend_options=options)
+    if not uvloop:
+        _start_background_loop_without_uvloop()
+    pipe.send((rank, None))
+    while True:
+        try:
+            function, args = pipe.recv()
+        except (EOFError, ConnectionError):
+            return
+        try:
+            pipe.send((function(*args), None))
+        except BaseException:
+            pipe.send((None, traceback.format_exc()))
+
+
+def _start_background_loop_without_uvloop() -> None:
+    from torchfut_aio.distributed import async_rpc
+
+    async def nothing() -> None:
+        pass
+
+    sys.modules["uvloop"] = None  # type: ignore[assignment]
+    async_rpc(nothing)().wait(PATIENCE)
+    del sys.modules["uvloop"]

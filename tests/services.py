@@ -1,0 +1,420 @@
+"""What runs in the processes of a `Cluster`: functions called remotely, and their callers."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import threading
+import time
+from contextlib import ExitStack
+from typing import Any
+
+import anyio
+import anyio.from_thread
+import anyio.lowlevel
+import sniffio
+import torch
+import torch.distributed as dist
+from torch.distributed import rpc
+
+from torchfut_aio import as_future, gather
+from torchfut_aio.distributed import async_comm_hook, async_rpc, serve_on, shutdown
+
+from .cluster import run_on
+from .threads import PATIENCE
+
+# ------------------------------------------------------------------ collectives
+
+
+def collectives(loop: str) -> dict[str, Any]:
+    """Awaits every kind of collective; returns what came of it."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+
+    async def main() -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        mine = torch.full((size,), float(rank + 1))
+        await as_future(dist.all_reduce(mine, async_op=True))
+        found["all_reduce"] = mine
+        told = torch.tensor([float(rank)])
+        await as_future(dist.broadcast(told, src=size - 1, async_op=True))
+        found["broadcast"] = told
+        everyone = [torch.empty(1) for _ in range(size)]
+        await as_future(dist.all_gather(everyone, torch.tensor([float(rank)]), async_op=True))
+        found["all_gather"] = torch.cat(everyone)
+        part = torch.empty(1)
+        parts = [torch.tensor([float(rank * size + n)]) for n in range(size)]
+        await as_future(dist.reduce_scatter(part, parts, async_op=True))
+        found["reduce_scatter"] = part
+        mixed = torch.empty(size)
+        await as_future(
+            dist.all_to_all_single(mixed, torch.full((size,), float(rank)), async_op=True)
+        )
+        found["all_to_all"] = mixed
+        after, before = (rank + 1) % size, (rank - 1) % size
+        received = torch.empty(1)
+        sending = dist.isend(torch.tensor([float(rank)]), after)
+        await gather([dist.irecv(received, before), sending])
+        found["irecv"] = received
+        await as_future(dist.barrier(async_op=True))
+        return found
+
+    return run_on(loop, main)
+
+
+def all_reduce_that_waits_for_others(loop: str) -> tuple[bool, float]:
+    """Rank 0 lets the others begin only when it has tried to await it."""
+    store = dist.distributed_c10d._get_default_store()
+    tensor = torch.ones(1)
+
+    async def first() -> tuple[bool, float]:
+        fut = as_future(dist.all_reduce(tensor, async_op=True))
+        with anyio.move_on_after(0.1):
+            await fut
+        early = fut.done()
+        store.set(f"begin on {loop}", "")
+        await fut
+        return early, tensor.item()
+
+    async def other() -> tuple[bool, float]:
+        store.wait([f"begin on {loop}"])
+        await as_future(dist.all_reduce(tensor, async_op=True))
+        return False, tensor.item()
+
+    return run_on(loop, first if dist.get_rank() == 0 else other)
+
+
+def all_reduce_without_the_last(loop: str) -> str:
+    """Returns what an await raises when a peer dies meanwhile, on a loop that goes on."""
+
+    async def main() -> str:
+        try:
+            await as_future(dist.all_reduce(torch.ones(1), async_op=True))
+        except Exception as error:
+            await anyio.sleep(0.001)
+            return type(error).__name__
+        return "reduced"
+
+    return run_on(loop, main)
+
+
+# ------------------------------------------------------------- called by RPC
+
+
+class Odd(Exception):
+    def __init__(self, first: int, second: int) -> None:
+        super().__init__(first, second)
+
+
+def fails(kind: str) -> None:
+    if kind == "odd":
+        raise Odd(1, 2)
+    raise {"value": ValueError, "key": KeyError, "stop": StopIteration}[kind]("wrong: 'ü' \n x")
+
+
+@async_rpc
+async def fails_later(kind: str) -> None:
+    await asyncio.sleep(0.001)
+    fails(kind)
+
+
+@async_rpc
+async def exits() -> None:
+    sys.exit("not really")
+
+
+def blocks(seconds: float) -> float:
+    time.sleep(seconds)
+    return seconds
+
+
+@async_rpc
+async def where(answer: Any) -> tuple[Any, str, str, str]:
+    await anyio.sleep(0.001)
+    library = sniffio.current_async_library()
+    loop = type(asyncio.get_running_loop()).__module__ if library == "asyncio" else ""
+    return answer, library, loop, threading.current_thread().name
+
+
+_arrived = 0
+_all_there: asyncio.Event | None = None
+
+
+@async_rpc
+async def meet(number: int, expected: int) -> tuple[int, int]:
+    """Returns when so many calls are in flight at once."""
+    global _arrived, _all_there
+    if _all_there is None:
+        _all_there, _arrived = asyncio.Event(), 0
+    there = _all_there
+    _arrived += 1
+    if _arrived == expected:
+        _all_there = None
+        there.set()
+    await there.wait()
+    return number, threading.get_ident()
+
+
+@async_rpc
+async def scaled(tensor: torch.Tensor, *, by: float) -> torch.Tensor:
+    await asyncio.sleep(0)
+    return tensor * by
+
+
+class Service:
+    def __init__(self, base: int) -> None:
+        self.base = base
+
+    @async_rpc
+    async def add(self, number: int) -> int:
+        await asyncio.sleep(0.001)
+        return self.base + number
+
+    @staticmethod
+    @async_rpc
+    async def double(number: int) -> int:
+        return 2 * number
+
+    @classmethod
+    @async_rpc
+    async def name(cls) -> str:
+        return cls.__name__
+
+
+_started = threading.Event()
+
+
+@async_rpc
+async def never() -> None:
+    _started.set()
+    await asyncio.Event().wait()
+
+
+@async_rpc
+async def sleeps(seconds: float) -> float:
+    _started.set()
+    await asyncio.sleep(seconds)
+    return seconds
+
+
+def wait_until_started() -> None:
+    assert _started.wait(PATIENCE)
+
+
+# ------------------------------------------------------------------ its callers
+
+
+def call(function: Any, *args: Any, **kwargs: Any) -> Any:
+    return run_on("asyncio", _call, function, args, kwargs)
+
+
+async def _call(function: Any, args: Any, kwargs: Any) -> Any:
+    return await as_future(rpc.rpc_async("worker1", function, args=args, kwargs=kwargs))
+
+
+def failure(loop: str, function: Any, *args: Any, timeout: float = PATIENCE) -> tuple[str, str]:
+    """Returns the type and the text of what awaiting a call raises."""
+
+    async def main() -> tuple[str, str]:
+        try:
+            await as_future(rpc.rpc_async("worker1", function, args=args, timeout=timeout))
+        except Exception as error:
+            text = error.args[0] if error.args else ""
+            return f"{type(error).__module__}.{type(error).__name__}", str(text)
+        return "none", ""
+
+    return run_on(loop, main)
+
+
+def many_calls(loop: str, number: int) -> int:
+    """Makes so many calls at once; returns how many threads of the callee served them."""
+
+    async def main() -> int:
+        calls = [as_future(rpc.rpc_async("worker1", meet, args=(n, number))) for n in range(number)]
+        answers = await gather(calls)
+        assert [n for n, _ in answers] == list(range(number))
+        return len({thread for _, thread in answers})
+
+    return run_on(loop, main)
+
+
+def through_a_reference() -> list[Any]:
+    async def main() -> list[Any]:
+        service = rpc.remote("worker1", Service, args=(40,))
+        answers = await gather([service.rpc_async().add(n) for n in range(3)])
+        answers.append(service.rpc_sync().double(4))
+        answers.append(service.remote().name().to_here())
+        answers.append(await as_future(rpc.rpc_async("worker1", Service.double, args=(5,))))
+        answers.append(await as_future(rpc.rpc_async("worker1", Service.name)))
+        return answers
+
+    return run_on("asyncio", main)
+
+
+def serve_on_portal(loop: str) -> None:
+    """Serves on a portal in another thread, until told to stop."""
+    options = {"asyncio": {}, "uvloop": {"use_uvloop": True}, "trio": {}}[loop]
+    backend = "trio" if loop == "trio" else "asyncio"
+    stack = ExitStack()
+    portal = stack.enter_context(anyio.from_thread.start_blocking_portal(backend, options))
+    stack.enter_context(serve_on(portal))
+    _portals.append(stack)
+
+
+_portals: list[ExitStack] = []
+
+
+def stop_portal() -> None:
+    _portals.pop().close()
+
+
+def call_and_keep(function: Any, *args: Any) -> None:
+    """Calls, and leaves the future to `kept`."""
+    _kept.append(as_future(rpc.rpc_async("worker1", function, args=args)))
+
+
+_kept: list[Any] = []
+
+
+def kept() -> tuple[str, str]:
+    """Returns what became of the call: a type and a text."""
+    fut = _kept.pop()
+
+    async def main() -> tuple[str, str]:
+        try:
+            value = await fut
+        except Exception as error:
+            await anyio.sleep(0.001)
+            return type(error).__name__, str(error)
+        return type(value).__name__, str(value)
+
+    return run_on("asyncio", main)
+
+
+def shut_down(graceful: bool, ours: bool) -> list[str]:
+    """Shuts RPC down, and returns the names of the threads that are left."""
+    if ours:
+        shutdown(graceful)
+    else:
+        rpc.shutdown(graceful)
+    return [t.name for t in threading.enumerate() if t is not threading.main_thread()]
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+# --------------------------------------------------------------------- DDP hooks
+
+
+@async_comm_hook
+async def mean(state: Any, bucket: dist.GradBucket) -> torch.Tensor:
+    tensor = bucket.buffer().div_(dist.get_world_size())
+    await as_future(dist.all_reduce(tensor, async_op=True))
+    return tensor
+
+
+@async_comm_hook
+async def halved(state: Any, bucket: dist.GradBucket) -> torch.Tensor:
+    small = bucket.buffer().to(torch.float16).div_(dist.get_world_size())
+    await as_future(dist.all_reduce(small, async_op=True))
+    return bucket.buffer().copy_(small)
+
+
+@async_comm_hook
+async def in_two_steps(pauses: dict[int, float], bucket: dist.GradBucket) -> torch.Tensor:
+    """Two collectives, and pauses that differ from rank to rank, before and between."""
+    index = bucket.index()
+    await asyncio.sleep(pauses[index % len(pauses)])
+    tensor = bucket.buffer().div_(dist.get_world_size())
+    largest = tensor.abs().max()
+    await as_future(dist.all_reduce(largest, op=dist.ReduceOp.MAX, async_op=True))
+    await asyncio.sleep(pauses[(index + 1) % len(pauses)])
+    assert tensor.abs().max() <= largest
+    await as_future(dist.all_reduce(tensor, async_op=True))
+    assert sum(p.numel() for p in bucket.parameters()) == tensor.numel()
+    assert bucket.gradients()[0].shape == bucket.parameters()[0].shape
+    return tensor
+
+
+_running = 0
+_most = 0
+
+
+@async_comm_hook(overlap=True)
+async def overlapping(state: Any, bucket: dist.GradBucket) -> torch.Tensor:
+    global _running, _most
+    _running += 1
+    _most = max(_most, _running)
+    tensor = bucket.buffer().div_(dist.get_world_size())
+    await as_future(dist.all_reduce(tensor, async_op=True))
+    if bucket.index() == 0:
+        await asyncio.sleep(0.05)
+    _running -= 1
+    return tensor
+
+
+@async_comm_hook
+async def breaks(state: dict[str, Any], bucket: dist.GradBucket) -> Any:
+    tensor = bucket.buffer().div_(dist.get_world_size())
+    await as_future(dist.all_reduce(tensor, async_op=True))
+    if bucket.index() != state["at"]:
+        return tensor
+    if state["how"] == "raises":
+        raise Odd(3, 4)
+    return [tensor]
+
+
+def trained(hook: Any, state: Any, steps: int, backend_hook: Any = None) -> Any:
+    """Trains with DDP; returns the losses and the weights, and those of plain DDP."""
+    return [_train(hook, state, steps), _train(backend_hook, None, steps)]
+
+
+def _model(hook: Any, state: Any) -> Any:
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(64, 64) for _ in range(4)]
+    model = torch.nn.Sequential(*layers, torch.nn.Linear(64, 1))
+    # Small enough for each layer to be a bucket of its own.
+    ddp = torch.nn.parallel.DistributedDataParallel(model, bucket_cap_mb=0.01)
+    if hook is not None:
+        ddp.register_comm_hook(state, hook)
+    return ddp
+
+
+def _train(hook: Any, state: Any, steps: int) -> tuple[list[float], list[torch.Tensor]]:
+    ddp = _model(hook, state)
+    optimiser = torch.optim.Adam(ddp.parameters(), lr=0.01)
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    losses = []
+    for _ in range(steps):
+        data = torch.randn(16, 64, generator=generator)
+        loss = torch.nn.functional.mse_loss(ddp(data), data.sum(1, keepdim=True))
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    return losses, [p.detach().clone() for p in ddp.parameters()]
+
+
+def trained_with_pauses(steps: int) -> Any:
+    pauses = {n: 0.002 * ((n + dist.get_rank()) % 3) for n in range(5)}
+    return trained(in_two_steps, pauses, steps)
+
+
+def most_at_once(steps: int) -> Any:
+    return trained(overlapping, None, steps), _most
+
+
+def broken(how: str, at: int) -> tuple[str, str, bool]:
+    """Returns what ``backward()`` raises, and whether it does so a second time, too."""
+    state = {"how": how, "at": at}
+    ddp = _model(breaks, state)
+    raised: list[BaseException] = []
+    for _ in range(3):  # in the first pass, all is one bucket
+        try:
+            ddp(torch.ones(2, 64)).sum().backward()
+        except Exception as error:
+            raised.append(error)
+    first, second = raised[-2:]
+    return type(first).__name__, str(first), type(second) is type(first)

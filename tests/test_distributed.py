@@ -1,0 +1,412 @@
+"""Real processes: collectives, RPC and DDP, awaited and served."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+
+import anyio.from_thread
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+
+from torchfut_aio import Future, as_future
+from torchfut_aio.distributed import async_comm_hook, async_rpc, serve_on, shutdown
+
+from . import services
+from .cluster import LOOPS, Cluster
+from .threads import PATIENCE
+
+every_loop = pytest.mark.parametrize("loop", LOOPS)
+
+
+@pytest.fixture(scope="module", params=["asyncio", "uvloop"])
+def pair(request):
+    """Two processes; async functions are served on that kind of loop."""
+    with Cluster(2, uvloop=request.param == "uvloop") as cluster:
+        cluster.loop = request.param
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def four():
+    with Cluster(4, rpc=False) as cluster:
+        yield cluster
+
+
+# ------------------------------------------------------------------ collectives
+
+
+@every_loop
+def test_awaiting_any_collective_gives_what_has_been_reduced(four, loop):
+    for rank, found in enumerate(four.everywhere(services.collectives, loop)):
+        assert torch.equal(found["all_reduce"], torch.full((4,), 10.0))
+        assert found["broadcast"].item() == 3
+        assert found["all_gather"].tolist() == [0, 1, 2, 3]
+        assert found["reduce_scatter"].item() == sum(4 * n + rank for n in range(4))
+        assert found["all_to_all"].tolist() == [0, 1, 2, 3]
+        assert found["irecv"].item() == (rank - 1) % 4
+
+
+@every_loop
+def test_a_collective_is_awaited_until_all_have_joined(four, loop):
+    for early, total in four.everywhere(services.all_reduce_that_waits_for_others, loop):
+        assert (early, total) == (False, 4)
+
+
+def test_a_collective_fails_when_a_peer_dies_and_the_loop_goes_on():
+    with Cluster(2, rpc=False) as cluster:
+        cluster.start(0, services.all_reduce_without_the_last, "uvloop")
+        cluster.kill(1)
+        assert cluster.result(0) == "RuntimeError"
+
+
+# -------------------------------------------------------------------- RPC: callers
+
+
+@every_loop
+@pytest.mark.parametrize("function", [services.fails, services.fails_later])
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("value", "builtins.ValueError"),
+        ("key", "builtins.KeyError"),
+        ("odd", "tests.services.Odd"),
+    ],
+)
+def test_a_remote_error_keeps_its_type_and_its_traceback(pair, loop, function, kind, expected):
+    name, text = pair.call(0, services.failure, loop, function, kind)
+    assert name == expected
+    assert text.startswith("On WorkerInfo(id=1, name=worker1):\n")
+    assert "in fails\n" in text
+    assert "Traceback (most recent call last)" in text
+
+
+def test_the_error_of_an_async_function_keeps_its_text(pair):
+    _, text = pair.call(0, services.failure, "asyncio", services.fails_later, "value")
+    assert text.endswith("ValueError: wrong: 'ü' \n x\n")
+
+
+@every_loop
+def test_a_call_that_times_out_raises_timeout_error_and_the_loop_goes_on(pair, loop):
+    failure = functools.partial(services.failure, timeout=0.2)
+    name, text = pair.call(0, failure, loop, services.blocks, 0.5)
+    assert name == "builtins.TimeoutError"
+    assert "200 ms" in text
+
+
+def test_the_death_of_the_callee_is_an_error_within_the_timeout_and_the_loop_goes_on():
+    with Cluster(3) as cluster:
+        cluster.call(0, services.call_and_keep, services.never)
+        cluster.call(1, services.wait_until_started)
+        start = time.monotonic()
+        cluster.start(0, services.kept)
+        cluster.kill(1)
+        name, text = cluster.result(0)
+        assert time.monotonic() - start < PATIENCE
+        assert name == "RuntimeError", text
+        # Without a graceful end: that would wait for the dead.
+        cluster.start(0, services.shut_down, False, True)
+        cluster.start(2, services.shut_down, False, True)
+        assert [cluster.result(0), cluster.result(2)] == [[], []]
+
+
+# -------------------------------------------------------------------- RPC: callees
+
+
+def test_async_functions_run_on_one_loop_in_the_background(pair):
+    first, again = (pair.call(0, services.call, services.where, n) for n in (1, 2))
+    assert (first[0], again[0]) == (1, 2)
+    assert first[1:] == again[1:]
+    _, library, loop, thread = first
+    assert (library, thread) == ("asyncio", "torchfut_aio background loop")
+    assert loop.partition(".")[0] == ("uvloop" if pair.loop == "uvloop" else "asyncio")
+
+
+@every_loop
+def test_thousands_of_calls_are_in_flight_on_one_thread(pair, loop):
+    assert pair.call(0, services.many_calls, loop, 5000) == 1
+
+
+def test_tensors_and_keywords_go_there_and_back(pair):
+    scaled = pair.call(0, functools.partial(services.call, by=3), services.scaled, torch.ones(2))
+    assert torch.equal(scaled, torch.tensor([3.0, 3.0]))
+
+
+def test_methods_static_methods_and_references_work(pair):
+    assert pair.call(0, services.through_a_reference) == [40, 41, 42, 8, "Service", 10, "Service"]
+
+
+def test_an_async_function_that_exits_fails_its_call_and_nothing_else(pair):
+    name, text = pair.call(0, services.failure, "asyncio", services.exits)
+    assert name == "builtins.RuntimeError"
+    assert "SystemExit" in text
+    assert "not really" in text
+    assert pair.call(0, services.call, services.where, 3)[0] == 3
+
+
+@every_loop
+def test_async_functions_run_on_the_portal_that_is_handed_over(pair, loop):
+    pair.call(1, services.serve_on_portal, loop)
+    answer, library, kind, thread = pair.call(0, services.call, services.where, 1)
+    pair.call(1, services.stop_portal)
+    assert answer == 1
+    assert library == ("trio" if loop == "trio" else "asyncio")
+    assert (kind.partition(".")[0] == "uvloop") == (loop == "uvloop")
+    assert thread != "torchfut_aio background loop"
+    assert pair.call(0, services.call, services.where, 2)[3] == "torchfut_aio background loop"
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_graceful_shutdown_completes_what_is_in_flight(ours):
+    with Cluster(2) as cluster:
+        cluster.call(0, services.call_and_keep, services.sleeps, 0.3)
+        cluster.call(1, services.wait_until_started)
+        left = cluster.everywhere(services.shut_down, True, ours)
+        assert cluster.call(0, services.kept) == ("float", "0.3")
+        assert left[0] == []
+        assert left[1] == ([] if ours else ["torchfut_aio background loop"])
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_another_shutdown_fails_what_is_in_flight(ours):
+    with Cluster(2) as cluster:
+        cluster.call(0, services.call_and_keep, services.never)
+        cluster.call(1, services.wait_until_started)
+        start = time.monotonic()
+        cluster.call(1, services.shut_down, False, ours)
+        name, text = cluster.call(0, services.kept)
+        assert time.monotonic() - start < PATIENCE
+        # The callee says why, or its connection ends before it can.
+        assert name in ("CancelledError", "RuntimeError")
+        assert "was shut down before" in text or "eof" in text or "closed" in text
+        cluster.call(0, services.shut_down, False, ours)
+
+
+EXITS = """
+import asyncio, threading, torch.distributed.rpc as rpc
+from torchfut_aio import as_future
+from torchfut_aio.distributed import async_rpc
+
+started = threading.Semaphore(0)
+
+@async_rpc
+async def never():
+    started.release()
+    try:
+        await asyncio.Event().wait()
+    finally:
+        print("cleaned up")
+
+options = rpc.TensorPipeRpcBackendOptions(init_method="file://FOLDER/rpc")
+rpc.init_rpc("worker", rank=0, world_size=1, rpc_backend_options=options)
+futures = [as_future(rpc.rpc_async("worker", never)), never()]
+for _ in futures:
+    assert started.acquire(timeout=30)
+print("exits")
+"""
+
+
+def test_a_process_with_calls_in_flight_may_simply_exit(tmp_path):
+    path = tmp_path / "program.py"
+    path.write_text(EXITS.replace("FOLDER", str(tmp_path)))
+    done = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["exits", "cleaned up", "cleaned up"]
+
+
+# ----------------------------------------------------- RPC: what needs no other process
+
+
+@contextmanager
+def background_loop_ends():
+    yield
+    shutdown()
+    assert "torchfut_aio background loop" not in [t.name for t in threading.enumerate()]
+
+
+@async_rpc
+async def double(x):
+    await asyncio.sleep(0.001)
+    return 2 * x
+
+
+@async_rpc
+async def hangs():
+    await asyncio.Event().wait()
+
+
+def test_called_directly_it_gives_a_future():
+    with background_loop_ends():
+        assert double(21).wait(PATIENCE) == 42
+
+
+def test_the_background_loop_starts_again_after_a_shutdown():
+    with background_loop_ends():
+        assert double(1).wait(PATIENCE) == 2
+        shutdown()
+        assert double(2).wait(PATIENCE) == 4
+
+
+def test_a_shutdown_that_is_not_graceful_cancels_and_says_so():
+    with background_loop_ends():
+        fut = hangs()
+        shutdown(graceful=False)
+        assert fut.done()
+        assert "was shut down before" in str(fut.exception())
+
+
+def test_calls_from_many_threads_while_it_is_shut_down_all_complete():
+    with background_loop_ends():
+        futures = []
+
+        def call():
+            for n in range(200):
+                futures.append(double(n))
+
+        threads = [threading.Thread(target=call) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            shutdown(graceful=False)
+        for thread in threads:
+            thread.join()
+        shutdown(graceful=False)
+        assert len(futures) == 800
+        assert all(fut.done() for fut in futures)
+
+
+def test_a_portal_that_has_stopped_is_an_error_of_the_call():
+    with anyio.from_thread.start_blocking_portal() as portal:
+        pass
+    with serve_on(portal), pytest.raises(RuntimeError, match="not running"):
+        double(1)
+
+
+@pytest.mark.parametrize(
+    ("decorate", "thing", "told"),
+    [
+        (async_rpc, print, "async def"),
+        (async_rpc, None, "async def"),
+        (async_rpc, staticmethod(double), "@staticmethod above @async_rpc"),
+        (async_comm_hook, print, "async def"),
+        (async_comm_hook(overlap=True), classmethod(double), "@classmethod above"),
+    ],
+)
+def test_what_is_not_an_async_function_is_refused(decorate, thing, told):
+    with pytest.raises(TypeError, match=told):
+        decorate(thing)
+
+
+def test_what_is_not_a_portal_is_refused():
+    with pytest.raises(TypeError, match="BlockingPortal"), serve_on("portal"):
+        pass
+
+
+# --------------------------------------------------------------------------- DDP
+
+
+def same(trained):
+    """Tells that losses and weights are those of plain DDP, bit for bit."""
+    (losses, weights), (plain_losses, plain_weights) = trained
+    pairs = zip(weights, plain_weights)
+    return losses == plain_losses and all(torch.equal(ours, plain) for ours, plain in pairs)
+
+
+def test_training_with_an_async_hook_equals_plain_ddp_bit_for_bit(four):
+    trained = four.everywhere(services.trained, services.mean, None, 10)
+    assert all(same(one) for one in trained)
+
+
+def test_a_hook_that_compresses_equals_torchs(four):
+    trained = four.everywhere(services.trained, services.halved, None, 5, fp16_compress_hook)
+    assert all(same(one) for one in trained)
+
+
+def test_collectives_of_hooks_start_in_the_same_order_on_every_rank(four):
+    trained = four.everywhere(services.trained_with_pauses, 3)
+    assert all(same(one) for one in trained)
+
+
+def test_hooks_overlap_when_they_are_told_to(four):
+    for trained, most in four.everywhere(services.most_at_once, 2):
+        assert same(trained)
+        assert most > 1
+
+
+@pytest.mark.parametrize("bucket", [0, 1])
+def test_what_a_hook_raises_backward_raises(four, bucket):
+    for name, text, again in four.everywhere(services.broken, "raises", bucket):
+        assert (name, text, again) == ("Odd", "(3, 4)", True)
+
+
+def test_what_a_hook_returns_must_be_a_tensor(four):
+    for name, text, again in four.everywhere(services.broken, "returns", 0):
+        assert (name, again) == ("TypeError", True)
+        assert "returns a tensor" in text
+        assert "breaks" in text
+
+
+def test_backward_raises_the_error_of_a_hook_that_returns_our_future(tmp_path):
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        ddp = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 2))
+        kept = []
+
+        def hook(state, bucket):
+            kept.append(Future())
+            kept[-1].set_exception(services.Odd(5, 6))
+            return kept[-1]
+
+        ddp.register_comm_hook(None, hook)
+        with pytest.raises(services.Odd) as caught:
+            ddp(torch.ones(3, 4)).sum().backward()
+        assert caught.value is kept[0].exception()
+    finally:
+        dist.destroy_process_group()
+
+
+# ------------------------------------------------------------------- works of others
+
+
+class NoFuture(dist.Work):
+    """A work that tells only who blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.finished = threading.Event()
+        self.error = None
+
+    def wait(self, timeout=None):
+        self.finished.wait(PATIENCE)
+        if self.error is not None:
+            raise self.error
+        return True
+
+
+def test_a_work_without_a_future_is_waited_for_in_a_thread_that_ends():
+    work = NoFuture()
+    fut = as_future(work)
+    assert not fut.done()
+    work.finished.set()
+    assert fut.wait(PATIENCE) is None
+    for thread in threading.enumerate():
+        if thread.name == "torchfut_aio work":
+            thread.join(PATIENCE)
+            assert not thread.is_alive()
+
+
+def test_the_error_of_a_work_without_a_future_arrives():
+    work = NoFuture()
+    work.error = ValueError("foo")
+    fut = as_future(work)
+    work.finished.set()
+    with pytest.raises(ValueError, match="foo"):
+        fut.wait(PATIENCE)
