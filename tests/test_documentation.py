@@ -73,12 +73,27 @@ def readme_blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```$", readme, flags=re.M | re.S)
 
 
-@pytest.mark.parametrize("number", range(len(readme_blocks("python"))))
-def test_the_readmes_examples_print_what_it_says(number):
+RUN = {
+    "asyncio": "anyio.run(main)",
+    "uvloop": "anyio.run(main, backend_options={'use_uvloop': True})",
+    "trio": "anyio.run(main, backend='trio')",
+}
+
+
+@pytest.mark.parametrize(
+    ("number", "loop"),
+    [
+        (number, loop)
+        for number, code in enumerate(readme_blocks("python"))
+        for loop in (RUN if RUN["asyncio"] in code else ["asyncio"])
+    ],
+)
+def test_the_readmes_examples_print_what_it_says(number, loop):
     readme = (ROOT / "README.md").read_text()
     code = readme_blocks("python")[number]
     _, _, after = readme.partition(code)
     expected = re.match(r"```\n\nIt prints:\n\n```\n(.*?)```\n", after, flags=re.S)
+    code = code.replace(RUN["asyncio"], RUN[loop])
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120
     )

@@ -1,15 +1,19 @@
 """Futures of PyTorch that can be awaited.
 
 `Future` is a ``torch.futures.Future`` for ``await`` on asyncio, uvloop and trio.
-`as_future` makes one of another kind of future; `gather`, `collect_all`, `wait_all` and
-`as_completed` take many.
+`as_future` makes one of another kind of future, `start_soon` and `submit` of an async
+function; `gather`, `collect_all`, `wait_all` and `as_completed` take many.
 
 To read the package, follow a completion: ``_future.py`` (a setter claims the future, all
 who wait are served, the C++ future is completed), ``_callbacks.py`` (callbacks run),
 ``_loops/`` (a waiting task is resumed by its loop, a thread by its lock). Beside these,
-``_collect.py`` combines futures, ``_adopt.py`` adopts other kinds, ``_errors.py`` dresses
-errors. ``_devices/`` knows of accelerators: of the kernels that fill a value, and when they
-are done.
+``_collect.py`` combines futures, ``_adopt.py`` adopts other kinds, ``_tasks.py`` makes futures
+of tasks, ``_timeouts.py`` gives futures a deadline. ``_errors.py`` dresses errors, and
+``_rpc_errors.py`` sees them through C++. ``_devices/`` knows of accelerators: of the kernels
+that fill a value, and when they are done.
+
+``distributed.py`` is imported by those who use it, with ``_background_loop.py`` beneath it:
+async functions as RPC handlers and as DDP hooks.
 """
 
 from ._adopt import as_future

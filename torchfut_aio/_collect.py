@@ -315,6 +315,8 @@ class _AsCompleted(AsyncIterator[Future[T]], Iterator[Future[T]]):
         except BaseException:
             arrivals.unclaim()
             raise
+        finally:
+            del self  # or a traceback that is kept would keep the iterator
         return future
 
     async def __anext__(self) -> Future[T]:
@@ -327,6 +329,8 @@ class _AsCompleted(AsyncIterator[Future[T]], Iterator[Future[T]]):
         except BaseException:
             arrivals.unclaim()
             raise
+        finally:
+            del self  # or a traceback that is kept would keep the iterator
         return future
 
     def __del__(self) -> None:
