@@ -83,11 +83,11 @@ def this_worker() -> object:
     return rpc._get_current_rpc_agent().get_worker_info()
 
 
-# How PyTorch 2.7 to 2.13 tell of it: see torch/distributed/rpc/internal.py.
+# How PyTorch tells of it: see torch/distributed/rpc/internal.py.
 _TIMED_OUT = "RPCErr:1:"
 _NOT_MADE = "Original exception on remote side was "
-_REMOTE = re.compile(r"(?P<name>\w+): (?P<text>.*?)(\n\nAt:\n(  .*\n?)*)?", re.DOTALL)
-_RAISED = re.compile(r"^ .*\n(?P<path>(?:\w+\.)*(?:<locals>\.)*\w+)(?::|$)", re.MULTILINE)
+_WHERE_IT_WAS_MADE_AGAIN = "\n\nAt:\n  "
+_RAISED = re.compile(r"^(?P<frame> .*\n)?(?P<path>(?:\w+\.)*\w+)(?::|$)", re.MULTILINE)
 
 
 def restored(error: BaseException) -> BaseException:
@@ -101,19 +101,17 @@ def restored(error: BaseException) -> BaseException:
     told = str(error.args[0])
     if told.startswith(_TIMED_OUT):
         return TimeoutError(told.removeprefix(_TIMED_OUT))
-    match = _REMOTE.fullmatch(told)
-    if match is None:
-        return error
-    name, text = match["name"], match["text"]
-    if _NOT_MADE in text:  # it could not be made from a text
+    name, _, text = told.partition(": ")
+    if text.startswith("Failed to create") and _NOT_MADE in text:
         name, text = "", text.partition(_NOT_MADE)[2]
-    elif text[:1] in "'\"":  # KeyError quotes
+    if not text.lstrip("'\"").startswith("On WorkerInfo("):
+        return error
+    text = text.rpartition(_WHERE_IT_WAS_MADE_AGAIN)[0] or text
+    if text[0] in "'\"":  # KeyError quotes
         try:
             text = ast.literal_eval(text)
         except (SyntaxError, ValueError):
             return error
-    if not text.startswith("On WorkerInfo("):
-        return error
     kind = _kind(name, text)
     if kind is None:
         return error
@@ -126,10 +124,13 @@ def restored(error: BaseException) -> BaseException:
 
 
 def _kind(name: str, text: str) -> type[Exception] | None:
-    """Returns the type called ``name``, or any if that is empty, that a traceback tells of."""
-    paths = [match["path"] for match in _RAISED.finditer(text)]
-    for path in reversed(paths):
-        if name and path.rpartition(".")[2] != name:
+    """Returns the type called ``name``, or any if that is empty, that a traceback ends with."""
+    lines = [(bool(match["frame"]), match["path"]) for match in _RAISED.finditer(text)]
+    # The last below a frame, rather than a line of the error's own text; but what was never
+    # raised has no frames.
+    lines.sort(key=lambda line: line[0])
+    for _, path in reversed(lines):
+        if name not in ("", path.rpartition(".")[2]):
             continue
         kind = _imported(path)
         if isinstance(kind, type) and issubclass(kind, Exception):

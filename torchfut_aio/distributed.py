@@ -261,12 +261,15 @@ class _Reduction:
         ready: Future[torch.Tensor],
         before: Future[torch.Tensor] | None,
     ) -> torch.Tensor:
-        if before is not None and bucket.index() == 0:
-            await before.then(lambda _: None)  # of another backward pass, however it ended
-        elif before is not None:
-            # If that has failed, so does this: the other ranks may not even get this far,
-            # and would take the next collective for one that they do wait for.
-            await before.stream_ordered()
+        try:
+            if before is not None and bucket.index() == 0:
+                await before.then(lambda _: None)  # of another backward pass, however it ended
+            elif before is not None:
+                # If that has failed, so does this: the other ranks may not even get this
+                # far, and would take the next collective for one that they do wait for.
+                await before.stream_ordered()
+        finally:
+            del before  # or the traceback of its error would refer to it
         await ready.stream_ordered()
         tensor = await self._hook(state, bucket)
         if not isinstance(tensor, torch.Tensor):
