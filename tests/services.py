@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import rpc
 
-from torchfut_aio import as_future, gather
+from torchfut_aio import as_completed, as_future, gather
 from torchfut_aio.distributed import async_comm_hook, async_rpc, serve_on, shutdown
 
 from .cluster import run_on
@@ -116,6 +116,11 @@ def fails(kind: str) -> None:
 @async_rpc
 async def fails_later(kind: str) -> None:
     await asyncio.sleep(0.001)
+    fails(kind)
+
+
+@async_rpc
+async def fails_at_once(kind: str) -> None:
     fails(kind)
 
 
@@ -225,6 +230,18 @@ def failure(loop: str, function: Any, *args: Any, timeout: float = PATIENCE) -> 
         return "none", ""
 
     return run_on(loop, main)
+
+
+def failures(function: Any, number: int) -> list[str]:
+    """Returns the texts of so many calls that fail."""
+
+    async def main() -> list[str]:
+        calls = [
+            as_future(rpc.rpc_async("worker1", function, args=("key",))) for _ in range(number)
+        ]
+        return [str(fut.exception().args[0]) async for fut in as_completed(calls)]
+
+    return run_on("asyncio", main)
 
 
 def many_calls(loop: str, number: int) -> int:

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import contextvars
 import functools
+import gc
+import signal
 import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
+import anyio
 import anyio.from_thread
 import pytest
+import sniffio
 import torch
 import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 
-from torchfut_aio import Future, as_future
+from torchfut_aio import Future, _background_loop, as_future, distributed
 from torchfut_aio.distributed import async_comm_hook, async_rpc, serve_on, shutdown
 
 from . import services
 from .accelerator import FIRST, NEW, being_filled, read_on_current_stream
 from .cluster import LOOPS, Cluster
+from .loops import on_every_loop
 from .threads import PATIENCE, until
 
 every_loop = pytest.mark.parametrize("loop", LOOPS)
@@ -72,7 +79,7 @@ def test_a_collective_fails_when_a_peer_dies_and_the_loop_goes_on():
 
 
 @every_loop
-@pytest.mark.parametrize("function", [services.fails, services.fails_later])
+@pytest.mark.parametrize("function", [services.fails, services.fails_later, services.fails_at_once])
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
@@ -87,6 +94,12 @@ def test_a_remote_error_keeps_its_type_and_its_traceback(pair, loop, function, k
     assert text.startswith("On WorkerInfo(id=1, name=worker1):\n")
     assert "in fails\n" in text
     assert "Traceback (most recent call last)" in text
+
+
+def test_of_many_errors_each_has_its_traceback(pair):
+    # Perhaps the callee's future has gone before PyTorch asks for its value.
+    for text in pair.call(0, services.failures, services.fails_at_once, 500):
+        assert "in fails\n" in text
 
 
 def test_the_error_of_an_async_function_keeps_its_text(pair):
@@ -234,13 +247,59 @@ def background_loop_ends():
 
 @async_rpc
 async def double(x):
-    await asyncio.sleep(0.001)
+    await anyio.sleep(0.001)
     return 2 * x
 
 
 @async_rpc
 async def hangs():
-    await asyncio.Event().wait()
+    await anyio.sleep_forever()
+
+
+@async_rpc
+async def here():
+    return sniffio.current_async_library()
+
+
+@async_rpc
+async def thread_of_call():
+    return threading.get_ident()
+
+
+mine = contextvars.ContextVar("mine", default="none")
+
+
+@async_rpc
+async def context_of_call():
+    return mine.get()
+
+
+async def exit_now():
+    sys.exit("for good")
+
+
+@async_rpc
+async def exits_beside():
+    task = asyncio.ensure_future(exit_now())
+    await asyncio.sleep(PATIENCE)
+    await task
+
+
+stubborn = []
+
+
+@async_rpc
+async def ignores_cancellation(release):
+    stubborn.append(release)
+    while not release.is_set():
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(0.001)
+    return "done"
+
+
+def background_thread():
+    [thread] = [t for t in threading.enumerate() if t.name == "torchfut_aio background loop"]
+    return thread
 
 
 def test_called_directly_it_gives_a_future():
@@ -283,11 +342,133 @@ def test_calls_from_many_threads_while_it_is_shut_down_all_complete():
         assert all(fut.done() for fut in futures)
 
 
-def test_a_portal_that_has_stopped_is_an_error_of_the_call():
-    with anyio.from_thread.start_blocking_portal() as portal:
+@every_loop
+def test_a_portal_that_has_stopped_is_refused_or_fails_the_calls_that_come_later(loop):
+    with anyio.from_thread.start_blocking_portal(**LOOPS[loop]) as portal:
+        serving = serve_on(portal)
+        serving.__enter__()
+        assert double(1).wait(PATIENCE) == 2
+    assert isinstance(double(1).exception(), concurrent.futures.CancelledError)
+    serving.__exit__(None, None, None)
+    with pytest.raises(RuntimeError, match="not running"), serve_on(portal):
         pass
-    with serve_on(portal), pytest.raises(RuntimeError, match="not running"):
-        double(1)
+
+
+@every_loop
+def test_what_is_in_flight_on_a_portal_fails_when_its_loop_ends(loop):
+    with anyio.from_thread.start_blocking_portal(**LOOPS[loop]) as portal, serve_on(portal):
+        fut = hangs()
+        until(lambda: distributed._in_flight)
+    assert isinstance(fut.exception(), concurrent.futures.CancelledError)
+
+
+@on_every_loop
+async def test_an_application_serves_on_its_own_loop_and_calls_from_there():
+    async with anyio.from_thread.BlockingPortal() as portal:
+        with serve_on(portal):
+            assert await here() == sniffio.current_async_library()
+            assert await thread_of_call() == threading.get_ident()
+
+
+def test_of_two_portals_that_are_left_in_the_wrong_order_the_other_serves():
+    with ExitStack() as stack:
+        first, second = (
+            stack.enter_context(anyio.from_thread.start_blocking_portal()) for _ in range(2)
+        )
+        serving = serve_on(first)
+        serving.__enter__()
+        with serve_on(second):
+            serving.__exit__(None, None, None)
+            assert thread_of_call().wait(PATIENCE) == second.call(threading.get_ident)
+
+
+def test_a_call_sees_nothing_of_its_callers_context():
+    mine.set("of the caller")
+    with background_loop_ends():
+        assert context_of_call().wait(PATIENCE) == "none"
+        with anyio.from_thread.start_blocking_portal() as portal, serve_on(portal):
+            assert context_of_call().wait(PATIENCE) == "none"
+
+
+def test_a_finaliser_may_call_in_the_middle_of_a_call():
+    with background_loop_ends():
+        futures = []
+
+        class Notifies:
+            def __init__(self):
+                self.me = self
+
+            def __del__(self):
+                futures.append(double(len(futures)))
+
+        threshold = gc.get_threshold()
+        gc.set_threshold(50)
+        try:
+            for n in range(2000):
+                Notifies()
+                futures.append(double(n))
+        finally:
+            gc.set_threshold(*threshold)
+        for fut in futures:
+            fut.wait(PATIENCE)
+
+
+def test_a_signal_handler_may_call_and_shut_down():
+    with background_loop_ends():
+        futures = []
+
+        def handler(number, frame):
+            futures.append(double(1))
+            shutdown(graceful=False)
+
+        before = signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, 0.01, 0.01)
+        try:
+            for n in range(500):
+                futures.append(double(n))
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        shutdown(graceful=False)
+        assert all(fut.done() for fut in futures)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_exit_that_ends_the_background_loop_is_survived_by_later_calls():
+    with background_loop_ends():
+        fut = exits_beside()
+        thread = background_thread()
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+        assert fut.done()
+        assert double(2).wait(PATIENCE) == 4
+
+
+def test_a_thread_that_cannot_be_started_fails_the_call_and_leaves_nothing(monkeypatch):
+    def cannot(thread):
+        raise RuntimeError("can't start new thread")
+
+    with background_loop_ends():
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", cannot)
+            with pytest.raises(RuntimeError, match="can't start new thread"):
+                double(1)
+        assert double(2).wait(PATIENCE) == 4
+
+
+def test_a_function_that_ignores_its_cancellation_is_reported(monkeypatch, caplog):
+    monkeypatch.setattr(_background_loop, "_PATIENCE", 0.05)
+    release = threading.Event()
+    fut = ignores_cancellation(release)
+    until(lambda: stubborn)
+    shutdown()
+    assert "still runs what was cancelled" in caplog.text
+    assert "ignores_cancellation" in caplog.text
+    thread = background_thread()
+    release.set()
+    assert fut.wait(PATIENCE) == "done"
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import pickle
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -12,7 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.rpc.internal import RemoteException, _handle_exception, serialize
 
-from torchfut_aio import CallbackError, Future, as_future
+from torchfut_aio import CallbackError, Future, _rpc_errors, as_future
+
+from .accelerator import FIRST
 
 
 class Odd(Exception):
@@ -41,6 +45,15 @@ def remote(told, *, name="ValueError", worker="On WorkerInfo(id=1, name=w):\n"):
     return f"{name}: {worker}repr\n{trace}\n\nAt:\n  internal.py(236): _handle_exception\n"
 
 
+def not_made(shown, told):
+    """What a caller is told if the error cannot be made from a text."""
+    return remote(told, name="RuntimeError").replace(
+        "On WorkerInfo(id=1, name=w):\nrepr",
+        "Failed to create original exception type. Error msg was no. Original exception on "
+        f"remote side was On WorkerInfo(id=1, name=w):\n{shown}",
+    )
+
+
 @pytest.mark.parametrize(
     ("text", "kind"),
     [
@@ -53,6 +66,8 @@ def remote(told, *, name="ValueError", worker="On WorkerInfo(id=1, name=w):\n"):
         (remote("SystemExit: 3", name="SystemExit"), RuntimeError),
         (remote("KeyboardInterrupt", name="KeyboardInterrupt"), RuntimeError),
         (remote("os.path.join: x", name="join"), RuntimeError),
+        (not_made("Odd(1, 2)", f"{__name__}.Odd: (1, 2)"), Odd),
+        (not_made("ExceptionGroup('g', [KeyError()])", "ValueError: the context"), RuntimeError),
         (remote("ValueError: x", worker="elsewhere\n"), RuntimeError),
         (remote(f"{__name__}.Unprintable: x", name="Unprintable"), RuntimeError),
         ("ValueError: x", RuntimeError),
@@ -78,16 +93,24 @@ def test_other_types_are_as_they_are():
     assert as_future(fut).exception() is error
 
 
+@contextmanager
+def worker():
+    """As in a process that takes part in RPC."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_rpc_errors, "this_worker", lambda: "WorkerInfo(id=1, name=w)")
+        yield
+
+
 @given(st.text(), st.sampled_from([ValueError, KeyError, Odd]))
 def test_an_error_survives_the_way_through_rpc_whatever_its_text(text, kind):
     error = kind(text, 1) if kind is Odd else kind(text)
     fut = Future()
-    fut.set_exception(error)
+    with worker():
+        fut.set_exception(error)
     sent, tensors = serialize(_value_in_cpp(fut))
     assert tensors == []
-    received = pickle.loads(sent)
     try:
-        _handle_exception(received._replace(msg="On WorkerInfo(id=1, name=w):\n" + received.msg))
+        _handle_exception(pickle.loads(sent))
     except Exception as raised:
         told = f"{type(raised).__name__}: {raised}\n\nAt:\n  internal.py(236): _handle_exception\n"
     arrived = adopted(told)
@@ -113,11 +136,14 @@ def _value_in_cpp(fut):
 
 def test_what_is_sent_has_the_traceback():
     fut = Future()
-    try:
-        raise ValueError("foo")
-    except ValueError as error:
-        fut.set_exception(error)
-    sent = pickle.loads(pickle.dumps(_value_in_cpp(fut)))
+    with worker():
+        try:
+            raise ValueError("foo")
+        except ValueError as error:
+            fut.set_exception(error)
+    value = _value_in_cpp(fut)
+    del fut
+    sent = pickle.loads(pickle.dumps(value))
     assert type(sent) is RemoteException
     assert sent.exception_type is ValueError
     assert "in test_what_is_sent_has_the_traceback" in sent.msg
@@ -126,20 +152,82 @@ def test_what_is_sent_has_the_traceback():
 def test_what_is_sent_of_a_callback_error_is_the_callbacks_own():
     fut = Future()
     child = fut.then(lambda fut: {}["missing"])
-    fut.set_result(None)
+    with worker():
+        fut.set_result(None)
     assert isinstance(child.exception(), CallbackError)
     sent = pickle.loads(pickle.dumps(_value_in_cpp(child)))
     assert sent.exception_type is KeyError
     assert "missing" in sent.msg
 
 
-def test_who_asks_a_stand_in_for_its_class_gets_the_error():
+def test_only_autograd_gets_the_error_by_asking_for_a_class():
     fut = Future()
     fut.set_exception(Odd(1, 2))
     value = _value_in_cpp(fut)
+    assert not isinstance(value, torch.Tensor)
+    assert isinstance(value, RemoteException)
+    inside = {"__name__": "torch.autograd.graph", "value": value, "torch": torch}
     with pytest.raises(Odd) as caught:
-        isinstance(value, torch.Tensor)
+        exec("isinstance(value, torch.Tensor)", inside)
     assert caught.value is fut.exception()
+
+
+@pytest.mark.device
+def test_an_error_of_a_future_with_devices_keeps_its_type(accelerator):
+    class Local(Exception):  # cannot be pickled
+        pass
+
+    for error in KeyError("k"), Odd(1, 2), Local("l"):
+        fut = Future(devices=[FIRST])
+        combined = torch.futures.collect_all([fut])
+        fut.set_exception(error)
+        with pytest.raises(type(error)) as caught:
+            combined.wait()
+        assert caught.value is error
+
+
+class Strange(RuntimeError):
+    def __str__(self):
+        raise ValueError("__str__")
+
+    def __repr__(self):
+        raise ValueError("__repr__")
+
+    @property
+    def __class__(self):
+        raise ValueError("__class__")
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: Strange("x"),
+        lambda: RuntimeError(Strange("x")),
+        lambda: RuntimeError("KeyError: 'On WorkerInfo(' , 1"),
+    ],
+    ids=["itself", "argument", "tuple"],
+)
+def test_an_error_that_misbehaves_arrives_all_the_same(made):
+    error = made()
+    source = concurrent.futures.Future()
+    adopted = as_future(source)
+    source.set_exception(error)
+    assert adopted.exception() is error
+    fut = torch.futures.Future()
+    fut.set_result(None)
+    raised = as_future(fut).then(lambda fut: _raise(error))
+    assert raised.exception().__cause__ is error
+
+
+def _raise(error):
+    raise error
+
+
+def test_an_error_of_another_kind_of_future_is_as_it_is():
+    source = concurrent.futures.Future()
+    adopted = as_future(source)
+    source.set_exception(RuntimeError("RPCErr:1:too slow"))
+    assert adopted.exception() is source.exception()
 
 
 def test_a_timeout_of_an_rpc_is_awaited_as_one():

@@ -36,7 +36,8 @@ class _AsFuture:
     """Returns a `Future` that completes as ``source`` does.
 
     The error of a source arrives as it is, and its cancellation as its own
-    CancelledError: that of ``concurrent.futures`` is not asyncio's. Asked again for a
+    CancelledError: that of ``concurrent.futures`` is not asyncio's. But what RPC delivers as
+    a text becomes an error of its own type again, if that can be found. Asked again for a
     source that is still pending, it returns the future that it made before, so that
     what times out and asks anew leaves nothing behind with the source. Not so for an
     event or a stream: each time it makes a future, which a thread watches, one for all of
@@ -194,7 +195,7 @@ def _from_ours(source: Future[T], *, devices: _Devices = None) -> Future[T]:
 @_adapters.register(torch._C.Future)
 @_once
 def _from_torch(source: torch._C.Future[Any], future: Future[Any]) -> None:
-    source.add_done_callback(lambda source: _copy(source.value, future))
+    source.add_done_callback(lambda source: _copy(source.value, future, restored))
 
 
 @_adapters.register(concurrent.futures.Future)
@@ -226,12 +227,16 @@ def _from_asyncio(source: asyncio.Future[Any], future: Future[Any]) -> None:
             copy(source)
 
 
-def _copy(read: Callable[[], Any], future: Future[Any]) -> None:
+def _copy(
+    read: Callable[[], Any],
+    future: Future[Any],
+    told: Callable[[BaseException], BaseException] = lambda error: error,
+) -> None:
     """Completes ``future`` with what ``read``, of a source that is done, gives or raises."""
     try:
         value = read()
     except BaseException as error:
-        future.set_exception(restored(less_innermost_frame(error)))
+        future.set_exception(told(less_innermost_frame(error)))
     else:
         future.set_result(value)
 

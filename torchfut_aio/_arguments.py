@@ -34,17 +34,16 @@ def devices_checked(devices: Iterable[int | str | torch.device]) -> tuple[torch.
     return tuple(torch.device(device) for device in devices)
 
 
-def timeout_checked(timeout: float) -> float:
+def timeout_checked(
+    timeout: float, what: str = "timeout must be a number of seconds or None"
+) -> float:
     """Returns ``timeout`` as a float, 0 if negative; TypeError or ValueError if it is none."""
     if not isinstance(timeout, numbers.Real):
-        raise TypeError(
-            f"timeout must be a number of seconds or None, not {timeout!r} "
-            f"of type {type(timeout).__qualname__}"
-        )
+        raise TypeError(f"{what}, not {timeout!r} of type {type(timeout).__qualname__}")
     try:
         seconds = float(timeout)
     except OverflowError:
         seconds = math.inf if timeout > 0 else 0.0
     if math.isnan(seconds):
-        raise ValueError("timeout must be a number of seconds or None, not NaN")
+        raise ValueError(f"{what}, not NaN")
     return max(seconds, 0.0)

@@ -3,16 +3,22 @@
 It starts with the first call, and lives on until it is closed, at the latest when the
 interpreter exits: what async code keeps between calls, such as locks and connections,
 belongs to a loop.
+
+No lock is taken: a finaliser may call in the middle of any step. A call enters a deque, and
+then somebody is told. If there is no thread, which a token stands for, that is a new one;
+else the loop, unless it has yet to start, when it looks anyway. A thread that ends gives its
+token back, and looks once more.
 """
 
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import contextvars
 import importlib.util
+import logging
 import os
 import threading
+from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
@@ -20,67 +26,19 @@ from typing import Any
 import anyio
 
 from ._future import Future
-from ._tasks import Promise, run
+from ._tasks import Promise, run_contained
 
 __all__ = ["close", "is_running", "start_soon"]
 
 _NAME = "torchfut_aio background loop"
+_PATIENCE = 10.0  # seconds for what has been cancelled to end
 
+_logger = logging.getLogger("torchfut_aio")
 
-class _Running:
-    """The loop, from when its thread starts until that ends."""
+_Call = tuple[Promise, Callable[..., Awaitable[Any]], tuple[Any, ...]]
 
-    def __init__(self) -> None:
-        self._tasks: set[asyncio.Task[None]] = set()
-        started: concurrent.futures.Future[None] = concurrent.futures.Future()
-        # A daemon, so that the interpreter gets to where it closes this.
-        self.thread = threading.Thread(target=self._run, args=(started,), name=_NAME, daemon=True)
-        self.thread.start()
-        started.result()
-
-    def _run(self, started: concurrent.futures.Future[None]) -> None:
-        options = {"use_uvloop": importlib.util.find_spec("uvloop") is not None}
-        try:
-            anyio.run(self._serve, started, backend_options=options)
-        except BaseException as error:
-            if started.done():
-                raise
-            started.set_exception(error)
-
-    async def _serve(self, started: concurrent.futures.Future[None]) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._closing = asyncio.Event()
-        started.set_result(None)
-        await self._closing.wait()
-        for task in self._tasks:
-            task.cancel(f"the {_NAME} was shut down before {task.get_name()} was done")
-        while self._tasks:
-            await asyncio.wait(self._tasks)
-
-    def call(self, promise: Promise, func: Callable[..., Awaitable[Any]], args: Any) -> None:
-        # In a context of its own: that of the calling thread is none of its business.
-        self._loop.call_soon_threadsafe(
-            self._spawn, promise, func, args, context=contextvars.Context()
-        )
-
-    def _spawn(self, promise: Promise, func: Callable[..., Awaitable[Any]], args: Any) -> None:
-        task = self._loop.create_task(_contained(promise, func, args), name=promise.name)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    def close(self) -> None:
-        self._loop.call_soon_threadsafe(self._closing.set)
-
-
-async def _contained(promise: Promise, func: Callable[..., Awaitable[Any]], args: Any) -> None:
-    # What would end the loop is for those who read the future.
-    with suppress(KeyboardInterrupt, SystemExit):
-        await run(promise, func, args)
-
-
-# Held while a call is handed over, so that none comes to a loop that has been closed; no
-# future is completed meanwhile.
-_lock = threading.Lock()
+_calls: deque[_Call] = deque()
+_token = [None]
 _running: _Running | None = None
 
 
@@ -88,12 +46,14 @@ def start_soon(
     future: Future[Any], func: Callable[..., Awaitable[Any]], *args: object, name: str
 ) -> None:
     """Has the background loop run ``func(*args)`` as a task, to complete ``future``."""
-    global _running
-    promise = Promise(future, name)
-    with _lock:
-        if _running is None:
-            _running = _Running()
-        _running.call(promise, func, args)
+    call = Promise(future, name), func, args
+    _calls.append(call)
+    try:
+        _see_to_calls()
+    except BaseException:  # no thread could be started
+        with suppress(ValueError):
+            _calls.remove(call)
+        raise
 
 
 def is_running() -> bool:
@@ -101,23 +61,105 @@ def is_running() -> bool:
     return _running is not None
 
 
-def close(timeout: float | None = 10.0) -> None:
+def close() -> None:
     """Cancels what runs on the background loop, waits for it, and ends the thread.
 
-    It waits ``timeout`` seconds at most. What is called for after that starts another.
+    What does not end for that is waited for a while, and then left. What is called for later
+    starts another loop.
     """
+    running = _running
+    if running is None:
+        return
+    running.close()
+    if running.thread is not threading.current_thread():
+        running.thread.join(_PATIENCE)
+        if running.thread.is_alive():
+            _logger.warning("the %s still runs what was cancelled: %s", _NAME, running.names())
+
+
+def _see_to_calls() -> None:
     global _running
-    with _lock:
-        running, _running = _running, None
+    try:
+        _token.pop()
+    except IndexError:
+        running = _running
         if running is not None:
-            running.close()
-    if running is not None and running.thread is not threading.current_thread():
-        running.thread.join(timeout)
+            running.ring()
+        return
+    _running = running = _Running()
+    try:
+        running.thread.start()
+    except BaseException:
+        _running = None
+        _token.append(None)
+        raise
+
+
+class _Running:
+    """The loop, from when its thread starts until that ends."""
+
+    def __init__(self) -> None:
+        # A daemon, so that the interpreter gets to where it closes this.
+        self.thread = threading.Thread(target=self._run, name=_NAME, daemon=True)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._rung = False
+        self._is_to_close = False
+
+    def ring(self) -> None:
+        """Has the loop look at what there is to do, from any thread."""
+        # As an Inbox: what is to be seen has been written before, and it is read after.
+        if self._loop is not None and not self._rung:
+            self._rung = True
+            with suppress(RuntimeError):  # it has closed, and the thread will look
+                # In no one's context: the first to ring has nothing to do with the others.
+                self._loop.call_soon_threadsafe(self._look, context=contextvars.Context())
+
+    def close(self) -> None:
+        self._is_to_close = True
+        self.ring()
+
+    def names(self) -> str:
+        return ", ".join(task.get_name() for task in list(self._tasks))
+
+    def _run(self) -> None:
+        global _running
+        try:
+            options = {"use_uvloop": importlib.util.find_spec("uvloop") is not None}
+            anyio.run(self._serve, backend_options=options)
+        finally:
+            _running = None
+            _token.append(None)
+            if _calls:
+                _see_to_calls()
+
+    async def _serve(self) -> None:
+        self._closing = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        contextvars.Context().run(self._look)
+        await self._closing.wait()
+        for task in self._tasks:
+            task.cancel(f"the {_NAME} was shut down before {task.get_name()} was done")
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def _look(self) -> None:
+        self._rung = False
+        assert self._loop is not None
+        while _calls:
+            promise, func, args = _calls.popleft()
+            task = self._loop.create_task(run_contained(promise, func, args), name=promise.name)
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        if self._is_to_close:
+            self._closing.set()
 
 
 def _forget() -> None:
-    global _lock, _running
-    _lock, _running = threading.Lock(), None
+    global _running
+    _running = None
+    _token[:] = [None]
+    _calls.clear()
 
 
 if hasattr(os, "register_at_fork"):

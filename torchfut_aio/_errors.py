@@ -23,7 +23,6 @@ __all__ = [
     "InvalidStateError",
     "NotAFutureError",
     "callback_error",
-    "describe",
     "less_innermost_frame",
     "remade",
     "type_and_text",
@@ -127,12 +126,14 @@ def describe(error: BaseException) -> str:
 
 def callback_error(error: BaseException) -> BaseException:
     """Returns what a child future fails with when its callback raised ``error``."""
-    if isinstance(error, CallbackError) or not isinstance(error, Exception):
+    # Asking the type: what an instance says of its class is up to whoever wrote it.
+    kind: Any = type(error)
+    if not issubclass(kind, Exception):
         return error
-    if isinstance(error, concurrent.futures.CancelledError):
+    if issubclass(kind, (CallbackError, concurrent.futures.CancelledError)):
         return error
     try:
-        dressed = _dress(error)
+        dressed = _dress(kind, error)
     except Exception:
         dressed = CallbackError(*_args.__get__(error))
     _cause.__set__(dressed, error)
@@ -141,7 +142,7 @@ def callback_error(error: BaseException) -> BaseException:
 
 def type_and_text(error: BaseException) -> tuple[type[BaseException], str]:
     """Returns what is told of ``error`` where it cannot go itself."""
-    if isinstance(error, CallbackError) and error.__cause__ is not None:
+    if issubclass(type(error), CallbackError) and error.__cause__ is not None:
         return type(error.__cause__), str(error)
     return type(error), describe(error)
 
@@ -161,8 +162,7 @@ _args: Any = vars(BaseException)["args"]
 _cause: Any = vars(BaseException)["__cause__"]
 
 
-def _dress(error: Exception) -> CallbackError:
-    kind: Any = type(error)
+def _dress(kind: Any, error: BaseException) -> CallbackError:
     dressed: CallbackError = bare(_combined(kind), *_args.__get__(error))
     for descriptor in _state(kind):
         with contextlib.suppress(AttributeError, TypeError):  # unset, or read-only

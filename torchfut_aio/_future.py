@@ -612,9 +612,8 @@ class _Failure:
         # C++ knows an error of Python's as a value that raises when it is unwrapped.
         # The garbage collector does not see what C++ holds, and a traceback often leads
         # back to the future, so C++ gets a stand-in and a weak reference instead.
-        kind, text = type_and_text(error)
-        find = partial(_error_of, weakref.ref(future), kind, text)
-        self.stand_in = StandIn.of(kind, text, find)
+        find = partial(_error_of, weakref.ref(future), *type_and_text(error))
+        self.stand_in = StandIn.of(error, find)
         self.unwrap = partial(_raise_found, find)
 
 

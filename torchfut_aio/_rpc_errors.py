@@ -13,9 +13,11 @@ import sys
 import traceback
 from collections import namedtuple
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ._errors import remade
+from ._errors import remade, type_and_text
 
 __all__ = ["StandIn", "restored", "this_worker"]
 
@@ -38,41 +40,61 @@ else:
 class StandIn(_RemoteException):
     """What a failed future has in C++ for a value, and PyTorch's own consumers meet.
 
-    RPC sends it to the caller, which raises the error. Others expect a tensor, say, and
-    before they refuse this they ask for its class, which raises the error, too: so what
-    ``backward()`` raises is the error that the future of a DDP hook failed with.
+    RPC sends it to the caller, which raises the error there. DDP expects a tensor, and before
+    it refuses this, in the middle of ``backward()``, it asks for its class: that raises the
+    error. To all others it is the plain tuple that it is.
     """
 
     find: Callable[[], BaseException]
+    told: Callable[[], str]
 
     @classmethod
-    def of(cls, kind: type[BaseException], text: str, find: Callable[[], BaseException]) -> StandIn:
-        """Makes one, for an error of that type and text, that ``find`` returns."""
+    def of(cls, error: BaseException, find: Callable[[], BaseException]) -> StandIn:
+        """Makes one of an error, that ``find`` returns, or if it has gone one like it."""
+        kind, text = type_and_text(error)
         self: StandIn = cls(text, kind)
         self.find = find
+        worker = this_worker()
+        if worker is None:
+            self.told = text.__str__
+        else:
+            # Perhaps nobody keeps the error until it is sent. This keeps no frames.
+            trace = traceback.TracebackException.from_exception(error, lookup_lines=False)
+            self.told = partial(_remote_text, worker, _shown(error), trace)
         return self
 
     @property
     def __class__(self) -> type:
-        # RPC asks, too, before it pickles anything.
-        if sys._getframe(1).f_globals.get("__name__") == _RPC:
-            return StandIn
-        raise self.find()
+        asking = sys._getframe().f_back
+        # No frame at all: the thread is autograd's own.
+        if asking is None or asking.f_globals.get("__name__", "").startswith("torch.autograd"):
+            raise self.find()
+        return StandIn
 
     @__class__.setter
     def __class__(self, _: type) -> None: ...
 
+    @property
+    def msg(self) -> str:
+        # So that what RPC decodes at the other end is the text, whatever is in it.
+        return self.told().encode("unicode_escape").decode("ascii")
+
     def __reduce_ex__(self, _protocol: object) -> tuple[Any, ...]:
-        error = self.find()
-        text = f"{error!r}\n{''.join(traceback.format_exception(error))}"
-        worker = this_worker()
-        if worker is not None:
-            text = f"On {worker}:\n{text}"
-        # So that what RPC decodes at the other end is this text, whatever is in it.
-        return _RemoteException, (
-            text.encode("unicode_escape").decode("ascii"),
-            self.exception_type,
-        )
+        asking = sys._getframe().f_back
+        if asking is not None and asking.f_globals.get("__name__") == "torch._jit_internal":
+            return str, ()  # it looks for tensors, and there are none
+        return _RemoteException, (self.msg, self.exception_type)
+
+
+def _shown(error: BaseException) -> str:
+    try:
+        return repr(error)
+    except Exception:
+        return f"{type(error).__qualname__}(<its __repr__ raised>)"
+
+
+def _remote_text(worker: object, shown: str, trace: traceback.TracebackException) -> str:
+    return f"On {worker}:\n{shown}\n{''.join(trace.format())}"
 
 
 def this_worker() -> object:
@@ -96,41 +118,44 @@ def restored(error: BaseException) -> BaseException:
     PyTorch delivers a ValueError as such, and any other error as a RuntimeError, in whose
     text are its type and the remote traceback.
     """
-    if type(error) not in (RuntimeError, ValueError) or len(error.args) != 1:
-        return error
-    told = str(error.args[0])
+    if type(error) in (RuntimeError, ValueError) and len(error.args) == 1:
+        told = error.args[0]
+        if type(told) is str:
+            with suppress(Exception):  # in what others have written, anything may be
+                return _made_of(told) or error
+    return error
+
+
+def _made_of(told: str) -> BaseException | None:
     if told.startswith(_TIMED_OUT):
         return TimeoutError(told.removeprefix(_TIMED_OUT))
     name, _, text = told.partition(": ")
     if text.startswith("Failed to create") and _NOT_MADE in text:
         name, text = "", text.partition(_NOT_MADE)[2]
     if not text.lstrip("'\"").startswith("On WorkerInfo("):
-        return error
+        return None
     text = text.rpartition(_WHERE_IT_WAS_MADE_AGAIN)[0] or text
     if text[0] in "'\"":  # KeyError quotes
-        try:
-            text = ast.literal_eval(text)
-        except (SyntaxError, ValueError):
-            return error
+        text = ast.literal_eval(text)
+    if not name:
+        # The repr of the error is in the second line.
+        name = text.split("\n", 2)[1].partition("(")[0]
     kind = _kind(name, text)
     if kind is None:
-        return error
+        return None
     made = remade(kind, text)
-    try:
-        str(made)
-    except Exception:  # it needs more than a text
-        return error
+    str(made)  # unless it needs more than a text
     return made
 
 
 def _kind(name: str, text: str) -> type[Exception] | None:
-    """Returns the type called ``name``, or any if that is empty, that a traceback ends with."""
+    """Returns the type called ``name`` that a traceback ends with."""
     lines = [(bool(match["frame"]), match["path"]) for match in _RAISED.finditer(text)]
     # The last below a frame, rather than a line of the error's own text; but what was never
     # raised has no frames.
     lines.sort(key=lambda line: line[0])
     for _, path in reversed(lines):
-        if name not in ("", path.rpartition(".")[2]):
+        if path.rpartition(".")[2] != name:
             continue
         kind = _imported(path)
         if isinstance(kind, type) and issubclass(kind, Exception):
@@ -139,13 +164,14 @@ def _kind(name: str, text: str) -> type[Exception] | None:
 
 
 def _imported(path: str) -> object:
-    module, _, rest = path.rpartition(".")
+    module, _, name = path.rpartition(".")
     if not module:
         return getattr(builtins, path, None)
-    while module and module not in sys.modules:
+    names = [name]
+    while module and module not in sys.modules and len(names) < 20:
         module, _, name = module.rpartition(".")
-        rest = f"{name}.{rest}"
+        names.append(name)
     found: object = sys.modules.get(module)
-    for name in rest.split("."):
+    for name in reversed(names):
         found = getattr(found, name, None)
     return found

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     else:
         _TaskGroup = anyio.abc.TaskGroup | trio.Nursery
 
-__all__ = ["Promise", "function_checked", "run", "start_soon", "submit", "task_name"]
+__all__ = ["Promise", "run_contained", "start_soon", "submit", "task_name"]
 
 T = TypeVar("T")
 
@@ -63,7 +63,7 @@ def start_soon(
 
     Raises:
         TypeError: ``task_group`` or ``func`` is none.
-        RuntimeError: The group is not active.
+        RuntimeError: The group is not active, or no event loop runs in this thread.
 
     Example:
         >>> import anyio
@@ -77,24 +77,31 @@ def start_soon(
         >>> anyio.run(main)
         [0, 2, 4]
     """
-    function_checked(func)
-    future: Future[T] = Future()
-    promise = Promise(future, task_name(func, name))
+    _function_checked(func)
     group: Any = task_group
-    if hasattr(group, "start_soon"):
-        group.start_soon(run, promise, func, args, name=promise.name)
-    elif hasattr(group, "create_task"):
-        task = run(promise, func, args)
-        try:
-            group.create_task(task, name=promise.name)
-        except BaseException:
-            task.close()
-            raise
-    else:
+    if not hasattr(group, "start_soon") and not hasattr(group, "create_task"):
         raise TypeError(
             "start_soon() takes a task group of anyio, an asyncio.TaskGroup or a trio.Nursery, "
             f"not {group!r}; from another thread, use submit()"
         )
+    if not _loops.loop_in_this_thread():
+        raise RuntimeError(
+            "start_soon() has to be called in the thread of the task group's event loop; from "
+            "another thread, use submit()"
+        )
+    future: Future[T] = Future()
+    promise = Promise(future, task_name(func, name))
+    if hasattr(group, "start_soon"):
+        group.start_soon(_run, promise, func, args, name=promise.name)
+        return future
+    coroutine = _run(promise, func, args)
+    try:
+        task = group.create_task(coroutine, name=promise.name)
+    except BaseException:
+        coroutine.close()
+        raise
+    # Whoever holds a task that was cancelled before its first step holds the promise.
+    task.add_done_callback(promise.end)
     return future
 
 
@@ -128,17 +135,16 @@ def submit(
         ...     torchfut_aio.submit(portal, double, 21).wait()
         42
     """
-    function_checked(func)
+    _function_checked(func)
     if not hasattr(portal, "start_task_soon"):
         raise TypeError(f"submit() takes a BlockingPortal of anyio.from_thread, not {portal!r}")
     future: Future[T] = Future()
     promise = Promise(future, task_name(func, name))
-    portal.start_task_soon(run, promise, func, args, name=promise.name)
+    portal.start_task_soon(_run, promise, func, args, name=promise.name)
     return future
 
 
-def function_checked(func: object) -> None:
-    """Raises TypeError unless ``func`` is something to call in a task."""
+def _function_checked(func: object) -> None:
     if inspect.iscoroutine(func):
         func.close()
         raise TypeError(
@@ -176,13 +182,25 @@ class Promise:
     def cancel(self, *why: object) -> None:
         self.fail(concurrent.futures.CancelledError(*why or (f"{self.name} was cancelled",)))
 
-    def __del__(self) -> None:
+    def end(self, _task: object = None) -> None:
+        """Is told that the task has ended, with or without a word."""
         if not self._future.done():
             self.cancel(f"{self.name} was cancelled, or its event loop ended")
 
+    __del__ = end
 
-async def run(promise: Promise, func: Callable[..., Awaitable[Any]], args: tuple[Any, ...]) -> None:
-    """What such a task runs: it keeps the promise, whatever ``func(*args)`` does."""
+
+async def run_contained(
+    promise: Promise, func: Callable[..., Awaitable[Any]], args: tuple[Any, ...]
+) -> None:
+    """Keeps the promise, for a loop on which nobody is above to take what would end it."""
+    with suppress(KeyboardInterrupt, SystemExit):
+        await _run(promise, func, args)
+
+
+async def _run(
+    promise: Promise, func: Callable[..., Awaitable[Any]], args: tuple[Any, ...]
+) -> None:
     try:
         awaitable = func(*args)
         if not inspect.isawaitable(awaitable):
@@ -190,24 +208,22 @@ async def run(promise: Promise, func: Callable[..., Awaitable[Any]], args: tuple
         result = await awaitable
     except BaseException as error:
         less_innermost_frame(error)
-        if isinstance(error, asyncio.CancelledError):
+        kind = type(error)
+        if issubclass(kind, asyncio.CancelledError):
             promise.cancel(*error.args)  # what was given to cancel()
-        elif _is_cancellation(error):
-            promise.cancel()
+        elif issubclass(kind, (GeneratorExit, *_trios_cancellation())):
+            promise.cancel()  # a coroutine that nobody will resume is closed by GeneratorExit
         else:
             promise.fail(error)
-        if not isinstance(error, Exception):
+        if not issubclass(kind, Exception):
             raise
     else:
         promise.keep(result)
 
 
-def _is_cancellation(error: BaseException) -> bool:
-    # A coroutine that nobody will resume is closed by GeneratorExit.
-    trio = sys.modules.get("trio")
-    return isinstance(error, GeneratorExit) or (
-        trio is not None and isinstance(error, trio.Cancelled)
-    )
+def _trios_cancellation() -> tuple[type[BaseException], ...]:
+    cancelled = getattr(sys.modules.get("trio"), "Cancelled", None)
+    return () if cancelled is None else (cancelled,)
 
 
 # The futures made of sources that are still waited for. The task that waits keeps both,
@@ -221,9 +237,14 @@ def _from_anyio(source: Any, *, devices: Any = None) -> Future[Any]:
     made = _made.get(key)
     if made is not None and not made.done():
         return made
+    if not _loops.loop_in_this_thread():
+        raise RuntimeError(
+            f"as_future() of {type(source).__qualname__} of anyio has to be called in the thread "
+            "of its event loop"
+        )
     future: Future[Any] = Future(devices=devices)
     promise = Promise(future, repr(source))
-    if _is_finished(source):
+    if source.status.name not in ("PENDING", "CANCELLING"):
         _keep_as(promise, source)
         return future
     # Only a task can wait for it, and only on its loop.
@@ -232,17 +253,15 @@ def _from_anyio(source: Any, *, devices: Any = None) -> Future[Any]:
     return future
 
 
-def _is_finished(source: Any) -> bool:
-    return source.status.name not in ("PENDING", "CANCELLING")
-
-
 async def _watch(promise: Promise, source: Any) -> None:
     try:
         await source.wait()
     except Exception as error:  # it is another loop's
         promise.fail(less_innermost_frame(error))
     else:
-        _keep_as(promise, source)
+        # Nobody is above to take what a callback of the future may pass on.
+        with suppress(KeyboardInterrupt, SystemExit):
+            _keep_as(promise, source)
 
 
 def _keep_as(promise: Promise, source: Any) -> None:

@@ -18,7 +18,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -58,55 +58,64 @@ def with_timeout(future: torch.futures.Future[T], seconds: float) -> Future[T]:
         >>> fut
         <Future pending waiters=0 callbacks=0>
     """
-    if seconds is None:
-        raise TypeError("with_timeout() takes a number of seconds, not None")
-    seconds = timeout_checked(seconds)
+    seconds = timeout_checked(seconds, "with_timeout() takes a number of seconds")
     source: Future[T] = as_future(future)
     deadline = _Deadline(source, seconds)
+    child: Future[T] = deadline.child
     source._add(deadline)
     if seconds <= 0:
-        deadline.expire()
+        deadline.fail(_too_late(seconds))
     elif seconds < math.inf and not source.done():
         try:
             _timer.add(deadline)
         except BaseException:  # no thread could be started
             source._discard(deadline)
+            _timer.forget(deadline)
             raise
         if source.done():  # perhaps before it was added
             _timer.forget(deadline)
-    return deadline.child
+    return child
 
 
 class _Deadline:
-    """Stays with the source, and with the timer, until one of them has it."""
+    """Stays with the source, and with the timer, until one of them has it.
+
+    The timer may keep it for longer, so it lets go of both futures then.
+    """
 
     __slots__ = ("child", "seconds", "source", "when")
 
     def __init__(self, source: Future[Any], seconds: float) -> None:
-        self.source = source
-        self.child: Future[Any] = Future(devices=source._devices)
+        self.source: Any = source
+        self.child: Any = Future(devices=source._devices)
         self.seconds = seconds
         self.when = time.monotonic() + seconds
 
     def run(self, source: Future[Any]) -> None:
         _timer.forget(self)
         error = source.exception()
-        with suppress(InvalidStateError):  # somebody has completed it instead
-            if error is None:
-                self.child.set_result(Combination(source.value(), (source,)))
-            else:
-                self.child.set_exception(error)
+        if error is None:
+            self._complete(Future.set_result, Combination(source.value(), (source,)))
+        else:
+            self._complete(Future.set_exception, error)
 
     def interrupted(self, _source: Future[Any], interrupt: BaseException) -> None:
-        if not self.child.done():
-            self.child.set_exception(interrupt)
+        if self.child is not None:
+            self._complete(Future.set_exception, interrupt)
 
-    def expire(self) -> None:
-        if self.source._discard(self):
-            with suppress(InvalidStateError):
-                self.child.set_exception(
-                    TimeoutError(f"{self.source!r} was not done within {self.seconds:g} s")
-                )
+    def fail(self, error: BaseException) -> None:
+        source = self.source
+        if source is not None and source._discard(self):
+            self._complete(Future.set_exception, error)
+
+    def _complete(self, setter: Callable[..., None], outcome: object) -> None:
+        with suppress(InvalidStateError):  # somebody has completed it instead
+            setter(self.child, outcome)
+        self.source = self.child = None
+
+
+def _too_late(seconds: float) -> TimeoutError:
+    return TimeoutError(f"the future was not done within {seconds:g} s; it stays pending")
 
 
 class _Timer:
@@ -119,7 +128,6 @@ class _Timer:
         self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._wakes_at = math.inf
         self._token = [None]
-        self._thread: threading.Thread | None = None
 
     def add(self, deadline: _Deadline) -> None:
         self.live[deadline] = None
@@ -139,13 +147,15 @@ class _Timer:
             self._token.pop()
         except IndexError:
             return False
+        thread = threading.Thread(target=self._run, name="torchfut_aio timeouts", daemon=True)
         try:
-            self._thread = threading.Thread(
-                target=self._run, name="torchfut_aio timeouts", daemon=True
-            )
-            self._thread.start()
-        except BaseException:
+            thread.start()
+        except BaseException as error:
             self._token.append(None)
+            for deadline in list(self.live):  # others may have relied on this thread
+                self._drop(deadline, error)
+                with suppress(ValueError):
+                    self._new.remove(deadline)
             raise
         return True
 
@@ -155,7 +165,8 @@ class _Timer:
         while True:
             self._take_in(heap, number)
             while heap and (heap[0][0] <= time.monotonic() or heap[0][2] not in self.live):
-                self._expire(heapq.heappop(heap)[2])
+                deadline = heapq.heappop(heap)[2]
+                self._drop(deadline, _too_late(deadline.seconds))
             if not self.live:
                 self._token.append(None)
                 if not self._new:
@@ -182,11 +193,11 @@ class _Timer:
             heap[:] = [entry for entry in heap if entry[2] in self.live]
             heapq.heapify(heap)
 
-    def _expire(self, deadline: _Deadline) -> None:
+    def _drop(self, deadline: _Deadline, error: BaseException) -> None:
         if self.live.pop(deadline, deadline) is None:
             # Nobody is above to take what a callback of a future may pass on.
             with suppress(KeyboardInterrupt, SystemExit):
-                deadline.expire()
+                deadline.fail(error)
 
 
 _timer = _Timer()

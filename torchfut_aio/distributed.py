@@ -10,7 +10,9 @@ Names are what RPC pickles functions by, so `async_rpc` is used where a function
 
 from __future__ import annotations
 
+import asyncio
 import atexit
+import contextvars
 import functools
 import inspect
 import weakref
@@ -23,11 +25,11 @@ import torch
 from torch._C._distributed_c10d import GradBucket
 from torch.distributed.rpc import functions
 
-from . import _background_loop
+from . import _background_loop, _loops
 from ._devices import devices_in_use
 from ._future import Future
 from ._rpc_errors import this_worker
-from ._tasks import Promise, run, task_name
+from ._tasks import Promise, run_contained, task_name
 
 if TYPE_CHECKING:
     import anyio.from_thread
@@ -84,12 +86,11 @@ def async_rpc(func: Callable[P, Awaitable[T]]) -> Callable[P, Future[T]]:
         arguments: Future[Any] = Future()
         arguments.set_result((args, kwargs))
         future: Future[T] = Future(devices=devices_in_use())
-        portal = _portal
-        if portal is None:
-            _background_loop.start_soon(future, _handle, func, arguments, name=name)
-        else:
+        for home in _homes[-1:]:
             promise = Promise(future, name)
-            portal.start_task_soon(run, promise, _handle, (func, arguments), name=name)
+            home.call_soon(functools.partial(_spawn, home, promise, func, arguments))
+            return future
+        _background_loop.start_soon(future, _handle, func, arguments, name=name)
         return future
 
     remote: Callable[P, Future[T]] = functions.async_execution(call)  # type: ignore[no-untyped-call]
@@ -101,7 +102,26 @@ async def _handle(func: Callable[..., Awaitable[T]], arguments: Future[Any]) -> 
     return await func(*args, **kwargs)
 
 
-_portal: anyio.from_thread.BlockingPortal | None = None
+# The loops that were handed over, the latest last.
+_homes: list[_loops.Loop] = []
+_in_flight: set[asyncio.Task[Any] | None] = set()
+
+
+def _spawn(
+    loop: _loops.Loop, promise: Promise, func: Callable[..., Any], arguments: Future[Any]
+) -> None:
+    # In a context of its own: that of the calling thread is none of its business.
+    contextvars.Context().run(loop.spawn, _kept, promise, func, arguments)
+
+
+async def _kept(promise: Promise, func: Callable[..., Any], arguments: Future[Any]) -> None:
+    # asyncio does not keep its tasks; trio does.
+    task = asyncio.current_task() if asyncio._get_running_loop() else None
+    _in_flight.add(task)
+    try:
+        await run_contained(promise, _handle, (func, arguments))
+    finally:
+        _in_flight.discard(task)
 
 
 @contextmanager
@@ -109,15 +129,16 @@ def serve_on(portal: anyio.from_thread.BlockingPortal) -> Iterator[None]:
     """Has the functions of `async_rpc` run on the loop of ``portal``, in this process.
 
     For an application that has a loop, of asyncio, uvloop or trio, whose state the functions
-    share. Calls that are running when the block ends are the portal's: it finishes or cancels
-    them as it is stopped. Do not block that loop, with ``rpc.shutdown()`` for instance: call
-    that by ``anyio.to_thread.run_sync``.
+    share. Calls that are running when the block ends go on, and are cancelled when the loop
+    ends. Do not block that loop, with ``rpc.shutdown()`` for instance: call that by
+    ``anyio.to_thread.run_sync``.
 
     Args:
-        portal: A portal that is running.
+        portal: A portal that is running; this may be called on its loop, or elsewhere.
 
     Raises:
         TypeError: ``portal`` is none.
+        RuntimeError: The portal is not running.
 
     Example:
         >>> import anyio.from_thread
@@ -129,22 +150,29 @@ def serve_on(portal: anyio.from_thread.BlockingPortal) -> Iterator[None]:
         ...         double(21).wait()
         42
     """
-    global _portal
     if not hasattr(portal, "start_task_soon"):
         raise TypeError(f"serve_on() takes a BlockingPortal of anyio.from_thread, not {portal!r}")
-    before, _portal = _portal, portal
+    # RPC's threads hand calls over to the loop, and do not wait until it has taken them.
+    try:
+        loop = portal.call(_loops.current)
+    except RuntimeError as error:
+        if "event loop thread" not in str(error):
+            raise
+        loop = _loops.current()  # as this is its thread
+    _homes.append(loop)
     try:
         yield
     finally:
-        _portal = before
+        _homes.remove(loop)
 
 
 def shutdown(graceful: bool = True, timeout: float | None = None) -> None:
     """Shuts RPC down as ``rpc.shutdown`` does, and ends the background loop.
 
-    Gracefully, what is in flight in any process completes first. Otherwise the functions of
-    `async_rpc` that run on the background loop are cancelled. It blocks, so an async
-    application calls it by ``anyio.to_thread.run_sync``.
+    Gracefully, RPCs in flight in any process complete first. Otherwise the functions of
+    `async_rpc` that run on the background loop are cancelled, and their callers told. What
+    else runs on that loop then, such as what was called directly, is cancelled in either
+    case. It blocks, so an async application calls it by ``anyio.to_thread.run_sync``.
 
     ``rpc.shutdown()`` does all but the last. A process that exits with the loop still there
     is shut down, not gracefully.
@@ -192,7 +220,8 @@ def async_comm_hook(hook: Any = None, *, overlap: bool = False) -> Any:
 
     Collectives have to be started in the same order on every rank. So the hook runs for one
     bucket after the other, in their order, which is the same everywhere, and not after it has
-    raised, until the next backward pass.
+    raised, until the next backward pass. If the backward passes of several models overlap,
+    decorate once for each: ``register_comm_hook(None, async_comm_hook(hook))``.
 
     Args:
         hook: An async function.

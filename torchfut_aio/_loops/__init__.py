@@ -59,9 +59,9 @@ class Loop(Waker, Protocol):
         """Has the loop call ``function``, from any thread; does nothing if it has closed."""
 
     def spawn(self, function: Callable[..., Coroutine[Any, Any, None]], *args: object) -> None:
-        """Runs an async function, which must not raise, until it ends or the loop does.
+        """Runs an async function, which must not raise, in the loop's own thread.
 
-        For the loop's own thread.
+        asyncio does not keep it: what it waits for has to, or else it may be dropped.
         """
 
 

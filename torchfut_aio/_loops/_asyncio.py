@@ -84,9 +84,7 @@ class AsyncioLoop(Inbox):
     def spawn(self, function: Callable[..., Coroutine[Any, Any, None]], *args: object) -> None:
         loop = self._loop()
         assert loop is not None  # it is running the caller
-        task = loop.create_task(function(*args))
-        _spawned.add(task)
-        task.add_done_callback(_spawned.discard)
+        loop.create_task(function(*args))
 
     def _call_soon(self, waiter: asyncio.Future[None]) -> bool:
         loop = waiter.get_loop()
@@ -113,10 +111,6 @@ class AsyncioLoop(Inbox):
             except asyncio.InvalidStateError:
                 pass  # Ctrl-C has cancelled the task that waits, after the look
             del waiters[0]
-
-
-# A loop does not keep its tasks.
-_spawned: set[asyncio.Task[None]] = set()
 
 
 class _Alarm:

@@ -1,0 +1,165 @@
+"""Fan-out and fan-in under a deadline, in task groups, on any of three event loops.
+
+    pip install 'torchfut-aio[uvloop,trio]'
+    python examples/task_group.py [asyncio|uvloop|trio]
+
+Documents lie in shards, each in a worker thread of its own that scores them and completes
+a future per request. Every query asks all shards at once, and merges the answers that
+arrive in time. Of the shards here one is broken and one is stuck: the first tells so
+through its futures, and what is asked of the other is given up when the time is over.
+"""
+
+import concurrent.futures
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from queue import SimpleQueue
+from typing import Any
+
+import anyio
+import torch
+from anyio.streams.memory import MemoryObjectReceiveStream
+
+from torchfut_aio import Future, InvalidStateError, as_completed, gather, start_soon
+
+SHARDS, DOCUMENTS, WIDTH = 6, 2000, 64
+BROKEN, STUCK = 2, 4
+QUERIES, BEST = 5, 3
+DEADLINE = 0.5  # seconds
+
+LOOPS: dict[str, dict[str, Any]] = {
+    "asyncio": {"backend": "asyncio"},
+    "uvloop": {"backend": "asyncio", "backend_options": {"use_uvloop": True}},
+    "trio": {"backend": "trio"},
+}
+
+Hits = dict[int, float]  # documents, and their scores
+
+
+class Shard:
+    """Some of the documents, and the thread that searches them."""
+
+    def __init__(self, number: int, documents: torch.Tensor) -> None:
+        self.number = number
+        self.skipped = 0
+        self.may_run = threading.Event()
+        self._documents = documents
+        self._requests: SimpleQueue[tuple[torch.Tensor, Future[Hits]] | None] = SimpleQueue()
+        self._worker = threading.Thread(target=self._work, name=f"shard {number}")
+        self._worker.start()
+
+    def search(self, query: torch.Tensor) -> Future[Hits]:
+        """Returns a future of the best hits among the documents of this shard."""
+        hits: Future[Hits] = Future()
+        self._requests.put((query, hits))
+        return hits
+
+    def close(self) -> None:
+        """Returns when the worker has ended."""
+        self.may_run.set()
+        self._requests.put(None)
+        self._worker.join()
+
+    def _work(self) -> None:
+        self.may_run.wait()
+        while (request := self._requests.get()) is not None:
+            query, hits = request
+            if hits.done():  # nobody wants it any more
+                self.skipped += 1
+                continue
+            try:
+                outcome = self._best(query)
+            except BaseException as error:
+                _complete(hits, error=error)
+            else:
+                _complete(hits, outcome)
+
+    def _best(self, query: torch.Tensor) -> Hits:
+        if self.number == BROKEN:
+            raise OSError(f"shard {self.number} cannot be read")
+        scores, places = (self._documents @ query).topk(BEST)
+        numbers = places * SHARDS + self.number
+        return dict(zip(numbers.tolist(), scores.tolist(), strict=True))
+
+
+def _complete(
+    hits: Future[Hits], outcome: Hits | None = None, error: BaseException | None = None
+) -> bool:
+    """Tells whether this was the first to complete it."""
+    try:
+        hits.set_result(outcome or {}) if error is None else hits.set_exception(error)
+    except InvalidStateError:
+        return False
+    return True
+
+
+async def merge(answers: MemoryObjectReceiveStream[Hits]) -> list[int]:
+    """Returns the best of all documents, once no more answers come."""
+    found: Hits = {}
+    async with answers:
+        async for hits in answers:
+            found.update(hits)
+    return sorted(found, key=lambda document: -found[document])[:BEST]
+
+
+async def ask(shards: list[Shard], query: torch.Tensor) -> str:
+    """Returns what the shards that answer in time know of the query."""
+    requests = [shard.search(query) for shard in shards]
+    answered = failed = 0
+    send, receive = anyio.create_memory_object_stream[Hits](1)
+    async with anyio.create_task_group() as group:
+        best = start_soon(group, merge, receive)
+        async with send:
+            with anyio.move_on_after(DEADLINE):
+                async for request in as_completed(requests):
+                    if request.exception() is None:
+                        answered += 1
+                        await send.send(request.value())
+                    else:
+                        failed += 1
+    # The group has exited, so the task is done. What is still pending here is given up: the
+    # shard sees that when it gets there, and if it is about to answer, its answer is dropped.
+    given_up = sum(_complete(r, error=concurrent.futures.CancelledError()) for r in requests)
+    return (
+        f"{answered} shards answered, {failed} failed, {given_up} given up: "
+        f"documents {', '.join(map(str, best.value()))}"
+    )
+
+
+async def main(loop: str, shards: list[Shard], queries: torch.Tensor) -> None:
+    print(f"  event loop  {loop}")
+    with anyio.fail_after(10 * DEADLINE):
+        async with anyio.create_task_group() as group:
+            replies = [start_soon(group, ask, shards, query) for query in queries]
+            for number, reply in enumerate(await gather(replies)):
+                print(f"  query {number}     {reply}")
+
+
+@contextmanager
+def serving(documents: torch.Tensor) -> Iterator[list[Shard]]:
+    """Runs the shards, all but one of which do their work."""
+    with ExitStack() as stack:
+        shards = [
+            stack.enter_context(closing(Shard(number, documents[number::SHARDS])))
+            for number in range(SHARDS)
+        ]
+        for shard in shards:
+            if shard.number != STUCK:
+                shard.may_run.set()
+        yield shards
+
+
+if __name__ == "__main__":
+    loop = sys.argv[1] if len(sys.argv) > 1 else "asyncio"
+    if loop not in LOOPS:
+        sys.exit(f"usage: python {sys.argv[0]} [{'|'.join(LOOPS)}]")
+    torch.manual_seed(0)
+    torch.set_num_threads(1)  # there are threads enough
+    documents = torch.nn.functional.normalize(torch.randn(SHARDS * DOCUMENTS, WIDTH), dim=1)
+    with serving(documents) as shards:
+        anyio.run(main, loop, shards, documents[:QUERIES], **LOOPS[loop])
+    for shard in shards:
+        if shard.skipped:
+            print(f"  shard {shard.number}     skipped {shard.skipped} requests given up")
+    print("You saw tasks use what arrived in time, and leave nothing behind of the rest.")

@@ -1,0 +1,54 @@
+"""The examples run, and show what they say they do."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
+
+
+def printed_by(example, *arguments):
+    """What an example prints; it has to end well, and without a warning."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", EXAMPLES / example, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop", "trio"])
+def test_the_task_group_uses_what_arrives_in_time_and_gives_up_the_rest(loop):
+    printed = printed_by("task_group.py", loop)
+    assert re.search(rf"event loop +{loop}$", printed, flags=re.M)
+    queries = re.findall(r"query (\d) +(.*): documents (\d+), \d+, \d+$", printed, flags=re.M)
+    assert [how for _, how, _ in queries] == ["4 shards answered, 1 failed, 1 given up"] * 5
+    # Each query is a document itself. Those whose shard answers find themselves.
+    assert [number for number, _, best in queries if number == best] == ["0", "1", "3"]
+    assert re.search(r"shard 4 +skipped 5 requests given up$", printed, flags=re.M)
+
+
+def test_the_task_group_runs_on_asyncio_unless_told_otherwise():
+    assert re.search(r"event loop +asyncio$", printed_by("task_group.py"), flags=re.M)
+
+
+def test_the_script_measures_what_it_wrote_and_waits_for_nothing_in_vain():
+    printed = printed_by("script.py")
+    shown = dict(re.findall(r"^  (\w+) +(.*)$", printed, flags=re.M))
+    assert re.fullmatch(r"8 files, [\d,]+ bytes", shown["written"])
+    assert shown["measured"] == "7 of 8 files"
+    assert shown["files"] == ", ".join(["fine"] * 5 + ["UnpicklingError"] + ["fine"] * 2)
+    pattern = r"350,000 numbers, mean ([\d.]+), deviation ([\d.]+)"
+    mean, deviation = map(float, re.fullmatch(pattern, shown["total"]).groups())
+    assert mean == pytest.approx(5, abs=0.05)
+    assert deviation == pytest.approx(3, abs=0.05)
+    assert "was not done within 0.05 s" in shown["wait"]
+    assert shown["fallback"] == shown["total"]
+    assert shown["afterwards"] == "<Future pending waiters=0 callbacks=0>"

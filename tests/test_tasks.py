@@ -1,0 +1,896 @@
+"""Tasks as futures: ``start_soon``, ``submit``, and what anyio calls a future."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import functools
+import gc
+import inspect
+import logging
+import threading
+import traceback
+import warnings
+import weakref
+
+import anyio
+import anyio.lowlevel
+import anyio.to_thread
+import pytest
+import trio
+import uvloop
+from anyio.from_thread import start_blocking_portal
+
+from torchfut_aio import Future, as_completed, as_future, gather, start_soon, submit
+
+from .loops import on_asyncio, on_every_loop
+from .threads import PATIENCE, alongside, running, until
+
+on_a_thread = anyio.to_thread.run_sync
+
+# For tests that end a loop, or have one in another thread.
+each_loop = pytest.mark.parametrize(
+    "loop",
+    [
+        pytest.param({"backend": "asyncio"}, id="asyncio"),
+        pytest.param({"backend": "asyncio", "backend_options": {"use_uvloop": True}}, id="uvloop"),
+        pytest.param({"backend": "trio"}, id="trio"),
+    ],
+)
+each_asyncio_loop = pytest.mark.parametrize(
+    "new_loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"]
+)
+in_either_group = pytest.mark.parametrize("kind", ["anyio", "native"])
+
+
+def task_group(kind):
+    """A group of anyio, or of the library that runs the loop."""
+    if kind == "anyio":
+        return anyio.create_task_group()
+    return trio.open_nursery() if trio.lowlevel.in_trio_run() else asyncio.TaskGroup()
+
+
+class Stop(Exception):
+    pass
+
+
+async def double(x):
+    await anyio.lowlevel.checkpoint()
+    return 2 * x
+
+
+async def fails(error):
+    await anyio.lowlevel.checkpoint()
+    raise error
+
+
+async def own_name():
+    return anyio.get_current_task().name
+
+
+async def waits_for(event):
+    await event.wait()
+    return "waited"
+
+
+def ends_with(error):
+    """Expects that very error, as it is or in an exception group."""
+    return pytest.RaisesGroup(
+        pytest.RaisesExc(type(error), check=lambda caught: caught is error),
+        allow_unwrapped=True,
+        flatten_subgroups=True,
+    )
+
+
+def is_cancelled(fut):
+    return fut.done() and type(fut.exception()) is concurrent.futures.CancelledError
+
+
+def pending_futures():
+    return [fut for fut in gc.get_objects() if type(fut) is Future and not fut.done()]
+
+
+# -------------------------------------------------------------------------- start_soon
+
+
+@on_every_loop
+@in_either_group
+async def test_start_soon_gives_a_future_of_the_result(kind):
+    async with task_group(kind) as tg:
+        futures = [start_soon(tg, double, n) for n in range(10)]
+        assert all(type(fut) is Future and not fut.done() for fut in futures)
+        assert await futures[3] == 6
+    assert [fut.value() for fut in futures] == [2 * n for n in range(10)]
+
+
+@on_every_loop
+async def test_threads_wait_for_a_task():
+    release, got = anyio.Event(), []
+    async with anyio.create_task_group() as tg:
+        fut = start_soon(tg, waits_for, release)
+        async with alongside(*[lambda: got.append(fut.wait(PATIENCE))] * 3):
+            release.set()
+    assert got == ["waited"] * 3
+
+
+@on_every_loop
+async def test_a_callback_chains_with_a_task():
+    async with anyio.create_task_group() as tg:
+        child = start_soon(tg, double, 5).then(lambda fut: fut.value() + 1)
+        assert await child == 11
+
+
+@on_every_loop
+@in_either_group
+async def test_a_task_is_called_what_its_function_is_or_what_is_given(kind):
+    async with task_group(kind) as tg:
+        assert await start_soon(tg, own_name) == f"{__name__}.own_name"
+        assert await start_soon(tg, own_name, name="mine") == "mine"
+        assert await start_soon(tg, own_name, name=7) == "7"
+        nameless = functools.partial(own_name)
+        assert await start_soon(tg, nameless) == repr(nameless)
+
+
+@on_every_loop
+@in_either_group
+async def test_an_error_goes_to_the_future_and_the_group_goes_on(kind):
+    release, error = anyio.Event(), Stop()
+    async with task_group(kind) as tg:
+        other = start_soon(tg, waits_for, release)
+        failed = start_soon(tg, fails, error)
+        with pytest.raises(Stop) as caught:
+            await failed
+        assert caught.value is error
+        assert not other.done()
+        release.set()
+    assert other.value() == "waited"
+
+
+@on_every_loop
+@in_either_group
+async def test_the_traceback_of_an_error_begins_in_the_function_and_does_not_grow(kind):
+    async with task_group(kind) as tg:
+        fut = start_soon(tg, fails, Stop())
+    for _ in range(3):
+        with pytest.raises(Stop):
+            await fut
+        frames = traceback.extract_tb(fut.exception().__traceback__)
+        assert [frame.name for frame in frames] == ["fails"]
+
+
+@on_every_loop
+@in_either_group
+@pytest.mark.parametrize("outcome", ["result", "error", "cancellation"])
+async def test_a_future_goes_without_the_garbage_collector_whatever_its_task_did(kind, outcome):
+    with anyio.CancelScope() as scope:
+        gc.disable()
+        try:
+            async with task_group(kind) as tg:
+                if outcome == "result":
+                    fut = start_soon(tg, double, 1)
+                elif outcome == "error":
+                    fut = start_soon(tg, fails, Stop())
+                else:
+                    fut = start_soon(tg, anyio.sleep_forever)
+                    await anyio.wait_all_tasks_blocked()
+                    scope.cancel()
+        finally:
+            gone = weakref.ref(fut)
+            assert fut.done()
+            del fut
+            try:
+                assert gone() is None
+            finally:
+                gc.enable()
+
+
+@each_loop
+@in_either_group
+@pytest.mark.parametrize("kind_of_error", [KeyboardInterrupt, SystemExit])
+def test_what_ends_a_program_goes_to_the_future_and_out_of_the_group(
+    loop, kind, kind_of_error, collected
+):
+    error = kind_of_error("enough")
+    futures = []
+
+    async def main():
+        with anyio.move_on_after(PATIENCE / 2):
+            async with task_group(kind) as tg:
+                futures.append(start_soon(tg, anyio.sleep_forever))
+                await anyio.wait_all_tasks_blocked()
+                futures.append(start_soon(tg, fails, error))
+                futures.append(start_soon(tg, anyio.sleep_forever))
+
+    with ends_with(error):
+        anyio.run(main, **loop)
+    collected()  # asyncio complains of it here, and not in the middle of another test
+    bystander, failed, unstarted = futures
+    assert failed.exception() is error
+    assert is_cancelled(bystander)
+    assert is_cancelled(unstarted)
+
+
+# ------------------------------------------------------------------------ cancellation
+
+
+@on_every_loop
+@in_either_group
+async def test_no_future_of_a_cancelled_group_is_pending_when_it_has_exited(kind):
+    cleaned = []
+
+    async def cleans_up():
+        try:
+            await anyio.sleep_forever()
+        finally:
+            with anyio.CancelScope(shield=True):
+                await anyio.sleep(0.001)
+                cleaned.append(True)
+
+    with anyio.CancelScope() as scope:
+        async with task_group(kind) as tg:
+            asleep = start_soon(tg, anyio.sleep_forever)
+            cleaning = start_soon(tg, cleans_up)
+            await anyio.wait_all_tasks_blocked()
+            unstarted = start_soon(tg, anyio.sleep_forever)
+            scope.cancel()
+    assert cleaned == [True]
+    assert is_cancelled(asleep)
+    assert is_cancelled(cleaning)
+    assert is_cancelled(unstarted)
+
+
+@on_every_loop
+async def test_a_task_that_finishes_although_cancelled_keeps_its_result():
+    async def stubborn():
+        with anyio.CancelScope(shield=True):
+            await anyio.sleep(0.001)
+        return "saved"
+
+    async with anyio.create_task_group() as tg:
+        fut = start_soon(tg, stubborn)
+        await anyio.wait_all_tasks_blocked()
+        tg.cancel_scope.cancel()
+    assert fut.value() == "saved"
+
+
+@on_asyncio
+@in_either_group
+@pytest.mark.parametrize("why", [(), ("because",)], ids=["silently", "with a message"])
+async def test_what_is_given_to_asyncios_cancel_is_in_the_error(kind, why):
+    async with task_group(kind) as tg:
+        fut = start_soon(tg, anyio.sleep_forever, name="sleeper")
+        await anyio.wait_all_tasks_blocked()
+        [task] = [task for task in asyncio.all_tasks() if task.get_name() == "sleeper"]
+        task.cancel(*why)
+        with pytest.raises(concurrent.futures.CancelledError) as caught:
+            await fut
+    assert caught.value.args == (why or ("sleeper was cancelled",))
+
+
+@on_asyncio
+async def test_a_task_cancelled_before_its_first_step_fails_its_future():
+    async with asyncio.TaskGroup() as tg:
+        fut = start_soon(tg, double, 1, name="unstarted")
+        [task] = [task for task in asyncio.all_tasks() if task.get_name() == "unstarted"]
+        task.cancel()
+        del task
+    assert is_cancelled(fut)
+
+
+@on_asyncio
+# Of any task of anyio to which that happens, and it is in a cycle.
+@pytest.mark.filterwarnings("ignore:coroutine '_run' was never awaited")
+async def test_a_task_of_anyio_cancelled_before_its_first_step_fails_its_future(collected):
+    async with anyio.create_task_group() as tg:
+        fut = start_soon(tg, double, 1, name="unstarted")
+        [task] = [task for task in asyncio.all_tasks() if task.get_name() == "unstarted"]
+        task.cancel()
+        del task
+    collected()
+    assert is_cancelled(fut)
+
+
+@on_asyncio
+async def test_a_task_cancelled_before_its_first_step_may_be_kept_by_others():
+    async with asyncio.TaskGroup() as tg:
+        fut = start_soon(tg, double, 1, name="unstarted")
+        [kept] = [task for task in asyncio.all_tasks() if task.get_name() == "unstarted"]
+        kept.cancel()
+    assert kept.cancelled()
+    assert is_cancelled(fut)
+
+
+@on_asyncio
+async def test_a_group_that_aborts_before_a_tasks_first_step_fails_its_future():
+    futures = []
+
+    async def abort():
+        async with asyncio.TaskGroup() as tg:
+            futures.append(start_soon(tg, double, 1))
+            raise Stop
+
+    with pytest.RaisesGroup(Stop):
+        await abort()
+    assert is_cancelled(*futures)
+
+
+@each_asyncio_loop
+@pytest.mark.parametrize("started", [True, False])
+def test_a_loop_that_closes_with_tasks_left_fails_their_futures(new_loop, started):
+    async def main():
+        group = asyncio.TaskGroup()
+        await group.__aenter__()  # and nobody ever exits
+        fut = start_soon(group, anyio.sleep_forever)
+        if started:
+            await asyncio.sleep(0)
+        return fut
+
+    loop = new_loop()
+    fut = loop.run_until_complete(main())
+    errors = []
+
+    def wait():
+        with pytest.raises(concurrent.futures.CancelledError) as caught:
+            fut.wait(PATIENCE)
+        errors.append(caught.value)
+
+    with running(wait), warnings.catch_warnings():
+        # As of any task that never ran: its coroutine was never awaited.
+        warnings.simplefilter("default" if started else "ignore")
+        until(lambda: "waiters=1" in repr(fut))
+        loop.close()
+        del loop
+        gc.collect()
+    assert errors == [fut.exception()]
+    assert "sleep_forever was cancelled" in str(fut.exception())
+
+
+# ------------------------------------------------------- somebody else completes it first
+
+
+@on_every_loop
+@in_either_group
+@pytest.mark.parametrize("func", [waits_for, "raises"])
+async def test_a_task_whose_future_somebody_else_completes_goes_on_unheard(kind, func, caplog):
+    release, ended = anyio.Event(), []
+
+    async def task():
+        await release.wait()
+        ended.append(True)
+        if func == "raises":
+            raise Stop
+        return "dropped"
+
+    with caplog.at_level(logging.DEBUG, "torchfut_aio"):
+        async with task_group(kind) as tg:
+            fut = start_soon(tg, task)
+            fut.set_result("mine")
+            assert await fut == "mine"
+            assert not ended
+            release.set()
+    assert ended == [True]
+    assert fut.value() == "mine"
+    assert not caplog.records
+
+
+@on_every_loop
+async def test_a_task_whose_future_somebody_else_completes_may_be_cancelled():
+    async with anyio.create_task_group() as tg:
+        fut = start_soon(tg, anyio.sleep_forever)
+        await anyio.wait_all_tasks_blocked()
+        fut.set_exception(Stop("mine"))
+        tg.cancel_scope.cancel()
+    assert type(fut.exception()) is Stop
+
+
+# --------------------------------------------------------------------------- bad input
+
+
+@on_every_loop
+@in_either_group
+async def test_a_coroutine_is_refused_and_closed(kind):
+    coroutine = double(1)
+    async with task_group(kind) as tg:
+        with pytest.raises(TypeError, match="not the coroutine <coroutine object double"):
+            start_soon(tg, coroutine)
+    assert inspect.getcoroutinestate(coroutine) == inspect.CORO_CLOSED
+
+
+@on_every_loop
+@in_either_group
+async def test_what_cannot_be_called_is_refused(kind):
+    async with task_group(kind) as tg:
+        with pytest.raises(TypeError, match="must be an async function, not 5"):
+            start_soon(tg, 5)
+
+
+def plain(x):
+    return x
+
+
+@on_every_loop
+@in_either_group
+async def test_a_function_that_is_not_async_fails_its_future_and_not_the_group(kind):
+    async with task_group(kind) as tg:
+        fut = start_soon(tg, plain, 5)
+        with pytest.raises(TypeError, match=r"plain at .* is not an async function.* returned 5"):
+            await fut
+        assert await start_soon(tg, double, 5) == 10
+
+
+@on_every_loop
+@in_either_group
+async def test_wrong_arguments_fail_the_future_and_not_the_group(kind):
+    async with task_group(kind) as tg:
+        fut = start_soon(tg, double)
+        with pytest.raises(TypeError, match="missing 1 required positional argument"):
+            await fut
+
+
+@pytest.mark.parametrize("group", [None, "a group", object()])
+def test_what_is_no_task_group_is_refused(group):
+    with pytest.raises(TypeError, match="takes a task group of anyio"):
+        start_soon(group, double, 1)
+
+
+def test_a_portal_is_no_task_group_and_a_cure_is_told():
+    with start_blocking_portal() as portal:
+        with pytest.raises(TypeError, match=r"use submit\(\)"):
+            start_soon(portal, double, 1)
+
+
+@on_every_loop
+@in_either_group
+async def test_a_group_that_has_exited_refuses_and_leaves_no_future_pending(kind):
+    async with task_group(kind) as tg:
+        pass
+    before = pending_futures()
+    with pytest.raises(RuntimeError):
+        start_soon(tg, double, 1)
+    assert pending_futures() == before
+
+
+@on_every_loop
+async def test_a_group_that_was_not_entered_refuses_and_leaves_no_future_pending():
+    before = pending_futures()
+    with pytest.raises(RuntimeError, match="not active"):
+        start_soon(anyio.create_task_group(), double, 1)
+    assert pending_futures() == before
+
+
+@on_asyncio
+async def test_asyncios_group_that_was_not_entered_refuses_and_leaves_no_future_pending():
+    before = pending_futures()
+    with pytest.raises(RuntimeError, match="has not been entered"):
+        start_soon(asyncio.TaskGroup(), double, 1)
+    assert pending_futures() == before
+
+
+# ------------------------------------------------------------------------------ submit
+
+
+@each_loop
+def test_threads_submit_to_a_portal_all_at_once(loop):
+    got = []
+    with start_blocking_portal(**loop) as portal:
+
+        def client():
+            futures = [submit(portal, double, n) for n in range(50)]
+            assert all(type(fut) is Future for fut in futures)
+            got.append([fut.wait(PATIENCE) for fut in futures])
+
+        with running(*[client] * 4):
+            pass
+    assert got == [[2 * n for n in range(50)]] * 4
+
+
+@each_loop
+def test_the_error_of_what_was_submitted_is_the_very_one_and_the_portal_goes_on(loop):
+    error = Stop()
+    with start_blocking_portal(**loop) as portal:
+        with pytest.raises(Stop) as caught:
+            submit(portal, fails, error).wait(PATIENCE)
+        assert caught.value is error
+        assert submit(portal, double, 1).wait(PATIENCE) == 2
+
+
+@each_loop
+def test_what_was_submitted_is_called_what_its_function_is_or_what_is_given(loop):
+    with start_blocking_portal(**loop) as portal:
+        assert submit(portal, own_name).wait(PATIENCE) == f"{__name__}.own_name"
+        assert submit(portal, own_name, name="mine").wait(PATIENCE) == "mine"
+
+
+@each_loop
+def test_a_portal_that_stops_and_cancels_what_remains_leaves_no_future_pending(loop):
+    with start_blocking_portal(**loop) as portal:
+        futures = [submit(portal, anyio.sleep_forever) for _ in range(10)]
+        portal.call(portal.stop, True)
+    assert all(is_cancelled(fut) for fut in futures)
+
+
+@each_loop
+def test_a_portal_that_stops_lets_what_remains_finish(loop):
+    release = threading.Event()
+
+    async def task():
+        await on_a_thread(release.wait)
+        return "finished"
+
+    with start_blocking_portal(**loop) as portal:
+        fut = submit(portal, task)
+        portal.call(portal.stop)
+        assert not fut.done()
+        release.set()
+    assert fut.value() == "finished"
+
+
+@each_loop
+def test_a_portal_that_is_not_running_refuses_and_leaves_no_future_pending(loop):
+    with start_blocking_portal(**loop) as portal:
+        pass
+    before = pending_futures()
+    with pytest.raises(RuntimeError, match="not running"):
+        submit(portal, double, 1)
+    assert pending_futures() == before
+
+
+@each_loop
+def test_submit_is_refused_in_the_thread_of_the_portals_loop(loop):
+    with start_blocking_portal(**loop) as portal:
+
+        async def main():
+            with pytest.raises(RuntimeError, match="cannot be called from the event loop thread"):
+                submit(portal, double, 1)
+            return True
+
+        assert portal.call(main)
+
+
+@each_loop
+def test_submit_refuses_what_start_soon_refuses(loop):
+    coroutine = double(1)
+    with start_blocking_portal(**loop) as portal:
+        with pytest.raises(TypeError, match="not the coroutine"):
+            submit(portal, coroutine)
+        with pytest.raises(TypeError, match="must be an async function, not 5"):
+            submit(portal, 5)
+        with pytest.raises(TypeError, match=r"plain at .* is not an async function"):
+            submit(portal, plain, 5).wait(PATIENCE)
+    assert inspect.getcoroutinestate(coroutine) == inspect.CORO_CLOSED
+
+
+@pytest.mark.parametrize("portal", [None, "a portal", asyncio])
+def test_what_is_no_portal_is_refused(portal):
+    with pytest.raises(TypeError, match=r"takes a BlockingPortal of anyio\.from_thread"):
+        submit(portal, double, 1)
+
+
+@each_loop
+@pytest.mark.parametrize("cancel", [True, False])
+# Of anyio's own, on trio: its group may close between the portal's look and the start.
+@pytest.mark.filterwarnings("ignore:coroutine 'BlockingPortal._call_func' was never awaited")
+def test_every_future_that_submit_returned_completes_although_the_portal_stops(loop, cancel):
+    for _ in range(20):
+        futures = []
+        with start_blocking_portal(**loop) as portal:
+
+            def client():
+                try:
+                    while True:
+                        futures.append(submit(portal, double, 5))
+                except RuntimeError:  # it has stopped
+                    return
+
+            with running(client, client):
+                until(lambda: len(futures) > 20)
+                portal.call(portal.stop, cancel)
+        assert all(is_cancelled(fut) or fut.value() == 10 for fut in futures)
+
+
+# ------------------------------------------------------- as_future of what anyio has
+
+
+def finished(outcome):
+    """An anyio.Future with an outcome: a value, an error, or None for a cancellation."""
+    source = anyio.Future()
+    complete(source, outcome)
+    return source
+
+
+def complete(source, outcome):
+    if outcome is None:
+        source.cancel()
+    elif isinstance(outcome, BaseException):
+        source.exception = outcome
+    else:
+        source.return_value = outcome
+
+
+@on_every_loop
+async def test_a_task_handle_is_adopted():
+    release = anyio.Event()
+    async with anyio.create_task_group() as tg:
+        handle = tg.start_soon(waits_for, release)
+        fut = as_future(handle)
+        await anyio.wait_all_tasks_blocked()
+        assert not fut.done()
+        release.set()
+        assert await fut == "waited"
+    assert as_future(handle).wait(timeout=0) == "waited"
+
+
+@on_every_loop
+async def test_a_task_handle_that_failed_gives_the_very_error():
+    error = Stop()
+    adopted = []
+
+    async def group():
+        async with anyio.create_task_group() as tg:
+            handle = tg.start_soon(fails, error)
+            adopted.extend([handle, as_future(handle)])
+
+    with pytest.RaisesGroup(Stop):
+        await group()
+    handle, fut = adopted
+    with pytest.raises(Stop) as caught:
+        await fut
+    assert caught.value is as_future(handle).exception() is error
+
+
+@on_every_loop
+async def test_a_task_handle_that_was_cancelled_gives_anyios_own_error():
+    async with anyio.create_task_group() as tg:
+        handle = tg.start_soon(anyio.sleep_forever)
+        fut = as_future(handle)
+        await anyio.wait_all_tasks_blocked()
+        handle.cancel()
+    with pytest.raises(anyio.TaskCancelled):
+        await fut
+    assert type(as_future(handle).exception()) is anyio.TaskCancelled
+
+
+@on_every_loop
+async def test_a_future_of_anyio_is_adopted():
+    for outcome, error in [("value", None), (Stop("foo"), Stop), (None, anyio.FutureCancelled)]:
+        source = anyio.Future()
+        fut = as_future(source)
+        await anyio.wait_all_tasks_blocked()
+        assert not fut.done()
+        complete(source, outcome)
+        for made in (fut, as_future(source)):
+            if error is None:
+                assert await made == outcome
+            else:
+                with pytest.raises(error) as caught:
+                    await made
+                assert caught.value is outcome or outcome is None
+
+
+@on_every_loop
+async def test_what_has_finished_is_adopted_at_once():
+    assert as_future(finished("value")).value() == "value"
+    assert type(as_future(finished(Stop())).exception()) is Stop
+    assert type(as_future(finished(None)).exception()) is anyio.FutureCancelled
+
+
+@on_every_loop
+async def test_a_pending_source_of_anyio_is_adopted_once():
+    source = anyio.Future()
+    tasks = len(anyio.get_running_tasks())
+    fut = as_future(source)
+    assert all(as_future(source) is fut for _ in range(100))
+    assert as_future(source, devices=[]) is not fut
+    await anyio.wait_all_tasks_blocked()
+    assert len(anyio.get_running_tasks()) <= tasks + 2
+    source.return_value = 5
+    assert await fut == 5
+
+
+@on_every_loop
+async def test_a_source_with_the_identity_of_an_earlier_one_is_not_taken_for_it():
+    for n in range(100):
+        source = anyio.Future()
+        fut = as_future(source)
+        source.return_value = n
+        assert await fut == n
+        del source
+
+
+@on_every_loop
+async def test_a_thread_waits_for_what_anyio_has():
+    source, got = anyio.Future(), []
+    fut = as_future(source)
+    async with alongside(lambda: got.append(fut.wait(PATIENCE))):
+        source.return_value = 5
+    assert got == [5]
+
+
+@on_every_loop
+async def test_somebody_else_may_complete_what_is_adopted_of_anyio(caplog):
+    source = anyio.Future()
+    fut = as_future(source)
+    fut.set_result("mine")
+    source.return_value = "late"
+    await anyio.wait_all_tasks_blocked()
+    assert fut.value() == "mine"
+    assert not caplog.records
+
+
+@each_loop
+@pytest.mark.parametrize("kind_of_error", [KeyboardInterrupt, SystemExit])
+def test_a_task_handle_that_ends_the_program_does_so_once(loop, kind_of_error, collected):
+    error = kind_of_error("enough")
+    adopted = []
+
+    async def main():
+        async with anyio.create_task_group() as tg:
+            adopted.append(as_future(tg.start_soon(fails, error)))
+
+    with ends_with(error):
+        anyio.run(main, **loop)
+    collected()
+    assert adopted[0].done()
+
+
+@each_loop
+@pytest.mark.parametrize("kind_of_error", [KeyboardInterrupt, SystemExit])
+def test_what_ends_a_program_does_not_end_the_loop_because_it_is_adopted(loop, kind_of_error):
+    error = kind_of_error("enough")
+
+    async def main():
+        source = anyio.Future()
+        fut = as_future(source)
+        await anyio.wait_all_tasks_blocked()
+        source.exception = error
+        await anyio.wait_all_tasks_blocked()
+        return fut
+
+    assert anyio.run(main, **loop).exception() is error
+
+
+def test_a_pending_source_of_anyio_is_refused_where_no_loop_runs():
+    with pytest.raises(RuntimeError, match="event loop"):
+        as_future(anyio.Future())
+
+
+@each_loop
+def test_a_pending_source_of_anyio_is_refused_in_another_thread(loop):
+    async def main():
+        source = anyio.Future()
+        with pytest.raises(RuntimeError, match="event loop"):
+            await on_a_thread(as_future, source)
+
+    anyio.run(main, **loop)
+
+
+@each_loop
+def test_a_task_handle_is_refused_where_no_loop_runs(loop):
+    handles = []
+
+    async def main():
+        async with anyio.create_task_group() as tg:
+            handles.append(tg.start_soon(double, 5))
+            cancelled = tg.start_soon(anyio.sleep_forever)
+            handles.append(cancelled)
+            await anyio.wait_all_tasks_blocked()
+            cancelled.cancel()
+        with pytest.RaisesGroup(Stop):
+            async with anyio.create_task_group() as tg:
+                handles.append(tg.start_soon(fails, Stop("foo")))
+
+    anyio.run(main, **loop)
+    for handle in handles:  # anyio cannot tell how they ended, either
+        with pytest.raises(RuntimeError, match="in the thread of its event loop"):
+            as_future(handle)
+
+
+@each_loop
+def test_what_is_adopted_of_anyio_is_not_pending_when_the_loop_has_ended(loop):
+    async def main():
+        return as_future(anyio.Future()), as_future(anyio.Future())
+
+    futures = anyio.run(main, **loop)
+    assert all(is_cancelled(fut) for fut in futures)
+
+
+@each_asyncio_loop
+def test_what_is_adopted_of_anyio_is_not_pending_when_the_loop_was_closed(new_loop):
+    async def main():
+        fut = as_future(anyio.Future())
+        await asyncio.sleep(0)
+        return fut
+
+    loop = new_loop()
+    fut = loop.run_until_complete(main())
+    loop.close()
+    del loop
+    gc.collect()
+    assert is_cancelled(fut)
+
+
+# --------------------------------------------------------------- at home in task groups
+
+
+async def tries(fut, seconds, into):
+    with anyio.move_on_after(seconds):
+        into.append(await fut)
+
+
+@on_every_loop
+@in_either_group
+async def test_children_that_move_on_leave_the_future_as_it_was(kind):
+    fut, got = Future(), []
+    async with task_group(kind) as tg:
+        impatient = [start_soon(tg, tries, fut, 0.001, got) for _ in range(10)]
+        patient = start_soon(tg, tries, fut, PATIENCE, got)
+        await gather(impatient)
+        assert repr(fut) == "<Future pending waiters=1 callbacks=0>"
+        await on_a_thread(fut.set_result, 5)
+        await patient
+    assert got == [5]
+
+
+@on_every_loop
+@in_either_group
+async def test_as_completed_in_a_cancelled_group_leaves_nothing_behind(kind):
+    futures, got = [Future() for _ in range(10)], []
+
+    async def consume():
+        async for fut in as_completed(futures):
+            got.append(fut)
+
+    with anyio.CancelScope() as scope:
+        async with task_group(kind) as tg:
+            consumer = start_soon(tg, consume)
+            await anyio.wait_all_tasks_blocked()
+            for fut in futures[:5]:
+                fut.set_result(None)
+            await anyio.wait_all_tasks_blocked()
+            scope.cancel()
+    assert got == futures[:5]
+    assert is_cancelled(consumer)
+    assert [repr(fut) for fut in futures[5:]] == ["<Future pending waiters=0 callbacks=0>"] * 5
+
+
+@on_every_loop
+async def test_completions_feed_a_memory_object_stream():
+    futures = [Future() for _ in range(20)]
+    send, receive = anyio.create_memory_object_stream(2)
+
+    async def feed():
+        async with send:
+            async for fut in as_completed(futures):
+                await send.send(fut.value())
+
+    async with anyio.create_task_group() as tg, receive:
+        feeder = start_soon(tg, feed)
+        async with alongside(lambda: [fut.set_result(n) for n, fut in enumerate(futures)]):
+            with anyio.fail_after(PATIENCE):
+                assert [n async for n in receive] == list(range(20))
+        await feeder
+
+
+@on_every_loop
+async def test_the_first_error_of_many_tasks_ends_the_wait_for_them_and_not_the_tasks():
+    release = anyio.Event()
+    async with anyio.create_task_group() as tg:
+        slow = start_soon(tg, waits_for, release)
+        with pytest.raises(Stop):
+            await gather([slow, start_soon(tg, fails, Stop())])
+        assert repr(slow) == "<Future pending waiters=0 callbacks=0>"
+        release.set()
+    assert slow.value() == "waited"
+
+
+@on_every_loop
+@in_either_group
+async def test_tasks_that_are_cancelled_while_they_finish_complete_their_futures(kind):
+    for n in range(50):
+        with anyio.CancelScope() as scope:
+            async with task_group(kind) as tg:
+                futures = [start_soon(tg, anyio.sleep, 0) for _ in range(20)]
+                for _ in range(n % 4):
+                    await anyio.lowlevel.checkpoint()
+                scope.cancel()
+        assert all(is_cancelled(fut) or fut.value() is None for fut in futures)
