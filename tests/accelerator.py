@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from torchfut_aio import Future
+from torchfut_aio._devices._synchronize import _side_stream
 
 from .threads import PATIENCE
 
@@ -55,12 +56,19 @@ def accelerator(accelerator_module: Any, request: pytest.FixtureRequest) -> Iter
 
 @pytest.fixture
 def producer(accelerator: Any) -> torch.Stream:
-    return torch.Stream(FIRST)
+    return _stream()
 
 
 @pytest.fixture
 def consumer(accelerator: Any) -> torch.Stream:
-    return torch.Stream(FIRST)
+    return _stream()
+
+
+def _stream() -> torch.Stream:
+    # A device has a few dozens of streams, which take turns: not the one for copies.
+    while (stream := torch.Stream(FIRST)) == _side_stream(torch.device(FIRST)):
+        pass
+    return stream
 
 
 def being_filled(accelerator: Any, device: str = FIRST, value: float = 7) -> torch.Tensor:

@@ -42,7 +42,9 @@ class Cluster:
         for rank in range(size):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_work, args=(theirs, rank, size, self._folder.name, uvloop, rpc)
+                target=_work,
+                args=(theirs, rank, size, self._folder.name, uvloop, rpc),
+                name=f"worker{rank}",
             )
             process.start()
             theirs.close()

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import glob
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from multiprocessing import active_children
 
 import pytest
 import uvloop
 from blockbuster import BlockBuster
 
 from .accelerator import accelerator, accelerator_module, consumer, producer
+from .threads import PATIENCE, until
 
 __all__ = ["accelerator", "accelerator_module", "consumer", "producer"]
 
@@ -35,13 +40,27 @@ def nothing_blocks_a_loop() -> Iterator[BlockBuster]:
 
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind() -> Iterator[None]:
-    """Fails a test that leaves a thread behind."""
-    before = set(threading.enumerate())
+    """Fails a test that leaves a thread behind, a process or a socket."""
+    threads, processes, before = set(threading.enumerate()), set(active_children()), sockets()
     yield
-    left = [t for t in threading.enumerate() if t not in before and not t.daemon]
-    for thread in left:
-        thread.join(5)
-    assert not [t for t in left if t.is_alive()]
+    for thread in set(threading.enumerate()) - threads:
+        if not thread.daemon or thread.name.startswith("torchfut_aio"):
+            thread.join(PATIENCE)
+            assert not thread.is_alive(), thread
+    # Those of workers that several tests share come with their first test.
+    assert all(process.name.startswith("worker") for process in set(active_children()) - processes)
+    if sockets() > before:
+        gc.collect()
+        until(lambda: sockets() <= before)
+
+
+def sockets() -> int:
+    """How many sockets this process has open; 0 where nobody can tell."""
+    number = 0
+    for descriptor in glob.glob("/proc/self/fd/*"):
+        with suppress(OSError):
+            number += os.readlink(descriptor).startswith("socket:")
+    return number
 
 
 @pytest.fixture
