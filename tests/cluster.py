@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pathlib
+import pickle
 import sys
 import tempfile
 import traceback
@@ -79,12 +80,13 @@ class Cluster:
 
     def start(self, rank: int, function: Callable[..., Any], *args: Any) -> None:
         """Has one of them call ``function(*args)``, pickled by name."""
-        self._pipes[rank].send((function, args))
+        # As bytes: of tensors, PyTorch would pass descriptors, by a socket that it keeps.
+        self._pipes[rank].send_bytes(pickle.dumps((function, args)))
 
     def result(self, rank: int) -> Any:
         """Returns what it gave, or raises."""
         assert self._pipes[rank].poll(2 * PATIENCE), f"worker {rank} hangs"
-        outcome, text = self._pipes[rank].recv()
+        outcome, text = pickle.loads(self._pipes[rank].recv_bytes())
         if text is not None:
             raise AssertionError(f"worker {rank}: {text}")
         return outcome
@@ -114,6 +116,9 @@ def _work(pipe: Any, rank: int, size: int, folder: str, uvloop: bool, with_rpc: 
     import torch.distributed as dist
     from torch.distributed import rpc
 
+    def answer(outcome: Any, text: str | None = None) -> None:
+        pipe.send_bytes(pickle.dumps((outcome, text)))
+
     torch.set_num_threads(1)
     store = pathlib.Path(folder)
     dist.init_process_group("gloo", init_method=f"file://{store}/gloo", rank=rank, world_size=size)
@@ -124,16 +129,16 @@ def _work(pipe: Any, rank: int, size: int, folder: str, uvloop: bool, with_rpc: 
         rpc.init_rpc(f"worker{rank}", rank=rank, world_size=size, rpc_backend_options=options)
     if not uvloop:
         _start_background_loop_without_uvloop()
-    pipe.send((rank, None))
+    answer(rank)
     while True:
         try:
-            function, args = pipe.recv()
+            function, args = pickle.loads(pipe.recv_bytes())
         except (EOFError, ConnectionError):
             return
         try:
-            pipe.send((function(*args), None))
+            answer(function(*args))
         except BaseException:
-            pipe.send((None, traceback.format_exc()))
+            answer(None, traceback.format_exc())
 
 
 def _start_background_loop_without_uvloop() -> None:

@@ -12,6 +12,8 @@ from contextlib import suppress
 from multiprocessing import active_children
 
 import pytest
+import torch
+import torch.distributed as dist
 import uvloop
 from blockbuster import BlockBuster
 
@@ -61,6 +63,16 @@ def sockets() -> int:
         with suppress(OSError):
             number += os.readlink(descriptor).startswith("socket:")
     return number
+
+
+@pytest.fixture(scope="session")
+def group_of_one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A process group of this process alone, for DDP, which leaves a socket when first used."""
+    store = dist.FileStore(str(tmp_path_factory.mktemp("group") / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(1, 1))
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture

@@ -536,24 +536,19 @@ def test_what_a_hook_returns_must_be_a_tensor(four):
             assert "tests.services.breaks returned [tensor(" in text
 
 
-def test_backward_raises_the_error_of_a_hook_that_returns_our_future(tmp_path):
-    store = dist.FileStore(str(tmp_path / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        ddp = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 2))
-        kept = []
+def test_backward_raises_the_error_of_a_hook_that_returns_our_future(group_of_one):
+    ddp = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 2))
+    kept = []
 
-        def hook(state, bucket):
-            kept.append(Future())
-            kept[-1].set_exception(services.Odd(5, 6))
-            return kept[-1]
+    def hook(state, bucket):
+        kept.append(Future())
+        kept[-1].set_exception(services.Odd(5, 6))
+        return kept[-1]
 
-        ddp.register_comm_hook(None, hook)
-        with pytest.raises(services.Odd) as caught:
-            ddp(torch.ones(3, 4)).sum().backward()
-        assert caught.value is kept[0].exception()
-    finally:
-        dist.destroy_process_group()
+    ddp.register_comm_hook(None, hook)
+    with pytest.raises(services.Odd) as caught:
+        ddp(torch.ones(3, 4)).sum().backward()
+    assert caught.value is kept[0].exception()
 
 
 # ---------------------------------------------------------------------- accelerators

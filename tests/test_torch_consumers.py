@@ -10,7 +10,6 @@ import weakref
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from torchfut_aio import Future
 
@@ -82,36 +81,31 @@ def test_a_callback_of_a_torch_consumer_may_read_the_future_and_wait_for_others_
     assert seen == [5, "inline", True]
 
 
-def test_a_ddp_communication_hook_may_return_ours(tmp_path):
-    store = dist.FileStore(str(tmp_path / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        torch.manual_seed(0)
-        model = torch.nn.Linear(4, 2)
-        ddp = torch.nn.parallel.DistributedDataParallel(model)
-        threads = []
+def test_a_ddp_communication_hook_may_return_ours(group_of_one):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 2)
+    ddp = torch.nn.parallel.DistributedDataParallel(model)
+    threads = []
 
-        def hook(state, bucket):
-            fut = Future()
-            buffer = bucket.buffer()
-            thread = threading.Thread(target=lambda: fut.set_result(buffer.mul_(2)))
-            threads.append(thread)
-            thread.start()
-            return fut.then(lambda f: f.value() / 2)
+    def hook(state, bucket):
+        fut = Future()
+        buffer = bucket.buffer()
+        thread = threading.Thread(target=lambda: fut.set_result(buffer.mul_(2)))
+        threads.append(thread)
+        thread.start()
+        return fut.then(lambda f: f.value() / 2)
 
-        ddp.register_comm_hook(None, hook)
-        data = torch.ones(3, 4)
-        ddp(data).sum().backward()
-        got = [p.grad.clone() for p in model.parameters()]
-        model.zero_grad()
-        model(data).sum().backward()
-        for mine, plain in zip(got, model.parameters(), strict=True):
-            assert torch.equal(mine, plain.grad)
-        for thread in threads:
-            thread.join(PATIENCE)
-        assert threads
-    finally:
-        dist.destroy_process_group()
+    ddp.register_comm_hook(None, hook)
+    data = torch.ones(3, 4)
+    ddp(data).sum().backward()
+    got = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model(data).sum().backward()
+    for mine, plain in zip(got, model.parameters(), strict=True):
+        assert torch.equal(mine, plain.grad)
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert threads
 
 
 def test_the_error_of_an_rpc_that_returns_ours_is_raised_at_its_caller(tmp_path):
