@@ -14,12 +14,13 @@ from typing import Any
 import anyio
 import anyio.from_thread
 import anyio.lowlevel
+import pytest
 import sniffio
 import torch
 import torch.distributed as dist
 from torch.distributed import rpc
 
-from torchfut_aio import as_completed, as_future, gather
+from torchfut_aio import RpcError, as_completed, as_future, gather
 from torchfut_aio.distributed import async_comm_hook, async_rpc, serve_on, shutdown
 
 from .cluster import run_on
@@ -222,12 +223,10 @@ def failure(loop: str, function: Any, *args: Any, timeout: float = PATIENCE) -> 
     """Returns the type and the text of what awaiting a call raises."""
 
     async def main() -> tuple[str, str]:
-        try:
+        with pytest.raises(RpcError) as caught:
             await as_future(rpc.rpc_async("worker1", function, args=args, timeout=timeout))
-        except Exception as error:
-            text = error.args[0] if error.args else ""
-            return f"{type(error).__module__}.{type(error).__name__}", str(text)
-        return "none", ""
+        kind = type(caught.value).__bases__[-1]
+        return f"{kind.__module__}.{kind.__qualname__}", str(caught.value)
 
     return run_on(loop, main)
 
@@ -303,7 +302,7 @@ def kept() -> tuple[str, str]:
             value = await fut
         except Exception as error:
             await anyio.sleep(0.001)
-            return type(error).__name__, str(error)
+            return type(error).__bases__[-1].__name__, str(error)
         return type(value).__name__, str(value)
 
     return run_on("asyncio", main)
@@ -380,7 +379,7 @@ async def breaks(state: dict[str, Any], bucket: dist.GradBucket) -> Any:
         return tensor
     if state["how"] == "raises":
         raise Odd(3, 4)
-    return [tensor]
+    return [tensor] if state["how"] == "list" else tensor[1:]
 
 
 def trained(hook: Any, state: Any, steps: int, backend_hook: Any = None) -> Any:

@@ -19,7 +19,13 @@ async functions as RPC handlers and as DDP hooks.
 from ._adopt import as_future
 from ._collect import as_completed, collect_all, gather, wait_all
 from ._devices import PollPolicy, Statistics, set_poll_policy, statistics, synchronize, to_host
-from ._errors import BlockingWaitWarning, CallbackError, InvalidStateError, NotAFutureError
+from ._errors import (
+    BlockingWaitWarning,
+    CallbackError,
+    InvalidStateError,
+    NotAFutureError,
+    RpcError,
+)
 from ._future import Future
 from ._tasks import start_soon, submit
 from ._timeouts import with_timeout
@@ -31,6 +37,7 @@ __all__ = [
     "InvalidStateError",
     "NotAFutureError",
     "PollPolicy",
+    "RpcError",
     "Statistics",
     "as_completed",
     "as_future",

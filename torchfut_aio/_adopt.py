@@ -37,7 +37,7 @@ class _AsFuture:
 
     The error of a source arrives as it is, and its cancellation as its own
     CancelledError: that of ``concurrent.futures`` is not asyncio's. But what RPC delivers as
-    a text becomes an error of its own type again, if that can be found. Asked again for a
+    a text becomes an `RpcError`, of the original's own type, too. Asked again for a
     source that is still pending, it returns the future that it made before, so that
     what times out and asks anew leaves nothing behind with the source. Not so for an
     event or a stream: each time it makes a future, which a thread watches, one for all of
@@ -143,7 +143,7 @@ def _adapters(source: object, *, devices: _Devices = None) -> Future[Any]:
         return _from_asyncio(source, devices=devices)
     problem, cure = f"{source!r} of type {type(source).__qualname__} is not a future", ""
     if source is None:
-        problem = "Future can't be None"
+        problem, cure = "Future can't be None", " A collective needs async_op=True."
     elif asyncio.iscoroutine(source):
         cure = " A coroutine must run first: pass asyncio.ensure_future(coroutine)."
     registered = "".join(

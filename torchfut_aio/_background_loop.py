@@ -139,7 +139,7 @@ class _Running:
         contextvars.Context().run(self._look)
         await self._closing.wait()
         for task in self._tasks:
-            task.cancel(f"the {_NAME} was shut down before {task.get_name()} was done")
+            task.cancel(f"the {_NAME} was shut down")
         while self._tasks:
             await asyncio.wait(self._tasks)
 

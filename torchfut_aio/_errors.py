@@ -22,9 +22,11 @@ __all__ = [
     "CallbackError",
     "InvalidStateError",
     "NotAFutureError",
+    "RpcError",
     "callback_error",
     "less_innermost_frame",
     "remade",
+    "rpc_error",
     "type_and_text",
     "warn_that_wait_blocks_a_loop",
 ]
@@ -55,18 +57,16 @@ class BlockingWaitWarning(RuntimeWarning):
     """
 
 
-def warn_that_wait_blocks_a_loop() -> None:
+def warn_that_wait_blocks_a_loop(
+    what: str = "waiting for a pending future blocks the event loop that this thread runs; "
+    "await the future instead (wait_all: await gather(); for: async for)",
+) -> None:
     """Warns, at the line outside this package that led to the wait."""
     package = __name__.partition(".")[0]
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and _package_of(frame) == package:
         level, frame = level + 1, frame.f_back
-    warnings.warn(
-        "waiting for a pending future blocks the event loop that this thread runs; "
-        "await the future instead (wait_all: await gather(); for: async for)",
-        BlockingWaitWarning,
-        stacklevel=level,
-    )
+    warnings.warn(what, BlockingWaitWarning, stacklevel=level)
 
 
 def _package_of(frame: types.FrameType) -> str:
@@ -103,6 +103,45 @@ class CallbackError(RuntimeError):
         if self.__cause__ is None:
             return RuntimeError.__reduce__(self)  # type: ignore[return-value]
         return callback_error, (self.__cause__,)
+
+
+class RpcError(RuntimeError):
+    """A remote procedure call failed, as `as_future` tells it.
+
+    It is also an instance of the type that the callee raised, if that is an ``Exception`` that
+    can be found here; of TimeoutError, if the call has timed out; or of ConnectionError, if
+    the connection was lost, as when the callee dies. Its text has the remote traceback. The
+    attributes of what was raised stay behind.
+
+    Example:
+        >>> from torchfut_aio import RpcError
+        >>> async def ask(call):
+        ...     try:
+        ...         return await torchfut_aio.as_future(call)
+        ...     except KeyError:  # of the function that was called
+        ...         return None
+        ...     except ConnectionError:  # the callee has gone
+        ...         raise
+    """
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__qualname__}({str(self)!r})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return rpc_error, (type(self).__bases__[-1], str(self))
+
+
+def rpc_error(kind: Any, text: str) -> RpcError:
+    """Returns an RpcError, of that type, too, wherever Python can build such a class."""
+    if kind is not None:
+        with contextlib.suppress(Exception):
+            error: RpcError = bare(_combined(RpcError, kind), text)
+            _args.__set__(error, (text,))
+            return error
+    return RpcError(text)
 
 
 def less_innermost_frame(error: BaseException) -> BaseException:
@@ -144,6 +183,8 @@ def type_and_text(error: BaseException) -> tuple[type[BaseException], str]:
     """Returns what is told of ``error`` where it cannot go itself."""
     if issubclass(type(error), CallbackError) and error.__cause__ is not None:
         return type(error.__cause__), str(error)
+    if issubclass(type(error), RpcError):
+        return type(error).__bases__[-1], str(error)
     return type(error), describe(error)
 
 
@@ -163,7 +204,7 @@ _cause: Any = vars(BaseException)["__cause__"]
 
 
 def _dress(kind: Any, error: BaseException) -> CallbackError:
-    dressed: CallbackError = bare(_combined(kind), *_args.__get__(error))
+    dressed: CallbackError = bare(_combined(CallbackError, kind), *_args.__get__(error))
     for descriptor in _state(kind):
         with contextlib.suppress(AttributeError, TypeError):  # unset, or read-only
             descriptor.__set__(dressed, descriptor.__get__(error))
@@ -188,13 +229,13 @@ _MADE_BY_PYTHON = 1 << 9  # Py_TPFLAGS_HEAPTYPE
 
 
 @functools.lru_cache(maxsize=256)
-def _combined(kind: Any) -> type[CallbackError]:
+def _combined(base: type[Any], kind: type[Any]) -> type[Any]:
     # A StopIteration cannot leave a coroutine: Python replaces it on the way out.
     if issubclass(kind, (StopIteration, StopAsyncIteration)):
-        return CallbackError
-    if issubclass(CallbackError, kind):
-        return CallbackError
-    return type(f"CallbackError[{kind.__qualname__}]", (CallbackError, kind), {})
+        return base
+    if issubclass(base, kind):
+        return base
+    return type(f"{base.__qualname__}[{kind.__qualname__}]", (base, kind), {})
 
 
 def _state(kind: type[BaseException]) -> list[Any]:

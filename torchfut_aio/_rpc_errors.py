@@ -17,7 +17,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ._errors import remade, type_and_text
+from ._errors import rpc_error, type_and_text
 
 __all__ = ["StandIn", "restored", "this_worker"]
 
@@ -107,7 +107,9 @@ def this_worker() -> object:
 
 # How PyTorch tells of it: see torch/distributed/rpc/internal.py.
 _TIMED_OUT = "RPCErr:1:"
-_NOT_MADE = "Original exception on remote side was "
+_LOST = "(this error originated at tensorpipe/"
+_REMOTE = "On WorkerInfo("
+_NOT_MADE = "Failed to create original exception type"
 _WHERE_IT_WAS_MADE_AGAIN = "\n\nAt:\n  "
 _RAISED = re.compile(r"^(?P<frame> .*\n)?(?P<path>(?:\w+\.)*\w+)(?::|$)", re.MULTILINE)
 
@@ -128,24 +130,25 @@ def restored(error: BaseException) -> BaseException:
 
 def _made_of(told: str) -> BaseException | None:
     if told.startswith(_TIMED_OUT):
-        return TimeoutError(told.removeprefix(_TIMED_OUT))
+        return rpc_error(TimeoutError, told.removeprefix(_TIMED_OUT))
+    if _LOST in told:
+        return rpc_error(ConnectionError, told)
     name, _, text = told.partition(": ")
-    if text.startswith("Failed to create") and _NOT_MADE in text:
-        name, text = "", text.partition(_NOT_MADE)[2]
-    if not text.lstrip("'\"").startswith("On WorkerInfo("):
+    # What the error's own __str__ puts before it is not much.
+    begin = text.find(_REMOTE, 0, 500)
+    if begin < 0:
         return None
+    if _NOT_MADE in text[:begin]:
+        name = ""
+    quoted = text[begin - 1 : begin] in ("'", '"')  # KeyError quotes
+    text = text[begin - quoted :]
     text = text.rpartition(_WHERE_IT_WAS_MADE_AGAIN)[0] or text
-    if text[0] in "'\"":  # KeyError quotes
+    if quoted:
         text = ast.literal_eval(text)
     if not name:
         # The repr of the error is in the second line.
         name = text.split("\n", 2)[1].partition("(")[0]
-    kind = _kind(name, text)
-    if kind is None:
-        return None
-    made = remade(kind, text)
-    str(made)  # unless it needs more than a text
-    return made
+    return rpc_error(_kind(name, text), text)
 
 
 def _kind(name: str, text: str) -> type[Exception] | None:
@@ -164,14 +167,19 @@ def _kind(name: str, text: str) -> type[Exception] | None:
 
 
 def _imported(path: str) -> object:
-    module, _, name = path.rpartition(".")
-    if not module:
-        return getattr(builtins, path, None)
-    names = [name]
-    while module and module not in sys.modules and len(names) < 20:
-        module, _, name = module.rpartition(".")
-        names.append(name)
-    found: object = sys.modules.get(module)
-    for name in reversed(names):
+    names = path.split(".", 20)
+    for end in range(len(names) - 1, 0, -1):
+        module = sys.modules.get(".".join(names[:end]))
+        if module is not None:
+            return _attribute(module, names[end:])
+    # A traceback leaves out the module of what is built in, or of the program itself.
+    found = _attribute(builtins, names)
+    if found is None and names[0] == "__mp_main__":
+        names = names[1:]
+    return found or _attribute(sys.modules.get("__main__"), names)
+
+
+def _attribute(found: object, names: list[str]) -> object:
+    for name in names:
         found = getattr(found, name, None)
     return found

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     else:
         _TaskGroup = anyio.abc.TaskGroup | trio.Nursery
 
-__all__ = ["Promise", "run_contained", "start_soon", "submit", "task_name"]
+__all__ = ["Promise", "is_portals_own_thread", "run_contained", "start_soon", "submit", "task_name"]
 
 T = TypeVar("T")
 
@@ -51,8 +51,9 @@ def start_soon(
     those who hold the future. A task that is cancelled fails it with
     ``concurrent.futures.CancelledError``, as does one that the end of its loop takes away;
     so a future of a group that has exited is done. KeyboardInterrupt, SystemExit and
-    cancellation also act on the group, as from any task of it. To complete the future
-    yourself does not stop the task; then its result is dropped.
+    cancellation also act on the group, as from any task of it. An error that nobody reads is
+    lost with the future. To complete the future yourself does not stop the task; then its
+    result is dropped.
 
     Args:
         task_group: A task group of anyio, an ``asyncio.TaskGroup`` or a ``trio.Nursery``,
@@ -62,7 +63,7 @@ def start_soon(
         name: The name of the task; that of the function, if None.
 
     Raises:
-        TypeError: ``task_group`` or ``func`` is none.
+        TypeError: ``task_group`` or ``func`` is not one.
         RuntimeError: The group is not active, or no event loop runs in this thread.
 
     Example:
@@ -79,7 +80,9 @@ def start_soon(
     """
     _function_checked(func)
     group: Any = task_group
-    if not hasattr(group, "start_soon") and not hasattr(group, "create_task"):
+    # An event loop can create tasks, too; but it does not wait for them.
+    is_asyncios = hasattr(group, "create_task") and hasattr(group, "__aexit__")
+    if not hasattr(group, "start_soon") and not is_asyncios:
         raise TypeError(
             "start_soon() takes a task group of anyio, an asyncio.TaskGroup or a trio.Nursery, "
             f"not {group!r}; from another thread, use submit()"
@@ -122,7 +125,7 @@ def submit(
         name: The name of the task; that of the function, if None.
 
     Raises:
-        TypeError: ``portal`` or ``func`` is none.
+        TypeError: ``portal`` or ``func`` is not one.
         RuntimeError: The portal is not running, or this is the thread of its loop: there,
             use `start_soon`.
 
@@ -140,8 +143,20 @@ def submit(
         raise TypeError(f"submit() takes a BlockingPortal of anyio.from_thread, not {portal!r}")
     future: Future[T] = Future()
     promise = Promise(future, task_name(func, name))
-    portal.start_task_soon(_run, promise, func, args, name=promise.name)
+    try:
+        portal.start_task_soon(_run, promise, func, args, name=promise.name)
+    except RuntimeError as error:
+        if is_portals_own_thread(error):
+            raise RuntimeError(
+                "on the portal's own loop, use start_soon(), not submit()"
+            ) from error
+        raise
     return future
+
+
+def is_portals_own_thread(error: RuntimeError) -> bool:
+    """Tells whether a portal has refused a call because it came from its own loop's thread."""
+    return "event loop thread" in str(error)
 
 
 def _function_checked(func: object) -> None:
@@ -180,12 +195,13 @@ class Promise:
             self._future.set_exception(error)
 
     def cancel(self, *why: object) -> None:
-        self.fail(concurrent.futures.CancelledError(*why or (f"{self.name} was cancelled",)))
+        text = ": ".join((f"{self.name} was cancelled", *map(str, why)))
+        self.fail(concurrent.futures.CancelledError(text))
 
     def end(self, _task: object = None) -> None:
         """Is told that the task has ended, with or without a word."""
         if not self._future.done():
-            self.cancel(f"{self.name} was cancelled, or its event loop ended")
+            self.cancel("before its first step, or because its event loop ended")
 
     __del__ = end
 
@@ -210,7 +226,7 @@ async def _run(
         less_innermost_frame(error)
         kind = type(error)
         if issubclass(kind, asyncio.CancelledError):
-            promise.cancel(*error.args)  # what was given to cancel()
+            promise.cancel(*error.args[:1])  # what was given to cancel()
         elif issubclass(kind, (GeneratorExit, *_trios_cancellation())):
             promise.cancel()  # a coroutine that nobody will resume is closed by GeneratorExit
         else:

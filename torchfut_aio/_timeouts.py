@@ -47,7 +47,7 @@ def with_timeout(future: torch.futures.Future[T], seconds: float) -> Future[T]:
         seconds: How long from now. If not positive, ``future`` must be done now.
 
     Raises:
-        NotAFutureError: ``future`` is none.
+        NotAFutureError: ``future`` is not one.
         TypeError, ValueError: ``seconds`` is not a number, or is NaN.
 
     Example:

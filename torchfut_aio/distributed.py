@@ -2,34 +2,35 @@
 
 What they run on is in ``_background_loop.py``. To await collectives and RPCs needs none of
 this: ``await as_future(dist.all_reduce(tensor, async_op=True))``, ``await
-as_future(rpc.rpc_async(...))``. There the error of an RPC is the one that the callee raised,
-of its own type, with the remote traceback in its text; of one that timed out, TimeoutError.
+as_future(rpc.rpc_async(...))``. What that raises is a `torchfut_aio.RpcError`.
 
 Names are what RPC pickles functions by, so `async_rpc` is used where a function is defined.
 """
 
 from __future__ import annotations
 
-import asyncio
 import atexit
 import contextvars
 import functools
 import inspect
 import weakref
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, overload
 
+import anyio
 import torch
 from torch._C._distributed_c10d import GradBucket
 from torch.distributed.rpc import functions
 
 from . import _background_loop, _loops
+from ._arguments import timeout_checked
 from ._devices import devices_in_use
+from ._errors import warn_that_wait_blocks_a_loop
 from ._future import Future
 from ._rpc_errors import this_worker
-from ._tasks import Promise, run_contained, task_name
+from ._tasks import Promise, is_portals_own_thread, run_contained, task_name
 
 if TYPE_CHECKING:
     import anyio.from_thread
@@ -76,6 +77,7 @@ def async_rpc(func: Callable[P, Awaitable[T]]) -> Callable[P, Future[T]]:
         >>> # at a caller: await as_future(rpc.rpc_async("worker1", double, args=(21,)))
         >>> double(21).wait()
         42
+        >>> torchfut_aio.distributed.shutdown()
     """
     _async_checked(func, "async_rpc")
     name = task_name(func)
@@ -87,8 +89,7 @@ def async_rpc(func: Callable[P, Awaitable[T]]) -> Callable[P, Future[T]]:
         arguments.set_result((args, kwargs))
         future: Future[T] = Future(devices=devices_in_use())
         for home in _homes[-1:]:
-            promise = Promise(future, name)
-            home.call_soon(functools.partial(_spawn, home, promise, func, arguments))
+            home.start_soon(Promise(future, name), _handle, (func, arguments))
             return future
         _background_loop.start_soon(future, _handle, func, arguments, name=name)
         return future
@@ -102,42 +103,63 @@ async def _handle(func: Callable[..., Awaitable[T]], arguments: Future[Any]) -> 
     return await func(*args, **kwargs)
 
 
-# The loops that were handed over, the latest last.
-_homes: list[_loops.Loop] = []
-_in_flight: set[asyncio.Task[Any] | None] = set()
+class _Home:
+    """A loop that the application has handed over, and what runs on it."""
+
+    def __init__(self, loop: _loops.Loop) -> None:
+        self._loop = loop
+        self._open = True
+        # These also keep the tasks, which asyncio does not.
+        self._scopes: set[anyio.CancelScope] = set()
+
+    def start_soon(self, promise: Promise, func: Callable[..., Any], args: Any) -> None:
+        """Has the loop run ``func(*args)``, from any thread, which does not wait for it."""
+        # In a context of its own: that of the calling thread is none of its business.
+        spawn = functools.partial(self._loop.spawn, self._run, promise, func, args)
+        self._loop.call_soon(functools.partial(contextvars.Context().run, spawn))
+
+    async def _run(self, promise: Promise, func: Callable[..., Any], args: Any) -> None:
+        with anyio.CancelScope() as scope:
+            self._scopes.add(scope)
+            if not self._open:
+                scope.cancel()
+            try:
+                await run_contained(promise, func, args)
+            finally:
+                self._scopes.discard(scope)
+
+    def close(self) -> None:
+        """Cancels what runs, and what is still to come."""
+        if self in _homes:
+            _homes.remove(self)
+        self._open = False
+        self._loop.call_soon(self._cancel)
+
+    def _cancel(self) -> None:
+        for scope in list(self._scopes):
+            scope.cancel()
 
 
-def _spawn(
-    loop: _loops.Loop, promise: Promise, func: Callable[..., Any], arguments: Future[Any]
-) -> None:
-    # In a context of its own: that of the calling thread is none of its business.
-    contextvars.Context().run(loop.spawn, _kept, promise, func, arguments)
+_homes: list[_Home] = []  # the latest last
 
 
-async def _kept(promise: Promise, func: Callable[..., Any], arguments: Future[Any]) -> None:
-    # asyncio does not keep its tasks; trio does.
-    task = asyncio.current_task() if asyncio._get_running_loop() else None
-    _in_flight.add(task)
-    try:
-        await run_contained(promise, _handle, (func, arguments))
-    finally:
-        _in_flight.discard(task)
-
-
-@contextmanager
-def serve_on(portal: anyio.from_thread.BlockingPortal) -> Iterator[None]:
+def serve_on(portal: anyio.from_thread.BlockingPortal) -> AbstractContextManager[object]:
     """Has the functions of `async_rpc` run on the loop of ``portal``, in this process.
 
     For an application that has a loop, of asyncio, uvloop or trio, whose state the functions
-    share. Calls that are running when the block ends go on, and are cancelled when the loop
-    ends. Do not block that loop, with ``rpc.shutdown()`` for instance: call that by
-    ``anyio.to_thread.run_sync``.
+    share. From when this is called until the ``with`` block that it is used for ends; then
+    those that still run are cancelled. Calls that come before or after run on the background
+    loop: so call it before ``rpc.init_rpc``, and end the block after `shutdown`. Do not block
+    that loop: call these two by ``anyio.to_thread.run_sync``.
 
     Args:
         portal: A portal that is running; this may be called on its loop, or elsewhere.
 
+    Returns:
+        A context manager.
+
     Raises:
-        TypeError: ``portal`` is none.
+        TypeError: ``portal`` is not one.
         RuntimeError: The portal is not running.
 
     Example:
@@ -156,39 +178,53 @@ def serve_on(portal: anyio.from_thread.BlockingPortal) -> Iterator[None]:
     try:
         loop = portal.call(_loops.current)
     except RuntimeError as error:
-        if "event loop thread" not in str(error):
+        if not is_portals_own_thread(error):
             raise
-        loop = _loops.current()  # as this is its thread
-    _homes.append(loop)
-    try:
-        yield
-    finally:
-        _homes.remove(loop)
+        loop = _loops.current()
+    home = _Home(loop)
+    _homes.append(home)
+    until_the_end = ExitStack()
+    until_the_end.callback(home.close)
+    return until_the_end
 
 
 def shutdown(graceful: bool = True, timeout: float | None = None) -> None:
     """Shuts RPC down as ``rpc.shutdown`` does, and ends the background loop.
 
     Gracefully, RPCs in flight in any process complete first. Otherwise the functions of
-    `async_rpc` that run on the background loop are cancelled, and their callers told. What
-    else runs on that loop then, such as what was called directly, is cancelled in either
-    case. It blocks, so an async application calls it by ``anyio.to_thread.run_sync``.
+    `async_rpc` that run are cancelled; their callers are told, or lose the connection. What
+    nobody waits for is cancelled in either case if it runs on the background loop: a call
+    that has timed out at its caller, or one that was made directly. It blocks, so an
+    async application calls it by ``anyio.to_thread.run_sync``.
 
-    ``rpc.shutdown()`` does all but the last. A process that exits with the loop still there
-    is shut down, not gracefully.
+    ``rpc.shutdown()`` does all but end that loop. A process that exits with the loop still
+    there is shut down, not gracefully.
 
     Args:
         graceful: Whether to wait for all processes of the group, and for what is in flight.
-        timeout: How many seconds to wait for them; None for the default of ``rpc.shutdown``.
+        timeout: How many seconds to wait for them. None is the default of ``rpc.shutdown``,
+            which waits for ever: give one where a process may have died.
 
     Raises:
         RuntimeError: Others did not get there in time.
 
+    Warns:
+        BlockingWaitWarning: This thread runs an event loop, which stands still meanwhile.
+
     Example:
         >>> torchfut_aio.distributed.shutdown()  # no RPC here, but perhaps DDP hooks
     """
+    if timeout is not None:
+        timeout = timeout_checked(timeout)
+    if _loops.loop_in_this_thread():
+        warn_that_wait_blocks_a_loop(
+            "shutdown() blocks the event loop that this thread runs, and RPCs that it serves; "
+            "await anyio.to_thread.run_sync(shutdown) instead"
+        )
     try:
         if not graceful:
+            for home in _homes[:]:
+                home.close()
             _background_loop.close()
         if this_worker() is not None:
             from torch.distributed import rpc
@@ -220,7 +256,9 @@ def async_comm_hook(hook: Any = None, *, overlap: bool = False) -> Any:
 
     Collectives have to be started in the same order on every rank. So the hook runs for one
     bucket after the other, in their order, which is the same everywhere, and not after it has
-    raised, until the next backward pass. If the backward passes of several models overlap,
+    raised, until the next backward pass. After a hook has raised on all ranks, training may
+    go on. If it did on some only, the others may wait for it, or take its next collective for
+    another: let such a process end. If the backward passes of several models overlap,
     decorate once for each: ``register_comm_hook(None, async_comm_hook(hook))``.
 
     Args:
@@ -306,6 +344,11 @@ class _Reduction:
                 f"a communication hook returns a tensor, and {task_name(self._hook)} "
                 f"returned {tensor!r}"
             )
+        if tensor.numel() != ready.value().numel():
+            raise ValueError(
+                f"a communication hook returns as many numbers as bucket.buffer() has, "
+                f"{ready.value().numel()}, and {task_name(self._hook)} returned {tensor.numel()}"
+            )
         return tensor
 
     def _keep_if_failed(self, future: Future[torch.Tensor]) -> None:
@@ -317,5 +360,7 @@ def _async_checked(func: object, by: str) -> None:
     if isinstance(func, (staticmethod, classmethod)):
         kind = type(func).__name__
         raise TypeError(f"put @{kind} above @{by}, which takes the function itself")
+    if hasattr(func, "_wrapped_async_rpc_function"):
+        raise TypeError(f"{func!r} has been made a function for RPC already")
     if not inspect.iscoroutinefunction(func):
         raise TypeError(f"{by} takes an async def function, not {func!r}")
