@@ -420,8 +420,9 @@ def test_a_finaliser_may_call_in_the_middle_of_a_call():
                 futures.append(double(n))
         finally:
             gc.set_threshold(*threshold)
+        assert len(futures) > 2000
         for fut in futures:
-            fut.wait(PATIENCE)
+            assert fut.wait(PATIENCE) is not None
 
 
 def test_a_signal_handler_may_call_and_shut_down():

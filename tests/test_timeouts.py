@@ -432,6 +432,7 @@ def test_a_timeout_that_is_over_keeps_nothing_alive(looked_after):
     refs = [weakref.ref(source), weakref.ref(late)]
     del source, late
     until(lambda: gc.collect() is not None and not any(ref() for ref in refs))
+    assert [ref() for ref in refs] == [None] * 2
 
 
 def deadlines():
@@ -456,8 +457,9 @@ def test_the_thread_does_not_keep_what_completed_while_it_slept(looked_after, ti
     until(lambda: not timer._new)  # it knows of all
     for source in sources:
         source.set_result(None)
-    with_timeout(Future(), SOON)  # it wakes
+    late = with_timeout(Future(), SOON)  # it wakes
     until(lambda: deadlines() < 2_000)
+    assert isinstance(late.then(Future.exception).wait(PATIENCE), TimeoutError)
 
 
 def test_a_source_forgotten_by_all_times_out_nevertheless():

@@ -76,6 +76,7 @@ class StandIn(_RemoteException):
 
     @property
     def msg(self) -> str:
+        """What is sent: the text of the error, and its traceback."""
         # So that what RPC decodes at the other end is the text, whatever is in it.
         return self.told().encode("unicode_escape").decode("ascii")
 

@@ -187,14 +187,17 @@ class Promise:
         self.name = name
 
     def keep(self, result: object) -> None:
+        """Completes the future, unless that has been done."""
         with suppress(InvalidStateError):  # somebody has completed it instead
             self._future.set_result(result)
 
     def fail(self, error: BaseException) -> None:
+        """Fails the future, unless that is done."""
         with suppress(InvalidStateError):
             self._future.set_exception(error)
 
     def cancel(self, *why: object) -> None:
+        """Fails the future as that of a task that was cancelled."""
         text = ": ".join((f"{self.name} was cancelled", *map(str, why)))
         self.fail(concurrent.futures.CancelledError(text))
 
