@@ -24,7 +24,7 @@ from ._rounds import duration
 BENCHMARKS = {
     "await_throughput": (8, 0.2),
     "await_latency": (5, 0.1),
-    "scale": (10, 0.1),
+    "scale": (20, 0.1),
     "callbacks": (1, 0.1),
     "imports": (2, 0.2),
     "watcher": (8, 0.5),

@@ -44,7 +44,9 @@ class Options(argparse.ArgumentParser):
             "benchmarks/results; with --quick, nowhere)",
         )
         if one_loop:
-            self.add_argument("--loop", choices=loops, default=loops[0])
+            self.add_argument(
+                "--loop", choices=loops, default=loops[0], help=f"default: {loops[0]}"
+            )
         elif loops:
             self.add_argument("--loop", choices=loops, help="only this (default: all)")
 

@@ -8,7 +8,7 @@ than they are in any usual font.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from math import ceil, floor, log10
 
@@ -143,7 +143,7 @@ def lines(
     }
     xs = sorted({x for by_x in spreads.values() for x in by_x})
     ys = [figure for by_x in spreads.values() for spread in by_x.values() for figure in spread]
-    x_ticks, y_ticks = _log_ticks(xs[0], xs[-1]), _log_ticks(min(ys), max(ys))
+    y_ticks = _log_ticks(min(ys), max(ys))
     x_of = _log_scale(xs[0], xs[-1], left + 10, right - 10)
     y_of = _log_scale(min(min(ys), y_ticks[0]), max(max(ys), y_ticks[-1]), bottom, top)
 
@@ -151,9 +151,9 @@ def lines(
     for tick in y_ticks:
         drawn.append(_line(left, y_of(tick), right, y_of(tick), "grid"))
         drawn.append(_text(left - 8, y_of(tick) + 4, _plain(tick), "tick", "end"))
-    for tick in x_ticks:
-        drawn.append(_line(x_of(tick), bottom, x_of(tick), bottom + 5, "grid"))
-        drawn.append(_text(x_of(tick), bottom + 21, _plain(tick), "tick", "middle"))
+    for x in xs:
+        drawn.append(_line(x_of(x), bottom, x_of(x), bottom + 5, "grid"))
+        drawn.append(_text(x_of(x), bottom + 21, _plain(x), "tick", "middle"))
     drawn.append(_text((left + right) / 2, bottom + 42, x_label, "note", "middle"))
 
     # Ours is drawn last, on top of the others.
@@ -165,14 +165,17 @@ def lines(
         for x, low, middle, high in points:
             drawn.append(_line(x, low, x, high, f"line-{kind}"))
             drawn.append(f'<circle class="dot-{kind}" cx="{x:.1f}" cy="{middle:.1f}" r="3"/>')
-    ends = {peer: max(by_x) for peer, by_x in spreads.items()}
-    heights = _apart({peer: y_of(spreads[peer][x][1]) for peer, x in ends.items()}, top, bottom)
-    for peer, height in heights.items():
-        x, y = x_of(ends[peer]), y_of(spreads[peer][ends[peer]][1])
-        drawn.append(
-            f'<path class="leader" d="M{x + 5:.1f} {y:.1f} L{right + 4:.1f} {height:.1f} h8"/>'
-        )
+    at_the_edge = {}
+    for peer, by_x in spreads.items():
+        y = y_of(by_x[max(by_x)][1])
+        if max(by_x) == xs[-1]:
+            at_the_edge[peer] = y
+        else:  # it was not measured further
+            drawn.append(_text(x_of(max(by_x)) + 8, y + 4.5, peer, "other"))
+    for peer, height in _apart(at_the_edge, top, bottom).items():
         kind = _text_kind(_kind(peer, ours, bound))
+        start = f"M{x_of(xs[-1]) + 5:.1f} {at_the_edge[peer]:.1f}"
+        drawn.append(f'<path class="leader" d="{start} L{right + 4:.1f} {height:.1f} h8"/>')
         drawn.append(_text(right + 16, height + 4.5, peer, kind))
     return _svg(bottom + 42 + MARGIN, title, note, drawn)
 
@@ -240,7 +243,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
     return [tick for tick in ticks if first <= tick <= last]
 
 
-def _log_scale(low: float, high: float, start: float, end: float):
+def _log_scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
     span = log10(high / low) or 1
     return lambda figure: start + (end - start) * log10(figure / low) / span
 
@@ -249,13 +252,13 @@ def _apart(heights: Mapping[str, float], top: float, bottom: float) -> dict[str,
     """Returns heights for labels, near the given ones but far enough from each other."""
     least = 17
     names = sorted(heights, key=heights.__getitem__)
-    placed: dict[str, float] = {}
-    floor_of_last = top
+    placed = dict(heights)
+    free_from = top
     for name in names:
-        placed[name] = max(heights[name], floor_of_last)
-        floor_of_last = placed[name] + least
-    ceiling = bottom
+        placed[name] = max(placed[name], free_from)
+        free_from = placed[name] + least
+    free_to = bottom
     for name in reversed(names):
-        placed[name] = min(placed[name], ceiling)
-        ceiling = placed[name] - least
+        placed[name] = min(placed[name], free_to)
+        free_to = placed[name] - least
     return placed

@@ -239,6 +239,8 @@ def machine() -> dict[str, str]:
             continue
     return {
         "CPU": f"{_cpu()}, {_cores()}",
+        # At most a few tenths, or somebody else is at work there, too.
+        "load": f"{os.getloadavg()[0]:.1f} in the minute before",
         "memory": f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f} GiB",
         "system": platform.platform(),
         "Python": f"{platform.python_implementation()} {platform.python_version()}",

@@ -151,6 +151,8 @@ class Arrival:
 
     __slots__ = ("event", "value")
 
+    value: Any
+
     def __init__(self) -> None:
         import trio
 

@@ -72,7 +72,7 @@ def blocks(number: int) -> int:
     return number
 
 
-def seen_since() -> tuple[float, int]:
+def seen_since_last_time() -> tuple[float, int]:
     """Returns how long the handlers took, and on how many threads."""
     global seen
     last, seen = seen, Seen()
@@ -85,7 +85,7 @@ async def measured(callee: str, handler: Callable[[int], Any], calls: int) -> Se
     answers = await gather([rpc.rpc_async(callee, handler, args=(n,)) for n in range(calls)])
     seconds = perf_counter() - start
     assert answers == list(range(calls))
-    of_callee, threads = rpc.rpc_sync(callee, seen_since)
+    of_callee, threads = rpc.rpc_sync(callee, seen_since_last_time)
     return of_callee, seconds, threads
 
 

@@ -15,7 +15,7 @@ needs once. An asyncio future is what a loop cannot do without; the task that aw
 same for all, and is counted, too.
 
 `run_in_executor` needs a thread for each pending await, so it is not asked for as many.
-A million takes up to 5 GB, and is left out where these are not free.
+A million takes up to 7 GB, and is left out where these are not free.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -61,7 +62,7 @@ WAYS: dict[str, Callable[[], Way]] = {
 MOST_THREADS = 1_000
 MEASURABLE = 1_000
 UNCOUNTED = 400  # pending before those whose bytes are counted
-MEMORY_EACH = 5_000  # bytes, and more than any needs
+MEMORY_EACH = 7_000  # bytes, more than any needs, even while it is cancelled
 BYTES_GOAL = 1.2  # times those of an asyncio future
 
 # ------------------------------------------------------------------------ time and threads
@@ -104,7 +105,8 @@ class Pending:
         begin = perf_counter()
         hand_out([self.futures])
         await self._all_ended.wait()
-        await asyncio.wait(self._tasks)
+        for task in self._tasks:
+            task.result()  # which it has
         return self._last - begin
 
     async def cancel(self) -> float:
@@ -113,32 +115,40 @@ class Pending:
         for task in self._tasks:
             task.cancel()
         await self._all_ended.wait()
-        await asyncio.wait(self._tasks)
+        assert all(task.cancelled() for task in self._tasks)
         return self._last - begin
 
 
 async def costs(way_of: Callable[[], Way], count: int) -> list[float]:
     """Returns us to start, complete and cancel each, and threads while pending and after."""
     way = way_of()
-    if way_of is run_in_executor:
-        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(count))
     times = -(-MEASURABLE // count)
     starting = completing = cancelling = 0.0
     with producers(way.complete, 1) as hand_out:
         before = threading.active_count()
         for _ in range(times):
-            pending = Pending(way, count)
-            starting += await pending.start()
-            completing += await pending.complete(hand_out)
-            pending = Pending(way, count)
-            await pending.start()
-            threads = threading.active_count() - before
-            cancelling += await pending.cancel()
-            left = threading.active_count() - before
-            if way_of is run_in_executor:  # or its threads would wait for ever
-                hand_out([pending.futures])
+            with enough_threads(count):
+                pending = Pending(way, count)
+                starting += await pending.start()
+                completing += await pending.complete(hand_out)
+            with enough_threads(count):
+                pending = Pending(way, count)
+                await pending.start()
+                threads = threading.active_count() - before
+                cancelling += await pending.cancel()
+                left = threading.active_count() - before
+                if way_of is run_in_executor:  # or its threads would wait for ever
+                    hand_out([pending.futures])
     seconds = (starting, completing, cancelling)
     return [*(total / times / count * 1e6 for total in seconds), threads, left]
+
+
+@contextmanager
+def enough_threads(count: int) -> Iterator[None]:
+    """Gives the loop an executor that starts up to ``count`` threads, as they are needed."""
+    with ThreadPoolExecutor(count) as executor:
+        asyncio.get_running_loop().set_default_executor(executor)
+        yield
 
 
 # ---------------------------------------------------------------------------------- memory
@@ -200,6 +210,7 @@ async def bytes_each(way_of: Callable[[], Way], count: int) -> tuple[float, floa
 
 def print_bytes(loop: str, counts: list[int]) -> None:
     """Prints what `bytes_each` returns, for each way and count, as JSON."""
+    gc.disable()  # it would take most of the time, and find nothing
     measured = [
         (name, count, *run(loop, bytes_each, way, count))
         for name, way in WAYS.items()
@@ -229,7 +240,7 @@ def measured_bytes(loop: str, counts: list[int]) -> list[tuple[str, int, float, 
 
 
 def main() -> None:
-    parser = Options("scale", __doc__, rounds=7, loops=("asyncio", "uvloop"), one_loop=True)
+    parser = Options("scale", __doc__, rounds=5, loops=("asyncio", "uvloop"), one_loop=True)
     options = parser.parse()
     loop, rounds = options.loop, options.rounds
     report = Report("scale", options)
