@@ -1,6 +1,6 @@
 """Thousands of RPCs at once, each of which waits: async functions against blocking ones.
 
-    python -m benchmarks.rpc
+    python -m benchmarks.rpc [--calls N] [--quick] [--rounds N]
 
 One process calls two others, over TensorPipe on loopback, which differ in the loop that
 async functions run on. The time is the callee's, from when the first handler starts to
@@ -10,17 +10,15 @@ Blocking handlers run on the threads of PyTorch's RPC agent, 16 unless told othe
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import multiprocessing
 import os
-import platform
-import statistics
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -29,6 +27,12 @@ import torch.distributed.rpc as rpc
 
 from torchfut_aio import gather
 from torchfut_aio.distributed import async_rpc, shutdown
+
+from ._options import Options
+from ._plot import bars
+from ._report import Report, Table
+from ._rounds import Case, measure
+from ._ways import run
 
 WAIT = 0.05  # seconds
 
@@ -68,22 +72,21 @@ def blocks(number: int) -> int:
     return number
 
 
-def report() -> tuple[float, int]:
+def seen_since_last_time() -> tuple[float, int]:
     """Returns how long the handlers took, and on how many threads."""
     global seen
     last, seen = seen, Seen()
     return last.last - last.first, len(last.threads)
 
 
-Row = tuple[float, int, float]
-
-
-async def measured(callee: str, handler: Callable[[int], Any], calls: int) -> Row:
+async def measured(callee: str, handler: Callable[[int], Any], calls: int) -> Sequence[float]:
+    """Returns the callee's seconds, the caller's, and the callee's threads."""
     start = perf_counter()
     answers = await gather([rpc.rpc_async(callee, handler, args=(n,)) for n in range(calls)])
     seconds = perf_counter() - start
     assert answers == list(range(calls))
-    return *rpc.rpc_sync(callee, report), seconds
+    of_callee, threads = rpc.rpc_sync(callee, seen_since_last_time)
+    return of_callee, seconds, threads
 
 
 def start(rank: int, name: str, folder: str) -> None:
@@ -100,22 +103,15 @@ def callee(rank: int, name: str, folder: str) -> None:
     shutdown()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--calls", type=int, default=2000)
-    parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
-    print(
-        f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
-        f"torch {torch.__version__}\n{options.calls:,} calls at once, each waits "
-        f"{WAIT * 1e3:g} ms; medians of {options.rounds} rounds (least to most)"
-    )
-    ways = [
-        ("async, asyncio", "asyncio", awaits),
-        ("async, uvloop", "uvloop", awaits),
-        ("blocking", "uvloop", blocks),
-    ]
-    rows: dict[str, list[Row]] = {title: [] for title, _, _ in ways}
+OURS = "async, asyncio"
+WAYS = {
+    OURS: ("asyncio", awaits),
+    "async, uvloop": ("uvloop", awaits),
+    "blocking": ("uvloop", blocks),
+}
+
+
+def measure_all(tables: Sequence[Table], calls: int, rounds: int) -> None:
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         others = [
@@ -125,23 +121,37 @@ def main() -> None:
         for process in others:
             process.start()
         start(0, "caller", folder)
-        for _, name, handler in ways:  # so that all have started
-            asyncio.run(measured(name, handler, 10))
-        for number in range(options.rounds):
-            for title, name, handler in ways:
-                rows[title].append(asyncio.run(measured(name, handler, options.calls)))
-            print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
+        for way in WAYS.values():  # so that all have started
+            run("asyncio", measured, *way, 10)
+        peers = {name: partial(run, "asyncio", measured, *way, calls) for name, way in WAYS.items()}
+        measure([Case(None, tables, peers)], rounds)
         shutdown()
         for process in others:
             process.join()
-    print(f"\n{'':16}{'callee, s':>24}{'caller, s':>24}{'threads':>10}")
-    for title, measurements in rows.items():
-        inside, threads, outside = zip(*measurements, strict=True)
-        print(f"{title:16}{spread(inside):>24}{spread(outside):>24}{max(threads):>10}")
 
 
-def spread(values: Sequence[float]) -> str:
-    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+def main() -> None:
+    parser = Options("rpc", __doc__, rounds=5)
+    parser.add_argument("--calls", type=int, help="at once (default: 2000; 200 with --quick)")
+    options = parser.parse()
+    calls = options.calls or (200 if options.quick else 2000)
+    report = Report("rpc", options)
+    what = f"{calls:,} calls at once, each waits {WAIT * 1e3:g} ms"
+    callee_s = report.table(f"{what}: in the callee", "s", ours=OURS)
+    caller_s = report.table(f"{what}: in the caller", "s", ours=OURS)
+    threads = report.table("threads of the callee that ran handlers", "threads", ours=OURS)
+    measure_all([callee_s, caller_s, threads], calls, options.rounds)
+    report.plot(
+        "",
+        bars(
+            f"{calls:,} RPCs at once, each of which waits {WAIT * 1e3:g} ms",
+            f"medians and quartiles of {options.rounds} rounds; less is better",
+            "seconds from the first handler's start to the last one's end",
+            {"": callee_s.at(None)},
+            ours=OURS,
+        ),
+    )
+    report.finish()
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
 """How late a task resumes that awaits a kernel, and what the waiting costs.
 
-    python -m benchmarks.watcher [--device sim|cuda] [--loop asyncio|uvloop] [--quick]
+    python -m benchmarks.watcher [--device sim|cuda] [--loop asyncio|uvloop] [--quick] [--rounds N]
 
-Compares this package with what is written by hand today, in one run, interleaved, so
-that a machine whose speed drifts is as unkind to all. A kernel does nothing but take a
-known time; a wait is a kernel enqueued and awaited. Waits are all of one length, or of
+Compares this package with what is written by hand today. A kernel does nothing but take
+a known time; a wait is a kernel enqueued and awaited. Waits are all of one length, or of
 irregular ones, from 0.1 to 1.9 times that. They come one after the other, on one stream
 or on four streams at once; or a thousand kernels are enqueued and awaited up front.
 
@@ -15,12 +14,9 @@ judge it by the irregular ones. The simulated device needs a C++ compiler.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import gc
-import platform
 import random
-import sys
 from collections.abc import Awaitable, Callable
 from functools import partial
 from math import nan
@@ -32,6 +28,12 @@ import torch
 
 import torchfut_aio
 from torchfut_aio import PollPolicy
+
+from ._options import Options
+from ._plot import bars
+from ._report import Report
+from ._rounds import Progress, rotated
+from ._ways import run
 
 STREAMS = 4
 MANY = 1_000
@@ -212,15 +214,17 @@ async def measure(device: Device, way: Way, cell: Cell, seed: int) -> Run:
 Results = dict[Cell, dict[str, list[Run]]]
 
 
-def measure_all(device: Device, cells: list[Cell], rounds: int, run: Callable[..., Run]) -> Results:
+def measure_all(device: Device, cells: list[Cell], rounds: int, loop: str) -> Results:
     results: Results = {cell: {name: [] for name in WAYS} for cell in cells}
+    progress = Progress(rounds * len(cells) * len(WAYS))
     for n in range(rounds):
-        print(f"round {n + 1} of {rounds}", file=sys.stderr)
         for cell in cells:
-            for name, (way, policy) in WAYS.items():
+            for name in rotated(list(WAYS), n):
+                way, policy = WAYS[name]
                 before = torchfut_aio.set_poll_policy(policy)
-                results[cell][name].append(run(measure(device, way, cell, seed=n)))
+                results[cell][name].append(run(loop, measure, device, way, cell, n))
                 torchfut_aio.set_poll_policy(before)
+                progress.step()
     return results
 
 
@@ -290,24 +294,55 @@ def cells_of(quick: bool) -> list[Cell]:
     ]
 
 
+def fill_tables(report: Report, results: Results) -> None:
+    """Gives the report a sample of each run."""
+    p50, p99, share, lag, queries = (
+        report.table(title, unit, x="waits", ours=OURS)
+        for title, unit in (
+            ("late, p50 of a run", "us"),
+            ("late, p99 of a run", "us"),
+            ("CPU of a run", "% of one core"),
+            ("the most that the heartbeat was late in a run", "ms"),
+            ("queries of events", "a wait"),
+        )
+    )
+    for cell, ways in results.items():
+        for name, runs in ways.items():
+            for one in runs:
+                if cell.pending <= STREAMS:
+                    p50.add(name, str(cell), late([one], 50))
+                    p99.add(name, str(cell), late([one], 99))
+                share.add(name, str(cell), one.cpu / one.wall * 100)
+                lag.add(name, str(cell), one.lag * 1e3)
+                queries.add(name, str(cell), one.queries / cell.waits)
+
+
+def plot_of(results: Results, device: str, loop: str, rounds: int) -> str:
+    groups = {
+        str(cell): {name: [late([run], 50) for run in runs] for name, runs in ways.items()}
+        for cell, ways in results.items()
+        if cell.irregular and cell.pending == 1
+    }
+    return bars(
+        "How late a task resumes after its kernel",
+        f"{device}, {loop}; p50, medians and quartiles of {rounds} rounds; less is better",
+        "microseconds",
+        groups,
+        ours=OURS,
+        bound=FLOOR,
+    )
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = Options("watcher", __doc__, rounds=3, loops=("asyncio", "uvloop"), one_loop=True)
     default = "cuda" if torch.cuda.is_available() else "sim"
     parser.add_argument("--device", choices=["sim", "cuda"], default=default)
-    parser.add_argument("--loop", choices=["asyncio", "uvloop"], default="asyncio")
-    parser.add_argument("--rounds", type=int, help="runs of each (default: 3)")
-    parser.add_argument("--quick", action="store_true", help="one round, of fewer waits")
-    options = parser.parse_args()
-    rounds = options.rounds or (1 if options.quick else 3)
-    run: Callable[..., Run] = asyncio.run
-    if options.loop == "uvloop":
-        import uvloop
-
-        run = uvloop.run
+    options = parser.parse()
+    report = Report("watcher", options)
     device = Cuda() if options.device == "cuda" else Simulated()
+    report.notes.append(f"{options.device}, {options.loop}; {device.note}")
     print(
-        f"{options.device}, {options.loop}, {rounds} interleaved rounds; "
-        f"Python {platform.python_version()}, torch {torch.__version__}\n{device.note}\n"
+        f"\n{report.notes[0]}\n"
         "late: from when a kernel finished until its task goes on (p50, p99). CPU: of one core,\n"
         "with what launching and a heartbeat take, as in the floor. lag: the most that the\n"
         "heartbeat was late, of which the loop's timer is 1 or 2 ms. queries: of events, per\n"
@@ -315,10 +350,13 @@ def main() -> None:
     )
     gc.collect()
     gc.freeze()  # so that nobody waits while all that torch imported is looked through
-    results = measure_all(device, cells_of(options.quick), rounds, run)
+    results = measure_all(device, cells_of(options.quick), options.rounds, options.loop)
     for cell, ways in results.items():
         print_cell(cell, ways)
     print_verdict(results)
+    fill_tables(report, results)
+    report.plot("", plot_of(results, options.device, options.loop, options.rounds))
+    report.save()
 
 
 if __name__ == "__main__":
