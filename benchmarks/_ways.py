@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
 from queue import SimpleQueue
-from threading import Thread
+from threading import Thread, get_ident
 from typing import Any, NamedTuple
 
 import anyio
@@ -42,10 +42,18 @@ def ours() -> Way:
 
 def through_portal() -> Way:
     portal = anyio.from_thread.BlockingPortal()
+    thread = get_ident()
 
     async def wait(fut: torch.futures.Future[Any]) -> Any:
         arrived = anyio.Event()
-        fut.add_done_callback(lambda _: portal.start_task_soon(arrived.set))
+
+        def wake(_: object) -> None:
+            if get_ident() == thread:  # it was done already
+                arrived.set()
+            else:
+                portal.start_task_soon(arrived.set)
+
+        fut.add_done_callback(wake)
         await arrived.wait()
         return fut.value()
 
