@@ -89,6 +89,12 @@ class Table:
         return "\n".join(lines)
 
 
+def _arguments() -> list[str]:
+    # Not those that tell where the checkout is.
+    root = f"{Path(__file__).parents[1]}{os.sep}"
+    return [argument.removeprefix(root) for argument in sys.argv[1:]]
+
+
 class Report:
     """All that a run of a benchmark gives.
 
@@ -169,7 +175,7 @@ class Report:
     def _as_dict(self) -> dict[str, Any]:
         return {
             "benchmark": self._name,
-            "command": shlex.join(["python", "-m", f"benchmarks.{self._name}", *sys.argv[1:]]),
+            "command": shlex.join(["python", "-m", f"benchmarks.{self._name}", *_arguments()]),
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "seconds": round(monotonic() - self._start),
             "commit": commit(),
