@@ -138,6 +138,7 @@ class _Running:
         self._loop = asyncio.get_running_loop()
         contextvars.Context().run(self._look)
         await self._closing.wait()
+        await asyncio.sleep(0)  # what has just begun takes a step, and can say why it ended
         for task in self._tasks:
             task.cancel(f"the {_NAME} was shut down")
         while self._tasks:
