@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 import sys
 import threading
 import time
@@ -315,10 +313,6 @@ def shut_down(graceful: bool, ours: bool) -> list[str]:
     else:
         rpc.shutdown(graceful)
     return [t.name for t in threading.enumerate() if t is not threading.main_thread()]
-
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 # --------------------------------------------------------------------- DDP hooks
