@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
+import resource
 import signal
 import subprocess
 import sys
@@ -12,10 +14,12 @@ import threading
 import time
 import weakref
 
+import anyio
 import pytest
 import uvloop
 
 from torchfut_aio import Future
+from torchfut_aio._loops._inbox import Inbox
 
 from .loops import on_asyncio
 from .threads import PATIENCE, alongside, running, until
@@ -248,6 +252,89 @@ async def test_any_number_of_completions_are_one_wake_up(monkeypatch, nothing_bl
         pass
     assert await asyncio.gather(*tasks) == [5] * 1000
     assert pipe.writes == 1
+
+
+async def burst(n=100):
+    """Awaits futures that were all completed while the loop stood still: one look finds them."""
+    futures = [Future() for _ in range(n)]
+    tasks = [asyncio.ensure_future(value_of(fut)) for fut in futures]
+    await asyncio.sleep(0)
+    with running(lambda: [fut.set_result(5) for fut in futures]):
+        pass
+    await tasks[0]
+    return tasks
+
+
+@on_asyncio
+async def test_in_a_burst_the_loop_looks_again_without_being_woken(
+    monkeypatch, nothing_blocks_a_loop
+):
+    nothing_blocks_a_loop.deactivate()
+    pipe = Pipe(monkeypatch)
+    tasks = await burst()
+    late = Future()
+    waiting = asyncio.ensure_future(value_of(late))
+    late_too = asyncio.ensure_future(value_of(late))
+    await asyncio.sleep(0)
+    with running(lambda: late.set_result(6)):
+        pass
+    with anyio.fail_after(PATIENCE):
+        assert await asyncio.gather(waiting, late_too, *tasks) == [6, 6] + [5] * 100
+    assert pipe.writes == 1
+
+
+@on_asyncio
+async def test_after_a_burst_the_loop_looks_no_more(monkeypatch, nothing_blocks_a_loop):
+    nothing_blocks_a_loop.deactivate()
+    looks = 0
+    real = Inbox._serve
+
+    def serve(inbox):
+        nonlocal looks
+        looks += 1
+        real(inbox)
+
+    monkeypatch.setattr(Inbox, "_serve", serve)
+    await asyncio.gather(*await burst())
+    await asyncio.sleep(0.05)  # the last look finds nothing, a millisecond later
+    assert looks in (1, 2)
+    await asyncio.sleep(0.05)
+    assert looks == 2
+    with anyio.fail_after(PATIENCE):  # and it can be woken again
+        assert await asyncio.gather(*await pending(2)) == [0, 1]
+
+
+@on_asyncio
+async def test_a_burst_is_served_when_no_more_files_can_be_opened(nothing_blocks_a_loop):
+    nothing_blocks_a_loop.deactivate()
+    await pending(1)  # which opens what it needs
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limit[1]))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            os.dup(0)
+        with anyio.fail_after(PATIENCE):
+            assert await asyncio.gather(*await burst()) == [5] * 100
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+
+
+@pytest.mark.parametrize("runner", [asyncio.run, uvloop.run])
+def test_loops_that_have_seen_bursts_leave_no_files_open(runner, nothing_blocks_a_loop):
+    nothing_blocks_a_loop.deactivate()
+
+    async def main():
+        await asyncio.gather(*await burst())
+
+    def files():
+        gc.collect()
+        return len(os.listdir("/proc/self/fd"))
+
+    runner(main())
+    before = files()
+    for _ in range(10):
+        runner(main())
+    assert files() <= before
 
 
 # ------------------------------------------------------------------------------ modes

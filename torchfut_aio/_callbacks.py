@@ -19,6 +19,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ._errors import callback_error, less_innermost_frame
@@ -43,7 +44,8 @@ class Entry(Protocol):
         """Is told when Ctrl-C cut `run` short, perhaps before its first line."""
 
 
-Due = deque[Entry]
+# The waiters of a future that has completed, its callbacks among them.
+Due = dict[Any, Any]
 
 
 class Callback:
@@ -94,7 +96,7 @@ class _Here(threading.local):
 
     def __init__(self) -> None:
         self.depth = 0
-        self.deferred: deque[tuple[Future[Any], Entry]] = deque()
+        self.deferred: deque[tuple[Future[Any], Due]] = deque()
 
 
 _here = _Here()
@@ -114,19 +116,17 @@ def run(future: Future[Any], due: Due, *, inline: bool = False) -> None:
             or it struck in between, and what is still ``due`` is to be run again.
     """
     here = _here
-    if here.depth >= MAX_DEPTH and not inline:
-        while due:
-            here.deferred.append((future, due.popleft()))
+    depth = here.depth
+    if depth >= MAX_DEPTH and not inline:
+        here.deferred.append((future, due))
         return
-    interrupt: BaseException | None = None
-    here.depth += 1
+    here.depth = depth + 1
     try:
-        while due:
-            interrupt = _run_next(future, due) or interrupt
-        if here.depth == 1:
+        interrupt = _run_all(future, due)
+        if depth == 0 and here.deferred:
             interrupt = _run_deferred(here) or interrupt
     finally:
-        here.depth -= 1
+        here.depth = depth
     if interrupt is not None:
         raise interrupt
 
@@ -141,30 +141,45 @@ def run_deferred() -> None:
 def _run_deferred(here: _Here) -> BaseException | None:
     interrupt: BaseException | None = None
     while here.deferred:
-        future, entry = here.deferred.popleft()
-        due = deque((entry,))
-        while due:
-            interrupt = _run_next(future, due) or interrupt
+        future, due = here.deferred[0]
+        del here.deferred[0]
+        try:
+            interrupt = _run_all(future, due) or interrupt
+        except BaseException as struck:  # somewhere in between
+            interrupt = struck
+            here.deferred.appendleft((future, due))
     return interrupt
 
 
-def _run_next(future: Future[Any], due: Due) -> BaseException | None:
-    """Runs one callback; returns what must still reach the caller of ``set_result``."""
+def _run_all(future: Future[Any], due: Due) -> BaseException | None:
+    """Runs the callbacks; returns what must still reach the caller of ``set_result``."""
+    interrupt: BaseException | None = None
     order = future._order
-    if order is None:
-        return _guarded(future, due)
-    # C++ runs it, at once, on dedicated streams that are ordered after the kernels. An
-    # exception cannot cross C++ as itself, so it is carried around.
-    outcome: list[BaseException | None] = []
-    order.run(lambda: outcome.append(_guarded(future, due)))
-    return outcome.pop() if outcome else None
+    for entry in list(due):
+        if due.get(entry, entry) is not None:
+            continue  # it waits, or has been taken out
+        if order is None:
+            interrupt = _guarded(future, due, entry) or interrupt
+        else:
+            # C++ runs it, at once, on dedicated streams that are ordered after the kernels.
+            # An exception cannot cross C++ as itself, so it is carried around.
+            outcome: list[BaseException | None] = []
+            order.run(partial(_outcome_of, outcome, future, due, entry))
+            interrupt = (outcome.pop() if outcome else None) or interrupt
+    return interrupt
 
 
-def _guarded(future: Future[Any], due: Due) -> BaseException | None:
-    entry = due[0]
+def _outcome_of(outcome: list[BaseException | None], *call: Any) -> None:
+    outcome.append(_guarded(*call))
+
+
+def _guarded(future: Future[Any], due: Due, entry: Entry) -> BaseException | None:
     try:
-        # Between these two, Ctrl-C cannot strike.
-        del due[0]
+        # Whoever takes it out runs it. Between the two, Ctrl-C cannot strike.
+        del due[entry]
+    except KeyError:
+        return None
+    try:
         entry.run(future)
     except (KeyboardInterrupt, SystemExit) as interrupt:
         entry.interrupted(future, interrupt)

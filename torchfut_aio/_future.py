@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from functools import partial
 from types import TracebackType
@@ -133,18 +132,14 @@ class Future(torch.futures.Future[T]):
             >>> fut.wait()
             5
         """
-        # All in one function: a thread that completes many futures has its caches
-        # emptied at every turn of the GIL, and each further call shows.
-        failure: Any = result
-        failed = type(result) is _Failure
+        # All in one function: a thread that completes many futures has its caches emptied at
+        # every turn of the GIL, and each further call shows.
+        error: BaseException | None = None
+        traceback: TracebackType | None = None
         order: _devices.Order | None = None
-        refused: BaseException | None = None
-        if type(result) is Combination:
-            result, order, refused = failure.result, failure.order, failure.error
-        elif self._devices:
-            order, refused = declared_order(self._devices, None if failed else result)
-        elif not failed and type(result) not in HOST_ONLY:
-            order, refused = found_order(result)
+        for_cpp: Any = result
+        if type(result) not in HOST_ONLY or self._devices:
+            result, error, traceback, order, for_cpp = _examined(self, result)
         try:
             del self._open
         except AttributeError:
@@ -153,49 +148,39 @@ class Future(torch.futures.Future[T]):
         # calls and at jumps backward: from claimed to done there is none, and each step
         # from there on is guarded, and can be repeated.
         interrupt: BaseException | None = None
-        if failed:
-            self._traceback, self._error = failure.traceback, failure.error
-        elif refused is not None:
-            self._traceback, self._error = None, refused
-        else:
-            self._value, self._error = result, None
+        self._value = result
+        self._error = error
+        self._traceback = traceback
         self._order = order
         waiters: Any = self._waiters
         self._waiters = None
-        due: _callbacks.Due | None = None
+        callbacks = False
         if waiters:
-            for _ in (1, 2):
-                try:
-                    # Listing the keys runs no Python code, not even the collector's.
-                    for entry in list(waiters):
-                        waker = waiters.get(entry, _GONE)
-                        if waker is None:
-                            due = due or deque()
-                            if not due or due[-1] is not entry:
-                                due.append(entry)
-                            if waiters.pop(entry, _GONE) is _GONE:
-                                due.pop()
-                        elif waker is not _GONE:
-                            waker.wake(entry)
-                    break
-                except BaseException as error:
-                    interrupt = error
-        if refused is not None and not self._devices:
-            # C++ knows only of values on devices that were not declared.
-            failure, failed = _Failure(self, refused), True
+            try:
+                # Listing the keys runs no Python code, not even the collector's.
+                for entry in [*waiters]:
+                    waker = waiters.get(entry)
+                    if waker is None:
+                        callbacks = True
+                    else:
+                        waker.wake(entry)
+            except BaseException as struck:
+                interrupt, callbacks = struck, True
+                _wake_all(waiters)
         # After the waiters are awake: callbacks of C++ consumers run in here, with the
         # GIL released around them. They may read this future, and take long.
         try:
-            _complete_in_cpp(self, failure) if failed else _Cpp.set_result(self, result)
-        except BaseException as error:
-            interrupt = error
+            _Cpp.set_result(self, for_cpp) if error is None else _fail_in_cpp(self, for_cpp)
+        except BaseException as struck:
+            interrupt = struck
             if not _Cpp.done(self):
-                _complete_in_cpp(self, failure if failed else result)
-        while due:
+                _Cpp.set_result(self, for_cpp) if error is None else _fail_in_cpp(self, for_cpp)
+        while callbacks:
             try:
-                _callbacks.run(self, due)
-            except BaseException as error:
-                interrupt = error
+                callbacks = False
+                _callbacks.run(self, waiters)
+            except BaseException as struck:
+                interrupt, callbacks = struck, True
         if interrupt is not None:
             raise interrupt
 
@@ -360,11 +345,13 @@ class Future(torch.futures.Future[T]):
                 raise
         else:
             yield from loop.checkpoint()
-        order = self._order
-        if order is not None and self._error is None:
-            if ready:
-                yield from order.ready()
-            order.wait()
+        if self._error is None:
+            order = self._order
+            if order is not None:
+                if ready:
+                    yield from order.ready()
+                order.wait()
+            return self._value
         try:
             return self._read()
         finally:
@@ -545,7 +532,7 @@ class Future(torch.futures.Future[T]):
             waiters[callback] = None
             if self._waiters is not None or waiters.pop(callback, _GONE) is _GONE:
                 return
-        _callbacks.run(self, deque((callback,)), inline=True)
+        _callbacks.run(self, {callback: None}, inline=True)
 
     def _discard(self, callback: _callbacks.Entry) -> bool:
         """Takes ``callback`` back; False if it has been run or is about to be."""
@@ -617,14 +604,41 @@ class _Failure:
         self.unwrap = partial(_raise_found, find)
 
 
-def _complete_in_cpp(future: Future[Any], result: Any) -> None:
-    if type(result) is not _Failure:
-        _Cpp.set_result(future, result)
+def _examined(
+    future: Future[Any], result: Any
+) -> tuple[Any, BaseException | None, TracebackType | None, _devices.Order | None, Any]:
+    """Returns the value, the error, its traceback, the order, and what C++ is to be told."""
+    error: BaseException | None = None
+    if type(result) is _Failure:
+        order = declared_order(future._devices, None)[0] if future._devices else None
+        return None, result.error, result.traceback, order, result
+    if type(result) is Combination:
+        result, order, error = result.result, result.order, result.error
+    elif future._devices:
+        order, error = declared_order(future._devices, result)
+    else:
+        order, error = found_order(result)
+    if error is None:
+        return result, None, None, order, result
+    # C++ finds out by itself about values on devices that were not declared.
+    return None, error, None, order, result if future._devices else _Failure(future, error)
+
+
+def _fail_in_cpp(future: Future[Any], failure: Any) -> None:
+    if type(failure) is not _Failure:  # it is a value that C++ will refuse
+        _Cpp.set_result(future, failure)
         return
     try:
-        _Cpp._set_unwrap_func(future, result.unwrap)
+        _Cpp._set_unwrap_func(future, failure.unwrap)
     finally:  # even if Ctrl-C strikes
-        _Cpp.set_result(future, result.stand_in)
+        _Cpp.set_result(future, failure.stand_in)
+
+
+def _wake_all(waiters: dict[Any, _loops.Waker | None]) -> None:
+    for entry in list(waiters):
+        waker = waiters.get(entry)
+        if waker is not None:
+            waker.wake(entry)
 
 
 def _refuse_second(future: Future[Any]) -> NoReturn:

@@ -6,7 +6,7 @@ not woken directly. It is put into the inbox of its loop, and only the first to 
 in an empty-handed inbox writes to the pipe; the loop then serves whatever has come by
 the time it looks.
 
-A loop may stay awake to look once more, where its next turn comes anyway; as long as it
+A loop that finds many may mean to look again of its own accord, a moment later; as long as it
 means to, posters rely on it.
 
 No lock is held, so an inbox may be posted to from a signal handler or a finaliser. What
@@ -65,11 +65,10 @@ class Inbox(ABC):
         """Resumes, on the loop, all that has been posted when it starts."""
         self._armed = False
         queue = self._queue
-        if not queue:
-            return
+        count = len(queue)
         try:
-            self._armed = self._look_again(queue[0])
-            self._resume(queue, len(queue))
+            self._armed = self._look_again(count)
+            self._resume(queue, count)
         except BaseException:  # Ctrl-C cut it short
             if queue:
                 self._arm(queue[0])
@@ -79,8 +78,8 @@ class Inbox(ABC):
     def _call_soon(self, waiter: Any) -> bool:
         """Has the loop of ``waiter`` call `_serve`; returns False if it has closed."""
 
-    def _look_again(self, _waiter: Any) -> bool:
-        """Has `_serve` called in the loop's next turn, too, if that costs no wake-up."""
+    def _look_again(self, _found: int) -> bool:
+        """Has `_serve` called in a moment, after a look that found many; or returns False."""
         return False
 
     @abstractmethod

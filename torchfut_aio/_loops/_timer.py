@@ -12,6 +12,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 
 __all__ = ["TimerFd", "available"]
 
@@ -27,11 +28,12 @@ class _Itimerspec(ctypes.Structure):
 
 
 @functools.cache
-def _libc() -> ctypes.CDLL | None:
-    # Python itself has these functions from version 3.13 on.
+def _libc() -> ctypes.PyDLL | None:
+    # Python itself has these functions from version 3.13 on. They never block, so they are
+    # called without letting go of the GIL.
     if not sys.platform.startswith("linux"):
         return None
-    libc = ctypes.CDLL(None, use_errno=True)
+    libc = ctypes.PyDLL(None, use_errno=True)
     return libc if hasattr(libc, "timerfd_create") else None
 
 
@@ -64,10 +66,11 @@ class TimerFd:
         assert libc is not None
         libc.timerfd_settime(self.fd, 0, ctypes.byref(self._settings), None)
 
-    def close(self) -> None:
+    # At exit, modules may have been emptied by the time that this is called.
+    def close(self, close: Callable[[int], None] = os.close) -> None:
         """Gives the file back; may be called again."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
-            os.close(fd)
+            close(fd)
 
     __del__ = close
