@@ -91,15 +91,22 @@ class Continuation:
             self.child.set_exception(interrupt)
 
 
-class _Here(threading.local):
-    """How deep completions nest in this thread, and what they put off."""
+class _Nesting:
+    """How deep completions nest in one thread, and what they put off."""
+
+    __slots__ = ("deferred", "depth")
 
     def __init__(self) -> None:
         self.depth = 0
         self.deferred: deque[tuple[Future[Any], Due]] = deque()
 
 
-_here = _Here()
+class _ThisThread(threading.local):
+    def __init__(self) -> None:
+        self.nesting = _Nesting()
+
+
+_this_thread = _ThisThread()
 
 
 def run(future: Future[Any], due: Due, *, inline: bool = False) -> None:
@@ -115,7 +122,7 @@ def run(future: Future[Any], due: Due, *, inline: bool = False) -> None:
         KeyboardInterrupt, SystemExit: A callback raised it, after the others were run;
             or it struck in between, and what is still ``due`` is to be run again.
     """
-    here = _here
+    here = _this_thread.nesting
     depth = here.depth
     if depth >= MAX_DEPTH and not inline:
         here.deferred.append((future, due))
@@ -133,12 +140,12 @@ def run(future: Future[Any], due: Due, *, inline: bool = False) -> None:
 
 def run_deferred() -> None:
     """Runs what the completions under way in this thread have put off."""
-    interrupt = _run_deferred(_here)
+    interrupt = _run_deferred(_this_thread.nesting)
     if interrupt is not None:
         raise interrupt
 
 
-def _run_deferred(here: _Here) -> BaseException | None:
+def _run_deferred(here: _Nesting) -> BaseException | None:
     interrupt: BaseException | None = None
     while here.deferred:
         future, due = here.deferred[0]

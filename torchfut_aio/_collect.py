@@ -7,14 +7,15 @@ with all of them: no task, no thread, and no closure per future.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar, overload
 
 import torch
 
+from . import _callbacks, _loops
 from ._adopt import as_future
-from ._errors import NotAFutureError
+from ._errors import NotAFutureError, warn_that_wait_blocks_a_loop
 from ._future import Combination, Future
 
 __all__ = ["as_completed", "collect_all", "gather", "wait_all"]
@@ -152,7 +153,7 @@ def as_completed(futures: Iterable[Any]) -> _AsCompleted[Any]:
         >>> [fut.value() for fut in completed]
         ['first', 'second']
     """
-    return _AsCompleted(_distinct(_adopted(_listed(futures))))
+    return _AsCompleted(_adopted(_listed(futures)))
 
 
 class _Collector:
@@ -232,22 +233,29 @@ class _Gatherer(_Collector):
 
 
 class _Arrivals:
-    """Takes in futures as they complete, and rings for those who wait for the next."""
+    """Takes in futures as they complete, and wakes those who wait for the next.
 
-    __slots__ = ("awaited", "bells", "ready", "tickets")
+    A task that awaits it goes on when it is worth to `take` again.
+    """
+
+    __slots__ = ("awaited", "bells", "ready", "streak", "tickets")
 
     def __init__(self, futures: list[Future[Any]]) -> None:
         self.awaited = dict.fromkeys(futures)
         self.ready: deque[Future[Any]] = deque()
-        self.bells: list[Future[None]] = []
+        # Of those who wait: each a waiter, and who wakes it.
+        self.bells: list[tuple[Any, _loops.Waker]] = []
         # One for each arrival that nobody has asked for. Who holds one gets a future.
-        self.tickets = [None] * len(futures)
+        self.tickets = [None] * len(self.awaited)
+        # How many were taken since somebody last had to wait.
+        self.streak = 0
 
     def run(self, future: Future[Any]) -> None:
         # Not with append(): Ctrl-C strikes after calls, and these go together.
         self.ready += (future,)
         del self.awaited[future]
-        self.ring()
+        if self.bells:
+            self.ring()
 
     def interrupted(self, future: Future[Any], _interrupt: BaseException) -> None:
         if future in self.awaited:
@@ -256,21 +264,44 @@ class _Arrivals:
 
     def ring(self) -> None:
         while self.bells:
-            try:
-                bell = self.bells.pop()
-            except IndexError:
-                return
-            bell.set_result(None)
+            with suppress(IndexError, ValueError):  # another thread rings, too
+                bell = self.bells[-1]
+                waiter, waker = bell
+                waker.wake(waiter)
+                self.bells.remove(bell)
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        loop = _loops.current()
+        waiter = loop.waiter()
+        streak, self.streak = self.streak, 0
+        if loop.wake_later(waiter, streak):
+            # They come faster than they are taken, so there will be many more then.
+            yield from waiter
+            return
+        with self.bell(waiter, loop):
+            if not self.ready:
+                yield from waiter
+
+    def block(self) -> None:
+        """Does for a thread what ``await`` does for a task."""
+        # Callbacks that this thread has put off may be the next to arrive.
+        _callbacks.run_deferred()
+        if self.ready:
+            return
+        if _loops.loop_in_this_thread():
+            warn_that_wait_blocks_a_loop()
+        waiter = _loops.THREADS.waiter()
+        with self.bell(waiter, _loops.THREADS):
+            if not self.ready:
+                _loops.THREADS.block(waiter, None)
 
     @contextmanager
-    def bell(self) -> Iterator[Future[None]]:
-        """Gives a future that completes when it is worth to `take` again."""
-        bell: Future[None] = Future()
+    def bell(self, waiter: Any, waker: _loops.Waker) -> Iterator[None]:
+        """Has ``waiter`` woken by the next arrival. If one is `ready` by now, it may not be."""
+        bell = (waiter, waker)
         self.bells.append(bell)
-        if self.ready:
-            self.ring()
         try:
-            yield bell
+            yield
         finally:
             with suppress(ValueError):  # it has been rung
                 self.bells.remove(bell)
@@ -286,9 +317,11 @@ class _Arrivals:
 
     def take(self) -> Future[Any] | None:
         try:
-            return self.ready.popleft()
+            future = self.ready.popleft()
         except IndexError:
             return None
+        self.streak += 1
+        return future
 
 
 class _AsCompleted(AsyncIterator[Future[T]], Iterator[Future[T]]):
@@ -296,7 +329,7 @@ class _AsCompleted(AsyncIterator[Future[T]], Iterator[Future[T]]):
 
     def __init__(self, futures: list[Future[T]]) -> None:
         self._arrivals = _Arrivals(futures)
-        for future in futures:
+        for future in list(self._arrivals.awaited):
             future._add(self._arrivals)
 
     def __iter__(self) -> _AsCompleted[T]:
@@ -310,8 +343,7 @@ class _AsCompleted(AsyncIterator[Future[T]], Iterator[Future[T]]):
         arrivals.claim(StopIteration)
         try:
             while (future := arrivals.take()) is None:
-                with arrivals.bell() as bell:
-                    bell.wait()
+                arrivals.block()
         except BaseException:
             arrivals.unclaim()
             raise
@@ -324,8 +356,7 @@ class _AsCompleted(AsyncIterator[Future[T]], Iterator[Future[T]]):
         arrivals.claim(StopAsyncIteration)
         try:
             while (future := arrivals.take()) is None:
-                with arrivals.bell() as bell:
-                    await bell
+                await arrivals
         except BaseException:
             arrivals.unclaim()
             raise
@@ -353,7 +384,7 @@ def _listed(futures: Iterable[Any]) -> list[Any]:
 
 
 def _adopted(futures: list[Any]) -> list[Future[Any]]:
-    return [as_future(future) for future in futures]
+    return [future if type(future) is Future else as_future(future) for future in futures]
 
 
 def _distinct(futures: list[Future[T]]) -> list[Future[T]]:

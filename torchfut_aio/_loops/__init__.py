@@ -49,6 +49,13 @@ class Loop(Waker, Protocol):
         ``yield from waiter`` suspends the task until it is woken, or cancelled.
         """
 
+    def wake_later(self, waiter: Any, found: int) -> bool:
+        """Wakes ``waiter`` in a moment, if after ``found`` arrivals that is best; or returns False.
+
+        It is where arrivals come faster than tasks can be woken for each. For the loop's own
+        thread.
+        """
+
     watcher: Any
     """What the device side keeps for this loop."""
 

@@ -74,6 +74,16 @@ class AsyncioLoop(Inbox):
             if not self._armed:
                 self._arm(waiter)
 
+    def wake_later(self, waiter: asyncio.Future[None], found: int) -> bool:
+        if found < BURST:
+            return False
+        self._queue.append(waiter)
+        if not self._armed:
+            self._armed = self._look_again(found)
+            if not self._armed:
+                self._arm(waiter)
+        return True
+
     def abandon(self) -> None:
         super().abandon()
         burst, self._burst = self._burst, None

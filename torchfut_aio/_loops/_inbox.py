@@ -47,6 +47,9 @@ class Inbox(ABC):
         if not self._armed:
             self._arm(waiter)
 
+    def wake_later(self, _waiter: Any, _found: int) -> bool:
+        return False
+
     def _arm(self, waiter: Any) -> None:
         try:
             self._armed = True
