@@ -19,12 +19,12 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ._errors import callback_error, less_innermost_frame
 
 if TYPE_CHECKING:
+    from ._devices import Order
     from ._future import Future
 
 __all__ = ["Callback", "Continuation", "Due", "run", "run_deferred"]
@@ -127,9 +127,17 @@ def run(future: Future[Any], due: Due, *, inline: bool = False) -> None:
     if depth >= MAX_DEPTH and not inline:
         here.deferred.append((future, due))
         return
+    interrupt: BaseException | None = None
+    order = future._order
     here.depth = depth + 1
     try:
-        interrupt = _run_all(future, due)
+        for entry in [*due]:
+            if due.get(entry, entry) is not None:
+                continue  # it waits, or has been taken out
+            if order is None:
+                interrupt = _guarded(future, due, entry) or interrupt
+            else:
+                interrupt = _ordered(order, future, due, entry) or interrupt
         if depth == 0 and here.deferred:
             interrupt = _run_deferred(here) or interrupt
     finally:
@@ -151,33 +159,19 @@ def _run_deferred(here: _Nesting) -> BaseException | None:
         future, due = here.deferred[0]
         del here.deferred[0]
         try:
-            interrupt = _run_all(future, due) or interrupt
-        except BaseException as struck:  # somewhere in between
+            run(future, due, inline=True)
+        except BaseException as struck:  # perhaps somewhere in between
             interrupt = struck
             here.deferred.appendleft((future, due))
     return interrupt
 
 
-def _run_all(future: Future[Any], due: Due) -> BaseException | None:
-    """Runs the callbacks; returns what must still reach the caller of ``set_result``."""
-    interrupt: BaseException | None = None
-    order = future._order
-    for entry in list(due):
-        if due.get(entry, entry) is not None:
-            continue  # it waits, or has been taken out
-        if order is None:
-            interrupt = _guarded(future, due, entry) or interrupt
-        else:
-            # C++ runs it, at once, on dedicated streams that are ordered after the kernels.
-            # An exception cannot cross C++ as itself, so it is carried around.
-            outcome: list[BaseException | None] = []
-            order.run(partial(_outcome_of, outcome, future, due, entry))
-            interrupt = (outcome.pop() if outcome else None) or interrupt
-    return interrupt
-
-
-def _outcome_of(outcome: list[BaseException | None], *call: Any) -> None:
-    outcome.append(_guarded(*call))
+def _ordered(order: Order, future: Future[Any], due: Due, entry: Entry) -> BaseException | None:
+    # C++ runs it, at once, on dedicated streams that are ordered after the kernels. An
+    # exception cannot cross C++ as itself, so it is carried around.
+    outcome: list[BaseException | None] = []
+    order.run(lambda: outcome.append(_guarded(future, due, entry)))
+    return outcome.pop() if outcome else None
 
 
 def _guarded(future: Future[Any], due: Due, entry: Entry) -> BaseException | None:
