@@ -132,7 +132,9 @@ def as_completed(futures: Iterable[Any]) -> _AsCompleted[Any]:
 
     Use it with ``async for`` on an event loop, with ``for`` in a thread. It may be
     abandoned half way, and then leaves nothing behind with the futures still pending.
-    Several tasks or threads may share one: each future goes to one of them.
+    Several tasks or threads may share one: each future goes to one of them. Where they
+    complete faster than a task takes them, one on asyncio or uvloop lets them gather for
+    up to a millisecond when it has taken all.
 
     Args:
         futures: As for `collect_all`. A future that is named twice is yielded once.
