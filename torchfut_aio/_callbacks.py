@@ -19,12 +19,12 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ._errors import callback_error, less_innermost_frame
 
 if TYPE_CHECKING:
-    from ._devices import Order
     from ._future import Future
 
 __all__ = ["Callback", "Continuation", "Due", "run", "run_deferred"]
@@ -137,7 +137,7 @@ def run(future: Future[Any], due: Due, *, inline: bool = False) -> None:
             if order is None:
                 interrupt = _guarded(future, due, entry) or interrupt
             else:
-                interrupt = _ordered(order, future, due, entry) or interrupt
+                interrupt = _ordered(order.run, partial(_guarded, future, due, entry)) or interrupt
         if depth == 0 and here.deferred:
             interrupt = _run_deferred(here) or interrupt
     finally:
@@ -166,11 +166,14 @@ def _run_deferred(here: _Nesting) -> BaseException | None:
     return interrupt
 
 
-def _ordered(order: Order, future: Future[Any], due: Due, entry: Entry) -> BaseException | None:
+def _ordered(
+    run_ordered: Callable[[Callable[[], None]], None],
+    guarded: Callable[[], BaseException | None],
+) -> BaseException | None:
     # C++ runs it, at once, on dedicated streams that are ordered after the kernels. An
     # exception cannot cross C++ as itself, so it is carried around.
     outcome: list[BaseException | None] = []
-    order.run(lambda: outcome.append(_guarded(future, due, entry)))
+    run_ordered(lambda: outcome.append(guarded()))
     return outcome.pop() if outcome else None
 
 
