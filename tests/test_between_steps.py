@@ -5,6 +5,8 @@ Repetition under load (test_stress.py) meets these moments by chance; here they 
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import anyio
 import pytest
 import trio
@@ -14,26 +16,54 @@ from torchfut_aio import Future, as_completed, gather
 from .loops import on_asyncio, on_every_loop
 from .threads import PATIENCE
 
-moments = pytest.mark.parametrize("moment", ["before", "after"])
+moments = pytest.mark.parametrize(
+    "moment", ["before the first", "after the first", "before another", "after another"]
+)
+
+
+class Racing(Future):
+    """Completes just before, or just after, somebody enters."""
+
+    moment = ""
+
+    @property
+    def _first(self):
+        return Future._first.__get__(self)
+
+    @_first.setter
+    def _first(self, entry):
+        with self.racing("first"):
+            Future._first.__set__(self, entry)
+
+    @_first.deleter
+    def _first(self):
+        Future._first.__delete__(self)
+
+    @contextmanager
+    def racing(self, place):
+        for when in ("before", "after"):
+            if self.moment.startswith(when) and self.moment.endswith(place) and not self.done():
+                self.set_result("in between")
+            if when == "before":
+                yield
+
+
+class RacingDict(dict):
+    def __init__(self, fut):
+        self.fut = fut
+
+    def __setitem__(self, entry, _):
+        with self.fut.racing("another"):
+            super().__setitem__(entry, _)
 
 
 def completes(moment):
-    """A future that completes just before, or just after, somebody enters its list."""
-
-    class Racing(dict):
-        def __setitem__(self, entry, waker):
-            if moment == "before":
-                complete()
-            super().__setitem__(entry, waker)
-            if moment == "after":
-                complete()
-
-    def complete():
-        if not fut.done():
-            fut.set_result("in between")
-
-    fut = Future()
-    fut._waiters = Racing()
+    """A future that completes just before, or just after, somebody enters."""
+    fut = Racing()
+    if moment.endswith("another"):
+        fut.add_done_callback(lambda fut: None)
+        fut._entries = RacingDict(fut)
+    fut.moment = moment
     return fut
 
 

@@ -17,7 +17,7 @@ class HandCrankedLoop(Inbox):
         self.resumed = []
         self.interrupt_at = None
 
-    def _call_soon(self, waiter):
+    def _call_soon(self):
         if not self.closed:
             self.wake_ups += 1
         return not self.closed
@@ -78,7 +78,7 @@ def test_ctrl_c_while_the_loop_is_being_woken_lets_the_next_post_wake_it():
     loop = HandCrankedLoop()
     real = loop._call_soon
 
-    def struck(waiter):
+    def struck():
         raise KeyboardInterrupt
 
     loop._call_soon = struck

@@ -38,12 +38,12 @@ class Alarm:
 
 
 class Waiter:
-    """Stands in the list of waiters, and counts how often it is woken."""
+    """Counts how often it is woken."""
 
     woken = 0
 
-    def wake(self, waiter):
-        waiter.woken += 1
+    def wake(self):
+        self.woken += 1
 
 
 def struck(complete, alarm, microseconds):
@@ -57,14 +57,19 @@ def struck(complete, alarm, microseconds):
     return False
 
 
+@pytest.mark.parametrize("first", ["waiter", "callback"])
 @pytest.mark.parametrize("outcome", [5, ValueError("foo")], ids=["result", "error"])
-def test_ctrl_c_in_a_setter_leaves_a_future_untouched_or_everybody_served(outcome):
+def test_ctrl_c_in_a_setter_leaves_a_future_untouched_or_everybody_served(outcome, first):
     strikes = untouched = 0
     with Alarm() as alarm:
         for n in range(60_000):
             fut, waiter, ran = Future(), Waiter(), []
-            fut._waiters[waiter] = waiter
-            fut.add_done_callback(ran.append)
+            enter = [
+                lambda fut=fut, waiter=waiter: fut._enter(waiter, fut._entries),
+                lambda fut=fut, ran=ran: fut.add_done_callback(ran.append),
+            ]
+            for step in enter if first == "waiter" else reversed(enter):
+                step()
             is_error = isinstance(outcome, Exception)
             setter = fut.set_exception if is_error else fut.set_result
             if not struck(lambda setter=setter: setter(outcome), alarm, n % 40 + 1):

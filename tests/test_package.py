@@ -99,7 +99,7 @@ def test_imports_run_one_way():
             "._rpc_errors",
         },
         "_collect.py": {".", "._adopt", "._callbacks", "._errors", "._future"},
-        "_timeouts.py": {"._adopt", "._arguments", "._errors", "._future"},
+        "_timeouts.py": {"._adopt", "._arguments", "._callbacks", "._errors", "._future"},
         "_tasks.py": {".", "._adopt", "._arguments", "._errors", "._future"},
         "_background_loop.py": {"._future", "._tasks"},
     }

@@ -17,38 +17,41 @@ from __future__ import annotations
 
 import logging
 import threading
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
-from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
 from ._errors import callback_error, less_innermost_frame
 
 if TYPE_CHECKING:
     from ._future import Future
 
-__all__ = ["Callback", "Continuation", "Due", "run", "run_deferred"]
+__all__ = ["Callback", "Continuation", "Entry", "run", "run_deferred"]
 
 MAX_DEPTH = 32
 
 _logger = logging.getLogger("torchfut_aio")
 
 
-class Entry(Protocol):
+class Entry(ABC):
     """What is left with a pending future, to be run when it completes."""
 
+    __slots__ = ()
+
+    wake: Final = None
+    """Tells it from those who wait."""
+
+    @abstractmethod
     def run(self, future: Any, /) -> object:
         """Does what is to be done now that ``future`` has completed."""
 
+    @abstractmethod
     def interrupted(self, future: Future[Any], interrupt: BaseException) -> None:
         """Is told when Ctrl-C cut `run` short, perhaps before its first line."""
 
 
-# The waiters of a future that has completed, its callbacks among them.
-Due = dict[Any, Any]
-
-
-class Callback:
+class Callback(Entry):
     """What ``add_done_callback`` leaves: the callback itself."""
 
     __slots__ = ("run",)
@@ -62,7 +65,7 @@ class Callback:
         """Does nothing: what a callback began is the business of who wrote it."""
 
 
-class Continuation:
+class Continuation(Entry):
     """What ``then`` leaves: a callback whose result fills a child."""
 
     __slots__ = ("child", "function")
@@ -98,7 +101,7 @@ class _Nesting:
 
     def __init__(self) -> None:
         self.depth = 0
-        self.deferred: deque[tuple[Future[Any], Due]] = deque()
+        self.deferred: deque[tuple[Future[Any], Any, dict[Any, None]]] = deque()
 
 
 class _ThisThread(threading.local):
@@ -109,35 +112,35 @@ class _ThisThread(threading.local):
 _this_thread = _ThisThread()
 
 
-def run(future: Future[Any], due: Due, *, inline: bool = False) -> None:
-    """Runs what is ``due`` in this thread; puts off what is nested too deep.
+def run(future: Future[Any], first: Any, others: dict[Any, None], *, inline: bool = False) -> None:
+    """Runs the callbacks among those who entered; puts off what is nested too deep.
 
     Args:
         future: The future, which is done.
-        due: What to run, in order; each is taken out as it is run.
+        first: Who entered first, if anybody did; taken out of there as it is run.
+        others: Who entered then, in order; each is taken out as it is run.
         inline: Run now, however deep: what the documentation promises for a callback
             that is added to a future that is already done.
 
     Raises:
         KeyboardInterrupt, SystemExit: A callback raised it, after the others were run;
-            or it struck in between, and what is still ``due`` is to be run again.
+            or it struck in between, and this is to be called again for those still there.
     """
     here = _this_thread.nesting
     depth = here.depth
     if depth >= MAX_DEPTH and not inline:
-        here.deferred.append((future, due))
+        here.deferred.append((future, first, others))
         return
     interrupt: BaseException | None = None
-    order = future._order
+    tell = _guarded if future._order is None else _ordered
     here.depth = depth + 1
     try:
-        for entry in [*due]:
-            if due.get(entry, entry) is not None:
-                continue  # it waits, or has been taken out
-            if order is None:
-                interrupt = _guarded(future, due, entry) or interrupt
-            else:
-                interrupt = _ordered(order.run, partial(_guarded, future, due, entry)) or interrupt
+        if first is not None and first.wake is None:
+            interrupt = tell(future, first, None)
+        if others:
+            for entry in [*others]:
+                if entry.wake is None:
+                    interrupt = tell(future, entry, others) or interrupt
         if depth == 0 and here.deferred:
             interrupt = _run_deferred(here) or interrupt
     finally:
@@ -156,32 +159,38 @@ def run_deferred() -> None:
 def _run_deferred(here: _Nesting) -> BaseException | None:
     interrupt: BaseException | None = None
     while here.deferred:
-        future, due = here.deferred[0]
+        due = here.deferred[0]
         del here.deferred[0]
         try:
-            run(future, due, inline=True)
+            run(*due, inline=True)
         except BaseException as struck:  # perhaps somewhere in between
             interrupt = struck
-            here.deferred.appendleft((future, due))
+            here.deferred.appendleft(due)
     return interrupt
 
 
 def _ordered(
-    run_ordered: Callable[[Callable[[], None]], None],
-    guarded: Callable[[], BaseException | None],
+    future: Future[Any], entry: Entry, others: dict[Any, None] | None
 ) -> BaseException | None:
     # C++ runs it, at once, on dedicated streams that are ordered after the kernels. An
     # exception cannot cross C++ as itself, so it is carried around.
     outcome: list[BaseException | None] = []
-    run_ordered(lambda: outcome.append(guarded()))
+    order: Any = future._order
+    order.run(lambda: outcome.append(_guarded(future, entry, others)))
     return outcome.pop() if outcome else None
 
 
-def _guarded(future: Future[Any], due: Due, entry: Entry) -> BaseException | None:
+def _guarded(
+    future: Future[Any], entry: Entry, others: dict[Any, None] | None
+) -> BaseException | None:
+    """Runs one of ``others``, or without these the first, unless it has been taken out."""
     try:
         # Whoever takes it out runs it. Between the two, Ctrl-C cannot strike.
-        del due[entry]
-    except KeyError:
+        if others is None:
+            del future._first
+        else:
+            del others[entry]
+    except (AttributeError, KeyError):
         return None
     try:
         entry.run(future)

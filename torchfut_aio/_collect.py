@@ -158,7 +158,7 @@ def as_completed(futures: Iterable[Any]) -> _AsCompleted[Any]:
     return _AsCompleted(_adopted(_listed(futures)))
 
 
-class _Collector:
+class _Collector(_callbacks.Entry):
     """Completes one future when the last of several has completed."""
 
     # ``result`` makes the combined result of the list of futures, or raises.
@@ -234,7 +234,7 @@ class _Gatherer(_Collector):
             future._discard(self)
 
 
-class _Arrivals:
+class _Arrivals(_callbacks.Entry):
     """Takes in futures as they complete, and wakes those who wait for the next.
 
     A task that awaits it goes on when it is worth to `take` again.
@@ -245,8 +245,8 @@ class _Arrivals:
     def __init__(self, futures: list[Future[Any]]) -> None:
         self.awaited = dict.fromkeys(futures)
         self.ready: deque[Future[Any]] = deque()
-        # Of those who wait: each a waiter, and who wakes it.
-        self.bells: list[tuple[Any, _loops.Waker]] = []
+        # Of those who wait.
+        self.bells: list[_loops.Waiter] = []
         # One for each arrival that nobody has asked for. Who holds one gets a future.
         self.tickets = [None] * len(self.awaited)
         # How many were taken since somebody last had to wait.
@@ -268,8 +268,7 @@ class _Arrivals:
         while self.bells:
             with suppress(IndexError, ValueError):  # another thread rings, too
                 bell = self.bells[-1]
-                waiter, waker = bell
-                waker.wake(waiter)
+                bell.wake()
                 self.bells.remove(bell)
 
     def __await__(self) -> Generator[Any, Any, None]:
@@ -280,7 +279,7 @@ class _Arrivals:
             # They come faster than they are taken, so there will be many more then.
             yield from waiter
             return
-        with self.bell(waiter, loop):
+        with self.bell(waiter):
             if not self.ready:
                 yield from waiter
 
@@ -292,21 +291,20 @@ class _Arrivals:
             return
         if _loops.loop_in_this_thread():
             warn_that_wait_blocks_a_loop()
-        waiter = _loops.THREADS.waiter()
-        with self.bell(waiter, _loops.THREADS):
+        waiter = _loops.ThreadWaiter()
+        with self.bell(waiter):
             if not self.ready:
-                _loops.THREADS.block(waiter, None)
+                waiter.block(None)
 
     @contextmanager
-    def bell(self, waiter: Any, waker: _loops.Waker) -> Iterator[None]:
+    def bell(self, waiter: _loops.Waiter) -> Iterator[None]:
         """Has ``waiter`` woken by the next arrival. If one is `ready` by now, it may not be."""
-        bell = (waiter, waker)
-        self.bells.append(bell)
+        self.bells.append(waiter)
         try:
             yield
         finally:
             with suppress(ValueError):  # it has been rung
-                self.bells.remove(bell)
+                self.bells.remove(waiter)
 
     def claim(self, exhausted: type[Exception]) -> None:
         try:

@@ -5,19 +5,22 @@ change of state is in this file, and these things are always true:
 
 - ``_open`` exists exactly until a setter claims the future by deleting it. Deleting a
   slot is one indivisible step: of any number of racing setters one succeeds.
-- ``_waiters`` is a dict until the future is done, and None from then on. The outcome is
+- ``_entries`` is a dict until the future is done, and None from then on. The outcome is
   stored before it becomes None and never changes after, so whoever sees None may read.
-- Who wants to know of the completion first enters the dict, then looks at ``_waiters``
-  again. If the future became done meanwhile, a callback is popped by exactly one side,
-  the setter or the one who entered it, and who pops it runs it: none is lost, and none
-  run twice. A waiter may be woken twice, which does nothing, but not never.
+- Who wants to know of the completion first enters, then looks at ``_entries`` again. If
+  the future became done meanwhile, a callback is taken out by exactly one side, the setter
+  or the one who entered it, and who takes it out runs it: none is lost, and none run twice.
+  A waiter may be woken twice, which does nothing, but not never.
+- The first to enter has a place of its own, ``_first``, as most futures see no second: that
+  is a quarter of what it takes to complete one. Who deletes ``_vacant`` has it, once and for
+  all, and who deletes ``_first`` has taken out who was there.
 - No lock is taken, so nothing here can deadlock with a signal handler, a finaliser or
   a C++ callback that uses the same future in the middle of a step: each is as good as
   one more thread.
 
-The dict maps an entry to the one who serves it. A waiter (a lock that a thread blocks
-on, or what stands for a task on its loop) maps to its `Waker`. A callback maps to None,
-and is run by the setter, after all waiters have been woken.
+An entry is a waiter (what a thread blocks on, or stands for a task on its loop), which the
+setter wakes; or a callback, which has no ``wake``, and which the setter runs, after all
+waiters have been woken. The dict is an ordered set of them.
 
 Underneath is the C++ future that consumers in PyTorch's own C++ see. The setter that
 has claimed the future completes it, once. ``_order`` is what is known of the kernels that
@@ -55,7 +58,10 @@ S = TypeVar("S")
 
 _Cpp = torch._C.Future
 
-# In place of the waker of an entry that is no longer there.
+# Who has entered: one who waits, or a callback.
+_Entry = _loops.Waiter | _callbacks.Entry
+
+# What an entry that is no longer there is mapped to.
 _GONE: Any = object()
 
 
@@ -90,14 +96,26 @@ class Future(torch.futures.Future[T]):
         42
     """
 
-    __slots__ = ("_devices", "_error", "_open", "_order", "_traceback", "_value", "_waiters")
+    __slots__ = (
+        "_devices",
+        "_entries",
+        "_error",
+        "_first",
+        "_open",
+        "_order",
+        "_traceback",
+        "_vacant",
+        "_value",
+    )
 
     _open: None
+    _vacant: None
+    _first: _Entry | None
+    _entries: dict[_Entry, None] | None
     _value: T
     _error: BaseException | None
     _traceback: TracebackType | None
     _order: _devices.Order | None
-    _waiters: dict[Any, _loops.Waker | None] | None
     _devices: tuple[torch.device, ...]
 
     def __init__(self, *, devices: Iterable[int | str | torch.device] | None = None) -> None:
@@ -105,8 +123,8 @@ class Future(torch.futures.Future[T]):
         self._devices = () if devices is None else devices_checked(devices)
         # torch.futures.Future.__init__ would only convert the devices once more.
         _Cpp.__init__(self, self._devices)  # type: ignore[arg-type]
-        self._waiters = {}
-        self._open = None
+        self._entries = {}
+        self._open = self._vacant = self._first = None
 
     # ------------------------------------------------------------------ completing
 
@@ -152,21 +170,30 @@ class Future(torch.futures.Future[T]):
         self._error = error
         self._traceback = traceback
         self._order = order
-        waiters: Any = self._waiters
-        self._waiters = None
+        entries: Any = self._entries
+        self._entries = None
         callbacks = False
-        if waiters:
-            try:
+        try:
+            first = self._first
+        except AttributeError:
+            first = None  # it has been taken out
+        try:
+            if first is not None:
+                if first.wake is None:
+                    callbacks = True
+                else:
+                    first.wake()
+                    self._first = None
+            if entries:
                 # Listing the keys runs no Python code, not even the collector's.
-                for entry in [*waiters]:
-                    waker = waiters.get(entry)
-                    if waker is None:
+                for entry in [*entries]:
+                    if entry.wake is None:
                         callbacks = True
                     else:
-                        waker.wake(entry)
-            except BaseException as struck:
-                interrupt, callbacks = struck, True
-                _wake_all(waiters)
+                        entry.wake()
+        except BaseException as struck:
+            interrupt, callbacks = struck, True
+            _wake_all(first, entries)
         # After the waiters are awake: callbacks of C++ consumers run in here, with the
         # GIL released around them. They may read this future, and take long.
         try:
@@ -178,7 +205,7 @@ class Future(torch.futures.Future[T]):
         while callbacks:
             try:
                 callbacks = False
-                _callbacks.run(self, waiters)
+                _callbacks.run(self, first, entries)
             except BaseException as struck:
                 interrupt, callbacks = struck, True
         if interrupt is not None:
@@ -221,7 +248,7 @@ class Future(torch.futures.Future[T]):
         For a value on an accelerator this may be True while the kernels that fill it
         still run; `wait` orders streams after these, and ``await`` waits for them.
         """
-        return self._waiters is None
+        return self._entries is None
 
     def value(self) -> T:
         """Returns the value of a future that is done, without synchronising streams.
@@ -233,7 +260,7 @@ class Future(torch.futures.Future[T]):
             InvalidStateError: The future is pending.
             BaseException: The error that the future was completed with.
         """
-        if self._waiters is not None:
+        if self._entries is not None:
             raise InvalidStateError(
                 f"the value of {self!r} was read while it is pending; wait() or await it first"
             )
@@ -248,7 +275,7 @@ class Future(torch.futures.Future[T]):
         Raises:
             InvalidStateError: The future is pending.
         """
-        if self._waiters is not None:
+        if self._entries is not None:
             raise InvalidStateError(
                 f"the exception of {self!r} was read while it is pending; wait() or await it first"
             )
@@ -283,7 +310,7 @@ class Future(torch.futures.Future[T]):
         """
         if timeout is not None:
             timeout = timeout_checked(timeout)
-        if self._waiters is not None:
+        if self._entries is not None:
             self._block(timeout)
         self._order_streams()
         try:
@@ -294,19 +321,19 @@ class Future(torch.futures.Future[T]):
     def _block(self, timeout: float | None) -> None:
         # Callbacks that this thread has put off may be the ones to complete the future.
         _callbacks.run_deferred()
-        waiters = self._waiters
-        if waiters is None:
+        entries = self._entries
+        if entries is None:
             return
         if (timeout is None or timeout > 0) and _loops.loop_in_this_thread():
             warn_that_wait_blocks_a_loop()
-        waiter = _loops.THREADS.waiter()
-        waiters[waiter] = _loops.THREADS
+        waiter = _loops.ThreadWaiter()
         try:
-            if self._waiters is not None:
-                _loops.THREADS.block(waiter, timeout)
+            self._enter(waiter, entries)
+            if self._entries is not None:
+                waiter.block(timeout)
         finally:
-            waiters.pop(waiter, None)
-        if self._waiters is not None:
+            self._take_out(waiter, entries)
+        if self._entries is not None:
             raise TimeoutError(f"{self!r} was not done within {timeout:g} s; it stays pending")
 
     def _order_streams(self) -> None:
@@ -333,15 +360,20 @@ class Future(torch.futures.Future[T]):
         If ``ready``, until the kernels that fill it have finished, too.
         """
         loop = _loops.current()
-        waiters = self._waiters
-        if waiters is not None:
+        entries = self._entries
+        if entries is not None:
             waiter = loop.waiter()
-            waiters[waiter] = loop
             try:
-                # If it is done now, whoever pops the waiter, nobody needs to be woken.
-                yield from waiter if self._waiters is not None else loop.checkpoint()
+                self._enter(waiter, entries)
+                if self._entries is None:
+                    self._take_out(waiter, entries)
+                    yield from loop.checkpoint()
+                elif loop.takes_waiters:
+                    yield waiter
+                else:
+                    yield from waiter
             except BaseException:
-                waiters.pop(waiter, None)
+                self._take_out(waiter, entries)
                 raise
         else:
             yield from loop.checkpoint()
@@ -408,13 +440,13 @@ class Future(torch.futures.Future[T]):
                 "this thread; await the future itself on trio, use wait() in a script"
             )
         target: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        waiters = self._waiters
-        if waiters is not None:
+        entries = self._entries
+        if entries is not None:
             waiter = loop.waiter()
             waiter.add_done_callback(lambda _: self._copy_to(target))
-            target.add_done_callback(lambda _: waiters.pop(waiter, None))
-            waiters[waiter] = loop
-        if self._waiters is None:
+            target.add_done_callback(lambda _: self._take_out(waiter, entries))
+            self._enter(waiter, entries)
+        if self._entries is None:
             self._copy_to(target)
         return target
 
@@ -518,35 +550,59 @@ class Future(torch.futures.Future[T]):
         Returns:
             How many were removed; 0 once the future is done.
         """
-        waiters = self._waiters
         removed = 0
-        for entry in list(waiters or ()):
+        for entry in self._entered():
             if type(entry) is Callback and entry.run == callback and self._discard(entry):
                 removed += 1
         return removed
 
     def _add(self, callback: _callbacks.Entry) -> None:
         """Has ``callback`` run when the future completes; inline now, if it is done."""
-        waiters = self._waiters
-        if waiters is not None:
-            waiters[callback] = None
-            if self._waiters is not None or waiters.pop(callback, _GONE) is _GONE:
+        entries = self._entries
+        if entries is not None:
+            self._enter(callback, entries)
+            if self._entries is not None or not self._take_out(callback, entries):
                 return
-        _callbacks.run(self, {callback: None}, inline=True)
+        _callbacks.run(self, None, {callback: None}, inline=True)
 
     def _discard(self, callback: _callbacks.Entry) -> bool:
         """Takes ``callback`` back; False if it has been run or is about to be."""
-        waiters = self._waiters
-        return waiters is not None and waiters.pop(callback, _GONE) is not _GONE
+        entries = self._entries
+        return entries is not None and self._take_out(callback, entries)
+
+    # -------------------------------------------------------- who is to be told, and how
+
+    def _enter(self, entry: _Entry, entries: dict[_Entry, None]) -> None:
+        """Has the setter find ``entry``, if it has not looked yet."""
+        try:
+            del self._vacant
+        except AttributeError:
+            entries[entry] = None
+        else:
+            self._first = entry
+
+    def _take_out(self, entry: _Entry, entries: dict[_Entry, None]) -> bool:
+        """Takes ``entry`` out; False if somebody else has."""
+        try:
+            if self._first is entry:
+                del self._first
+                return True
+        except AttributeError:
+            pass  # whoever was first has been taken out
+        return entries.pop(entry, _GONE) is not _GONE
+
+    def _entered(self) -> list[_Entry]:
+        """Returns who has entered and is to be told yet."""
+        first = getattr(self, "_first", None)
+        return [*filter(None, [first]), *(self._entries or ())]
 
     # --------------------------------------------------------------------- the rest
 
     def __repr__(self) -> str:
-        waiters = self._waiters
-        if waiters is not None:
-            entries = list(waiters.items())
-            callbacks = sum(waker is None for _, waker in entries)
-            state = f"pending waiters={len(entries) - callbacks} callbacks={callbacks}"
+        if self._entries is not None:
+            entered = self._entered()
+            callbacks = sum(entry.wake is None for entry in entered)
+            state = f"pending waiters={len(entered) - callbacks} callbacks={callbacks}"
         elif self._error is not None:
             state = f"done error={short(self._error)}"
         else:
@@ -634,11 +690,10 @@ def _fail_in_cpp(future: Future[Any], failure: Any) -> None:
         _Cpp.set_result(future, failure.stand_in)
 
 
-def _wake_all(waiters: dict[Any, _loops.Waker | None]) -> None:
-    for entry in list(waiters):
-        waker = waiters.get(entry)
-        if waker is not None:
-            waker.wake(entry)
+def _wake_all(first: _Entry | None, entries: dict[_Entry, None]) -> None:
+    for entry in [first, *entries]:
+        if entry is not None and entry.wake is not None:
+            entry.wake()
 
 
 def _refuse_second(future: Future[Any]) -> NoReturn:

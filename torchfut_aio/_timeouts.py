@@ -26,6 +26,7 @@ import torch
 
 from ._adopt import as_future
 from ._arguments import timeout_checked
+from ._callbacks import Entry
 from ._errors import InvalidStateError
 from ._future import Combination, Future
 
@@ -77,7 +78,7 @@ def with_timeout(future: torch.futures.Future[T], seconds: float) -> Future[T]:
     return child
 
 
-class _Deadline:
+class _Deadline(Entry):
     """Stays with the source, and with the timer, until one of them has it.
 
     The timer may keep it for longer, so it lets go of both futures then.

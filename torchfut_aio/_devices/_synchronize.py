@@ -30,7 +30,7 @@ def reached(marks: Sequence[Mark]) -> Generator[Any, Any, None]:
     loop = _loops.current()
     watcher = watcher_of(loop)
     waiter = loop.waiter()
-    wait = Wait(lambda _: loop.wake(waiter))
+    wait = Wait(lambda _: waiter.wake())
     if not watcher.watch(marks, wait):
         return
     try:
@@ -82,7 +82,7 @@ async def _synchronize_device(device: torch.device) -> None:
 
     def notify(error: Exception | None) -> None:
         errors.append(error)
-        loop.wake(waiter)
+        waiter.wake()
 
     blocker = _blockers.setdefault(device, Blocker())
     blocker.block(_blocking(device), notify)

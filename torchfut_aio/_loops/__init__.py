@@ -2,7 +2,7 @@
 
 One file a kind of loop, and one interface, `Loop`. A task that waits makes a *waiter*,
 leaves it where the completing thread will find it, and parks. The completing thread
-calls ``loop.wake(waiter)``; nothing else crosses threads.
+calls ``waiter.wake()``; nothing else crosses threads.
 
 What has to be looked at now and then gets an `Alarm`, so that the loop drives it.
 
@@ -17,37 +17,41 @@ from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, Protocol
 
 from . import _asyncio
-from ._thread import THREADS
+from ._thread import ThreadWaiter
 
 __all__ = [
-    "THREADS",
     "Alarm",
     "Loop",
-    "Waker",
+    "ThreadWaiter",
+    "Waiter",
     "current",
     "current_asyncio",
     "loop_in_this_thread",
 ]
 
 
-class Waker(Protocol):
-    """Whom to ask to wake a waiter."""
+class Waiter(Protocol):
+    """One wait of a task or a thread."""
 
-    def wake(self, waiter: Any, /) -> None:
-        """Wakes ``waiter``, from any thread; does nothing if it is awake, or has gone."""
+    def wake(self) -> None:
+        """Wakes it, from any thread; does nothing if it is awake, or has gone."""
 
 
-class Loop(Waker, Protocol):
+class TaskWaiter(Waiter, Iterable[Any], Protocol):
+    """One wait of a task: ``yield from waiter`` suspends it until it is woken, or cancelled."""
+
+
+class Loop(Protocol):
     """A running event loop, as the tasks that wait on it see it."""
+
+    takes_waiters: bool
+    """Whether ``yield waiter`` does what ``yield from waiter`` does, but for what that takes."""
 
     def checkpoint(self) -> Iterable[Any]:
         """Does what an await that need not wait does on this loop; for ``yield from``."""
 
-    def waiter(self) -> Iterable[Any]:
-        """Returns a waiter, hashable, for one wait of the current task.
-
-        ``yield from waiter`` suspends the task until it is woken, or cancelled.
-        """
+    def waiter(self) -> TaskWaiter:
+        """Returns a waiter, hashable, for one wait of the current task."""
 
     def wake_later(self, waiter: Any, found: int) -> bool:
         """Wakes ``waiter`` in a moment, if after ``found`` arrivals that is best; or returns False.

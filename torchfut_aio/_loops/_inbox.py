@@ -45,15 +45,15 @@ class Inbox(ABC):
         """Has the loop resume ``waiter``; callable from any thread."""
         self._queue.append(waiter)
         if not self._armed:
-            self._arm(waiter)
+            self._arm()
 
     def wake_later(self, _waiter: Any, _found: int) -> bool:
         return False
 
-    def _arm(self, waiter: Any) -> None:
+    def _arm(self) -> None:
         try:
             self._armed = True
-            open_ = self._call_soon(waiter)
+            open_ = self._call_soon()
         except BaseException:
             # An interrupt may have struck before the loop was told: let the next
             # poster tell it. Should it know already, it will find nothing to do.
@@ -68,22 +68,16 @@ class Inbox(ABC):
         """Resumes, on the loop, all that has been posted when it starts."""
         self._armed = False
         queue = self._queue
-        count = len(queue)
         try:
-            self._armed = self._look_again(count)
-            self._resume(queue, count)
+            self._resume(queue, len(queue))
         except BaseException:  # Ctrl-C cut it short
             if queue:
-                self._arm(queue[0])
+                self._arm()
             raise
 
     @abstractmethod
-    def _call_soon(self, waiter: Any) -> bool:
-        """Has the loop of ``waiter`` call `_serve`; returns False if it has closed."""
-
-    def _look_again(self, _found: int) -> bool:
-        """Has `_serve` called in a moment, after a look that found many; or returns False."""
-        return False
+    def _call_soon(self) -> bool:
+        """Has the loop call `_serve`; returns False if it has closed."""
 
     @abstractmethod
     def _resume(self, waiters: deque[Any], count: int) -> None:

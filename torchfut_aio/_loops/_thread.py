@@ -1,4 +1,4 @@
-"""Threads that block: the waiter is a lock, held until the wake-up releases it.
+"""Threads that block: the waiter has a lock, held until the wake-up releases it.
 
 ``Lock.acquire`` is the one wait that takes a timeout, lets other threads run, and is
 interrupted by Ctrl-C, in every version of Python that is supported.
@@ -8,32 +8,28 @@ from __future__ import annotations
 
 import threading
 
-__all__ = ["THREADS"]
+__all__ = ["ThreadWaiter"]
 
 
-class Threads:
-    """All threads alike: they need no inbox."""
+class ThreadWaiter:
+    """One wait of a thread."""
 
-    __slots__ = ()
+    __slots__ = ("_lock",)
 
-    def waiter(self) -> threading.Lock:
-        waiter = threading.Lock()
-        waiter.acquire()
-        return waiter
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()
 
-    def block(self, waiter: threading.Lock, timeout: float | None) -> None:
-        """Blocks until ``waiter`` is woken, or for ``timeout`` seconds.
+    def block(self, timeout: float | None) -> None:
+        """Blocks until it is woken, or for ``timeout`` seconds.
 
         A timeout beyond what the platform can count, centuries, waits that long.
         """
         if timeout is None:
-            waiter.acquire()
+            self._lock.acquire()
         else:
-            waiter.acquire(timeout=min(timeout, threading.TIMEOUT_MAX))
+            self._lock.acquire(timeout=min(timeout, threading.TIMEOUT_MAX))
 
-    def wake(self, waiter: threading.Lock) -> None:
-        if waiter.locked():  # not when it is woken once more
-            waiter.release()
-
-
-THREADS = Threads()
+    def wake(self) -> None:
+        if self._lock.locked():  # not when it is woken once more
+            self._lock.release()

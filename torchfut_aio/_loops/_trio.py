@@ -22,9 +22,10 @@ __all__ = ["current"]
 class _Waiter:
     """One wait; ``task`` is None before the task sleeps and once it has woken."""
 
-    __slots__ = ("task",)
+    __slots__ = ("_inbox", "task")
 
-    def __init__(self) -> None:
+    def __init__(self, inbox: TrioLoop) -> None:
+        self._inbox = inbox
         self.task: trio.lowlevel.Task | None = None
 
     def __iter__(self) -> Generator[Any, Any, object]:
@@ -32,6 +33,12 @@ class _Waiter:
         return trio.lowlevel.wait_task_rescheduled(self.abort).__await__()  # noqa: ASYNC105
 
     def wake(self) -> None:
+        if self._inbox.can_resume(self):
+            self.resume()
+        else:
+            self._inbox.post(self)
+
+    def resume(self) -> None:
         task, self.task = self.task, None
         if task is not None:
             trio.lowlevel.reschedule(task)
@@ -47,6 +54,8 @@ class TrioLoop(Inbox):
 
     __slots__ = ("_token",)
 
+    takes_waiters = False
+
     def __init__(self, token: trio.lowlevel.TrioToken) -> None:
         super().__init__()
         self._token = token
@@ -55,15 +64,9 @@ class TrioLoop(Inbox):
         return trio.lowlevel.checkpoint().__await__()  # noqa: ASYNC105
 
     def waiter(self) -> _Waiter:
-        return _Waiter()
+        return _Waiter(self)
 
-    def wake(self, waiter: _Waiter) -> None:
-        if self._can_resume(waiter):
-            waiter.wake()
-        else:
-            self.post(waiter)
-
-    def _can_resume(self, waiter: _Waiter) -> bool:
+    def can_resume(self, waiter: _Waiter) -> bool:
         # Only while trio runs a task of this very run: in guest mode the host's
         # callbacks share the thread, and trio may be asleep. And not the waiting task
         # itself, which a signal handler or a finaliser may interrupt on its way to sleep.
@@ -83,7 +86,7 @@ class TrioLoop(Inbox):
     def spawn(self, function: Callable[..., Coroutine[Any, Any, None]], *args: object) -> None:
         trio.lowlevel.spawn_system_task(function, *args)
 
-    def _call_soon(self, _waiter: _Waiter) -> bool:
+    def _call_soon(self) -> bool:
         try:
             self._token.run_sync_soon(self._serve)
         except trio.RunFinishedError:
@@ -92,7 +95,7 @@ class TrioLoop(Inbox):
 
     def _resume(self, waiters: deque[_Waiter], count: int) -> None:
         for _ in range(count):
-            waiters[0].wake()
+            waiters[0].resume()
             del waiters[0]
 
 
