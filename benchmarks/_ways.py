@@ -21,9 +21,10 @@ import torch
 
 import torchfut_aio
 
-__all__ = ["FLOOR", "Way", "bare", "bare_name", "producers", "run", "ways"]
+__all__ = ["FLOOR", "FLOOR_OF_TORCH", "Way", "bare", "bare_name", "producers", "run", "ways"]
 
 FLOOR = "floor: no torch"
+FLOOR_OF_TORCH = "floor, and a C++ future"
 
 
 class Way(NamedTuple):
@@ -121,6 +122,20 @@ def floor() -> Way:
     return Way(loop.create_future, lambda fut: fut, complete)
 
 
+def floor_of_torch() -> Way:
+    """The least that any way can do that also completes a C++ future of torch for each."""
+    _, _, complete, _ = floor()
+    loop = asyncio.get_running_loop()
+
+    def complete_both(futures: tuple[asyncio.Future[Any], torch._C.Future], value: Any) -> None:
+        complete(futures[0], value)
+        futures[1].set_result(value)
+
+    return Way(
+        lambda: (loop.create_future(), torch._C.Future([])), lambda pair: pair[0], complete_both
+    )
+
+
 def call_soon_threadsafe() -> Way:
     loop = asyncio.get_running_loop()
     return Way(
@@ -216,6 +231,7 @@ _ASYNCIO = {
     "run_in_executor": run_in_executor,
     "asyncio.to_thread": to_thread,
     "anyio's portal": through_portal,
+    FLOOR_OF_TORCH: floor_of_torch,
     FLOOR: floor,
 }
 _TRIO = {

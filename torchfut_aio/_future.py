@@ -57,6 +57,7 @@ T = TypeVar("T")
 S = TypeVar("S")
 
 _Cpp = torch._C.Future
+_complete_in_cpp = _Cpp.set_result  # looked up once: a class of pybind11's is slow at it
 
 # Who has entered: one who waits, or a callback.
 _Entry = _loops.Waiter | _callbacks.Entry
@@ -197,11 +198,11 @@ class Future(torch.futures.Future[T]):
         # After the waiters are awake: callbacks of C++ consumers run in here, with the
         # GIL released around them. They may read this future, and take long.
         try:
-            _Cpp.set_result(self, for_cpp) if error is None else _fail_in_cpp(self, for_cpp)
+            _complete_in_cpp(self, for_cpp) if error is None else _fail_in_cpp(self, for_cpp)
         except BaseException as struck:
             interrupt = struck
             if not _Cpp.done(self):
-                _Cpp.set_result(self, for_cpp) if error is None else _fail_in_cpp(self, for_cpp)
+                _complete_in_cpp(self, for_cpp) if error is None else _fail_in_cpp(self, for_cpp)
         while callbacks:
             try:
                 callbacks = False
@@ -682,12 +683,12 @@ def _examined(
 
 def _fail_in_cpp(future: Future[Any], failure: Any) -> None:
     if type(failure) is not _Failure:  # it is a value that C++ will refuse
-        _Cpp.set_result(future, failure)
+        _complete_in_cpp(future, failure)
         return
     try:
         _Cpp._set_unwrap_func(future, failure.unwrap)
     finally:  # even if Ctrl-C strikes
-        _Cpp.set_result(future, failure.stand_in)
+        _complete_in_cpp(future, failure.stand_in)
 
 
 def _wake_all(first: _Entry | None, entries: dict[_Entry, None]) -> None:
