@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import gc
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -337,6 +339,139 @@ def test_loops_that_have_seen_bursts_leave_no_files_open(runner, nothing_blocks_
     assert files() <= before
 
 
+# ------------------------------------------------------- what a task is told to wait for
+
+
+async def completed_in_one_look(*functions):
+    """Starts tasks that await a future each, and returns them when all futures are done."""
+    futures = [Future() for _ in functions]
+    tasks = [asyncio.ensure_future(function(fut)) for function, fut in zip(functions, futures)]
+    await asyncio.sleep(0)
+    with running(lambda: [fut.set_result(n) for n, fut in enumerate(futures)]):
+        pass
+    return tasks
+
+
+@on_asyncio
+async def test_tasks_resume_in_the_order_of_the_completions(nothing_blocks_a_loop):
+    nothing_blocks_a_loop.deactivate()
+    resumed = []
+
+    async def wait(fut):
+        resumed.append(await fut)
+
+    await asyncio.gather(*await completed_in_one_look(*[wait] * 50))
+    assert resumed == list(range(50))
+
+
+@on_asyncio
+async def test_each_task_resumes_in_its_own_context(nothing_blocks_a_loop):
+    nothing_blocks_a_loop.deactivate()
+    number = contextvars.ContextVar("number", default=None)
+
+    async def wait(fut):
+        number.set(id(fut))
+        await fut
+        mine = number.get() == id(fut)
+        number.set("changed after the await")
+        return mine
+
+    assert await asyncio.gather(*await completed_in_one_look(*[wait] * 5)) == [True] * 5
+    assert number.get() is None
+
+
+@on_asyncio
+@pytest.mark.parametrize("messages", [[], ["by me"], ["by me", "again"]])
+async def test_a_cancelled_await_says_what_that_of_an_asyncio_future_says(messages):
+    fut, said = Future(), []
+    for awaited in (fut, asyncio.get_running_loop().create_future()):
+        task = asyncio.ensure_future(value_of(awaited))
+        await asyncio.sleep(0)
+        assert {task.cancel(message) for message in messages or [None]} == {True}
+        with pytest.raises(asyncio.CancelledError) as cancelled:
+            await task
+        said.append(cancelled.value.args)
+    assert said[0] == said[1]
+    assert "waiters=0" in repr(fut)
+
+
+@on_asyncio
+async def test_tasks_written_in_python_await_and_are_cancelled_as_those_in_c():
+    loop = asyncio.get_running_loop()
+    futures = await pending(3)
+    tasks = [asyncio.tasks._PyTask(value_of(fut), loop=loop) for fut in futures]
+    assert [await task for task in tasks] == [0, 1, 2]
+    fut = Future()
+    task = asyncio.tasks._PyTask(value_of(fut), loop=loop)
+    await asyncio.sleep(0)
+    task.cancel("by me")
+    with pytest.raises(asyncio.CancelledError, match="by me"):
+        await task
+    assert "waiters=0" in repr(fut)
+
+
+@on_asyncio
+async def test_anyio_sees_that_a_task_waits():
+    fut = Future()
+    async with anyio.create_task_group() as group:
+        group.start_soon(value_of, fut)
+        with anyio.fail_after(PATIENCE):
+            await anyio.wait_all_tasks_blocked()
+        assert "waiters=1" in repr(fut)
+        fut.set_result(5)
+
+
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+def test_a_task_that_ends_the_loop_leaves_the_others_to_its_next_run(
+    new_loop, kind, nothing_blocks_a_loop
+):
+    nothing_blocks_a_loop.deactivate()
+
+    async def stop(fut):
+        await fut
+        raise kind
+
+    async def main():
+        tasks[:] = await completed_in_one_look(value_of, stop, value_of, value_of)
+        return await value_of(never)
+
+    never, tasks = Future(), []
+    loop = new_loop()
+    try:
+        rest = loop.create_task(main())
+        with pytest.raises(kind):
+            loop.run_until_complete(rest)
+        never.set_result("the rest")
+        assert loop.run_until_complete(asyncio.wait_for(rest, PATIENCE)) == "the rest"
+        assert [tasks[n].result() for n in (0, 2, 3)] == [0, 2, 3]
+        assert isinstance(tasks[1].exception(), kind)
+    finally:
+        loop.close()
+
+
+def test_a_task_may_run_its_loop_within_a_look_that_found_more(nothing_blocks_a_loop):
+    nothing_blocks_a_loop.deactivate()
+
+    async def runs_the_loop(fut):
+        await fut
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        asyncio.tasks._leave_task(loop, task)  # as what nests loops does
+        with running(lambda: another.set_result(None)):  # which has it look again
+            while not tasks[-1].done():
+                loop._run_once()
+        asyncio.tasks._enter_task(loop, task)
+        return "ran"
+
+    async def main():
+        rest = asyncio.ensure_future(value_of(another))
+        tasks[:] = await completed_in_one_look(value_of, runs_the_loop, value_of, value_of)
+        return await asyncio.gather(*tasks, rest)
+
+    another, tasks = Future(), []
+    assert asyncio.run(asyncio.wait_for(main(), PATIENCE)) == [0, "ran", 2, 3, None]
+
+
 # ------------------------------------------------------------------------------ modes
 
 
@@ -347,6 +482,28 @@ async def test_debug_mode():
     assert await asyncio.gather(*futures) == list(range(20))
     with pytest.raises(asyncio.TimeoutError):
         await asyncio.wait_for(Future(), 0.001)
+
+
+@on_asyncio
+@pytest.mark.parametrize("thread", ["of the loop", "another"])
+async def test_debug_mode_tells_which_task_takes_long(caplog, nothing_blocks_a_loop, thread):
+    nothing_blocks_a_loop.deactivate()
+    loop = asyncio.get_running_loop()
+    loop.set_debug(True)
+    fut = Future()
+    task = asyncio.create_task(value_of(fut), name="the slow one")
+    await asyncio.sleep(0)
+    loop.slow_callback_duration = -1.0  # every one is slow
+    if thread == "another":
+        with running(lambda: fut.set_result(5)):
+            pass
+    else:
+        fut.set_result(5)
+    assert await task == 5
+    loop.slow_callback_duration = PATIENCE
+    slow = [record.getMessage() for record in caplog.records]
+    named = r"Executing <Task \w+ name='the slow one'"
+    assert any(re.match(named, text) for text in slow), slow
 
 
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="new in Python 3.12")

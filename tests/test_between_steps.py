@@ -12,6 +12,7 @@ import pytest
 import trio
 
 from torchfut_aio import Future, as_completed, gather
+from torchfut_aio._loops import _asyncio
 
 from .loops import on_asyncio, on_every_loop
 from .threads import PATIENCE
@@ -111,6 +112,20 @@ def test_an_arrival_while_the_iterator_goes_to_sleep_is_not_missed():
 
     completed._arrivals.bells = Racing()
     assert next(completed) is fut
+
+
+@on_asyncio
+async def test_a_task_of_asyncio_that_is_interrupted_on_its_way_to_sleep_wakes_up(monkeypatch):
+    fut = Future()
+    real = _asyncio._Waiter.add_done_callback
+
+    def add_done_callback(waiter, callback, *, context):
+        fut.set_result("in between")  # as a signal handler or a finaliser might, here
+        real(waiter, callback, context=context)
+
+    monkeypatch.setattr(_asyncio._Waiter, "add_done_callback", add_done_callback)
+    with anyio.fail_after(PATIENCE):
+        assert await fut == "in between"
 
 
 def test_a_task_of_trio_that_is_interrupted_on_its_way_to_sleep_wakes_up(monkeypatch):

@@ -128,9 +128,7 @@ def _resume(waiters: deque[_Waiter] | list[_Waiter], count: int) -> None:
         waiter = waiters[0]
         del waiters[0]
         callback = waiter._callback
-        if callback is None:  # it went on before, or has yet to park
-            waiter._woken = True
-        else:
+        if callback is not None:  # or it went on before
             waiter._callback = None
             if debug:  # each in a handle of its own, so that asyncio can tell who takes long
                 waiter._loop.call_soon(callback, waiter, context=waiter._context)
