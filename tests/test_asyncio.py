@@ -21,6 +21,7 @@ import pytest
 import uvloop
 
 from torchfut_aio import Future
+from torchfut_aio._loops import _asyncio
 from torchfut_aio._loops._inbox import Inbox
 
 from .loops import on_asyncio
@@ -283,6 +284,24 @@ async def test_in_a_burst_the_loop_looks_again_without_being_woken(
     with anyio.fail_after(PATIENCE):
         assert await asyncio.gather(waiting, late_too, *tasks) == [6, 6] + [5] * 100
     assert pipe.writes == 1
+
+
+@on_asyncio
+async def test_in_a_burst_the_loops_own_completions_do_not_wait(monkeypatch, nothing_blocks_a_loop):
+    nothing_blocks_a_loop.deactivate()
+    monkeypatch.setattr(_asyncio, "LONGEST", PATIENCE)
+    monkeypatch.setattr(_asyncio, "PATIENCE", PATIENCE)
+    await asyncio.gather(*await burst())  # from now on the loop means to sleep for long
+    futures = [Future() for _ in range(10)]
+    tasks = [asyncio.ensure_future(value_of(fut)) for fut in futures]
+    await asyncio.sleep(0)
+    pipe = Pipe(monkeypatch)
+    for fut in futures:
+        fut.set_result(5)
+    with anyio.fail_after(PATIENCE / 2):
+        assert await asyncio.gather(*tasks) == [5] * 10
+        assert pipe.writes == 0
+        assert await asyncio.gather(*await pending(3)) == [0, 1, 2]
 
 
 @on_asyncio

@@ -43,9 +43,8 @@ _get_running_loop = asyncio._get_running_loop
 class _Waiter:
     """What a task is told that it waits for: by its methods, a future of asyncio's.
 
-    Who wakes it in the loop's own thread may be in the middle of a task's step, as may a signal
-    handler before the task has even parked. So `_resume` is then scheduled for the loop's next
-    turn. It does nothing the second time.
+    Waking it only ever puts it into the inbox, as the one who wakes it may be in the middle of
+    a step of a task, even of the very task that waits.
     """
 
     __slots__ = (
@@ -55,7 +54,6 @@ class _Waiter:
         "_context",
         "_inbox",
         "_loop",
-        "_woken",
     )
 
     def __init__(self, inbox: AsyncioLoop, loop: asyncio.AbstractEventLoop) -> None:
@@ -64,26 +62,18 @@ class _Waiter:
         self._cancelled: tuple[Any, ...] | None = None
         self._inbox = inbox
         self._loop = loop
-        self._woken = False
 
     def __iter__(self) -> Iterator[_Waiter]:
         return iter((self,))
 
     def wake(self) -> None:
+        # As post() does; a thread that completes many futures feels each call.
         inbox = self._inbox
-        # Which loop runs here takes a system call to find out, in Python 3.11.
-        if get_ident() == inbox._thread and _will_look_before_it_sleeps(self._loop):
-            self._resume_soon()
-        else:
-            # As post() does; a thread that completes many futures feels each call.
-            inbox._queue.append(self)
-            if not inbox._armed:
-                inbox._arm()
-
-    def _resume_soon(self) -> None:
-        self._woken = True
-        if self._callback is not None:
-            self._loop.call_soon(_resume, [self], 1)
+        inbox._queue.append(self)
+        if not inbox._armed:
+            inbox._arm()
+        elif inbox._in_burst and get_ident() == inbox._thread:
+            inbox.wake_up()
 
     # What asyncio's tasks call, and anyio, which looks at what tasks wait for.
 
@@ -98,21 +88,18 @@ class _Waiter:
     ) -> None:
         self._context = contextvars.copy_context() if context is None else context
         self._callback = callback
-        if self._woken:
-            self._resume_soon()
 
     def cancel(self, msg: Any = None) -> bool:
-        if self.done():
+        if self._cancelled is not None:
             return False
         self._cancelled = () if msg is None else (msg,)
-        self._resume_soon()
+        self.wake()
         return True
-
-    def done(self) -> bool:
-        return self._woken
 
     def cancelled(self) -> bool:
         return self._cancelled is not None
+
+    done = cancelled  # a task that has been resumed otherwise does not wait for it any more
 
     def result(self) -> None:
         if self._cancelled is not None:
@@ -216,12 +203,26 @@ class AsyncioLoop(Inbox):
         assert loop is not None  # it is running the caller
         loop.create_task(function(*args))
 
+    def wake_up(self) -> None:
+        """Has the loop look at once, though it means to sleep between its looks."""
+        self._arm()  # before the alarm is stopped, in case Ctrl-C strikes in between
+        self._end_burst()
+
+    def _end_burst(self) -> None:
+        assert self._burst is not None
+        self._burst.set(math.inf)
+        self._in_burst = False
+
     def _call_soon(self) -> bool:
         loop = self._loop()
         if loop is None:
             return False
         try:
-            loop.call_soon_threadsafe(self._serve)
+            # Which loop runs here takes a system call to find out, in Python 3.11.
+            if get_ident() == self._thread and _will_look_before_it_sleeps(loop):
+                loop.call_soon(self._serve)
+            else:
+                loop.call_soon_threadsafe(self._serve)
         except RuntimeError:
             if not loop.is_closed():
                 raise
@@ -232,9 +233,7 @@ class AsyncioLoop(Inbox):
         """Has `_serve` called in a moment, if this look found many; or returns False."""
         if found < BURST:
             if self._in_burst:
-                assert self._burst is not None
-                self._burst.set(math.inf)
-                self._in_burst = False
+                self._end_burst()
             return False
         if self._burst is None:
             with suppress(OSError):  # too many open files
