@@ -12,6 +12,7 @@ two threads at a time would do no harm.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import os
 import threading
 from collections import deque
@@ -59,16 +60,22 @@ class _Thread(threading.Thread):
     """Runs an event loop as long as there is a mark to watch."""
 
     def __init__(self) -> None:
-        # A daemon, as it would wait for kernels that may take long. It never waits inside
-        # of torch, where the end of the interpreter would abort the process.
+        # A daemon, as an interpreter that exits does not wait for kernels that may take long.
         super().__init__(name="torchfut_aio watcher", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._bell = asyncio.Event()
+        self._to_end = False
 
     def ring(self) -> None:
         if self._loop is not None:
             with suppress(RuntimeError):  # it has closed, having seen what there was
                 self._loop.call_soon_threadsafe(self._bell.set)
+
+    def end(self) -> None:
+        """Has it end, whatever is pending, and waits for that, unless a callback takes long."""
+        self._to_end = True
+        self.ring()
+        self.join(timeout=1)
 
     def run(self) -> None:
         global _thread
@@ -90,11 +97,11 @@ class _Thread(threading.Thread):
                 with suppress(IndexError):
                     mark, notify = _jobs.popleft()
                     watcher.tell([mark], Wait(partial(self._notify, notify)))
-            if watcher.pending:
+            if watcher.pending and not self._to_end:
                 await self._bell.wait()
                 continue
             _thread = None
-            if not _jobs:
+            if self._to_end or not _jobs:
                 return
             _thread = self
 
@@ -103,6 +110,14 @@ class _Thread(threading.Thread):
         # Nobody is above to take what a callback of a future may pass on.
         with suppress(KeyboardInterrupt, SystemExit):
             notify(error)
+
+
+@atexit.register
+def _end_before_the_interpreter() -> None:
+    # A query lets go of the GIL. Who asks for it back from an interpreter that has ended is
+    # thrown out of C++, which aborts the process.
+    if _thread is not None:
+        _thread.end()
 
 
 def _forget() -> None:
