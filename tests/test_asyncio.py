@@ -469,26 +469,59 @@ def test_a_task_that_ends_the_loop_leaves_the_others_to_its_next_run(
         loop.close()
 
 
-def test_a_task_may_run_its_loop_within_a_look_that_found_more(nothing_blocks_a_loop):
+@pytest.mark.parametrize("kind", [asyncio.Task, asyncio.tasks._PyTask])
+def test_a_task_may_run_its_loop_within_a_look_that_found_more(kind, nothing_blocks_a_loop):
     nothing_blocks_a_loop.deactivate()
 
     async def runs_the_loop(fut):
         await fut
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
         asyncio.tasks._leave_task(loop, task)  # as what nests loops does
-        with running(lambda: another.set_result(None)):  # which has it look again
-            while not tasks[-1].done():
-                loop._run_once()
+        if kind is asyncio.Task:
+            with running(lambda: another.set_result(None)):
+                pass  # which has it look again
+        while not tasks[-1].done():
+            loop._run_once()
         asyncio.tasks._enter_task(loop, task)
         return "ran"
 
     async def main():
-        rest = asyncio.ensure_future(value_of(another))
+        asyncio.get_running_loop().set_task_factory(lambda loop, coro: kind(coro, loop=loop))
+        rest.append(asyncio.ensure_future(value_of(another)))
         tasks[:] = await completed_in_one_look(value_of, runs_the_loop, value_of, value_of)
-        return await asyncio.gather(*tasks, rest)
+        return await asyncio.gather(*tasks)
 
-    another, tasks = Future(), []
-    assert asyncio.run(asyncio.wait_for(main(), PATIENCE)) == [0, "ran", 2, 3, None]
+    another, rest, tasks = Future(), [], []
+    assert asyncio.run(asyncio.wait_for(main(), PATIENCE)) == [0, "ran", 2, 3]
+
+
+@on_asyncio
+async def test_a_cancelled_await_goes_without_the_collector():
+    gone = []
+    gc.disable()
+    try:
+        for _ in range(10):
+            task = asyncio.ensure_future(value_of(Future()))
+            gone.append(weakref.ref(task))
+            await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.wait([task])
+            del task
+        await asyncio.sleep(0)
+        assert [ref() for ref in gone] == [None] * 10
+    finally:
+        gc.enable()
+
+
+@on_asyncio
+async def test_anyio_sees_that_a_task_is_about_to_be_cancelled():
+    task = asyncio.ensure_future(value_of(Future()))
+    await asyncio.sleep(0)
+    [info] = [info for info in anyio.get_running_tasks() if info.id == id(task)]
+    assert not info.has_pending_cancellation()
+    task.cancel()
+    assert info.has_pending_cancellation()
+    await asyncio.wait([task])
 
 
 # ------------------------------------------------------------------------------ modes

@@ -129,6 +129,18 @@ async def test_a_timed_out_await_leaves_nothing_behind():
 
 
 @on_every_loop
+async def test_a_value_that_has_come_is_not_lost_to_a_scope_that_is_cancelled_then():
+    fut, got = Future(), []
+    with anyio.CancelScope() as scope:
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(waits_for, fut, got)
+            await anyio.wait_all_tasks_blocked()
+            fut.set_result(5)
+            scope.cancel()
+    assert got == [5]
+
+
+@on_every_loop
 async def test_a_task_cancelled_between_completion_and_wake_up_is_cancelled_once():
     for _ in range(200):
         fut = Future()

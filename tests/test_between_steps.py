@@ -117,13 +117,13 @@ def test_an_arrival_while_the_iterator_goes_to_sleep_is_not_missed():
 @on_asyncio
 async def test_a_task_of_asyncio_that_is_interrupted_on_its_way_to_sleep_wakes_up(monkeypatch):
     fut = Future()
-    real = _asyncio._Waiter.add_done_callback
+    real = _asyncio._Waiter.__iter__
 
-    def add_done_callback(waiter, callback, *, context):
+    def suspend(waiter):
         fut.set_result("in between")  # as a signal handler or a finaliser might, here
-        real(waiter, callback, context=context)
+        return real(waiter)
 
-    monkeypatch.setattr(_asyncio._Waiter, "add_done_callback", add_done_callback)
+    monkeypatch.setattr(_asyncio._Waiter, "__iter__", suspend)
     with anyio.fail_after(PATIENCE):
         assert await fut == "in between"
 

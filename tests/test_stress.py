@@ -9,6 +9,7 @@ import anyio
 import pytest
 
 from torchfut_aio import Future, as_completed, gather
+from torchfut_aio._loops import ThreadWaiter
 
 from .threads import PATIENCE, alongside, running
 
@@ -114,3 +115,17 @@ def test_threads_loops_and_callbacks_all_see_every_completion(switch_interval):
             assert len(combined.wait(PATIENCE)) == 300
         assert [len(x) for x in (called, awaited, waited, taken)] == [300, 600, 300, 300]
         assert set(called) == set(taken) == set(futures)
+
+
+def test_a_thread_may_be_woken_by_two_at_once(switch_interval):
+    waiters = [ThreadWaiter() for _ in range(100_000)]
+    woken = []
+
+    def wake_all():
+        for waiter in waiters:
+            waiter.wake()
+        woken.append(len(waiters))
+
+    with running(wake_all, wake_all):
+        waiters[-1].block(PATIENCE)
+    assert woken == [len(waiters)] * 2

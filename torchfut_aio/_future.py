@@ -194,7 +194,7 @@ class Future(torch.futures.Future[T]):
                         entry.wake()
         except BaseException as struck:
             interrupt, callbacks = struck, True
-            _wake_all(first, entries)
+            self._wake_all(first, entries)
         # After the waiters are awake: callbacks of C++ consumers run in here, with the
         # GIL released around them. They may read this future, and take long.
         try:
@@ -369,8 +369,6 @@ class Future(torch.futures.Future[T]):
                 if self._entries is None:
                     self._take_out(waiter, entries)
                     yield from loop.checkpoint()
-                elif loop.takes_waiters:
-                    yield waiter
                 else:
                     yield from waiter
             except BaseException:
@@ -444,7 +442,7 @@ class Future(torch.futures.Future[T]):
         entries = self._entries
         if entries is not None:
             waiter = loop.waiter()
-            waiter.add_done_callback(lambda _: self._copy_to(target))
+            waiter.future.add_done_callback(lambda _: self._copy_to(target))
             target.add_done_callback(lambda _: self._take_out(waiter, entries))
             self._enter(waiter, entries)
         if self._entries is None:
@@ -592,6 +590,14 @@ class Future(torch.futures.Future[T]):
             pass  # whoever was first has been taken out
         return entries.pop(entry, _GONE) is not _GONE
 
+    def _wake_all(self, first: _Entry | None, entries: dict[_Entry, None]) -> None:
+        if first is not None and first.wake is not None:
+            first.wake()
+            self._first = None
+        for entry in [*entries]:
+            if entry.wake is not None:
+                entry.wake()
+
     def _entered(self) -> list[_Entry]:
         """Returns who has entered and is to be told yet."""
         first = getattr(self, "_first", None)
@@ -689,12 +695,6 @@ def _fail_in_cpp(future: Future[Any], failure: Any) -> None:
         _Cpp._set_unwrap_func(future, failure.unwrap)
     finally:  # even if Ctrl-C strikes
         _complete_in_cpp(future, failure.stand_in)
-
-
-def _wake_all(first: _Entry | None, entries: dict[_Entry, None]) -> None:
-    for entry in [first, *entries]:
-        if entry is not None and entry.wake is not None:
-            entry.wake()
 
 
 def _refuse_second(future: Future[Any]) -> NoReturn:

@@ -44,9 +44,6 @@ class TaskWaiter(Waiter, Iterable[Any], Protocol):
 class Loop(Protocol):
     """A running event loop, as the tasks that wait on it see it."""
 
-    takes_waiters: bool
-    """Whether ``yield waiter`` does what ``yield from waiter`` does, but for what that takes."""
-
     def checkpoint(self) -> Iterable[Any]:
         """Does what an await that need not wait does on this loop; for ``yield from``."""
 

@@ -1,9 +1,8 @@
-"""Tasks on asyncio's loops and on uvloop's: the waiter is what asyncio takes for a future.
+"""Tasks on asyncio's loops and on uvloop's: each waits on an ``asyncio.Future``.
 
-An ``asyncio.Future`` has the loop resume its task in its next turn, in a handle of its own.
-The waiter here keeps what resumes its task, and the inbox calls it for one after the other as
-soon as the loop looks: no turn more, which is half of what it takes to wake a lone task, and no
-handle for each, which is most of what it takes to wake a thousand.
+Such a future would have the loop resume its task in the next turn, in a handle of its own. The
+inbox takes from it what resumes the task, and calls it for one after the other as soon as the
+loop looks: no turn more, and on asyncio, whose handles are written in Python, half the work.
 
 A thread that completes many futures lets go of the GIL in each, in C++, for an instant. With
 a loop awake that waits for the GIL, each of these costs the thread a system call, and every
@@ -24,6 +23,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from contextlib import suppress
 from threading import get_ident
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from ._inbox import Inbox
@@ -41,94 +41,44 @@ _get_running_loop = asyncio._get_running_loop
 
 
 class _Waiter:
-    """What a task is told that it waits for: by its methods, a future of asyncio's.
+    """One wait of a task, on an ``asyncio.Future``.
 
-    Waking it only ever puts it into the inbox, as the one who wakes it may be in the middle of
-    a step of a task, even of the very task that waits.
+    That is one of asyncio's own, not of a subclass: tasks have a fast path for these. And all
+    that tasks call of it is C: Ctrl-C cannot strike while one parks, or wakes up.
     """
 
-    __slots__ = (
-        "_asyncio_future_blocking",
-        "_callback",
-        "_cancelled",
-        "_context",
-        "_inbox",
-        "_loop",
-    )
+    __slots__ = ("_inbox", "future", "step")
 
-    def __init__(self, inbox: AsyncioLoop, loop: asyncio.AbstractEventLoop) -> None:
-        self._asyncio_future_blocking = True  # tells a task that it is to wait for this
-        self._callback: Callable[[_Waiter], object] | None = None
-        self._cancelled: tuple[Any, ...] | None = None
+    step: tuple[Callable[[asyncio.Future[None]], Any], contextvars.Context] | None
+    """Once it is taken from the future: what takes the next step of the task, and where."""
+
+    def __init__(self, inbox: AsyncioLoop, future: asyncio.Future[None]) -> None:
         self._inbox = inbox
-        self._loop = loop
+        self.future = future
+        self.step = None
 
-    def __iter__(self) -> Iterator[_Waiter]:
-        return iter((self,))
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.future)
 
     def wake(self) -> None:
-        # As post() does; a thread that completes many futures feels each call.
         inbox = self._inbox
-        inbox._queue.append(self)
-        if not inbox._armed:
-            inbox._arm()
-        elif inbox._in_burst and get_ident() == inbox._thread:
-            inbox.wake_up()
-
-    # What asyncio's tasks call, and anyio, which looks at what tasks wait for.
-
-    def get_loop(self) -> asyncio.AbstractEventLoop:
-        return self._loop
-
-    def add_done_callback(
-        self,
-        callback: Callable[[_Waiter], object],
-        *,
-        context: contextvars.Context | None = None,
-    ) -> None:
-        self._context = contextvars.copy_context() if context is None else context
-        self._callback = callback
-
-    def cancel(self, msg: Any = None) -> bool:
-        if self._cancelled is not None:
-            return False
-        self._cancelled = () if msg is None else (msg,)
-        self.wake()
-        return True
-
-    def cancelled(self) -> bool:
-        return self._cancelled is not None
-
-    done = cancelled  # a task that has been resumed otherwise does not wait for it any more
-
-    def result(self) -> None:
-        if self._cancelled is not None:
-            raise asyncio.CancelledError(*self._cancelled)
-
-
-def _resume(waiters: deque[_Waiter] | list[_Waiter], count: int) -> None:
-    """Takes out ``count`` waiters, and has their tasks go on, now."""
-    debug = bool(waiters) and waiters[0]._loop.get_debug()
-    for _ in range(count):
-        # Before a task: it may run a loop within this, and that would take them out, too.
-        # There is no call from here to the task, so Ctrl-C, which strikes at calls, cannot.
-        waiter = waiters[0]
-        del waiters[0]
-        callback = waiter._callback
-        if callback is not None:  # or it went on before
-            waiter._callback = None
-            if debug:  # each in a handle of its own, so that asyncio can tell who takes long
-                waiter._loop.call_soon(callback, waiter, context=waiter._context)
-            else:
-                waiter._context.run(callback, waiter)
+        # Which loop runs here takes a system call to find out, in Python 3.11.
+        if get_ident() == inbox._thread and _will_look_before_it_sleeps(self.future.get_loop()):
+            # It may be in the middle of a step of a task, so this one is resumed later; but is
+            # done from here on, for whoever means to cancel what still waits.
+            if not self.future.done():
+                self.future.set_result(None)
+        else:
+            # As post() does; a thread that completes many futures feels each call.
+            inbox._queue.append(self)
+            if not inbox._armed:
+                inbox._arm()
 
 
 class AsyncioLoop(Inbox):
     """The inbox of one loop. It does not keep the loop alive; the waiters do."""
 
     __slots__ = ("_burst", "_in_burst", "_loop", "_thread")
-
-    takes_waiters = True
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__()
@@ -151,7 +101,7 @@ class AsyncioLoop(Inbox):
     def waiter(self) -> _Waiter:
         loop = self._loop()
         assert loop is not None  # it is running the caller
-        return _Waiter(self, loop)
+        return _Waiter(self, loop.create_future())
 
     def wake_later(self, waiter: _Waiter, found: int) -> bool:
         if found < BURST:
@@ -203,26 +153,12 @@ class AsyncioLoop(Inbox):
         assert loop is not None  # it is running the caller
         loop.create_task(function(*args))
 
-    def wake_up(self) -> None:
-        """Has the loop look at once, though it means to sleep between its looks."""
-        self._arm()  # before the alarm is stopped, in case Ctrl-C strikes in between
-        self._end_burst()
-
-    def _end_burst(self) -> None:
-        assert self._burst is not None
-        self._burst.set(math.inf)
-        self._in_burst = False
-
     def _call_soon(self) -> bool:
         loop = self._loop()
         if loop is None:
             return False
         try:
-            # Which loop runs here takes a system call to find out, in Python 3.11.
-            if get_ident() == self._thread and _will_look_before_it_sleeps(loop):
-                loop.call_soon(self._serve)
-            else:
-                loop.call_soon_threadsafe(self._serve)
+            loop.call_soon_threadsafe(self._serve)
         except RuntimeError:
             if not loop.is_closed():
                 raise
@@ -233,7 +169,9 @@ class AsyncioLoop(Inbox):
         """Has `_serve` called in a moment, if this look found many; or returns False."""
         if found < BURST:
             if self._in_burst:
-                self._end_burst()
+                assert self._burst is not None
+                self._burst.set(math.inf)
+                self._in_burst = False
             return False
         if self._burst is None:
             with suppress(OSError):  # too many open files
@@ -248,7 +186,29 @@ class AsyncioLoop(Inbox):
     def _resume(self, waiters: deque[_Waiter], count: int) -> None:
         if count >= BURST or self._in_burst:
             self._armed = self._look_again(count)
-        _resume(waiters, count)
+        debug = bool(waiters) and waiters[0].future.get_loop().get_debug()
+        for _ in range(count):
+            if not waiters:
+                return  # a task that ran its loop within this has seen to the others
+            waiter = waiters[0]
+            future = waiter.future
+            callbacks = future._callbacks  # none if it is done
+            # In a handle of its own, asyncio can tell who takes long. And tasks written in
+            # Python are what runs a loop within a loop, which then has to find the others.
+            if callbacks and not debug and type(callbacks[0][0]) is not MethodType:
+                waiter.step = callbacks[0]
+                future.remove_done_callback(callbacks[0][0])
+            try:  # noqa: SIM105  a context manager would cost as much as all the rest
+                future.set_result(None)
+            except asyncio.InvalidStateError:
+                pass  # it has been cancelled
+            # There is no call from here to the task, so Ctrl-C, which strikes at calls,
+            # cannot. If it has before, the step is still there.
+            del waiters[0]
+            step = waiter.step
+            if step is not None:
+                waiter.step = None
+                step[1].run(step[0], future)
 
 
 class _Alarm:

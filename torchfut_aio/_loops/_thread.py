@@ -7,6 +7,7 @@ interrupted by Ctrl-C, in every version of Python that is supported.
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 
 __all__ = ["ThreadWaiter"]
 
@@ -31,5 +32,5 @@ class ThreadWaiter:
             self._lock.acquire(timeout=min(timeout, threading.TIMEOUT_MAX))
 
     def wake(self) -> None:
-        if self._lock.locked():  # not when it is woken once more
+        with suppress(RuntimeError):  # it is woken once more
             self._lock.release()

@@ -54,8 +54,6 @@ class TrioLoop(Inbox):
 
     __slots__ = ("_token",)
 
-    takes_waiters = False
-
     def __init__(self, token: trio.lowlevel.TrioToken) -> None:
         super().__init__()
         self._token = token
