@@ -573,6 +573,9 @@ class Future(torch.futures.Future[T]):
 
     def _enter(self, entry: _Entry, entries: dict[_Entry, None]) -> None:
         """Has the setter find ``entry``, if it has not looked yet."""
+        if entries:  # which somebody enters only once the first place is taken
+            entries[entry] = None
+            return
         try:
             del self._vacant
         except AttributeError:
