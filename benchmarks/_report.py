@@ -18,6 +18,8 @@ from statistics import median, quantiles
 from time import monotonic
 from typing import Any
 
+from ._options import RESULTS
+
 __all__ = ["Report", "Table", "quartiles", "rounded"]
 
 OURS = "await fut"
@@ -255,11 +257,20 @@ def machine() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """Returns the commit of this checkout, marked if something has been changed since."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    """Returns the commit of this checkout, marked if something but results has been changed."""
+    revision = _git("rev-parse", "--short=12", "HEAD")
+    changed = _git("status", "--porcelain", "--", ":/", f":(exclude){RESULTS}")
+    return f"{revision}-dirty" if revision and changed else revision
+
+
+def _git(*arguments: str) -> str | None:
     try:
         return subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+            ["git", *arguments],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):  # no git, or no checkout
         return None
