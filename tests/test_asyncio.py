@@ -582,6 +582,22 @@ def test_a_closed_loop_is_not_kept_alive_by_this_package(new_loop):
     assert gone() is None
 
 
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_a_done_future_does_not_keep_the_loop_where_it_was_awaited(new_loop):
+    loop = new_loop()
+    fut = Future()
+    task = loop.create_task(value_of(fut))
+    loop.run_until_complete(asyncio.sleep(0))
+    assert "waiters=1" in repr(fut)
+    loop.call_soon(fut.set_result, 5)
+    assert loop.run_until_complete(task) == 5
+    loop.close()
+    gone = weakref.ref(loop)
+    del loop, task
+    gc.collect()
+    assert gone() is None
+
+
 def test_loops_that_close_before_they_see_a_completion_are_not_kept():
     refs = []
     for _ in range(20):
