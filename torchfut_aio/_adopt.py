@@ -19,6 +19,7 @@ from typing import Any, TypeVar, overload
 import torch
 
 from ._arguments import devices_checked
+from ._cpython import running_loop
 from ._devices import Mark, finish_current_streams, mark_of, mark_stream
 from ._errors import InvalidStateError, NotAFutureError, less_innermost_frame
 from ._future import Future
@@ -213,7 +214,7 @@ def _from_asyncio(source: asyncio.Future[Any], future: Future[Any]) -> None:
     loop = source.get_loop()
     if source.done():
         copy(source)
-    elif asyncio._get_running_loop() is loop:
+    elif running_loop() is loop:
         source.add_done_callback(copy)
     else:
         # asyncio's futures may be touched in the thread of their loop only.

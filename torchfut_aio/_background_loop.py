@@ -147,13 +147,22 @@ class _Running:
     def _look(self) -> None:
         self._rung = False
         assert self._loop is not None
-        while _calls:
-            promise, func, args = _calls.popleft()
+        while (call := _next_call()) is not None:
+            promise, func, args = call
             task = self._loop.create_task(run_contained(promise, func, args), name=promise.name)
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         if self._is_to_close:
             self._closing.set()
+
+
+def _next_call() -> _Call | None:
+    # Not by looking first: taking out locks the deque where there is no GIL, so a call that is
+    # not seen here comes from one who sees what this thread has written before.
+    try:
+        return _calls.popleft()
+    except IndexError:
+        return None
 
 
 def _forget() -> None:

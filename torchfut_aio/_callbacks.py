@@ -132,21 +132,28 @@ def run(future: Future[Any], first: Any, others: dict[Any, None], *, inline: boo
         here.deferred.append((future, first, others))
         return
     interrupt: BaseException | None = None
-    tell = _guarded if future._order is None else _ordered
     here.depth = depth + 1
     try:
-        if first is not None and first.wake is None:
-            interrupt = tell(future, first, None)
-        if others:
-            for entry in [*others]:
-                if entry.wake is None:
-                    interrupt = tell(future, entry, others) or interrupt
+        interrupt = _run_each(future, first, others)
         if depth == 0 and here.deferred:
             interrupt = _run_deferred(here) or interrupt
     finally:
         here.depth = depth
     if interrupt is not None:
         raise interrupt
+
+
+# A function of its own: from Python 3.12 on, an interrupt at the jump that closes a loop may
+# miss the ``finally`` around it.
+def _run_each(future: Future[Any], first: Any, others: dict[Any, None]) -> BaseException | None:
+    interrupt: BaseException | None = None
+    tell = _guarded if future._order is None else _ordered
+    if first is not None and first.wake is None:
+        interrupt = tell(future, first, None)
+    for entry in [*others]:
+        if entry.wake is None:
+            interrupt = tell(future, entry, others) or interrupt
+    return interrupt
 
 
 def run_deferred() -> None:

@@ -237,7 +237,7 @@ class _Gatherer(_Collector):
 class _Arrivals(_callbacks.Entry):
     """Takes in futures as they complete, and wakes those who wait for the next.
 
-    A task that awaits it goes on when it is worth to `take` again.
+    A task awaits it for the next, a thread blocks for it.
     """
 
     __slots__ = ("awaited", "bells", "ready", "streak", "tickets")
@@ -256,8 +256,7 @@ class _Arrivals(_callbacks.Entry):
         # Not with append(): Ctrl-C strikes after calls, and these go together.
         self.ready += (future,)
         del self.awaited[future]
-        if self.bells:
-            self.ring()
+        self.ring()
 
     def interrupted(self, future: Future[Any], _interrupt: BaseException) -> None:
         if future in self.awaited:
@@ -265,13 +264,18 @@ class _Arrivals(_callbacks.Entry):
         self.ring()
 
     def ring(self) -> None:
-        while self.bells:
-            with suppress(IndexError, ValueError):  # another thread rings, too
-                bell = self.bells[-1]
-                bell.wake()
+        # A copy, as that locks the list where there is no GIL: see `arrived`.
+        for bell in reversed(self.bells.copy()):
+            bell.wake()
+            with suppress(ValueError):  # another thread rings, too
                 self.bells.remove(bell)
 
-    def __await__(self) -> Generator[Any, Any, None]:
+    def __await__(self) -> Generator[Any, Any, Future[Any]]:
+        while (future := self.take()) is None:
+            yield from self._suspend()
+        return future
+
+    def _suspend(self) -> Generator[Any, Any, None]:
         loop = _loops.current()
         waiter = loop.waiter()
         streak, self.streak = self.streak, 0
@@ -280,11 +284,16 @@ class _Arrivals(_callbacks.Entry):
             yield from waiter
             return
         with self.bell(waiter):
-            if not self.ready:
+            if not self.arrived():
                 yield from waiter
 
-    def block(self) -> None:
+    def block(self) -> Future[Any]:
         """Does for a thread what ``await`` does for a task."""
+        while (future := self.take()) is None:
+            self._block_once()
+        return future
+
+    def _block_once(self) -> None:
         # Callbacks that this thread has put off may be the next to arrive.
         _callbacks.run_deferred()
         if self.ready:
@@ -293,12 +302,20 @@ class _Arrivals(_callbacks.Entry):
             warn_that_wait_blocks_a_loop()
         waiter = _loops.ThreadWaiter()
         with self.bell(waiter):
-            if not self.ready:
+            if not self.arrived():
                 waiter.block(None)
+
+    def arrived(self) -> bool:
+        """Tells whether there is a future to take, for one whose bell hangs.
+
+        A copy, as that locks the deque where there is no GIL: either this sees the future, or
+        who brings it sees the bell.
+        """
+        return bool(self.ready.copy())
 
     @contextmanager
     def bell(self, waiter: _loops.Waiter) -> Iterator[None]:
-        """Has ``waiter`` woken by the next arrival. If one is `ready` by now, it may not be."""
+        """Has ``waiter`` woken by the next arrival. If one has `arrived` by now, it may not be."""
         self.bells.append(waiter)
         try:
             yield
@@ -342,27 +359,23 @@ class _AsCompleted(AsyncIterator[Future[T]], Iterator[Future[T]]):
         arrivals = self._arrivals
         arrivals.claim(StopIteration)
         try:
-            while (future := arrivals.take()) is None:
-                arrivals.block()
+            return arrivals.block()
         except BaseException:
             arrivals.unclaim()
             raise
         finally:
             del self  # or a traceback that is kept would keep the iterator
-        return future
 
     async def __anext__(self) -> Future[T]:
         arrivals = self._arrivals
         arrivals.claim(StopAsyncIteration)
         try:
-            while (future := arrivals.take()) is None:
-                await arrivals
+            return await arrivals
         except BaseException:
             arrivals.unclaim()
             raise
         finally:
             del self  # or a traceback that is kept would keep the iterator
-        return future
 
     def __del__(self) -> None:
         for future in list(self._arrivals.awaited):

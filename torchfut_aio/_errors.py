@@ -12,10 +12,12 @@ import asyncio
 import concurrent.futures
 import contextlib
 import functools
-import sys
+import inspect
 import types
 import warnings
 from typing import Any
+
+from ._cpython import laid_out_by_c
 
 __all__ = [
     "BlockingWaitWarning",
@@ -63,8 +65,8 @@ def warn_that_wait_blocks_a_loop(
 ) -> None:
     """Warns, at the line outside this package that led to the wait."""
     package = __name__.partition(".")[0]
-    level, frame = 1, sys._getframe()
-    while frame.f_back is not None and _package_of(frame) == package:
+    level, frame = 1, inspect.currentframe()  # None, if the interpreter has no frames to show
+    while frame is not None and frame.f_back is not None and _package_of(frame) == package:
         level, frame = level + 1, frame.f_back
     warnings.warn(what, BlockingWaitWarning, stacklevel=level)
 
@@ -220,12 +222,9 @@ def bare(kind: type[BaseException], *args: object) -> Any:
     the built-in class among the bases does.
     """
     built_in: Any = kind
-    while built_in.__flags__ & _MADE_BY_PYTHON:
+    while not laid_out_by_c(built_in):
         built_in = built_in.__base__
     return built_in.__new__(kind, *args)
-
-
-_MADE_BY_PYTHON = 1 << 9  # Py_TPFLAGS_HEAPTYPE
 
 
 @functools.lru_cache(maxsize=256)

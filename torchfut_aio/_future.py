@@ -185,13 +185,13 @@ class Future(torch.futures.Future[T]):
                 else:
                     first.wake()
                     self._first = None
-            if entries:
-                # Listing the keys runs no Python code, not even the collector's.
-                for entry in [*entries]:
-                    if entry.wake is None:
-                        callbacks = True
-                    else:
-                        entry.wake()
+            # Listing the keys runs no Python code, not even the collector's; and it locks the
+            # dict where there is no GIL, so who enters now will see that the future is done.
+            for entry in [*entries]:
+                if entry.wake is None:
+                    callbacks = True
+                else:
+                    entry.wake()
         except BaseException as struck:
             interrupt, callbacks = struck, True
             self._wake_all(first, entries)

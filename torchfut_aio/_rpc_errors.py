@@ -17,6 +17,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ._cpython import calling_module
 from ._errors import rpc_error, type_and_text
 
 __all__ = ["StandIn", "restored", "this_worker"]
@@ -65,9 +66,9 @@ class StandIn(_RemoteException):
 
     @property
     def __class__(self) -> type:
-        asking = sys._getframe().f_back
-        # No frame at all: the thread is autograd's own.
-        if asking is None or asking.f_globals.get("__name__", "").startswith("torch.autograd"):
+        asking = calling_module()
+        # No module at all: the thread is autograd's own.
+        if asking is None or asking.startswith("torch.autograd"):
             raise self.find()
         return StandIn
 
@@ -81,8 +82,7 @@ class StandIn(_RemoteException):
         return self.told().encode("unicode_escape").decode("ascii")
 
     def __reduce_ex__(self, _protocol: object) -> tuple[Any, ...]:
-        asking = sys._getframe().f_back
-        if asking is not None and asking.f_globals.get("__name__") == "torch._jit_internal":
+        if calling_module() == "torch._jit_internal":
             return str, ()  # it looks for tensors, and there are none
         return _RemoteException, (self.msg, self.exception_type)
 

@@ -178,21 +178,34 @@ class _Timer:
                     return
                 continue
             self._wakes_at = heap[0][0] if heap else math.inf
-            if self._new:
+            if self._take_in(heap, number):
                 continue
             # Until the earliest is due, or longer than a platform's clock can count.
             timeout = min(self._wakes_at - time.monotonic(), threading.TIMEOUT_MAX)
             with suppress(queue.Empty):
                 self._bell.get(timeout=max(timeout, 0))
 
-    def _take_in(self, heap: list[tuple[float, int, _Deadline]], number: Iterator[int]) -> None:
-        while self._new:
-            deadline = self._new.popleft()
+    def _take_in(self, heap: list[tuple[float, int, _Deadline]], number: Iterator[int]) -> bool:
+        """Takes what is new; tells whether there was anything.
+
+        By taking out, as that locks the deque where there is no GIL: what is not seen here comes
+        from one who sees what this thread has written before.
+        """
+        found = False
+        while (deadline := self._next_new()) is not None:
+            found = True
             if deadline in self.live:
                 heapq.heappush(heap, (deadline.when, next(number), deadline))
         if len(heap) > 2 * len(self.live) + 1000:  # the rest has been forgotten
             heap[:] = [entry for entry in heap if entry[2] in self.live]
             heapq.heapify(heap)
+        return found
+
+    def _next_new(self) -> _Deadline | None:
+        try:
+            return self._new.popleft()
+        except IndexError:
+            return None
 
     def _drop(self, deadline: _Deadline, error: BaseException) -> None:
         if self.live.pop(deadline, deadline) is None:

@@ -22,7 +22,7 @@ from functools import partial
 
 from .. import _loops
 from ._events import Mark
-from ._watcher import Wait, watcher_of
+from ._watcher import Wait, Watcher, watcher_of
 
 __all__ = ["when_reached"]
 
@@ -93,23 +93,40 @@ class _Thread(threading.Thread):
         watcher = watcher_of(_loops.current())
         while True:
             self._bell.clear()
-            while _jobs:
-                with suppress(IndexError):
-                    mark, notify = _jobs.popleft()
-                    watcher.tell([mark], Wait(partial(self._notify, notify)))
+            self._take_in(watcher)
             if watcher.pending and not self._to_end:
                 await self._bell.wait()
                 continue
             _thread = None
-            if self._to_end or not _jobs:
+            if self._to_end or not self._take_in(watcher):
                 return
             _thread = self
+
+    def _take_in(self, watcher: Watcher) -> bool:
+        """Watches what is new; tells whether there was anything.
+
+        By taking out, as that locks the deque where there is no GIL: what is not seen here comes
+        from one who sees what this thread has written before.
+        """
+        found = False
+        while (job := _next_job()) is not None:
+            found = True
+            mark, notify = job
+            watcher.tell([mark], Wait(partial(self._notify, notify)))
+        return found
 
     def _notify(self, notify: _Notify, error: Exception | None) -> None:
         self._bell.set()
         # Nobody is above to take what a callback of a future may pass on.
         with suppress(KeyboardInterrupt, SystemExit):
             notify(error)
+
+
+def _next_job() -> tuple[Mark, _Notify] | None:
+    try:
+        return _jobs.popleft()
+    except IndexError:
+        return None
 
 
 @atexit.register

@@ -173,33 +173,38 @@ class Watcher:
         missing = [(mark, lane) for mark in marks if (lane := self._lane_if_pending(mark))]
         if not missing:
             return False
-        now = monotonic()
         self.pending += 1
         wait.over = False
         try:
-            for mark, lane in missing:
-                if lane.waited == 0:
-                    self._start(lane, mark, now)
-                elif len(lane.pending) > 2 * lane.waited + 16:
-                    lane.pending = [entry for entry in lane.pending if entry.wait is not None]
-                entry = _Entry(mark, lane)
-                pending = lane.pending
-                # Nearly always last: tasks mostly come in the order of the work.
-                insort(pending, entry, key=_begun)
-                # From here on it counts. Ctrl-C strikes at calls, and there is none.
-                lane.waited += 1
-                entry.wait = wait
-                wait.entries = [*wait.entries, entry]
-                if lane.pending is not pending:  # the last of the others has just left
-                    lane.pending = [entry]
-                self._watched[lane] = None
-                if mark.stream is None:
-                    self._event_lanes[id(mark.event)] = lane
+            self._enter_each(missing, wait)
             self._set_alarm()
         except BaseException:  # Ctrl-C
             self.forget(wait)
             raise
         return True
+
+    # A function of its own: from Python 3.12 on, an interrupt at the jump that closes a loop
+    # may miss the ``except`` around it.
+    def _enter_each(self, missing: Sequence[tuple[Mark, _Lane]], wait: Wait) -> None:
+        now = monotonic()
+        for mark, lane in missing:
+            if lane.waited == 0:
+                self._start(lane, mark, now)
+            elif len(lane.pending) > 2 * lane.waited + 16:
+                lane.pending = [entry for entry in lane.pending if entry.wait is not None]
+            entry = _Entry(mark, lane)
+            pending = lane.pending
+            # Nearly always last: tasks mostly come in the order of the work.
+            insort(pending, entry, key=_begun)
+            # From here on it counts. Ctrl-C strikes at calls, and there is none.
+            lane.waited += 1
+            entry.wait = wait
+            wait.entries = [*wait.entries, entry]
+            if lane.pending is not pending:  # the last of the others has just left
+                lane.pending = [entry]
+            self._watched[lane] = None
+            if mark.stream is None:
+                self._event_lanes[id(mark.event)] = lane
 
     def tell(self, marks: Iterable[Mark], wait: Wait) -> None:
         """Has ``wait`` notified when all ``marks`` are reached, at once if they are."""
@@ -288,22 +293,30 @@ class Watcher:
         """Looks at the lanes that are due, and notifies those whose wait is over."""
         self.polls += 1
         self._alarm_at = inf
-        now = monotonic()
-        early = 10 * policy().shortest
         try:
-            for lane in list(self._watched):
-                # One wake-up serves those, too, that are half-way to their own.
-                if lane.look_at - min(lane.pause, early) / 2 <= now:
-                    self._look_at(lane, now)
-            while self._over:
-                # Whom Ctrl-C keeps from being told is told at the next look.
-                self._over[0].notify(self._over[0].error)
-                self._over.popleft()
+            self._look_at_due()
+            self._notify_over()
         finally:
             self._set_alarm()
             if not self.pending:
                 # Not at once: who has been woken may well be about to wait again.
                 self._loop.call_soon(self._close_if_idle)
+
+    # Functions of their own: from Python 3.12 on, an interrupt at the jump that closes a loop
+    # may miss the ``finally`` around it.
+    def _look_at_due(self) -> None:
+        now = monotonic()
+        early = 10 * policy().shortest
+        for lane in list(self._watched):
+            # One wake-up serves those, too, that are half-way to their own.
+            if lane.look_at - min(lane.pause, early) / 2 <= now:
+                self._look_at(lane, now)
+
+    def _notify_over(self) -> None:
+        while self._over:
+            # Whom Ctrl-C keeps from being told is told at the next look.
+            self._over[0].notify(self._over[0].error)
+            self._over.popleft()
 
     def _close_if_idle(self) -> None:
         if not self.pending and not self._over:
@@ -429,7 +442,7 @@ class _Ended:
         return list(self._parts)
 
 
-_watchers: weakref.WeakSet[Watcher] = weakref.WeakSet()
+_watchers: weakref.WeakValueDictionary[int, Watcher] = weakref.WeakValueDictionary()  # by id
 _ended = _Ended()
 
 
@@ -438,7 +451,7 @@ def watcher_of(loop: Loop) -> Watcher:
     watcher = loop.watcher
     if watcher is None:
         watcher = loop.watcher = Watcher(loop)
-        _watchers.add(watcher)
+        _watchers[id(watcher)] = watcher
     assert isinstance(watcher, Watcher)
     return watcher
 
@@ -455,8 +468,8 @@ def statistics() -> Statistics:
     """
     if loop_in_this_thread():
         return watcher_of(current()).statistics()
-    # Not an iteration over the set itself: other threads may start and end loops meanwhile.
-    watchers = [ref() for ref in list(_watchers.data)]  # type: ignore[attr-defined]
+    # Of a list, as other threads may start and end loops meanwhile.
+    watchers = [ref() for ref in _watchers.valuerefs()]
     return _sum([w.statistics() for w in watchers if w is not None] + _ended.parts())
 
 

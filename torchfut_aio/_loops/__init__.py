@@ -11,11 +11,11 @@ Nothing here knows what a future is, or a device.
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, Protocol
 
+from .._cpython import running_loop
 from . import _asyncio
 from ._thread import ThreadWaiter
 
@@ -120,10 +120,10 @@ def current() -> Loop:
 
 def current_asyncio() -> _asyncio.AsyncioLoop | None:
     """Returns the asyncio or uvloop loop that runs in this thread, if one does."""
-    loop = asyncio._get_running_loop()
+    loop = running_loop()
     return None if loop is None else _asyncio.current(loop)
 
 
 def loop_in_this_thread() -> bool:
     """Tells whether blocking the calling thread would block an event loop."""
-    return asyncio._get_running_loop() is not None or _in_trio_task()
+    return running_loop() is not None or _in_trio_task()

@@ -16,16 +16,15 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import math
-import sys
 import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from contextlib import suppress
 from threading import get_ident
-from types import MethodType
 from typing import TYPE_CHECKING, Any
 
+from .._cpython import in_callback_of, resume_callback, running_loop
 from ._inbox import Inbox
 
 if TYPE_CHECKING:
@@ -37,14 +36,12 @@ BURST = 16  # found in one look
 PATIENCE = 8e-6  # seconds until the next look, for each that was found in this one
 LONGEST = 1e-3
 
-_get_running_loop = asyncio._get_running_loop
-
 
 class _Waiter:
     """One wait of a task, on an ``asyncio.Future``.
 
-    That is one of asyncio's own, not of a subclass: tasks have a fast path for these. And all
-    that tasks call of it is C: Ctrl-C cannot strike while one parks, or wakes up.
+    That is one of asyncio's own, unless the loop makes others: tasks have a fast path for these.
+    And all that tasks call of it is C: Ctrl-C cannot strike while one parks, or wakes up.
     """
 
     __slots__ = ("_inbox", "future", "step")
@@ -88,12 +85,6 @@ class AsyncioLoop(Inbox):
         self._thread = 0
         self._loop = weakref.ref(loop, lambda _: self.abandon())
 
-    def abandon_if_closed(self) -> None:
-        # What was posted to a loop that closed before it looked holds on to the loop.
-        loop = self._loop()
-        if loop is not None and loop.is_closed():
-            self.abandon()
-
     def checkpoint(self) -> Iterable[Any]:
         # As with an asyncio future that is done: the task goes on at once.
         return ()
@@ -129,18 +120,20 @@ class AsyncioLoop(Inbox):
         assert loop is not None  # it is running the caller
         from . import _timer
 
-        if _timer.available():
-            try:
-                return _Alarm(loop, function, _timer.TimerFd())
-            except NotImplementedError:
-                pass  # it is a loop that cannot watch files
-        return None
+        if not _timer.available():
+            return None
+        timer = _timer.TimerFd()
+        try:
+            return _Alarm(loop, function, timer)
+        except (NotImplementedError, RuntimeError):  # it is a loop that cannot watch files
+            timer.close()
+            return None
 
     def call_soon(self, function: Callable[[], None]) -> None:
         loop = self._loop()
         if loop is not None:
             try:
-                if _get_running_loop() is loop:
+                if running_loop() is loop:
                     loop.call_soon(function)
                 else:
                     loop.call_soon_threadsafe(function)
@@ -192,12 +185,12 @@ class AsyncioLoop(Inbox):
                 return  # a task that ran its loop within this has seen to the others
             waiter = waiters[0]
             future = waiter.future
-            callbacks = future._callbacks  # none if it is done
-            # In a handle of its own, asyncio can tell who takes long. And tasks written in
-            # Python are what runs a loop within a loop, which then has to find the others.
-            if callbacks and not debug and type(callbacks[0][0]) is not MethodType:
-                waiter.step = callbacks[0]
-                future.remove_done_callback(callbacks[0][0])
+            # In debug mode each task has a handle of its own, so that asyncio can tell who takes
+            # long. And tasks written in Python are what runs a loop within a loop, which then
+            # has to find the others.
+            if not debug and (step := resume_callback(future)) is not None:
+                waiter.step = step
+                future.remove_done_callback(step[0])
             try:  # noqa: SIM105  a context manager would cost as much as all the rest
                 future.set_result(None)
             except asyncio.InvalidStateError:
@@ -262,24 +255,10 @@ def _will_look_before_it_sleeps(loop: asyncio.AbstractEventLoop) -> bool:
 
     A signal handler, or a finaliser, may also run while asyncio's loop is about to sleep
     or asleep. It would not notice what these schedule: it takes a write to its pipe.
-    (uvloop runs them where it does notice.)
     """
-    if _get_running_loop() is not loop:
+    if running_loop() is not loop:
         return False
-    if asyncio.current_task(loop) is not None:
-        return True
-    frame = sys._getframe()
-    while (caller := frame.f_back) is not None:
-        frame = caller
-        if frame.f_code is _RUN_CALLBACK:
-            return True
-        if frame.f_code is _RUN_ONCE:
-            return False
-    return True
-
-
-_RUN_CALLBACK = asyncio.Handle._run.__code__
-_RUN_ONCE = asyncio.BaseEventLoop._run_once.__code__  # type: ignore[attr-defined]
+    return asyncio.current_task(loop) is not None or in_callback_of(loop)
 
 
 class _LastUsed(threading.local):
@@ -300,9 +279,11 @@ def current(loop: asyncio.AbstractEventLoop) -> AsyncioLoop:
     if inbox is None or inbox._loop() is not loop:
         inbox = _inboxes.get(loop)
         if inbox is None:
-            # Of the dict underneath, as other threads may add to it meanwhile.
-            for other in list(_inboxes.data.values()):  # type: ignore[attr-defined]
-                other.abandon_if_closed()
+            # A list, as other threads may add to it meanwhile.
+            for ref in _inboxes.keyrefs():
+                other = ref()
+                if other is not None and other.is_closed():
+                    _inboxes[other].abandon()
             inbox = _inboxes[loop] = AsyncioLoop(loop)
         _last_used.inbox = inbox
         inbox._thread = get_ident()

@@ -13,6 +13,8 @@ No lock is held, so an inbox may be posted to from a signal handler or a finalis
 makes that right is the order of two steps on either side. A poster appends, then reads
 ``_armed``. The loop clears ``_armed``, then reads the queue. Whichever way they
 interleave, either the poster sees False and wakes the loop, or the loop sees the waiter.
+(Where there is no GIL, appending to a deque and copying it lock it; asking for its length does
+not. So the loop copies it.)
 """
 
 from __future__ import annotations
@@ -69,7 +71,7 @@ class Inbox(ABC):
         self._armed = False
         queue = self._queue
         try:
-            self._resume(queue, len(queue))
+            self._resume(queue, len(queue.copy()))
         except BaseException:  # Ctrl-C cut it short
             if queue:
                 self._arm()

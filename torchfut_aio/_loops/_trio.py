@@ -111,12 +111,17 @@ class _Alarm:
     async def _run(self) -> None:
         try:
             with self._scope:
-                while True:
-                    await trio.lowlevel.wait_readable(self._timer.fd)
-                    if not self._scope.cancel_called:  # after its time had come
-                        self._function()
+                await self._watch()
         finally:
             self._timer.close()
+
+    # A function of its own: from Python 3.12 on, an interrupt at the jump that closes a loop
+    # may miss the ``finally`` around it.
+    async def _watch(self) -> None:
+        while True:
+            await trio.lowlevel.wait_readable(self._timer.fd)
+            if not self._scope.cancel_called:  # after its time had come
+                self._function()
 
     def set(self, seconds: float) -> None:
         self._timer.set(seconds)

@@ -1,0 +1,235 @@
+"""What is private to CPython and asyncio is not relied on: each use has a public way beside it."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import pathlib
+import runpy
+import selectors
+import signal
+import sys
+import threading
+
+import pytest
+import uvloop
+
+import torchfut_aio
+from torchfut_aio import Future, _cpython
+
+from .threads import PATIENCE
+
+PACKAGE = pathlib.Path(torchfut_aio.__file__).parent
+
+
+class FuturesInPython(asyncio.SelectorEventLoop):
+    """A loop with futures of its own."""
+
+    def create_future(self):
+        return asyncio.futures._PyFuture(loop=self)
+
+
+class TurnsOfItsOwn(asyncio.SelectorEventLoop):
+    """A loop that takes its turns itself, as those of toolkits for windows do."""
+
+    def _run_once(self):
+        timers = [timer for timer in self._scheduled if not timer.cancelled()]
+        soonest = min((timer.when() for timer in timers), default=None)
+        timeout = 0 if self._ready else soonest and max(soonest - self.time(), 0)
+        self._process_events(self._selector.select(timeout))
+        due = [timer for timer in timers if timer.when() <= self.time()]
+        self._scheduled = [timer for timer in timers if timer not in due]
+        self._ready.extend(due)
+        for _ in range(len(self._ready)):
+            handle = self._ready.popleft()
+            if not handle.cancelled():
+                handle._run()
+
+
+class NoReaders(asyncio.SelectorEventLoop):
+    """A loop that cannot watch files, and says so as asyncio's own of Windows does."""
+
+    def add_reader(self, *args):
+        if threading.get_ident() == getattr(self, "_thread_id", None):
+            raise NotImplementedError
+        super().add_reader(*args)  # its own pipe
+
+
+class NoReadersAnyMore(NoReaders):
+    """A loop that cannot watch files, and says so as one that gives them to a thread does."""
+
+    def add_reader(self, *args):
+        try:
+            super().add_reader(*args)
+        except NotImplementedError:
+            raise RuntimeError("no readers here") from None
+
+
+class OwnTask(asyncio.tasks._PyTask):
+    """A task that is written in Python."""
+
+
+class Subclass(asyncio.Task):
+    """A task of a class that is derived from asyncio's."""
+
+
+LOOPS = [FuturesInPython, TurnsOfItsOwn, NoReaders, NoReadersAnyMore]
+
+
+def new_loop(kind):
+    if issubclass(kind, asyncio.AbstractEventLoop):
+        return kind()
+    loop = asyncio.new_event_loop()
+    loop.set_task_factory(lambda loop, coroutine, **options: kind(coroutine, loop=loop, **options))
+    return loop
+
+
+@pytest.mark.parametrize("waits", [1, 10, 200])
+@pytest.mark.parametrize("kind", [*LOOPS, OwnTask, Subclass])
+def test_every_await_resumes_on_a_foreign_loop_or_in_a_foreign_task(kind, waits):
+    async def value_of(fut):
+        return await fut
+
+    def complete(futures):
+        for n, fut in enumerate(futures):
+            fut.set_result(n)
+
+    async def main():
+        for _ in range(3):
+            futures = [Future() for _ in range(waits)]
+            tasks = [asyncio.ensure_future(value_of(fut)) for fut in futures]
+            await asyncio.sleep(0)  # they wait
+            completing = asyncio.get_running_loop().run_in_executor(None, complete, futures)
+            _, pending = await asyncio.wait(tasks, timeout=PATIENCE)
+            await completing
+            assert not pending
+            assert [task.result() for task in tasks] == list(range(waits))
+
+    loop = new_loop(kind)
+    try:
+        loop.run_until_complete(main())
+    finally:
+        loop.close()
+
+
+@pytest.mark.parametrize("kind", [*LOOPS, asyncio.SelectorEventLoop])
+def test_a_signal_handler_wakes_a_task_of_a_foreign_loop_that_sleeps(kind):
+    fut = Future()
+    loop = new_loop(kind)
+    before = signal.signal(signal.SIGALRM, lambda *_: fut.set_result("signal"))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        assert loop.run_until_complete(asyncio.wait_for(fut, PATIENCE)) == "signal"
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        loop.close()
+
+
+def test_what_resumes_a_task_is_taken_from_asyncios_own_only():
+    async def found_for(future, callback):
+        future.add_done_callback(callback)
+        return _cpython.resume_callback(future)
+
+    class Strange(asyncio.Future):
+        _callbacks = "not a list"
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        assert _cpython.resume_callback(loop.create_future()) is None  # nobody waits
+        for future in (loop.create_future(), Strange(), asyncio.futures._PyFuture()):
+            assert await found_for(future, nothing) is None
+        for kind in (asyncio.Task, Subclass):
+            future = loop.create_future()
+            task = kind(wait_for(future))
+            await asyncio.sleep(0)
+            callback, _ = _cpython.resume_callback(future)
+            assert callback.__self__ is task
+            future.set_result("resumed")
+            assert _cpython.resume_callback(future) is None  # it is done
+            assert await task == "resumed"
+        future = loop.create_future()
+        task = OwnTask(wait_for(future), loop=loop)
+        await asyncio.sleep(0)
+        assert _cpython.resume_callback(future) is None
+        future.set_result("resumed")
+        assert await task == "resumed"
+
+    asyncio.run(main())
+
+
+async def wait_for(future):
+    return await future
+
+
+def nothing(_):
+    """A callback that a program has added."""
+
+
+def test_the_running_loop_is_found_the_public_way_too():
+    async def main():
+        loop = asyncio.get_running_loop()
+        return _cpython.running_loop() is loop and _cpython._running_loop() is loop
+
+    assert asyncio.run(main())
+    assert _cpython.running_loop() is None
+    assert _cpython._running_loop() is None
+
+
+def test_a_callback_of_a_loop_is_known_where_the_interpreter_shows_frames(monkeypatch):
+    async def main():
+        loop = asyncio.get_running_loop()
+        asked = loop.create_future()
+        loop.call_soon(lambda: asked.set_result(_cpython.in_callback_of(loop)))
+        return await asked
+
+    class ASleepingSelector(selectors.DefaultSelector):
+        def select(self, timeout=None):
+            asleep.append(_cpython.in_callback_of(loop))
+            return super().select(timeout)
+
+    for kind in (asyncio.SelectorEventLoop, TurnsOfItsOwn):
+        loop, asleep = kind(ASleepingSelector()), []
+        assert loop.run_until_complete(main())
+        assert set(asleep) == {False}
+        monkeypatch.setattr(_cpython, "_get_frame", lambda: None)
+        assert not loop.run_until_complete(main())
+        monkeypatch.undo()
+        loop.close()
+    loop = uvloop.new_event_loop()
+    assert loop.run_until_complete(main())
+    loop.close()
+
+
+def test_a_layout_is_told_without_the_flags_of_a_type_too():
+    class NoFlags(type):
+        __flags__ = None
+
+    assert _cpython.laid_out_by_c(OSError)
+    assert not _cpython.laid_out_by_c(torchfut_aio.RpcError)
+    assert not _cpython.laid_out_by_c(NoFlags("Error", (Exception,), {}))
+    assert _cpython.laid_out_by_c(NoFlags("Error", (Exception,), {"__module__": "builtins"}))
+
+
+def test_an_interpreter_that_would_lose_callbacks_is_refused(monkeypatch):
+    monkeypatch.setattr(sys, "_is_gil_enabled", lambda: False, raising=False)
+    monkeypatch.setattr(sys, "version_info", (3, 14, 4))
+    with pytest.raises(ImportError, match="PYTHON_GIL=1"):
+        runpy.run_path(_cpython.__file__)  # as the first import does
+    monkeypatch.setattr(sys, "version_info", (3, 14, 5))
+    runpy.run_path(_cpython.__file__)
+    monkeypatch.setattr(sys, "version_info", (3, 13, 0))
+    monkeypatch.setattr(sys, "_is_gil_enabled", lambda: True)
+    runpy.run_path(_cpython.__file__)
+
+
+def test_all_that_is_private_to_cpython_is_in_one_module():
+    private = {"_callbacks", "_run_once", "_run", "_getframe", "__code__", "__flags__", "data"}
+    private |= {"_get_running_loop", "_is_gil_enabled", "_ready", "_scheduled", "_PyTask"}
+    for path in PACKAGE.rglob("*.py"):
+        if path.name == "_cpython.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and node.attr in private:
+                owner = node.value
+                ours = isinstance(owner, ast.Name) and owner.id in ("self", "cls", "_loops")
+                assert ours, f"{path.name}, line {node.lineno}: {node.attr}"
