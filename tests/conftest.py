@@ -6,6 +6,7 @@ import asyncio
 import gc
 import glob
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -16,11 +17,18 @@ import torch
 import torch.distributed as dist
 import uvloop
 from blockbuster import BlockBuster
+from hypothesis import HealthCheck, settings
 
 from .accelerator import accelerator, accelerator_module, consumer, producer
 from .threads import PATIENCE, until
 
 __all__ = ["accelerator", "accelerator_module", "consumer", "producer"]
+
+# How long an example takes says how busy the machine is.
+settings.register_profile(
+    "at any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("at any speed")
 
 
 def pytest_asyncio_loop_factories(
@@ -73,6 +81,16 @@ def group_of_one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(1, 1))
     yield
     dist.destroy_process_group()
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[Callable[[], None]]:
+    """Strikes the main thread with KeyboardInterrupt, from any thread."""
+    # What a shell runs in the background ignores the signal.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    main = threading.get_ident()
+    yield lambda: signal.pthread_kill(main, signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ import torch
 
 from torchfut_aio import CallbackError, Future, InvalidStateError
 
-from .threads import running, until
+from .threads import PATIENCE, running, until
 
 
 def raiser(error):
@@ -66,7 +66,7 @@ def test_waiting_threads_are_woken_before_callbacks_run():
     fut = Future()
     woken = threading.Event()
     order = []
-    fut.add_done_callback(lambda f: order.append(woken.wait(10)))
+    fut.add_done_callback(lambda f: order.append(woken.wait(PATIENCE)))
 
     def wait():
         fut.wait()
@@ -101,7 +101,7 @@ def test_a_callback_may_wait_for_a_future_that_it_makes_complete():
         fut = Future()
         child = fut.then(lambda f: deeper(n - 1) if n else 0)
         fut.set_result(None)
-        return child.wait(timeout=10) + 1
+        return child.wait(timeout=PATIENCE) + 1
 
     assert deeper(60) == 61
 

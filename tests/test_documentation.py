@@ -16,6 +16,8 @@ import torch
 
 import torchfut_aio
 
+from .threads import PATIENCE_WITH_PROCESSES
+
 ROOT = pathlib.Path(__file__).parents[1]
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
@@ -95,7 +97,10 @@ def test_the_readmes_examples_print_what_it_says(number, loop):
     expected = re.match(r"```\n\nIt prints:\n\n```\n(.*?)```\n", after, flags=re.S)
     code = code.replace(RUN["asyncio"], RUN[loop])
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120
+        [sys.executable, "-W", "error", "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_WITH_PROCESSES,
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == expected[1]
@@ -106,7 +111,7 @@ def test_the_quickstart_runs_and_serves_what_it_learned():
         [sys.executable, "-W", "error", ROOT / "examples" / "quickstart.py"],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=2 * PATIENCE_WITH_PROCESSES,
     )
     assert (done.returncode, done.stderr) == (0, "")
     accuracy = float(re.search(r"accuracy +([\d.]+)%", done.stdout)[1])

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import copy
 import pickle
-import signal
-import threading
 import time
 import traceback
 import warnings
@@ -267,13 +265,12 @@ def test_a_timeout_that_is_no_number_of_seconds_is_refused(timeout, error):
 
 
 @pytest.mark.parametrize("timeout", [None, PATIENCE])
-def test_ctrl_c_interrupts_a_wait_and_leaves_nothing_behind(timeout):
+def test_ctrl_c_interrupts_a_wait_and_leaves_nothing_behind(timeout, ctrl_c):
     fut = Future()
-    main = threading.main_thread().ident
 
     def interrupt():
         until(lambda: "waiters=1" in repr(fut))
-        signal.pthread_kill(main, signal.SIGINT)
+        ctrl_c()
 
     with running(interrupt), pytest.raises(KeyboardInterrupt):
         fut.wait(timeout)

@@ -9,6 +9,8 @@ import sys
 
 import torchfut_aio
 
+from .threads import PATIENCE_WITH_PROCESSES
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -17,7 +19,7 @@ def python(program, *options):
         [sys.executable, "-W", "error", *options, "-c", program],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE_WITH_PROCESSES,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -13,7 +13,7 @@ import torch
 
 from torchfut_aio import Future
 
-from .threads import PATIENCE, running, until
+from .threads import PATIENCE, PATIENCE_WITH_PROCESSES, running, until
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -148,7 +148,11 @@ finally:
     path = tmp_path / "program.py"
     path.write_text(program)
     done = subprocess.run(
-        [sys.executable, path], capture_output=True, text=True, timeout=120, cwd=ROOT
+        [sys.executable, path],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_WITH_PROCESSES,
+        cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split("\n") == ["raised True", "raised True", ""]

@@ -12,7 +12,7 @@ import trio.testing
 
 from torchfut_aio import Future
 
-from .threads import until
+from .threads import PATIENCE, until
 
 
 async def waits_for(fut, into):
@@ -149,7 +149,7 @@ def test_a_signal_handler_may_complete_what_trio_awaits():
                 )
             )
             thread.start()
-            with trio.fail_after(20):
+            with trio.fail_after(PATIENCE):
                 assert await fut == "signal"
 
         trio.run(main)

@@ -11,7 +11,10 @@ from typing import Any
 import anyio
 import anyio.to_thread
 
-PATIENCE = 30.0  # seconds after which something that should happen is given up on
+PATIENCE = 60.0  # seconds after which something that should happen is given up on
+# The same for a process of its own, which has to import torch first: on a machine whose load
+# is ten times its cores, that alone takes a minute.
+PATIENCE_WITH_PROCESSES = 10 * PATIENCE
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import Any
 
 import anyio
@@ -25,6 +27,14 @@ async def pending(waits: int) -> None:
     with anyio.fail_after(PATIENCE):
         while statistics().pending != waits:
             await anyio.lowlevel.checkpoint()
+
+
+async def eventually(condition: Callable[[], bool]) -> None:
+    """As `until`, for async code; between two looks, nothing of it is with the loop."""
+    give_up = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < give_up, "waited in vain"
+        await anyio.sleep(0.001)
 
 
 class Reader:
