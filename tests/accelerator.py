@@ -73,10 +73,13 @@ def _stream() -> torch.Stream:
 
 def being_filled(accelerator: Any, device: str = FIRST, value: float = 7) -> torch.Tensor:
     """A tensor of zeros, and a kernel on the current stream that fills it once woken."""
+    stream = torch.accelerator.current_stream(device)
+    # If the stream is idle, the zeros are there when this returns. If not, it may be held up
+    # by another such kernel, and nobody can tell from here.
+    patience = PATIENCE if stream.query() else 0.02
     tensor = torch.zeros(2, device=device)
-    # Not at all if the stream is held up by another such kernel.
-    zeroed, give_up = torch.accelerator.current_stream(device), time.monotonic() + 0.02
-    while not zeroed.query() and time.monotonic() < give_up:
+    give_up = time.monotonic() + patience
+    while not stream.query() and time.monotonic() < give_up:
         pass
     accelerator.fill_after(tensor, value, PATIENCE)
     return tensor

@@ -94,7 +94,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     count(counters.stream_queries);
     Lock lock(mutex);
     queue_of(stream).check();
-    return queue_of(stream).jobs.empty();
+    return queue_of(stream).steps.empty();
   }
   void synchronizeStream(const c10::Stream& stream) const override {
     synchronize(simulated::record(stream));

@@ -45,8 +45,26 @@ inline void count(int64_t& counter) {
 
 using Job = std::function<void()>;
 
+// One recording of an event. An event that is recorded again gets a new mark, which does
+// not affect whoever waits for the old one.
+struct Queue;
+struct Mark {
+  const Queue& queue;
+  bool reached = false, after_failure = false;
+  std::condition_variable changed;
+
+  void reach();
+};
+using MarkPtr = std::shared_ptr<Mark>;
+
+// What a stream does next: a job, or a mark to be reached.
+struct Step {
+  Job job;
+  MarkPtr mark;
+};
+
 struct Queue {
-  std::deque<Job> jobs; // the one that runs stays at the front until it is done
+  std::deque<Step> steps; // the one that is being taken stays at the front until it is done
   std::condition_variable arrived;
   std::thread thread; // started by the first job
   std::string error; // of the first kernel that failed; those after it do not run
@@ -54,6 +72,12 @@ struct Queue {
 
   void check() const { TORCH_CHECK(error.empty(), error); }
 };
+
+inline void Mark::reach() {
+  reached = true;
+  after_failure = !queue.error.empty();
+  changed.notify_all();
+}
 
 // Never destroyed, as static objects are destroyed while threads may still run.
 inline auto& queues = *new std::array<std::array<Queue, kStreams>, kDevices>;
@@ -84,24 +108,29 @@ inline void wake() {
 inline void work_off(Queue& queue) {
   Lock lock(mutex);
   while (true) {
-    queue.arrived.wait(lock, [&] { return stopping || !queue.jobs.empty(); });
-    if (queue.jobs.empty())
+    queue.arrived.wait(lock, [&] { return stopping || !queue.steps.empty(); });
+    if (queue.steps.empty())
       return;
-    Job job = std::move(queue.jobs.front());
-    lock.unlock();
-    job();
-    job = nullptr; // frees memory, for which it may need the lock
-    lock.lock();
-    queue.jobs.pop_front();
+    Step step = std::move(queue.steps.front());
+    if (step.job) {
+      lock.unlock();
+      step.job();
+      step.job = nullptr; // frees memory, for which it may need the lock
+      lock.lock();
+    }
+    queue.steps.pop_front();
+    // After that: a stream whose last mark has been reached is idle.
+    if (step.mark)
+      step.mark->reach();
   }
 }
 
-inline void enqueue(c10::Stream stream, Job job) {
+inline void enqueue(c10::Stream stream, Step step) {
   Queue& queue = queue_of(stream);
   Lock lock(mutex);
   if (stopping) // only daemon threads still come here, and might for ever
     return;
-  queue.jobs.push_back(std::move(job));
+  queue.steps.push_back(std::move(step));
   queue.arrived.notify_one();
   if (queue.thread.joinable())
     return;
@@ -113,7 +142,7 @@ inline void enqueue(c10::Stream stream, Job job) {
 }
 
 inline void launch(c10::Stream stream, Job kernel) {
-  enqueue(stream, [stream, kernel = std::move(kernel)] {
+  enqueue(stream, {[stream, kernel = std::move(kernel)] {
     Queue& queue = queue_of(stream);
     Lock lock(mutex);
     if (!queue.error.empty())
@@ -129,36 +158,18 @@ inline void launch(c10::Stream stream, Job kernel) {
     lock.lock();
     queue.error = error;
     queue.finished = std::chrono::steady_clock::now();
-  });
+  }, nullptr});
 }
-
-// One recording of an event. An event that is recorded again gets a new mark, which does
-// not affect whoever waits for the old one.
-struct Mark {
-  const Queue& queue;
-  bool reached = false, after_failure = false;
-  std::condition_variable changed;
-
-  void reach() {
-    reached = true;
-    after_failure = !queue.error.empty();
-    changed.notify_all();
-  }
-};
-using MarkPtr = std::shared_ptr<Mark>;
 
 inline MarkPtr record(c10::Stream stream) {
   MarkPtr mark(new Mark{queue_of(stream)});
   Lock lock(mutex);
-  if (mark->queue.jobs.empty()) {
+  if (mark->queue.steps.empty()) {
     mark->reach();
     return mark;
   }
   lock.unlock();
-  enqueue(stream, [mark] {
-    Lock lock(mutex);
-    mark->reach();
-  });
+  enqueue(stream, {nullptr, mark});
   return mark;
 }
 
@@ -169,7 +180,7 @@ inline void wait(const MarkPtr& mark) {
 
 // Makes the stream wait, not the caller. A failure does not spread to it.
 inline void block(c10::Stream stream, const MarkPtr& mark) {
-  enqueue(stream, [mark] { wait(mark); });
+  enqueue(stream, {[mark] { wait(mark); }, nullptr});
 }
 
 inline bool query(const MarkPtr& mark) {
