@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import gc
+import itertools
 import math
 import subprocess
 import sys
@@ -12,17 +13,25 @@ import textwrap
 import threading
 import time
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import anyio
 import pytest
 import torch
 
-from torchfut_aio import Future, NotAFutureError, _timeouts, as_future, gather, with_timeout
+from torchfut_aio import (
+    Future,
+    InvalidStateError,
+    NotAFutureError,
+    _timeouts,
+    as_future,
+    gather,
+    with_timeout,
+)
 
 from .accelerator import NEW, being_filled
 from .loops import on_asyncio, on_every_loop
-from .threads import PATIENCE, alongside, running, until
+from .threads import PATIENCE, PATIENCE_WITH_PROCESSES, alongside, running, until
 from .waiting import Reader, looked
 
 SOON, LATER = 0.001, 3600.0  # seconds
@@ -100,13 +109,16 @@ def test_what_has_timed_out_leaves_its_source_as_it_was():
 
 
 def test_deadlines_come_in_the_order_of_time():
-    order = []
-    late = [
-        with_timeout(Future(), seconds).then(lambda _, seconds=seconds: order.append(seconds))
-        for seconds in (0.2, 0.1, 0.3, 0.15)
-    ]
+    came, late, between = [], [], {}
+    for seconds in (0.2, 0.1, 0.3, 0.15):
+        before = time.monotonic()
+        late.append(with_timeout(Future(), seconds).then(lambda _, s=seconds: came.append(s)))
+        between[seconds] = before + seconds, time.monotonic() + seconds
     gather(late).wait(PATIENCE)
-    assert order == [0.1, 0.15, 0.2, 0.3]
+    assert sorted(came) == sorted(between)
+    for one, next_one in itertools.combinations(came, 2):
+        # On a machine that stopped for long in between, another order may be the right one.
+        assert between[one][0] < between[next_one][1]
 
 
 def test_an_earlier_deadline_does_not_wait_for_a_later_one(looked_after, timer):
@@ -189,11 +201,21 @@ def test_what_is_no_future_is_refused():
     assert not timers()
 
 
+def completed_before_its_time(source, value):
+    """A timeout of ``source`` that was completed with ``value`` shortly before it was over."""
+    seconds = SOON
+    while True:
+        fut = with_timeout(source, seconds)
+        with suppress(InvalidStateError):  # it was over
+            fut.set_result(value)
+            return fut
+        seconds *= 2
+
+
 def test_somebody_else_may_complete_it(caplog):
     source, slow = Future(), Future()
-    on_time, late = with_timeout(source, LATER), with_timeout(slow, SOON)
+    on_time, late = with_timeout(source, LATER), completed_before_its_time(slow, "mine")
     on_time.set_result("mine")
-    late.set_result("mine")
     source.set_result("its own")
     until(lambda: not timers())  # the deadline of the other is over
     assert on_time.value() == late.value() == "mine"
@@ -279,23 +301,33 @@ def test_one_thread_looks_after_any_number_of_timeouts():
 
 
 def test_one_thread_serves_many_threads_at_once():
+    serving, most = [], 0
+
+    def served(fut):
+        nonlocal most
+        if threading.current_thread() in timers():  # and not at once, where it was over already
+            serving.append(fut)
+            most = max(most, len(serving))
+            time.sleep(0.0001)  # for another thread, if there were one
+            serving.remove(fut)
+
     for _ in range(20):
-        counts, futures = [], []
+        futures = []
 
         def client():
             for n in range(20):
                 source = Future()
                 futures.append(with_timeout(source, SOON if n % 2 else LATER))
-                counts.append(len(timers()))
+                futures[-1].add_done_callback(served)
                 if not n % 2:
                     source.set_result(n)
 
         with running(*[client] * 4):
             pass
         until(lambda: all(fut.done() for fut in futures))
-        # One may be about to end, having made way for the next.
-        assert max(counts) <= 2
+        # One may be about to end, having made way for the next; but only the next serves.
         until(lambda: not timers())
+    assert most == 1
 
 
 def test_the_thread_ends_when_everything_has_completed():
@@ -329,19 +361,28 @@ def test_the_thread_comes_and_goes_any_number_of_times(timer):
         assert fut.value() == 5
         assert type(late.then(Future.exception).wait(PATIENCE)) is TimeoutError
     until(lambda: not timers())
-    assert timer._bell.qsize() < 100
+    # What is left was put while the thread was on its way out: the next one takes it.
+    source = Future()
+    with_timeout(source, LATER)
+    until(timer._bell.empty)
+    source.set_result(None)
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, Stop, GeneratorExit])
 def test_what_a_callback_raises_does_not_stop_the_thread(kind, looked_after, caplog):
-    late = with_timeout(Future(), SOON)
-
     def callback(fut):
-        raise kind
+        if threading.current_thread() in timers():
+            raise kind
+        return "it was over already"
 
-    late.add_done_callback(callback)
-    failed = late.then(callback)
-    until(failed.done)
+    failed, seconds = None, SOON
+    while failed is None or failed.exception() is None:
+        late = with_timeout(Future(), seconds)
+        late.add_done_callback(callback)
+        failed = late.then(callback)
+        until(failed.done)
+        seconds *= 2
+        assert seconds < PATIENCE
     assert isinstance(failed.exception(), kind)
     assert type(with_timeout(Future(), SOON).then(Future.exception).wait(PATIENCE)) is TimeoutError
 
@@ -352,7 +393,8 @@ def test_a_source_whose_repr_raises_does_not_stop_the_thread(looked_after):
             raise Stop
 
     shy = with_timeout(Shy(), SOON)
-    assert type(with_timeout(Future(), SOON).then(Future.exception).wait(2)) is TimeoutError
+    late = with_timeout(Future(), SOON).then(Future.exception)
+    assert type(late.wait(PATIENCE)) is TimeoutError
     assert type(shy.exception()) is TimeoutError
 
 
@@ -373,7 +415,7 @@ def test_a_thread_that_cannot_be_started_is_one_timeouts_error():
         with pytest.raises(RuntimeError, match="can't start new thread"):
             with_timeout(source, SOON)
     assert repr(source) == IDLE
-    assert type(with_timeout(source, SOON).then(Future.exception).wait(2)) is TimeoutError
+    assert type(with_timeout(source, SOON).then(Future.exception).wait(PATIENCE)) is TimeoutError
 
 
 def test_a_thread_that_cannot_be_started_leaves_no_deadline_behind(timer):
@@ -404,7 +446,7 @@ def test_who_relied_on_a_thread_that_cannot_be_started_times_out_or_is_told():
             with_timeout(Future(), SOON)
     [outcome] = outcomes
     if isinstance(outcome, Future):
-        told = outcome.then(Future.exception).wait(2)
+        told = outcome.then(Future.exception).wait(PATIENCE)
         assert isinstance(told, (TimeoutError, RuntimeError))
 
 
@@ -541,12 +583,12 @@ def test_finalisers_may_complete_sources_and_set_timeouts_in_the_middle_of_anyth
 # -------------------------------------------------------------------------- processes
 
 
-def run(program, seconds=60):
+def run(program):
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", textwrap.dedent(program)],
         capture_output=True,
         text=True,
-        timeout=seconds,
+        timeout=PATIENCE_WITH_PROCESSES,
     )
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
