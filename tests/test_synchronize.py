@@ -568,8 +568,14 @@ def test_waiting_for_an_adopted_event_on_the_loop_that_made_it_does_not_hang(
     async def main():
         stream = torch.Stream(FIRST)
         with stream:
-            accelerator.sleep(0.01)
-        with pytest.warns(BlockingWaitWarning):
-            return as_future(stream).wait(PATIENCE)
+            accelerator.sleep(10 * PATIENCE)
+        fut = as_future(stream)
+
+        def wake():
+            until(lambda: "waiters=1" in repr(fut))
+            accelerator.wake()
+
+        with running(wake), pytest.warns(BlockingWaitWarning):
+            return fut.wait(PATIENCE)
 
     assert asyncio.run(main()) is None
