@@ -18,7 +18,7 @@ from typing import Any
 
 import anyio
 
-from .threads import PATIENCE
+from .threads import PATIENCE, PATIENCE_WITH_PROCESSES
 
 LOOPS = {
     "asyncio": {"backend": "asyncio"},
@@ -66,7 +66,7 @@ class Cluster:
         for pipe in self._pipes:
             pipe.close()
         for process in self.processes:
-            process.join(0 if kind else PATIENCE)
+            process.join(0 if kind else PATIENCE_WITH_PROCESSES)
         codes = [process.exitcode for process in self.processes]
         for process in self.processes:
             process.kill()
@@ -85,7 +85,7 @@ class Cluster:
 
     def result(self, rank: int) -> Any:
         """Returns what it gave, or raises."""
-        assert self._pipes[rank].poll(2 * PATIENCE), f"worker {rank} hangs"
+        assert self._pipes[rank].poll(PATIENCE_WITH_PROCESSES), f"worker {rank} hangs"
         outcome, text = pickle.loads(self._pipes[rank].recv_bytes())
         if text is not None:
             raise AssertionError(f"worker {rank}: {text}")
@@ -124,7 +124,7 @@ def _work(pipe: Any, rank: int, size: int, folder: str, uvloop: bool, with_rpc: 
     dist.init_process_group("gloo", init_method=f"file://{store}/gloo", rank=rank, world_size=size)
     if with_rpc:
         options = rpc.TensorPipeRpcBackendOptions(
-            init_method=f"file://{store}/rpc", rpc_timeout=PATIENCE
+            init_method=f"file://{store}/rpc", rpc_timeout=PATIENCE_WITH_PROCESSES / 2
         )
         rpc.init_rpc(f"worker{rank}", rank=rank, world_size=size, rpc_backend_options=options)
     if not uvloop:

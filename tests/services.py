@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import sys
 import threading
-import time
 from contextlib import ExitStack
 from typing import Any
 
@@ -22,7 +21,7 @@ from torchfut_aio import RpcError, as_completed, as_future, gather
 from torchfut_aio.distributed import async_comm_hook, async_rpc, serve_on, shutdown
 
 from .cluster import run_on
-from .threads import PATIENCE
+from .threads import PATIENCE, PATIENCE_WITH_PROCESSES
 
 # ------------------------------------------------------------------ collectives
 
@@ -128,9 +127,16 @@ async def exits() -> None:
     sys.exit("not really")
 
 
-def blocks(seconds: float) -> float:
-    time.sleep(seconds)
-    return seconds
+_released = threading.Semaphore(0)
+
+
+def blocks() -> None:
+    """Returns when `release` is called, in the same process."""
+    assert _released.acquire(timeout=PATIENCE_WITH_PROCESSES)
+
+
+def release() -> None:
+    _released.release()
 
 
 @async_rpc
@@ -217,7 +223,9 @@ async def _call(function: Any, args: Any, kwargs: Any) -> Any:
     return await as_future(rpc.rpc_async("worker1", function, args=args, kwargs=kwargs))
 
 
-def failure(loop: str, function: Any, *args: Any, timeout: float = PATIENCE) -> tuple[str, str]:
+def failure(
+    loop: str, function: Any, *args: Any, timeout: float = PATIENCE_WITH_PROCESSES / 2
+) -> tuple[str, str]:
     """Returns the type and the text of what awaiting a call raises."""
 
     async def main() -> tuple[str, str]:
@@ -359,8 +367,10 @@ async def overlapping(state: Any, bucket: dist.GradBucket) -> torch.Tensor:
     _most = max(_most, _running)
     tensor = bucket.buffer().div_(dist.get_world_size())
     await as_future(dist.all_reduce(tensor, async_op=True))
-    if bucket.index() == 0:
-        await asyncio.sleep(0.05)
+    with anyio.move_on_after(PATIENCE):
+        # At first, all is one bucket.
+        while _most == 1 and not bucket.is_last():  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
     _running -= 1
     return tensor
 

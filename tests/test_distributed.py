@@ -29,7 +29,7 @@ from . import services
 from .accelerator import FIRST, NEW, being_filled, read_on_current_stream
 from .cluster import LOOPS, Cluster
 from .loops import on_every_loop
-from .threads import PATIENCE, until
+from .threads import PATIENCE, PATIENCE_WITH_PROCESSES, until
 
 every_loop = pytest.mark.parametrize("loop", LOOPS)
 
@@ -110,7 +110,8 @@ def test_the_error_of_an_async_function_keeps_its_text(pair):
 @every_loop
 def test_a_call_that_times_out_raises_timeout_error_and_the_loop_goes_on(pair, loop):
     failure = functools.partial(services.failure, timeout=0.2)
-    name, text = pair.call(0, failure, loop, services.blocks, 0.5)
+    name, text = pair.call(0, failure, loop, services.blocks)
+    pair.call(1, services.release)
     assert name == "builtins.TimeoutError"
     assert "200 ms" in text
 
@@ -119,12 +120,10 @@ def test_the_death_of_the_callee_is_an_error_within_the_timeout_and_the_loop_goe
     with Cluster(3) as cluster:
         cluster.call(0, services.call_and_keep, services.never)
         cluster.call(1, services.wait_until_started)
-        start = time.monotonic()
         cluster.start(0, services.kept)
         cluster.kill(1)
         name, text = cluster.result(0)
-        assert time.monotonic() - start < PATIENCE
-        assert name == "ConnectionError", text
+        assert name == "ConnectionError", text  # which a TimeoutError is not
         # Without a graceful end: that would wait for the dead.
         cluster.start(0, services.shut_down, False, True)
         cluster.start(2, services.shut_down, False, True)
@@ -193,11 +192,9 @@ def test_another_shutdown_fails_what_is_in_flight(ours):
     with Cluster(2) as cluster:
         cluster.call(0, services.call_and_keep, services.never)
         cluster.call(1, services.wait_until_started)
-        start = time.monotonic()
         cluster.call(1, services.shut_down, False, ours)
         name, text = cluster.call(0, services.kept)
-        assert time.monotonic() - start < PATIENCE
-        # The callee says why, or its connection ends before it can.
+        # The callee says why, or its connection ends before it can; in time, either way.
         assert name in ("CancelledError", "ConnectionError")
         assert "was shut down" in text or "eof" in text or "closed" in text
         cluster.call(0, services.shut_down, False, ours)
@@ -222,7 +219,7 @@ options = rpc.TensorPipeRpcBackendOptions(init_method="file://FOLDER/rpc")
 rpc.init_rpc("worker", rank=0, world_size=1, rpc_backend_options=options)
 futures = [as_future(rpc.rpc_async("worker", never)), never()]
 for _ in futures:
-    assert started.acquire(timeout=30)
+    assert started.acquire(timeout=60)
 print("exits")
 """
 
@@ -230,7 +227,9 @@ print("exits")
 def test_a_process_with_calls_in_flight_may_simply_exit(tmp_path):
     path = tmp_path / "program.py"
     path.write_text(EXITS.replace("FOLDER", str(tmp_path)))
-    done = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, path], capture_output=True, text=True, timeout=PATIENCE_WITH_PROCESSES
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["exits", "cleaned up", "cleaned up"]
 
@@ -432,17 +431,23 @@ def test_a_finaliser_may_call_in_the_middle_of_a_call():
 
 def test_a_signal_handler_may_call_and_shut_down():
     with background_loop_ends():
-        futures = []
+        futures, handled = [], 0
 
         def handler(number, frame):
+            nonlocal handled
             futures.append(double(1))
             shutdown(graceful=False)
+            handled += 1
+            # Not all the time: if this takes longer than that, the others would never go on.
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
 
         before = signal.signal(signal.SIGALRM, handler)
-        signal.setitimer(signal.ITIMER_REAL, 0.01, 0.01)
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
         try:
-            for n in range(500):
-                futures.append(double(n))
+            give_up = time.monotonic() + PATIENCE
+            while len(futures) < 500 or handled < 5:
+                assert time.monotonic() < give_up, "no signal has come"
+                futures.append(double(len(futures)))
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
@@ -634,14 +639,18 @@ def test_a_hook_may_use_a_bucket_that_is_still_being_filled(accelerator, produce
 
 @pytest.mark.device
 def test_a_work_without_a_future_is_done_when_its_kernels_are(accelerator):
+    enqueued = threading.Event()
+
     class Enqueues(NoFuture):
         def wait(self, timeout=None):
             accelerator.sleep(PATIENCE)  # as NCCL: what it orders is the current stream
+            enqueued.set()
             return super().wait(timeout)
 
     work = Enqueues()
     work.finished.set()
     fut = as_future(work)
+    assert enqueued.wait(PATIENCE)
     with pytest.raises(TimeoutError):
         fut.wait(0.1)
     accelerator.wake()
