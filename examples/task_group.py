@@ -1,7 +1,7 @@
 """Fan-out and fan-in under a deadline, in task groups, on any of three event loops.
 
     pip install 'torchfut-aio[uvloop,trio]'
-    python examples/task_group.py [asyncio|uvloop|trio]
+    python examples/task_group.py [asyncio|uvloop|trio] [seconds]
 
 Documents lie in shards, each in a worker thread of its own that scores them and completes
 a future per request. Every query asks all shards at once, and merges the answers that
@@ -26,7 +26,7 @@ from torchfut_aio import Future, InvalidStateError, as_completed, gather, start_
 SHARDS, DOCUMENTS, WIDTH = 6, 2000, 64
 BROKEN, STUCK = 2, 4
 QUERIES, BEST = 5, 3
-DEADLINE = 0.5  # seconds
+DEADLINE = 0.5  # seconds, unless the command line says otherwise
 
 LOOPS: dict[str, dict[str, Any]] = {
     "asyncio": {"backend": "asyncio"},
@@ -103,7 +103,7 @@ async def merge(answers: MemoryObjectReceiveStream[Hits]) -> list[int]:
     return sorted(found, key=lambda document: -found[document])[:BEST]
 
 
-async def ask(shards: list[Shard], query: torch.Tensor) -> str:
+async def ask(shards: list[Shard], query: torch.Tensor, deadline: float) -> str:
     """Returns what the shards that answer in time know of the query."""
     requests = [shard.search(query) for shard in shards]
     answered = failed = 0
@@ -111,7 +111,7 @@ async def ask(shards: list[Shard], query: torch.Tensor) -> str:
     async with anyio.create_task_group() as group:
         best = start_soon(group, merge, receive)
         async with send:
-            with anyio.move_on_after(DEADLINE):
+            with anyio.move_on_after(deadline):
                 async for request in as_completed(requests):
                     if request.exception() is None:
                         answered += 1
@@ -127,11 +127,11 @@ async def ask(shards: list[Shard], query: torch.Tensor) -> str:
     )
 
 
-async def main(loop: str, shards: list[Shard], queries: torch.Tensor) -> None:
+async def main(loop: str, shards: list[Shard], queries: torch.Tensor, deadline: float) -> None:
     print(f"  event loop  {loop}")
-    with anyio.fail_after(10 * DEADLINE):
+    with anyio.fail_after(10 * deadline):
         async with anyio.create_task_group() as group:
-            replies = [start_soon(group, ask, shards, query) for query in queries]
+            replies = [start_soon(group, ask, shards, query, deadline) for query in queries]
             for number, reply in enumerate(await gather(replies)):
                 print(f"  query {number}     {reply}")
 
@@ -153,12 +153,13 @@ def serving(documents: torch.Tensor) -> Iterator[list[Shard]]:
 if __name__ == "__main__":
     loop = sys.argv[1] if len(sys.argv) > 1 else "asyncio"
     if loop not in LOOPS:
-        sys.exit(f"usage: python {sys.argv[0]} [{'|'.join(LOOPS)}]")
+        sys.exit(f"usage: python {sys.argv[0]} [{'|'.join(LOOPS)}] [seconds]")
+    deadline = float(sys.argv[2]) if len(sys.argv) > 2 else DEADLINE
     torch.manual_seed(0)
     torch.set_num_threads(1)  # there are threads enough
     documents = torch.nn.functional.normalize(torch.randn(SHARDS * DOCUMENTS, WIDTH), dim=1)
     with serving(documents) as shards:
-        anyio.run(main, loop, shards, documents[:QUERIES], **LOOPS[loop])
+        anyio.run(main, loop, shards, documents[:QUERIES], deadline, **LOOPS[loop])
     for shard in shards:
         if shard.skipped:
             print(f"  shard {shard.number}     skipped {shard.skipped} requests given up")

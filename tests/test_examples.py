@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from .threads import PATIENCE, PATIENCE_WITH_PROCESSES
+
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 
 
@@ -18,7 +20,7 @@ def printed_by(example, *arguments):
         [sys.executable, "-W", "error", EXAMPLES / example, *arguments],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE_WITH_PROCESSES,
     )
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
@@ -26,12 +28,20 @@ def printed_by(example, *arguments):
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop", "trio"])
 def test_the_task_group_uses_what_arrives_in_time_and_gives_up_the_rest(loop):
-    printed = printed_by("task_group.py", loop)
-    assert re.search(rf"event loop +{loop}$", printed, flags=re.M)
-    queries = re.findall(r"query (\d) +(.*): documents (\d+), \d+, \d+$", printed, flags=re.M)
-    assert [how for _, how, _ in queries] == ["4 shards answered, 1 failed, 1 given up"] * 5
+    seconds, queries = 0.25, []
+    pattern = r"query (\d) +(.*, (\d) given up): documents (.*)$"
+    # What answers in time is up to the machine, too. Given enough time, all but one do.
+    while any(given_up > "1" for _, _, given_up, _ in queries) or not queries:
+        seconds *= 2
+        assert seconds < PATIENCE
+        printed = printed_by("task_group.py", loop, str(seconds))
+        assert re.search(rf"event loop +{loop}$", printed, flags=re.M)
+        queries = re.findall(pattern, printed, flags=re.M)
+    assert [how for _, how, _, _ in queries] == ["4 shards answered, 1 failed, 1 given up"] * 5
     # Each query is a document itself. Those whose shard answers find themselves.
-    assert [number for number, _, best in queries if number == best] == ["0", "1", "3"]
+    found = {number: documents.split(", ") for number, _, _, documents in queries}
+    assert all(len(documents) == 3 for documents in found.values())
+    assert [number for number, (best, *_) in found.items() if number == best] == ["0", "1", "3"]
     assert re.search(r"shard 4 +skipped 5 requests given up$", printed, flags=re.M)
 
 
