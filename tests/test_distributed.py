@@ -458,8 +458,9 @@ def test_a_signal_handler_may_call_and_shut_down():
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_an_exit_that_ends_the_background_loop_is_survived_by_later_calls():
     with background_loop_ends():
-        fut = exits_beside()
+        assert double(1).wait(PATIENCE) == 2
         thread = background_thread()
+        fut = exits_beside()
         thread.join(PATIENCE)
         assert not thread.is_alive()
         assert fut.done()
