@@ -1,0 +1,90 @@
+"""The tests on every Python and PyTorch that is supported, and the other checks.
+
+``nox`` runs all, ``nox -s lint types`` some, ``nox -s 'tests(python=3.12, torch=2.14.1)'``
+one; what follows ``--`` goes to pytest. A Python that is not on this machine is an error:
+nothing has been tested there. ``scripts/test-on-debian`` runs the tests on Debian's own
+build of PyTorch.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import re
+
+import nox
+
+nox.needs_version = ">=2024.3.2"
+nox.options.error_on_missing_interpreters = True
+nox.options.error_on_external_run = True
+nox.options.stop_on_first_error = False
+
+# What constraints.txt pins is for this Python and this torch.
+PYTHON = "3.11"
+PINNED = re.search(r"^torch==(.*)$", pathlib.Path("constraints.txt").read_text(), flags=re.M)[1]
+OLDEST = "2.7.1"  # of the oldest that pyproject.toml claims, the latest patch
+NEWEST = "2.14.1"
+
+# Every Python with the newest torch, and every torch on one Python.
+TESTED = [
+    *((python, NEWEST) for python in ("3.10", "3.11", "3.12", "3.13", "3.14")),
+    *((PYTHON, torch) for torch in (OLDEST, PINNED)),
+]
+
+
+def install(session: nox.Session, extras: str, torch: str = PINNED) -> None:
+    """Installs this checkout with a certain torch, never any other."""
+    if (session.python, torch) == (PYTHON, PINNED):
+        session.install("-c", "constraints.txt", f".[{extras}]")
+    else:
+        session.install(f"torch=={torch}", f".[{extras}]")
+
+
+@nox.session
+@nox.parametrize(
+    ("python", "torch"),
+    TESTED,
+    ids=[f"python={python}, torch={torch}" for python, torch in TESTED],
+)
+def tests(session: nox.Session, torch: str) -> None:
+    """The test suite."""
+    install(session, "examples,test", torch)
+    session.run("python", "-m", "pytest", *session.posargs)
+
+
+@nox.session(python=PYTHON)
+def lint(session: nox.Session) -> None:
+    """Style and format, with ruff."""
+    session.install("-c", "constraints.txt", "ruff")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session(python=PYTHON)
+def types(session: nox.Session) -> None:
+    """The package and the examples, with mypy."""
+    install(session, "examples,test")
+    session.run("mypy")
+
+
+@nox.session(python=PYTHON)
+def examples(session: nox.Session) -> None:
+    """Each example runs; a warning is an error."""
+    install(session, "examples")
+    for example in ("quickstart", "gpu_pipeline", "script"):
+        session.run("python", "-W", "error", f"examples/{example}.py")
+    for loop in ("asyncio", "uvloop", "trio"):
+        session.run("python", "-W", "error", "examples/task_group.py", loop)
+    for example, processes in (("rpc_service", 3), ("ddp_async_hook", 2)):
+        session.run(
+            "torchrun",
+            "--standalone",
+            f"--nproc-per-node={processes}",
+            f"examples/{example}.py",
+        )
+
+
+@nox.session(python=PYTHON)
+def docs(session: nox.Session) -> None:
+    """What the README and the docstrings show happens as they say."""
+    install(session, "examples,test")
+    session.run("python", "-m", "pytest", "tests/test_documentation.py", *session.posargs)
