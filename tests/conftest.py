@@ -18,6 +18,7 @@ import torch.distributed as dist
 import uvloop
 from blockbuster import BlockBuster
 from hypothesis import HealthCheck, settings
+from torch.distributed import rpc
 
 from .accelerator import accelerator, accelerator_module, consumer, producer
 from .threads import PATIENCE, until
@@ -81,6 +82,24 @@ def group_of_one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(1, 1))
     yield
     dist.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def tensorpipe() -> None:
+    """What RPC needs; some builds of PyTorch, such as Debian's, have RPC without it."""
+    if getattr(rpc, "_is_tensorpipe_available", None) is False:
+        pytest.skip("this build of PyTorch has no TensorPipe, so RPC cannot be started")
+
+
+@pytest.fixture(scope="session")
+def gloo_of_half(group_of_one: None) -> None:
+    """Collectives of float16, which some builds of gloo, such as Debian's, do not know."""
+    try:
+        dist.all_reduce(torch.ones(1, dtype=torch.float16))
+    except RuntimeError as error:
+        if "Invalid scalar type" not in str(error):
+            raise
+        pytest.skip("this build of PyTorch has a gloo that reduces no float16")
 
 
 @pytest.fixture

@@ -267,15 +267,37 @@ def test_a_coroutine_is_refused_with_a_cure():
     running.close()
 
 
+class Annotated:
+    pass
+
+
 def test_registering_by_annotation_works_as_with_singledispatch():
+    @as_future.register
+    def _(source: Annotated, *, devices=None) -> Future:
+        fut = Future(devices=devices)
+        fut.set_result("annotated")
+        return fut
+
+    assert as_future(Annotated()).wait() == "annotated"
+
+
+def test_annotations_that_were_assigned_are_annotations():
     class Other:
         pass
 
-    def adopt(source: Other) -> Future:
+    def adopt(source):
         fut = Future()
         fut.set_result("other")
         return fut
 
     adopt.__annotations__ = {"source": Other, "return": Future}
-    as_future.register(adopt)
+    assert as_future.register(adopt) is adopt
     assert as_future(Other()).wait() == "other"
+
+
+def test_a_function_without_annotations_registers_nothing():
+    def adopt(source):
+        return Future()
+
+    with pytest.raises(TypeError, match="annotated function"):
+        as_future.register(adopt)

@@ -483,18 +483,25 @@ def test_a_task_that_ends_the_loop_leaves_the_others_to_its_next_run(
 
 @pytest.mark.parametrize("kind", [asyncio.Task, asyncio.tasks._PyTask])
 def test_a_task_may_run_its_loop_within_a_look_that_found_more(kind, nothing_blocks_a_loop):
+    # From Python 3.14 on, tasks written in C and in Python are kept in different places.
+    prefix = "_c" if kind is asyncio.Task else "_py"
+    leave_task, enter_task = (
+        getattr(asyncio.tasks, f"{prefix}_{name}") for name in ("leave_task", "enter_task")
+    )
+    # Python 3.10 and 3.11 have one place and one function to ask.
+    current_task = getattr(asyncio.tasks, f"{prefix}_current_task", asyncio.current_task)
     nothing_blocks_a_loop.deactivate()
 
     async def runs_the_loop(fut):
         await fut
-        loop, task = asyncio.get_running_loop(), asyncio.current_task()
-        asyncio.tasks._leave_task(loop, task)  # as what nests loops does
+        loop, task = asyncio.get_running_loop(), current_task()
+        leave_task(loop, task)  # as what nests loops does
         if kind is asyncio.Task:
             with running(lambda: another.set_result(None)):
                 pass  # which has it look again
         while not tasks[-1].done():
             loop._run_once()
-        asyncio.tasks._enter_task(loop, task)
+        enter_task(loop, task)
         return "ran"
 
     async def main():
@@ -573,7 +580,11 @@ async def test_debug_mode_tells_which_task_takes_long(caplog, nothing_blocks_a_l
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="new in Python 3.12")
 @on_asyncio
 async def test_eager_tasks():
-    asyncio.get_running_loop().set_task_factory(asyncio.eager_task_factory)
+    def start_eagerly(loop, coro, **options):
+        # uvloop 0.23 passes eager_start=None, which makes asyncio's own factory start none.
+        return asyncio.Task(coro, loop=loop, eager_start=True)
+
+    asyncio.get_running_loop().set_task_factory(start_eagerly)
     futures = await pending(20)
     done = Future()
     done.set_result("done")

@@ -35,7 +35,7 @@ every_loop = pytest.mark.parametrize("loop", LOOPS)
 
 
 @pytest.fixture(scope="module", params=["asyncio", "uvloop"])
-def pair(request):
+def pair(request, tensorpipe):
     """Two processes; async functions are served on that kind of loop."""
     with Cluster(2, uvloop=request.param == "uvloop") as cluster:
         cluster.loop = request.param
@@ -116,6 +116,7 @@ def test_a_call_that_times_out_raises_timeout_error_and_the_loop_goes_on(pair, l
     assert "200 ms" in text
 
 
+@pytest.mark.usefixtures("tensorpipe")
 def test_the_death_of_the_callee_is_an_error_within_the_timeout_and_the_loop_goes_on():
     with Cluster(3) as cluster:
         cluster.call(0, services.call_and_keep, services.never)
@@ -176,6 +177,7 @@ def test_async_functions_run_on_the_portal_that_is_handed_over(pair, loop):
     assert pair.call(0, services.call, services.where, 2)[3] == "torchfut_aio background loop"
 
 
+@pytest.mark.usefixtures("tensorpipe")
 @pytest.mark.parametrize("ours", [True, False])
 def test_a_graceful_shutdown_completes_what_is_in_flight(ours):
     with Cluster(2) as cluster:
@@ -187,6 +189,7 @@ def test_a_graceful_shutdown_completes_what_is_in_flight(ours):
         assert left[1] == ([] if ours else ["torchfut_aio background loop"])
 
 
+@pytest.mark.usefixtures("tensorpipe")
 @pytest.mark.parametrize("ours", [True, False])
 def test_another_shutdown_fails_what_is_in_flight(ours):
     with Cluster(2) as cluster:
@@ -224,6 +227,7 @@ print("exits")
 """
 
 
+@pytest.mark.usefixtures("tensorpipe")
 def test_a_process_with_calls_in_flight_may_simply_exit(tmp_path):
     path = tmp_path / "program.py"
     path.write_text(EXITS.replace("FOLDER", str(tmp_path)))
@@ -536,7 +540,7 @@ def test_training_with_an_async_hook_equals_plain_ddp_bit_for_bit(four):
     assert all(same(one) for one in trained)
 
 
-def test_a_hook_that_compresses_equals_torchs(four):
+def test_a_hook_that_compresses_equals_torchs(four, gloo_of_half):
     trained = four.everywhere(services.trained, services.halved, None, 5, fp16_compress_hook)
     assert all(same(one) for one in trained)
 

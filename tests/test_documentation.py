@@ -38,6 +38,8 @@ def documented():
         for name, thing in vars(module).items():
             if name.startswith("_") or getattr(thing, "__module__", None) != info.name:
                 continue
+            if type(thing).__module__ == "typing":
+                continue  # the docstring of a ParamSpec is Python's
             members = vars(thing).items() if isinstance(thing, type) else ()
             for where, doc in [(name, thing.__doc__)] + [
                 (f"{name}.{member}", getattr(value, "__doc__", None)) for member, value in members

@@ -108,6 +108,7 @@ def test_a_ddp_communication_hook_may_return_ours(group_of_one):
     assert threads
 
 
+@pytest.mark.usefixtures("tensorpipe")
 def test_the_error_of_an_rpc_that_returns_ours_is_raised_at_its_caller(tmp_path):
     program = f"""
 import torch.distributed.rpc as rpc

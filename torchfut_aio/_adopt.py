@@ -14,7 +14,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar, get_type_hints, overload
 
 import torch
 
@@ -115,8 +115,15 @@ class _AsFuture:
 
         Use it as a decorator, ``@as_future.register(Type)``, or call it with the
         function. That takes the source and, by keyword, the ``devices`` that
-        `as_future` was given, if it was, and returns a `Future`.
+        `as_future` was given, if it was, and returns a `Future`. The type may be left
+        out if the function's first parameter is annotated with it.
         """
+        if func is None and not isinstance(cls, type):
+            # From Python 3.14 on, singledispatch reads __annotate__ alone, which is None if
+            # the annotations were assigned, as decorators and code generators do.
+            assigned = getattr(cls, "__annotate__", True) is None
+            if assigned and (hints := get_type_hints(cls)):
+                return _adapters.register(next(iter(hints.values())), cls)
         return _adapters.register(cls, func)
 
 
