@@ -13,20 +13,24 @@ import re
 
 import nox
 
-nox.needs_version = ">=2024.3.2"
+nox.needs_version = ">=2024.4.15"
 nox.options.error_on_missing_interpreters = True
 nox.options.error_on_external_run = True
 nox.options.stop_on_first_error = False
 
+HERE = pathlib.Path(__file__).parent
+PROJECT = nox.project.load_toml(HERE / "pyproject.toml")
+
 # What constraints.txt pins is for this Python and this torch.
 PYTHON = "3.11"
-PINNED = re.search(r"^torch==(.*)$", pathlib.Path("constraints.txt").read_text(), flags=re.M)[1]
-OLDEST = "2.7.1"  # of the oldest that pyproject.toml claims, the latest patch
+PINNED = re.search(r"^torch==(.*)$", (HERE / "constraints.txt").read_text(), flags=re.M)[1]
+# The oldest that pyproject.toml claims, with what was mended in it since.
+OLDEST = re.search(r"torch>=([\d.]+)", str(PROJECT["project"]["dependencies"]))[1] + ".*"
 NEWEST = "2.14.1"
 
-# Every Python with the newest torch, and every torch on one Python.
+# Every Python that pyproject.toml names with the newest torch; one Python with each torch.
 TESTED = [
-    *((python, NEWEST) for python in ("3.10", "3.11", "3.12", "3.13", "3.14")),
+    *((python, NEWEST) for python in nox.project.python_versions(PROJECT)),
     *((PYTHON, torch) for torch in (OLDEST, PINNED)),
 ]
 
