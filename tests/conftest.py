@@ -113,6 +113,15 @@ def ctrl_c() -> Iterator[Callable[[], None]]:
 
 
 @pytest.fixture
+def no_collector() -> Iterator[None]:
+    """Keeps the garbage collector from running, for what has to happen without it."""
+    gc.disable()
+    yield
+    gc.enable()
+    gc.collect()  # what is complained of then belongs to this test
+
+
+@pytest.fixture
 def collected() -> Callable[[], None]:
     """Runs the garbage collector until nothing more turns up."""
 

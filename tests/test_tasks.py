@@ -187,6 +187,26 @@ async def test_a_future_goes_without_the_garbage_collector_whatever_its_task_did
 @each_loop
 @in_either_group
 @pytest.mark.parametrize("kind_of_error", [KeyboardInterrupt, SystemExit])
+def test_what_ends_a_program_does_not_keep_the_future_that_it_went_to(
+    loop, kind, kind_of_error, no_collector
+):
+    error = kind_of_error("enough")
+    futures = []
+
+    async def main():
+        async with task_group(kind) as tg:
+            futures.append(start_soon(tg, fails, error))
+
+    with ends_with(error):
+        anyio.run(main, **loop)
+    gone = weakref.ref(futures[0])
+    assert futures.pop().exception() is error
+    assert gone() is None
+
+
+@each_loop
+@in_either_group
+@pytest.mark.parametrize("kind_of_error", [KeyboardInterrupt, SystemExit])
 def test_what_ends_a_program_goes_to_the_future_and_out_of_the_group(
     loop, kind, kind_of_error, collected
 ):
@@ -720,7 +740,7 @@ async def test_somebody_else_may_complete_what_is_adopted_of_anyio(caplog):
 
 @each_loop
 @pytest.mark.parametrize("kind_of_error", [KeyboardInterrupt, SystemExit])
-def test_a_task_handle_that_ends_the_program_does_so_once(loop, kind_of_error, collected):
+def test_a_task_handle_that_ends_the_program_does_so_once(loop, kind_of_error, no_collector):
     error = kind_of_error("enough")
     adopted = []
 
@@ -730,8 +750,7 @@ def test_a_task_handle_that_ends_the_program_does_so_once(loop, kind_of_error, c
 
     with ends_with(error):
         anyio.run(main, **loop)
-    collected()
-    assert adopted[0].done()
+    assert adopted[0].exception() is error
 
 
 @each_loop
@@ -787,9 +806,15 @@ def test_a_task_handle_is_refused_where_no_loop_runs(loop):
 
 
 @each_loop
-def test_what_is_adopted_of_anyio_is_not_pending_when_the_loop_has_ended(loop):
+@pytest.mark.parametrize("started", [True, False])
+def test_what_is_adopted_of_anyio_is_not_pending_when_the_loop_has_ended(
+    loop, started, no_collector
+):
     async def main():
-        return as_future(anyio.Future()), as_future(anyio.Future())
+        futures = as_future(anyio.Future()), as_future(anyio.Future())
+        if started:
+            await anyio.wait_all_tasks_blocked()
+        return futures
 
     futures = anyio.run(main, **loop)
     assert all(is_cancelled(fut) for fut in futures)

@@ -152,6 +152,7 @@ class _Running:
             task = self._loop.create_task(run_contained(promise, func, args), name=promise.name)
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+            task.add_done_callback(promise.end)
         if self._is_to_close:
             self._closing.set()
 

@@ -178,23 +178,31 @@ def task_name(func: Any, name: object = None) -> str:
 
 
 class Promise:
-    """The only reference from a task to the future of its result."""
+    """The only reference from a task to the future of its result.
+
+    It goes as soon as the future is done: the frames in an error's traceback lead to the
+    promise, so an error that went to the future would otherwise be in a cycle with it.
+    """
 
     __slots__ = ("_future", "name")
 
     def __init__(self, future: Future[Any], name: str) -> None:
-        self._future = future
+        self._future: Future[Any] | None = future
         self.name = name
 
     def keep(self, result: object) -> None:
         """Completes the future, unless that has been done."""
-        with suppress(InvalidStateError):  # somebody has completed it instead
-            self._future.set_result(result)
+        if self._future is not None:
+            with suppress(InvalidStateError):  # somebody has completed it instead
+                self._future.set_result(result)
+            self._future = None
 
     def fail(self, error: BaseException) -> None:
         """Fails the future, unless that is done."""
-        with suppress(InvalidStateError):
-            self._future.set_exception(error)
+        if self._future is not None:
+            with suppress(InvalidStateError):
+                self._future.set_exception(error)
+            self._future = None
 
     def cancel(self, *why: object) -> None:
         """Fails the future as that of a task that was cancelled."""
@@ -203,7 +211,7 @@ class Promise:
 
     def end(self, _task: object = None) -> None:
         """Is told that the task has ended, with or without a word."""
-        if not self._future.done():
+        if self._future is not None and not self._future.done():
             self.cancel("before its first step, or because its event loop ended")
 
     __del__ = end
@@ -263,11 +271,11 @@ def _from_anyio(source: Any, *, devices: Any = None) -> Future[Any]:
         )
     future: Future[Any] = Future(devices=devices)
     promise = Promise(future, repr(source))
-    if source.status.name not in ("PENDING", "CANCELLING"):
+    if _has_ended(source):
         _keep_as(promise, source)
         return future
     # Only a task can wait for it, and only on its loop.
-    _loops.current().spawn(_watch, promise, source)
+    _loops.current().spawn(promise.end, _watch, promise, source)
     _made[key] = future
     return future
 
@@ -275,12 +283,24 @@ def _from_anyio(source: Any, *, devices: Any = None) -> Future[Any]:
 async def _watch(promise: Promise, source: Any) -> None:
     try:
         await source.wait()
+    except GeneratorExit:  # nobody will resume this, and anyio cannot tell how the source is
+        raise
     except Exception as error:  # it is another loop's
         promise.fail(less_innermost_frame(error))
+    except BaseException:
+        # The loop ends, perhaps because of how the source has ended.
+        if _has_ended(source):
+            with suppress(KeyboardInterrupt, SystemExit):
+                _keep_as(promise, source)
+        raise
     else:
         # Nobody is above to take what a callback of the future may pass on.
         with suppress(KeyboardInterrupt, SystemExit):
             _keep_as(promise, source)
+
+
+def _has_ended(source: Any) -> bool:
+    return source.status.name not in ("PENDING", "CANCELLING")
 
 
 def _keep_as(promise: Promise, source: Any) -> None:

@@ -115,7 +115,7 @@ class _Home:
     def start_soon(self, promise: Promise, func: Callable[..., Any], args: Any) -> None:
         """Has the loop run ``func(*args)``, from any thread, which does not wait for it."""
         # In a context of its own: that of the calling thread is none of its business.
-        spawn = functools.partial(self._loop.spawn, self._run, promise, func, args)
+        spawn = functools.partial(self._loop.spawn, promise.end, self._run, promise, func, args)
         self._loop.call_soon(functools.partial(contextvars.Context().run, spawn))
 
     async def _run(self, promise: Promise, func: Callable[..., Any], args: Any) -> None:

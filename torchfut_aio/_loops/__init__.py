@@ -66,10 +66,17 @@ class Loop(Protocol):
     def call_soon(self, function: Callable[[], None]) -> None:
         """Has the loop call ``function``, from any thread; does nothing if it has closed."""
 
-    def spawn(self, function: Callable[..., Coroutine[Any, Any, None]], *args: object) -> None:
+    def spawn(
+        self,
+        ended: Callable[[], None],
+        function: Callable[..., Coroutine[Any, Any, None]],
+        *args: object,
+    ) -> None:
         """Runs an async function, which must not raise, in the loop's own thread.
 
-        asyncio does not keep it: what it waits for has to, or else it may be dropped.
+        The loop calls ``ended`` when the task has ended, also if it was cancelled before its
+        first step. It cannot if it closes before: then it drops both. asyncio does not keep the
+        task: what it waits for has to, or else it may be dropped.
         """
 
 

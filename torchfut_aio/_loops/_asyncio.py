@@ -141,10 +141,15 @@ class AsyncioLoop(Inbox):
                 if not loop.is_closed():
                     raise
 
-    def spawn(self, function: Callable[..., Coroutine[Any, Any, None]], *args: object) -> None:
+    def spawn(
+        self,
+        ended: Callable[[], None],
+        function: Callable[..., Coroutine[Any, Any, None]],
+        *args: object,
+    ) -> None:
         loop = self._loop()
         assert loop is not None  # it is running the caller
-        loop.create_task(function(*args))
+        loop.create_task(function(*args)).add_done_callback(lambda _: ended())
 
     def _call_soon(self) -> bool:
         loop = self._loop()

@@ -81,8 +81,19 @@ class TrioLoop(Inbox):
         with suppress(trio.RunFinishedError):
             self._token.run_sync_soon(function)
 
-    def spawn(self, function: Callable[..., Coroutine[Any, Any, None]], *args: object) -> None:
-        trio.lowlevel.spawn_system_task(function, *args)
+    def spawn(
+        self,
+        ended: Callable[[], None],
+        function: Callable[..., Coroutine[Any, Any, None]],
+        *args: object,
+    ) -> None:
+        async def run() -> None:  # trio lets every task take its first step
+            try:
+                await function(*args)
+            finally:
+                ended()
+
+        trio.lowlevel.spawn_system_task(run, name=function)
 
     def _call_soon(self) -> bool:
         try:
