@@ -12,8 +12,10 @@ streams first.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import fcntl
 import hashlib
+import io
 import os
 import sys
 import warnings
@@ -32,7 +34,9 @@ def _build() -> ModuleType:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     with mock.patch.dict(os.environ, PATH=path), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from torch.utils import cpp_extension
+        # A CUDA build may print that it has found no CUDA, which it need not.
+        with contextlib.redirect_stderr(io.StringIO()):
+            from torch.utils import cpp_extension
 
         sources = [(_HERE / name).read_text() for name in ("simulated_device.cpp", "streams.h")]
         built_for = [torch.__version__, torch.__file__, sys.version, str(_HERE), *sources]
@@ -115,6 +119,10 @@ def is_available() -> bool:
 
 def _is_in_bad_fork() -> bool:
     return False
+
+
+def _lazy_init() -> None:
+    """Nothing is left to do; but for torch 2.7, a device without this is never initialised."""
 
 
 def manual_seed_all(seed: int) -> None:
