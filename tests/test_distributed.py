@@ -300,8 +300,12 @@ async def ignores_cancellation(release):
     return "done"
 
 
+def background_threads():
+    return [t for t in threading.enumerate() if t.name == "torchfut_aio background loop"]
+
+
 def background_thread():
-    [thread] = [t for t in threading.enumerate() if t.name == "torchfut_aio background loop"]
+    [thread] = background_threads()
     return thread
 
 
@@ -457,6 +461,49 @@ def test_a_signal_handler_may_call_and_shut_down():
             signal.signal(signal.SIGALRM, before)
         shutdown(graceful=False)
         assert all(fut.done() for fut in futures)
+
+
+def while_the_thread_is_being_started(monkeypatch, function):
+    """Has ``function`` called in the middle of the call that starts the background loop."""
+    start = threading.Thread.start
+
+    def starts(thread):
+        if thread.name == "torchfut_aio background loop":
+            monkeypatch.setattr(threading.Thread, "start", start)
+            function()
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", starts)
+
+
+def test_a_shutdown_waits_for_a_thread_that_another_is_about_to_start(monkeypatch):
+    shutting_down, futures, ended = threading.Event(), [], []
+
+    def shuts_down():
+        shutting_down.set()
+        shutdown(graceful=False)
+        ended.append(not background_threads())
+
+    def wait():
+        beside.start()
+        assert shutting_down.wait(PATIENCE)
+        beside.join(0.05)  # it is to go on waiting
+
+    beside = threading.Thread(target=shuts_down)
+    with background_loop_ends():
+        while_the_thread_is_being_started(monkeypatch, wait)
+        futures.append(double(1))
+        beside.join(PATIENCE)
+        assert ended == [True]
+        assert futures[0].done()
+
+
+def test_a_shutdown_that_interrupts_the_start_of_the_thread_does_not_wait_for_it(monkeypatch):
+    with background_loop_ends():
+        while_the_thread_is_being_started(monkeypatch, lambda: shutdown(graceful=False))
+        fut = double(1)
+        until(lambda: not background_threads())
+        assert fut.done()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

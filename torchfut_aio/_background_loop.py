@@ -18,6 +18,7 @@ import importlib.util
 import logging
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -65,13 +66,14 @@ def close() -> None:
     """Cancels what runs on the background loop, waits for it, and ends the thread.
 
     What does not end for that is waited for a while, and then left. What is called for later
-    starts another loop.
+    starts another loop. A signal handler or a finaliser that interrupts who starts the thread
+    cannot wait for it: then the thread ends by itself.
     """
     running = _running
     if running is None:
         return
     running.close()
-    if running.thread is not threading.current_thread():
+    if running.thread is not threading.current_thread() and running.can_be_joined():
         running.thread.join(_PATIENCE)
         if running.thread.is_alive():
             _logger.warning("the %s still runs what was cancelled: %s", _NAME, running.names())
@@ -88,7 +90,7 @@ def _see_to_calls() -> None:
         return
     _running = running = _Running()
     try:
-        running.thread.start()
+        running.start()
     except BaseException:
         _running = None
         _token.append(None)
@@ -105,6 +107,27 @@ class _Running:
         self._tasks: set[asyncio.Task[None]] = set()
         self._rung = False
         self._is_to_close = False
+        # Of the thread that makes this and starts the other, until it has.
+        self._starter: int | None = threading.get_ident()
+        self._joinable = False
+
+    def start(self) -> None:
+        """Starts the thread."""
+        try:
+            self.thread.start()
+            self._joinable = True
+        finally:
+            self._starter = None
+
+    def can_be_joined(self) -> bool:
+        """Waits until the thread can be joined; returns False if it cannot get there."""
+        give_up = time.monotonic() + _PATIENCE
+        # A signal handler may call in the middle of any step, this one included: no lock.
+        while not self._joinable and self._starter not in (None, threading.get_ident()):
+            if time.monotonic() > give_up:
+                return False
+            time.sleep(0.0005)
+        return self._joinable
 
     def ring(self) -> None:
         """Has the loop look at what there is to do, from any thread."""
@@ -124,6 +147,7 @@ class _Running:
 
     def _run(self) -> None:
         global _running
+        self._joinable = True
         try:
             options = {"use_uvloop": importlib.util.find_spec("uvloop") is not None}
             anyio.run(self._serve, backend_options=options)
