@@ -440,8 +440,10 @@ async def test_tasks_written_in_python_await_and_are_cancelled_as_those_in_c():
     task = asyncio.tasks._PyTask(value_of(fut), loop=loop)
     await asyncio.sleep(0)
     task.cancel("by me")
-    with pytest.raises(asyncio.CancelledError, match="by me"):
+    with pytest.raises(asyncio.CancelledError) as caught:
         await task
+    if sys.version_info >= (3, 11):  # in 3.10, asyncio itself does not pass that on
+        assert caught.value.args == ("by me",)
     assert "waiters=0" in repr(fut)
 
 
