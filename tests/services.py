@@ -42,8 +42,9 @@ def collectives(loop: str) -> dict[str, Any]:
         await as_future(dist.all_gather(everyone, torch.tensor([float(rank)]), async_op=True))
         found["all_gather"] = torch.cat(everyone)
         part = torch.empty(1)
-        parts = [torch.tensor([float(rank * size + n)]) for n in range(size)]
-        await as_future(dist.reduce_scatter(part, parts, async_op=True))
+        parts = torch.tensor([float(rank * size + n) for n in range(size)])
+        # Not reduce_scatter, which gloo of torch 2.7 does not have.
+        await as_future(dist.reduce_scatter_tensor(part, parts, async_op=True))
         found["reduce_scatter"] = part
         mixed = torch.empty(size)
         await as_future(
