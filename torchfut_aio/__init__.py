@@ -17,7 +17,8 @@ async functions as RPC handlers and as DDP hooks.
 """
 
 from ._adopt import as_future
-from ._collect import as_completed, collect_all, gather, wait_all
+from ._as_completed import as_completed
+from ._collect import collect_all, gather, wait_all
 from ._devices import PollPolicy, Statistics, set_poll_policy, statistics, synchronize, to_host
 from ._errors import (
     BlockingWaitWarning,

@@ -18,12 +18,13 @@ from typing import Any, TypeVar, get_type_hints, overload
 
 import torch
 
+from . import _core
 from ._arguments import devices_checked
 from ._cpython import running_loop
 from ._devices import Mark, finish_current_streams, mark_of, mark_stream
 from ._errors import InvalidStateError, NotAFutureError, less_innermost_frame
 from ._future import Future
-from ._rpc_errors import restored
+from ._rpc_errors import StandIn, restored
 
 __all__ = ["adopts_unimported", "as_future"]
 
@@ -276,6 +277,7 @@ def _from_stream(source: torch.Stream, *, devices: _Devices = None) -> Future[No
 
 
 if torch.distributed.is_available():
+    _core.install_stand_in(StandIn.of)
 
     @_adapters.register(torch.distributed.Work)
     @_once

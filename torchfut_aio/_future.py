@@ -1,72 +1,26 @@
-"""The future: its state, who waits for it, and how it is read.
-
-A future is *pending*, is *claimed* by the one setter that wins, and is *done*. Every
-change of state is in this file, and these things are always true:
-
-- ``_open`` exists exactly until a setter claims the future by deleting it. Deleting a
-  slot is one indivisible step: of any number of racing setters one succeeds.
-- ``_entries`` is a dict until the future is done, and None from then on. The outcome is
-  stored before it becomes None and never changes after, so whoever sees None may read.
-- Who wants to know of the completion first enters, then looks at ``_entries`` again. If
-  the future became done meanwhile, a callback is taken out by exactly one side, the setter
-  or the one who entered it, and who takes it out runs it: none is lost, and none run twice.
-  A waiter may be woken twice, which does nothing, but not never.
-- The first to enter has a place of its own, ``_first``, as most futures see no second: that
-  is a quarter of what it takes to complete one. Who deletes ``_vacant`` has it, once and for
-  all, and who deletes ``_first`` has taken out who was there.
-- No lock is taken, so nothing here can deadlock with a signal handler, a finaliser or
-  a C++ callback that uses the same future in the middle of a step: each is as good as
-  one more thread.
-
-An entry is a waiter (what a thread blocks on, or stands for a task on its loop), which the
-setter wakes; or a callback, which has no ``wake``, and which the setter runs, after all
-waiters have been woken. The dict is an ordered set of them.
-
-Underneath is the C++ future that consumers in PyTorch's own C++ see. The setter that
-has claimed the future completes it, once. ``_order`` is what is known of the kernels that
-fill the value, if there may be any: see ``_devices/_order.py``.
-"""
+"""The future: its public methods. What they rely on is in ``_core/``."""
 
 from __future__ import annotations
 
 import asyncio
-import weakref
 from collections.abc import Callable, Generator, Iterable
 from functools import partial
-from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
 import torch
 
-from . import _callbacks, _devices, _loops
+from . import _core, _devices, _loops
 from ._arguments import callback_checked, devices_checked, timeout_checked
-from ._callbacks import Callback, Continuation
-from ._devices import HOST_ONLY, declared_order, found_order
-from ._errors import (
-    InvalidStateError,
-    remade,
-    type_and_text,
-    warn_that_wait_blocks_a_loop,
-)
+from ._errors import InvalidStateError, warn_that_wait_blocks_a_loop
 from ._repr import short
-from ._rpc_errors import StandIn
 
 __all__ = ["Future"]
 
 T = TypeVar("T")
 S = TypeVar("S")
 
-_Cpp = torch._C.Future
-_complete_in_cpp = _Cpp.set_result  # looked up once: a class of pybind11's is slow at it
 
-# Who has entered: one who waits, or a callback.
-_Entry = _loops.Waiter | _callbacks.Entry
-
-# What an entry that is no longer there is mapped to.
-_GONE: Any = object()
-
-
-class Future(torch.futures.Future[T]):
+class Future(_core.Completable[T]):
     """A ``torch.futures.Future`` that can be awaited.
 
     It keeps every documented promise of ``torch.futures.Future``, goes wherever
@@ -97,35 +51,11 @@ class Future(torch.futures.Future[T]):
         42
     """
 
-    __slots__ = (
-        "_devices",
-        "_entries",
-        "_error",
-        "_first",
-        "_open",
-        "_order",
-        "_traceback",
-        "_vacant",
-        "_value",
-    )
-
-    _open: None
-    _vacant: None
-    _first: _Entry | None
-    _entries: dict[_Entry, None] | None
-    _value: T
-    _error: BaseException | None
-    _traceback: TracebackType | None
-    _order: _devices.Order | None
-    _devices: tuple[torch.device, ...]
+    __slots__ = ()
 
     def __init__(self, *, devices: Iterable[int | str | torch.device] | None = None) -> None:
         """Makes a pending future."""
-        self._devices = () if devices is None else devices_checked(devices)
-        # torch.futures.Future.__init__ would only convert the devices once more.
-        _Cpp.__init__(self, self._devices)  # type: ignore[arg-type]
-        self._entries = {}
-        self._open = self._vacant = self._first = None
+        super().__init__(() if devices is None else devices_checked(devices))
 
     # ------------------------------------------------------------------ completing
 
@@ -151,66 +81,7 @@ class Future(torch.futures.Future[T]):
             >>> fut.wait()
             5
         """
-        # All in one function: a thread that completes many futures has its caches emptied at
-        # every turn of the GIL, and each further call shows.
-        error: BaseException | None = None
-        traceback: TracebackType | None = None
-        order: _devices.Order | None = None
-        for_cpp: Any = result
-        if type(result) not in HOST_ONLY or self._devices:
-            result, error, traceback, order, for_cpp = _examined(self, result)
-        try:
-            del self._open
-        except AttributeError:
-            _refuse_second(self)
-        # Claimed, so all of the rest must be done, even if Ctrl-C strikes. It does so at
-        # calls and at jumps backward: from claimed to done there is none, and each step
-        # from there on is guarded, and can be repeated.
-        interrupt: BaseException | None = None
-        self._value = result
-        self._error = error
-        self._traceback = traceback
-        self._order = order
-        entries: Any = self._entries
-        self._entries = None
-        callbacks = False
-        try:
-            first = self._first
-        except AttributeError:
-            first = None  # it has been taken out
-        try:
-            if first is not None:
-                if first.wake is None:
-                    callbacks = True
-                else:
-                    first.wake()
-                    self._first = None
-            # Listing the keys runs no Python code, not even the collector's; and it locks the
-            # dict where there is no GIL, so who enters now will see that the future is done.
-            for entry in [*entries]:
-                if entry.wake is None:
-                    callbacks = True
-                else:
-                    entry.wake()
-        except BaseException as struck:
-            interrupt, callbacks = struck, True
-            self._wake_all(first, entries)
-        # After the waiters are awake: callbacks of C++ consumers run in here, with the
-        # GIL released around them. They may read this future, and take long.
-        try:
-            _complete_in_cpp(self, for_cpp) if error is None else _fail_in_cpp(self, for_cpp)
-        except BaseException as struck:
-            interrupt = struck
-            if not _Cpp.done(self):
-                _complete_in_cpp(self, for_cpp) if error is None else _fail_in_cpp(self, for_cpp)
-        while callbacks:
-            try:
-                callbacks = False
-                _callbacks.run(self, first, entries)
-            except BaseException as struck:
-                interrupt, callbacks = struck, True
-        if interrupt is not None:
-            raise interrupt
+        _core.complete_with_value(self, result)
 
     def set_exception(self, result: BaseException) -> None:  # type: ignore[override]
         """Marks the future completed with an error, wakes all who wait, runs callbacks.
@@ -238,8 +109,7 @@ class Future(torch.futures.Future[T]):
                 f"set_exception() takes an exception instance, such as ValueError('...'), "
                 f"not {result!r} of type {type(result).__qualname__}"
             )
-        failure: Any = _Failure(self, result)
-        Future.set_result(self, failure)
+        _core.complete_with_error(self, result)
 
     # --------------------------------------------------------------------- reading
 
@@ -249,7 +119,7 @@ class Future(torch.futures.Future[T]):
         For a value on an accelerator this may be True while the kernels that fill it
         still run; `wait` orders streams after these, and ``await`` waits for them.
         """
-        return self._entries is None
+        return _core.outcome_of(self) is not None
 
     def value(self) -> T:
         """Returns the value of a future that is done, without synchronising streams.
@@ -261,14 +131,16 @@ class Future(torch.futures.Future[T]):
             InvalidStateError: The future is pending.
             BaseException: The error that the future was completed with.
         """
-        if self._entries is not None:
+        outcome = _core.outcome_of(self)
+        if outcome is None:
             raise InvalidStateError(
                 f"the value of {self!r} was read while it is pending; wait() or await it first"
             )
         try:
-            return self._read()
+            value: T = outcome.read()
+            return value
         finally:
-            del self  # as in _read()
+            del self, outcome  # as in Outcome.read()
 
     def exception(self) -> BaseException | None:
         """Returns the error that the future was completed with, or None if it has a value.
@@ -276,12 +148,12 @@ class Future(torch.futures.Future[T]):
         Raises:
             InvalidStateError: The future is pending.
         """
-        if self._entries is not None:
+        outcome = _core.outcome_of(self)
+        if outcome is None:
             raise InvalidStateError(
                 f"the exception of {self!r} was read while it is pending; wait() or await it first"
             )
-        error = self._error
-        return error and error.with_traceback(self._traceback)
+        return outcome.error and outcome.error.with_traceback(outcome.traceback)
 
     def wait(self, timeout: float | None = None) -> T:
         """Blocks the calling thread until the future is done, and returns its value.
@@ -311,47 +183,33 @@ class Future(torch.futures.Future[T]):
         """
         if timeout is not None:
             timeout = timeout_checked(timeout)
-        if self._entries is not None:
-            self._block(timeout)
-        self._order_streams()
+        outcome = _core.outcome_of(self) or self._block(timeout)
         try:
-            return self._read()
+            if outcome.readiness is not None and outcome.error is None:
+                outcome.readiness.wait()
+            value: T = outcome.read()
+            return value
         finally:
-            del self  # as in _read()
+            del self, outcome  # as in Outcome.read()
 
-    def _block(self, timeout: float | None) -> None:
+    def _block(self, timeout: float | None) -> _core.Outcome:
         # Callbacks that this thread has put off may be the ones to complete the future.
-        _callbacks.run_deferred()
-        entries = self._entries
-        if entries is None:
-            return
+        _core.run_deferred()
+        outcome = _core.outcome_of(self)
+        if outcome is not None:
+            return outcome
         if (timeout is None or timeout > 0) and _loops.loop_in_this_thread():
             warn_that_wait_blocks_a_loop()
         waiter = _loops.ThreadWaiter()
         try:
-            self._enter(waiter, entries)
-            if self._entries is not None:
+            if _core.add_waiter(self, waiter):
                 waiter.block(timeout)
         finally:
-            self._take_out(waiter, entries)
-        if self._entries is not None:
+            _core.remove(self, waiter)
+        outcome = _core.outcome_of(self)
+        if outcome is None:
             raise TimeoutError(f"{self!r} was not done within {timeout:g} s; it stays pending")
-
-    def _order_streams(self) -> None:
-        """Orders the current streams after the kernels that fill the value."""
-        if self._order is not None and self._error is None:
-            self._order.wait()
-
-    def _read(self) -> T:
-        error = self._error
-        if error is None:
-            return self._value
-        try:
-            raise error.with_traceback(self._traceback)
-        finally:
-            # The traceback of the error refers to this frame. Let that not refer to the
-            # future, which holds the error, or neither would go without the collector.
-            del self, error
+        return outcome
 
     # -------------------------------------------------------------------- awaiting
 
@@ -361,32 +219,38 @@ class Future(torch.futures.Future[T]):
         If ``ready``, until the kernels that fill it have finished, too.
         """
         loop = _loops.current()
-        entries = self._entries
-        if entries is not None:
-            waiter = loop.waiter()
-            try:
-                self._enter(waiter, entries)
-                if self._entries is None:
-                    self._take_out(waiter, entries)
-                    yield from loop.checkpoint()
-                else:
-                    yield from waiter
-            except BaseException:
-                self._take_out(waiter, entries)
-                raise
+        outcome = _core.outcome_of(self)
+        if outcome is None:
+            outcome = yield from self._suspend(loop)
         else:
             yield from loop.checkpoint()
-        if self._error is None:
-            order = self._order
-            if order is not None:
+        readiness = outcome.readiness
+        if outcome.error is None:
+            if readiness is not None:
                 if ready:
-                    yield from order.ready()
-                order.wait()
-            return self._value
+                    yield from readiness.ready()
+                readiness.wait()
+            value: T = outcome.value
+            return value
         try:
-            return self._read()
+            value = outcome.read()
+            return value
         finally:
-            del self  # as in _read()
+            del self, outcome  # as in Outcome.read()
+
+    def _suspend(self, loop: _loops.Loop) -> Generator[Any, Any, _core.Outcome]:
+        waiter = loop.waiter()
+        try:
+            if _core.add_waiter(self, waiter):
+                yield from waiter
+            else:
+                yield from loop.checkpoint()
+        except BaseException:
+            _core.remove(self, waiter)
+            raise
+        outcome = _core.outcome_of(self)
+        assert outcome is not None
+        return outcome
 
     async def stream_ordered(self) -> T:
         """Waits until the future is done, and orders streams as `wait` does; for ``await``.
@@ -439,37 +303,38 @@ class Future(torch.futures.Future[T]):
                 "this thread; await the future itself on trio, use wait() in a script"
             )
         target: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        entries = self._entries
-        if entries is not None:
+        if _core.outcome_of(self) is None:
             waiter = loop.waiter()
             waiter.future.add_done_callback(lambda _: self._copy_to(target))
-            target.add_done_callback(lambda _: self._take_out(waiter, entries))
-            self._enter(waiter, entries)
-        if self._entries is None:
-            self._copy_to(target)
+            target.add_done_callback(lambda _: _core.remove(self, waiter))
+            _core.add_waiter(self, waiter)
+        self._copy_to(target)
         return target
 
     def _copy_to(self, target: asyncio.Future[T]) -> None:
         """Completes ``target``, on its loop, once the value is ready or there is an error."""
-        order = self._order
-        if target.done():
+        outcome = _core.outcome_of(self)
+        if outcome is None or target.done():
             return
-        if order is None or self._error is not None:
-            self._copy_ready_to(target, self._error)
+        if outcome.readiness is None or outcome.error is not None:
+            self._copy_ready_to(target, outcome, outcome.error)
             return
         loop = _loops.current_asyncio()  # which may be the host of the trio that runs this task
         assert loop is not None
         watcher = _devices.watcher_of(loop)
-        wait = _devices.Wait(partial(self._copy_ready_to, target))
-        watcher.tell(order.marks, wait)
+        wait = _devices.Wait(partial(self._copy_ready_to, target, outcome))
+        watcher.tell(outcome.readiness.marks, wait)
         target.add_done_callback(lambda _: watcher.forget(wait))
 
-    def _copy_ready_to(self, target: asyncio.Future[T], error: BaseException | None) -> None:
+    def _copy_ready_to(
+        self, target: asyncio.Future[T], outcome: _core.Outcome, error: BaseException | None
+    ) -> None:
         if target.done():
             return
         if error is None:
-            self._order_streams()
-            target.set_result(self._value)
+            if outcome.readiness is not None:
+                outcome.readiness.wait()
+            target.set_result(outcome.value)
         elif isinstance(error, asyncio.CancelledError):
             target.cancel(*error.args[:1])
         elif isinstance(error, StopIteration):
@@ -478,8 +343,8 @@ class Future(torch.futures.Future[T]):
             replacement.__cause__ = error
             target.set_exception(replacement)
         else:
-            own = error is self._error
-            target.set_exception(error.with_traceback(self._traceback if own else None))
+            own = error is outcome.error
+            target.set_exception(error.with_traceback(outcome.traceback if own else None))
 
     # ------------------------------------------------------------------- callbacks
 
@@ -506,7 +371,7 @@ class Future(torch.futures.Future[T]):
             5
         """
         callback_checked(callback)
-        self._add(Callback(callback))
+        _core.add_callback(self, _core.FunctionCallback(callback))
 
     def then(self, callback: Callable[[Future[T]], S]) -> Future[S]:
         """Returns a child future of what ``callback(self)`` returns.
@@ -537,7 +402,7 @@ class Future(torch.futures.Future[T]):
         # A class with a constructor of its own may need what only its users know.
         kind = type(self) if type(self).__init__ is Future.__init__ else Future
         child: Future[Any] = kind(devices=self._devices)
-        self._add(Continuation(callback, child))
+        _core.add_callback(self, _core.ThenCallback(callback, child))
         return child
 
     def remove_done_callback(self, callback: Callable[[Future[T]], object]) -> int:
@@ -550,73 +415,23 @@ class Future(torch.futures.Future[T]):
             How many were removed; 0 once the future is done.
         """
         removed = 0
-        for entry in self._entered():
-            if type(entry) is Callback and entry.run == callback and self._discard(entry):
+        for attached in _core.followers(self)[1]:
+            is_it = isinstance(attached, _core.FunctionCallback) and attached.run == callback
+            if is_it and _core.remove(self, attached):
                 removed += 1
         return removed
-
-    def _add(self, callback: _callbacks.Entry) -> None:
-        """Has ``callback`` run when the future completes; inline now, if it is done."""
-        entries = self._entries
-        if entries is not None:
-            self._enter(callback, entries)
-            if self._entries is not None or not self._take_out(callback, entries):
-                return
-        _callbacks.run(self, None, {callback: None}, inline=True)
-
-    def _discard(self, callback: _callbacks.Entry) -> bool:
-        """Takes ``callback`` back; False if it has been run or is about to be."""
-        entries = self._entries
-        return entries is not None and self._take_out(callback, entries)
-
-    # -------------------------------------------------------- who is to be told, and how
-
-    def _enter(self, entry: _Entry, entries: dict[_Entry, None]) -> None:
-        """Has the setter find ``entry``, if it has not looked yet."""
-        if entries:  # which somebody enters only once the first place is taken
-            entries[entry] = None
-            return
-        try:
-            del self._vacant
-        except AttributeError:
-            entries[entry] = None
-        else:
-            self._first = entry
-
-    def _take_out(self, entry: _Entry, entries: dict[_Entry, None]) -> bool:
-        """Takes ``entry`` out; False if somebody else has."""
-        try:
-            if self._first is entry:
-                del self._first
-                return True
-        except AttributeError:
-            pass  # whoever was first has been taken out
-        return entries.pop(entry, _GONE) is not _GONE
-
-    def _wake_all(self, first: _Entry | None, entries: dict[_Entry, None]) -> None:
-        if first is not None and first.wake is not None:
-            first.wake()
-            self._first = None
-        for entry in [*entries]:
-            if entry.wake is not None:
-                entry.wake()
-
-    def _entered(self) -> list[_Entry]:
-        """Returns who has entered and is to be told yet."""
-        first = getattr(self, "_first", None)
-        return [*filter(None, [first]), *(self._entries or ())]
 
     # --------------------------------------------------------------------- the rest
 
     def __repr__(self) -> str:
-        if self._entries is not None:
-            entered = self._entered()
-            callbacks = sum(entry.wake is None for entry in entered)
-            state = f"pending waiters={len(entered) - callbacks} callbacks={callbacks}"
-        elif self._error is not None:
-            state = f"done error={short(self._error)}"
+        outcome = _core.outcome_of(self)
+        if outcome is None:
+            waiters, callbacks = _core.followers(self)
+            state = f"pending waiters={len(waiters)} callbacks={len(callbacks)}"
+        elif outcome.error is not None:
+            state = f"done error={short(outcome.error)}"
         else:
-            state = f"done result={short(self._value)}"
+            state = f"done result={short(outcome.value)}"
         devices = f" devices=[{', '.join(map(str, self._devices))}]" if self._devices else ""
         return f"<{type(self).__qualname__} {state}{devices}>"
 
@@ -637,83 +452,3 @@ class _StreamOrdered:
 
     def __await__(self) -> Generator[Any, Any, Any]:
         return self._future.__await__(ready=False)
-
-
-class Combination:
-    """A result made of those of other futures, on its way through ``set_result``.
-
-    It is ready when those of ``parts`` are, and no tensor has to be looked for.
-    """
-
-    __slots__ = ("error", "order", "result")
-
-    def __init__(self, result: Any, parts: Iterable[Future[Any]]) -> None:
-        self.result = result
-        self.order, self.error = _devices.joint_order(part._order for part in parts)
-
-
-class _Failure:
-    """An error on its way through ``set_result``, where a result would be."""
-
-    __slots__ = ("error", "stand_in", "traceback", "unwrap")
-
-    def __init__(self, future: Future[Any], error: BaseException) -> None:
-        self.error = error
-        # A raised exception collects the frames it passes. Every reader starts from
-        # the traceback that it came with, so a future read often does not grow.
-        self.traceback = error.__traceback__
-        # C++ knows an error of Python's as a value that raises when it is unwrapped.
-        # The garbage collector does not see what C++ holds, and a traceback often leads
-        # back to the future, so C++ gets a stand-in and a weak reference instead.
-        find = partial(_error_of, weakref.ref(future), *type_and_text(error))
-        self.stand_in = StandIn.of(error, find)
-        self.unwrap = partial(_raise_found, find)
-
-
-def _examined(
-    future: Future[Any], result: Any
-) -> tuple[Any, BaseException | None, TracebackType | None, _devices.Order | None, Any]:
-    """Returns the value, the error, its traceback, the order, and what C++ is to be told."""
-    error: BaseException | None = None
-    if type(result) is _Failure:
-        order = declared_order(future._devices, None)[0] if future._devices else None
-        return None, result.error, result.traceback, order, result
-    if type(result) is Combination:
-        result, order, error = result.result, result.order, result.error
-    elif future._devices:
-        order, error = declared_order(future._devices, result)
-    else:
-        order, error = found_order(result)
-    if error is None:
-        return result, None, None, order, result
-    # C++ finds out by itself about values on devices that were not declared.
-    return None, error, None, order, result if future._devices else _Failure(future, error)
-
-
-def _fail_in_cpp(future: Future[Any], failure: Any) -> None:
-    if type(failure) is not _Failure:  # it is a value that C++ will refuse
-        _complete_in_cpp(future, failure)
-        return
-    try:
-        _Cpp._set_unwrap_func(future, failure.unwrap)
-    finally:  # even if Ctrl-C strikes
-        _complete_in_cpp(future, failure.stand_in)
-
-
-def _refuse_second(future: Future[Any]) -> NoReturn:
-    raise InvalidStateError(
-        "Attempting to mark a completed Future as complete again. Note that a Future can "
-        f"only be marked completed once: {future!r} keeps its outcome"
-    ) from None
-
-
-def _error_of(ref: weakref.ref[Future[Any]], kind: type[BaseException], text: str) -> BaseException:
-    future = ref()
-    error = None if future is None else future._error
-    if future is None or error is None:
-        return remade(kind, text)
-    return error.with_traceback(future._traceback)
-
-
-def _raise_found(find: Callable[[], BaseException], _stand_in: object) -> NoReturn:
-    raise find()

@@ -18,17 +18,17 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any, TypeVar
 
 import torch
 
+from . import _core
 from ._adopt import as_future
 from ._arguments import timeout_checked
-from ._callbacks import Entry
 from ._errors import InvalidStateError
-from ._future import Combination, Future
+from ._future import Future
 
 __all__ = ["with_timeout"]
 
@@ -63,14 +63,14 @@ def with_timeout(future: torch.futures.Future[T], seconds: float) -> Future[T]:
     source: Future[T] = as_future(future)
     deadline = _Deadline(source, seconds)
     child: Future[T] = deadline.child
-    source._add(deadline)
+    _core.add_callback(source, deadline)
     if seconds <= 0:
-        deadline.fail(_too_late(seconds))
+        deadline.expire(_too_late(seconds))
     elif seconds < math.inf and not source.done():
         try:
             _timer.add(deadline)
         except BaseException:  # no thread could be started
-            source._discard(deadline)
+            _core.remove(source, deadline)
             _timer.forget(deadline)
             raise
         if source.done():  # perhaps before it was added
@@ -78,7 +78,7 @@ def with_timeout(future: torch.futures.Future[T], seconds: float) -> Future[T]:
     return child
 
 
-class _Deadline(Entry):
+class _Deadline(_core.DoneCallback):
     """Stays with the source, and with the timer, until one of them has it.
 
     The timer may keep it for longer, so it lets go of both futures then.
@@ -88,30 +88,33 @@ class _Deadline(Entry):
 
     def __init__(self, source: Future[Any], seconds: float) -> None:
         self.source: Any = source
-        self.child: Any = Future(devices=source._devices)
+        self.child: Any = Future(devices=_core.devices_of(source))
         self.seconds = seconds
         self.when = time.monotonic() + seconds
 
     def run(self, source: Future[Any]) -> None:
         _timer.forget(self)
         error = source.exception()
-        if error is None:
-            self._complete(Future.set_result, Combination(source.value(), (source,)))
-        else:
-            self._complete(Future.set_exception, error)
-
-    def interrupted(self, _source: Future[Any], interrupt: BaseException) -> None:
-        if self.child is not None:
-            self._complete(Future.set_exception, interrupt)
-
-    def fail(self, error: BaseException) -> None:
-        source = self.source
-        if source is not None and source._discard(self):
-            self._complete(Future.set_exception, error)
-
-    def _complete(self, setter: Callable[..., None], outcome: object) -> None:
+        if error is not None:
+            self._fail_child(error)
+            return
         with suppress(InvalidStateError):  # somebody has completed it instead
-            setter(self.child, outcome)
+            _core.complete_with_parts(self.child, source.value(), (source,))
+        self.source = self.child = None
+
+    def fail(self, _source: Future[Any], error: BaseException) -> None:
+        _timer.forget(self)
+        if self.child is not None:
+            self._fail_child(error)
+
+    def expire(self, error: BaseException) -> None:
+        source = self.source
+        if source is not None and _core.remove(source, self):
+            self._fail_child(error)
+
+    def _fail_child(self, error: BaseException) -> None:
+        with suppress(InvalidStateError):  # somebody has completed it instead
+            _core.complete_with_error(self.child, error)
         self.source = self.child = None
 
 
@@ -211,7 +214,7 @@ class _Timer:
         if self.live.pop(deadline, deadline) is None:
             # Nobody is above to take what a callback of a future may pass on.
             with suppress(KeyboardInterrupt, SystemExit):
-                deadline.fail(error)
+                deadline.expire(error)
 
 
 _timer = _Timer()

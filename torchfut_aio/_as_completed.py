@@ -1,0 +1,190 @@
+"""Futures one after the other, in the order in which they complete.
+
+An iterator leaves one callback with all of its futures. A future that completes *arrives*: it is
+appended to ``arrived``, and whoever waits for an arrival is woken. Whoever deletes a future from
+``left`` yields it, and then deletes it from the head of ``arrived``. Between the two statements
+CPython checks for no signal, so nobody is interrupted there; and nobody else can delete the head,
+as only who yields it does. So an iterator that was interrupted anywhere goes on where it was.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import AsyncIterator, Generator, Iterable, Iterator
+from typing import Any, TypeVar, overload
+
+import torch
+
+from . import _core, _loops
+from ._collect import adopted
+from ._errors import warn_that_wait_blocks_a_loop
+from ._future import Future
+
+__all__ = ["as_completed"]
+
+T = TypeVar("T")
+
+
+@overload
+def as_completed(futures: Iterable[torch.futures.Future[T]]) -> _AsCompleted[T]: ...
+@overload
+def as_completed(futures: Iterable[Any]) -> _AsCompleted[Any]: ...
+def as_completed(futures: Iterable[Any]) -> _AsCompleted[Any]:
+    """Iterates over ``futures`` in the order in which they complete.
+
+    Use it with ``async for`` on an event loop, with ``for`` in a thread. It may be
+    abandoned half way, and then leaves nothing behind with the futures still pending.
+    Several tasks or threads may share one: each future goes to one of them. Where they
+    complete faster than a task takes them, one on asyncio or uvloop lets them gather for
+    up to a millisecond when it has taken all.
+
+    Args:
+        futures: As for `collect_all`. A future that is named twice is yielded once.
+
+    Returns:
+        An iterator, for ``for`` and ``async for``, of futures of this package that are
+        done: those passed in, and for those of another kind what `as_future` makes of
+        them. To know which is which, pass what you got from `as_future` yourself.
+
+    Raises:
+        NotAFutureError: One of them is None, or cannot be adopted.
+
+    Example:
+        >>> fut0, fut1 = torchfut_aio.Future(), torchfut_aio.Future()
+        >>> completed = torchfut_aio.as_completed([fut0, fut1])
+        >>> fut1.set_result("first")
+        >>> fut0.set_result("second")
+        >>> [fut.value() for fut in completed]
+        ['first', 'second']
+    """
+    return _AsCompleted(adopted(futures))
+
+
+class _Arrivals(_core.DoneCallback):
+    """The futures of one iterator: those still pending, and those that have arrived."""
+
+    __slots__ = ("arrived", "left", "pending", "streak", "waiters")
+
+    def __init__(self, futures: Iterable[Future[Any]]) -> None:
+        self.pending = dict.fromkeys(futures)
+        self.left = self.pending.copy()  # those that have not been yielded
+        self.arrived: deque[Future[Any]] = deque()
+        self.waiters: dict[_loops.Waiter, None] = {}
+        # How many were yielded since somebody last had to wait.
+        self.streak = 0
+
+    def run(self, future: Future[Any]) -> None:
+        # Not with append(): an interrupt may strike after a call, and these go together.
+        self.arrived += (future,)
+        del self.pending[future]
+        self.wake()
+
+    def fail(self, future: Future[Any], _error: BaseException) -> None:
+        if future in self.pending:
+            self.arrived += (future,)
+            del self.pending[future]
+        self.wake()
+
+    def wake(self) -> None:
+        # A list of them, as that locks the dict where there is no GIL: see `worth_waiting`.
+        for waiter in [*self.waiters]:
+            waiter.wake()
+
+    def worth_waiting(self, waiter: _loops.Waiter) -> bool:
+        """Has ``waiter`` woken by the next arrival; False if there is no need to wait for one.
+
+        First it is stored, then this looks whether a future has arrived. Whoever brings one does
+        these in the opposite order.
+        """
+        self.waiters[waiter] = None
+        # A copy, as that locks the deque where there is no GIL.
+        return not self.arrived.copy() and bool(self.pending)
+
+    def block(self) -> None:
+        """Blocks the calling thread until a future has arrived, or none is pending."""
+        # Callbacks that this thread has put off may be the next to arrive.
+        _core.run_deferred()
+        if self.arrived or not self.pending:
+            return
+        if _loops.loop_in_this_thread():
+            warn_that_wait_blocks_a_loop()
+        waiter = _loops.ThreadWaiter()
+        try:
+            if self.worth_waiting(waiter):
+                waiter.block(None)
+        finally:
+            self.waiters.pop(waiter, None)
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        """Does for a task what `block` does for a thread."""
+        loop = _loops.current()
+        waiter = loop.waiter()
+        streak, self.streak = self.streak, 0
+        if self.pending and loop.wake_later(waiter, streak):
+            # They come faster than they are taken, so there will be many more then.
+            yield from waiter
+            return
+        try:
+            if self.worth_waiting(waiter):
+                yield from waiter
+        finally:
+            self.waiters.pop(waiter, None)
+
+
+class _AsCompleted(AsyncIterator[Future[T]], Iterator[Future[T]]):
+    """What `as_completed` returns."""
+
+    __slots__ = ("__weakref__", "_arrivals")
+
+    def __init__(self, futures: list[Future[T]]) -> None:
+        self._arrivals = _Arrivals(futures)
+        for future in [*self._arrivals.left]:
+            _core.add_callback(future, self._arrivals)
+
+    def __iter__(self) -> _AsCompleted[T]:
+        return self
+
+    def __aiter__(self) -> _AsCompleted[T]:
+        return self
+
+    def __next__(self) -> Future[T]:
+        arrivals = self._arrivals
+        del self  # or a traceback that is kept would keep the iterator
+        arrived, left = arrivals.arrived, arrivals.left
+        while left:
+            if not arrived:
+                arrivals.block()
+                continue
+            try:
+                future = arrived[0]
+                del left[future]
+            except (KeyError, IndexError):  # another thread yields it
+                continue
+            del arrived[0]
+            arrivals.streak += 1
+            return future
+        raise StopIteration
+
+    async def __anext__(self) -> Future[T]:
+        arrivals = self._arrivals
+        del self  # or a traceback that is kept would keep the iterator
+        arrived, left = arrivals.arrived, arrivals.left
+        while left:
+            if not arrived:
+                await arrivals
+                continue
+            try:
+                future = arrived[0]
+                del left[future]
+            except (KeyError, IndexError):  # another task yields it
+                continue
+            del arrived[0]
+            arrivals.streak += 1
+            return future
+        raise StopAsyncIteration
+
+    def __del__(self) -> None:
+        arrivals: Any = getattr(self, "_arrivals", None)
+        if arrivals is not None:  # no interrupt struck at the very beginning
+            for future in [*arrivals.pending]:
+                _core.remove(future, arrivals)

@@ -1,0 +1,197 @@
+"""Running the callbacks of a future that has completed.
+
+A callback may complete further futures, whose callbacks complete others: a chain. Run naively,
+each link is a few stack frames deeper, and a chain of ten thousand ends the process. So
+completions nest up to `MAX_DEPTH` in a thread, as ``torch.futures`` nests them; a future that
+completes any deeper is put off, and the outermost completion of that thread runs its callbacks
+before it returns.
+
+A thread that is about to block may itself owe the callbacks that would wake it: `run_deferred`
+lets it pay first.
+
+CPython checks for signals after calls, on entry of functions and on backward jumps. From the
+statement that deletes a callback, which makes it ours to run, to the ``try`` that sees to it,
+there is none of these.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from _thread import start_new_thread
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Final
+
+from ._outcome import Outcome
+
+__all__ = ["CALLBACK", "DoneCallback", "FunctionCallback", "run", "run_deferred", "run_one"]
+
+MAX_DEPTH = 32
+
+CALLBACK: Final = "callback"  # what a callback is stored with in the state of a future
+
+_logger = logging.getLogger("torchfut_aio")
+
+_State = dict[Any, Any]
+
+
+class DoneCallback(ABC):
+    """What runs when a future completes."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def run(self, future: Any, /) -> object:
+        """Does what is to be done now that ``future`` has completed."""
+
+    @abstractmethod
+    def fail(self, future: Any, error: BaseException, /) -> None:
+        """Called if ``error`` aborted `run`, possibly before its first line.
+
+        Whatever depends on this callback and is not complete must be completed with the error.
+        """
+
+
+class FunctionCallback(DoneCallback):
+    """A function that was given to ``add_done_callback``."""
+
+    __slots__ = ("run",)
+
+    run: Callable[[Any], object]
+
+    def __init__(self, function: Callable[[Any], object]) -> None:
+        self.run = function
+
+    def fail(self, future: Any, error: BaseException) -> None:
+        """Does nothing: what the function began is the business of who wrote it."""
+
+
+class _Nesting:
+    """How deep completions nest in one thread, and the futures whose callbacks they put off."""
+
+    __slots__ = ("deferred", "depth")
+
+    def __init__(self) -> None:
+        self.depth = 0
+        self.deferred: deque[tuple[Any, Outcome, _State]] = deque()
+
+
+class _ThisThread(threading.local):
+    def __init__(self) -> None:
+        self.nesting = _Nesting()
+
+
+_this_thread = _ThisThread()
+
+
+def run(future: Any, outcome: Outcome, state: _State) -> None:
+    """Runs the callbacks in ``state``, in order; or puts them off, if nested too deep.
+
+    Raises:
+        KeyboardInterrupt, SystemExit: A callback raised it, after the others were run.
+    """
+    here = _this_thread.nesting
+    depth = here.depth
+    if depth >= MAX_DEPTH:
+        here.deferred.append((future, outcome, state))
+        return
+    interrupt: BaseException | None = None
+    here.depth = depth + 1
+    try:
+        interrupt = _run_each(future, outcome, state)
+        if depth == 0 and here.deferred:
+            interrupt = _run_deferred(here) or interrupt
+    finally:
+        here.depth = depth
+    if interrupt is not None:
+        raise interrupt
+
+
+def run_one(future: Any, outcome: Outcome, state: _State, callback: DoneCallback) -> None:
+    """Runs one callback, however deep, unless another thread has taken it out of ``state``."""
+    here = _this_thread.nesting
+    depth = here.depth
+    here.depth = depth + 1
+    try:
+        interrupt = _take_and_run(future, outcome, state, callback)
+    finally:
+        here.depth = depth
+    if interrupt is not None:
+        raise interrupt
+
+
+def run_deferred() -> None:
+    """Runs what the completions under way in this thread have put off."""
+    interrupt = _run_deferred(_this_thread.nesting)
+    if interrupt is not None:
+        raise interrupt
+
+
+def _run_deferred(here: _Nesting) -> BaseException | None:
+    interrupt: BaseException | None = None
+    while here.deferred:
+        due = here.deferred[0]
+        del here.deferred[0]
+        try:
+            interrupt = _run_each(*due) or interrupt
+        except BaseException as struck:  # somewhere in between
+            interrupt = struck
+            here.deferred.appendleft(due)
+    return interrupt
+
+
+# A function of its own: from Python 3.12 on, an interrupt at the jump that closes a loop may
+# miss the ``finally`` around it.
+def _run_each(future: Any, outcome: Outcome, state: _State) -> BaseException | None:
+    interrupt: BaseException | None = None
+    for callback, kind in [*state.items()]:
+        if kind is CALLBACK:
+            interrupt = _take_and_run(future, outcome, state, callback) or interrupt
+    return interrupt
+
+
+def _take_and_run(
+    future: Any, outcome: Outcome, state: _State, callback: DoneCallback
+) -> BaseException | None:
+    """Runs a callback; returns what is to be raised once the others have run."""
+    try:
+        del state[callback]
+    except KeyError:
+        return None  # another thread runs it, or it was removed
+    try:
+        if outcome.readiness is None:
+            return _run_logged(future, callback)
+        return _run_ordered(future, outcome, callback)
+    except BaseException as error:
+        try:
+            callback.fail(future, error)
+        except BaseException:  # as where the stack is full: a new thread has one of its own
+            start_new_thread(callback.fail, (future, error))
+        return error if isinstance(error, (KeyboardInterrupt, SystemExit)) else None
+
+
+def _run_logged(future: Any, callback: DoneCallback) -> BaseException | None:
+    try:
+        callback.run(future)
+    except (KeyboardInterrupt, SystemExit) as interrupt:
+        callback.fail(future, interrupt)
+        return interrupt
+    except BaseException as error:
+        callback.fail(future, error)
+        _logger.exception(
+            "Got the following error when running the callback %r of %r:", callback.run, future
+        )
+    return None
+
+
+def _run_ordered(future: Any, outcome: Outcome, callback: DoneCallback) -> BaseException | None:
+    # C++ runs it, at once, on dedicated streams that are ordered after the kernels. An
+    # exception cannot cross C++ as itself, so it is carried around.
+    interrupts: list[BaseException | None] = []
+    readiness: Any = outcome.readiness
+    readiness.run(lambda: interrupts.append(_run_logged(future, callback)))
+    if not interrupts:
+        raise KeyboardInterrupt(f"{callback.run!r} was interrupted before its first line")
+    return interrupts[0]

@@ -1,0 +1,195 @@
+"""The state of a future: who follows it, and its outcome. Every change of state is here.
+
+All of it is one dict, in which each step is one operation that no other thread can divide:
+
+1. A *follower* is a waiter, which the completion wakes, or a callback, which it runs. It follows
+   from when it is stored as a key until somebody deletes that. Whoever deletes a callback runs
+   it, so none runs twice.
+2. The future is done from when its outcome is stored under the key ``OUTCOME``. It is stored by
+   ``dict.setdefault``: of any number that try, the one whose outcome is found there has won.
+   That claims the future and publishes the outcome at once, and neither ever changes.
+3. Who follows stores itself, then looks whether there is an outcome. Who completes stores the
+   outcome, then lists the followers. So one of them sees the other, or both do: a follower may
+   be served twice, never not at all. (To wake a waiter twice does nothing.)
+4. A completion serves: it wakes all waiters, completes the C++ future, runs all callbacks. Each
+   step can be repeated. If an exception strikes in between, such as KeyboardInterrupt or
+   MemoryError, the completion serves once more, then raises it; if that fails too, as where the
+   stack is full, a new thread serves.
+5. No lock is taken, so nothing here can deadlock with a signal handler, a finaliser or a C++
+   callback that uses the same future in the middle of a step: each is as good as one more
+   thread.
+
+Where there is no GIL, storing to a dict and listing it lock it; see also ``_cpython.py``.
+"""
+
+from __future__ import annotations
+
+from _thread import start_new_thread
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import Any, Final, NoReturn, TypeVar
+
+import torch
+
+from .._errors import InvalidStateError
+from .._loops import Waiter
+from . import _callbacks
+from ._callbacks import CALLBACK, DoneCallback
+from ._outcome import Outcome, joined_outcome, outcome_of_error, outcome_of_value
+from ._torch_future import complete_in_torch, init_in_torch
+
+__all__ = [
+    "Completable",
+    "add_callback",
+    "add_waiter",
+    "complete",
+    "complete_with_error",
+    "complete_with_parts",
+    "complete_with_value",
+    "devices_of",
+    "followers",
+    "outcome_of",
+    "remove",
+]
+
+T = TypeVar("T")
+
+OUTCOME: Final = "outcome"
+
+WAITER: Final = "waiter"  # what a waiter is stored with
+
+_GONE: Any = object()
+
+
+class Completable(torch.futures.Future[T]):
+    """A ``torch.futures.Future`` whose state is kept here; see the header of this file."""
+
+    __slots__ = ("_devices", "_state")
+
+    _devices: tuple[torch.device, ...]
+    _state: dict[Any, Any]
+
+    def __init__(self, devices: tuple[torch.device, ...]) -> None:
+        self._devices = devices
+        init_in_torch(self, devices)
+        self._state = {}
+
+
+def devices_of(future: Completable[Any]) -> tuple[torch.device, ...]:
+    """Returns the devices that were declared for the future."""
+    return future._devices
+
+
+def outcome_of(future: Completable[Any]) -> Outcome | None:
+    """Returns the outcome of a future that is done, or None."""
+    return future._state.get(OUTCOME)
+
+
+def complete(future: Completable[Any], outcome: Outcome) -> None:
+    """Completes a pending future, and serves all who follow it.
+
+    Raises:
+        InvalidStateError: It is done already.
+    """
+    state = future._state
+    try:
+        if state.setdefault(OUTCOME, outcome) is outcome:
+            _serve(future, outcome, state)
+            return
+    except BaseException:
+        if state.get(OUTCOME) is outcome:  # struck after it had won
+            try:
+                _serve(future, outcome, state, again=True)
+            except BaseException:
+                # A function of C, which needs no further frame of this stack.
+                start_new_thread(_serve_in_thread, (future, outcome, state))
+        raise
+    _refuse_second(future)
+
+
+def complete_with_value(future: Completable[Any], value: object) -> None:
+    """As `complete`, with the outcome that ``value`` has here and now."""
+    complete(future, outcome_of_value(value, future._devices))
+
+
+def complete_with_parts(
+    future: Completable[Any], value: object, parts: Iterable[Completable[Any]]
+) -> None:
+    """As `complete`, with a value made of those of other futures, which are done.
+
+    It is ready when theirs are.
+    """
+    outcomes = [part._state[OUTCOME] for part in parts]
+    complete(future, joined_outcome(value, outcomes))
+
+
+def complete_with_error(future: Completable[Any], error: BaseException) -> None:
+    """As `complete`, with an error."""
+    complete(future, outcome_of_error(error, future._devices))
+
+
+def _serve(
+    future: Completable[Any], outcome: Outcome, state: dict[Any, Any], *, again: bool = False
+) -> None:
+    callbacks = False
+    for follower, kind in [*state.items()]:
+        if kind is WAITER:
+            follower.wake()
+            state.pop(follower, None)  # a future that is done keeps no waiter, nor its loop
+        elif kind is CALLBACK:
+            callbacks = True
+    complete_in_torch(future, outcome, again=again)
+    if callbacks:
+        _callbacks.run(future, outcome, state)
+
+
+def _serve_in_thread(future: Completable[Any], outcome: Outcome, state: dict[Any, Any]) -> None:
+    with suppress(KeyboardInterrupt, SystemExit):  # nobody is above to take what a callback raises
+        _serve(future, outcome, state, again=True)
+
+
+def add_waiter(future: Completable[Any], waiter: Waiter) -> bool:
+    """Has ``waiter`` woken when the future completes.
+
+    Returns:
+        False if the future is done. The waiter follows no more then, and may have been woken.
+    """
+    state = future._state
+    state[waiter] = WAITER
+    if OUTCOME not in state:
+        return True
+    state.pop(waiter, None)
+    return False
+
+
+def add_callback(future: Completable[Any], callback: DoneCallback) -> None:
+    """Has ``callback`` run when the future completes; here and now, if it is done."""
+    state = future._state
+    state[callback] = CALLBACK
+    outcome = state.get(OUTCOME)
+    if outcome is not None:
+        _callbacks.run_one(future, outcome, state, callback)
+
+
+def remove(future: Completable[Any], follower: Waiter | DoneCallback) -> bool:
+    """Removes a follower; returns False if it follows no more.
+
+    That is: if a callback has been run, or is about to be.
+    """
+    return future._state.pop(follower, _GONE) is not _GONE
+
+
+def followers(future: Completable[Any]) -> tuple[list[Waiter], list[DoneCallback]]:
+    """Returns the waiters and the callbacks that follow the future now."""
+    items = [*future._state.items()]
+    return (
+        [follower for follower, kind in items if kind is WAITER],
+        [follower for follower, kind in items if kind is CALLBACK],
+    )
+
+
+def _refuse_second(future: Completable[Any]) -> NoReturn:
+    raise InvalidStateError(
+        "Attempting to mark a completed Future as complete again. Note that a Future can "
+        f"only be marked completed once: {future!r} keeps its outcome"
+    ) from None

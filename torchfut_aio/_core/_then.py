@@ -1,0 +1,40 @@
+"""The child of ``then``: a future of what a callback returns or raises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from .._errors import callback_error, less_innermost_frame
+from ._callbacks import DoneCallback
+from ._completion import Completable, complete_with_error, complete_with_value, outcome_of
+
+__all__ = ["ThenCallback"]
+
+
+class ThenCallback(DoneCallback):
+    """Completes a child with what a function returns or raises."""
+
+    __slots__ = ("child", "function")
+
+    def __init__(self, function: Callable[[Any], object], child: Completable[Any]) -> None:
+        self.function = function
+        self.child = child
+
+    def run(self, future: Completable[Any]) -> None:
+        try:
+            result = self.function(future)
+        except BaseException as error:
+            outcome = outcome_of(future)
+            if outcome is not None and error is outcome.error:
+                # Passed on: every link of a chain would add its frames, and keep them.
+                error.with_traceback(outcome.traceback)
+            else:
+                less_innermost_frame(error)
+            complete_with_error(self.child, callback_error(error))
+        else:
+            complete_with_value(self.child, result)
+
+    def fail(self, _future: Completable[Any], error: BaseException) -> None:
+        if outcome_of(self.child) is None:
+            complete_with_error(self.child, error)

@@ -1,0 +1,87 @@
+"""The C++ future underneath: what consumers in PyTorch's own C++ see.
+
+It is completed once, after those who follow the future in Python have been woken: callbacks of
+C++ consumers run inside of that, with the GIL released around them.
+
+C++ knows an error of Python's as a value that raises when it is unwrapped. The garbage collector
+does not see what C++ holds, and a traceback often leads back to the future: so C++ gets a
+*stand-in* for the error, and a weak reference to the outcome, which the future keeps. A consumer
+that reads the value without unwrapping it meets the stand-in, so the distributed half of the
+package installs one that RPC and DDP understand.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, NoReturn
+
+import torch
+
+from .._errors import remade, type_and_text
+from ._outcome import Outcome
+
+__all__ = ["complete_in_torch", "init_in_torch", "install_stand_in"]
+
+_Future: Any = torch._C.Future
+_set_result = _Future.set_result  # looked up once: pybind11's classes are slow at it
+
+_stand_in_for: Callable[[BaseException, Callable[[], BaseException]], object] = lambda *_: None  # noqa: E731
+
+
+def install_stand_in(
+    stand_in_for: Callable[[BaseException, Callable[[], BaseException]], object],
+) -> None:
+    """Has C++ get ``stand_in_for(error, find)`` in the place of an error.
+
+    ``find()`` returns the error, or one like it if the future has gone.
+    """
+    global _stand_in_for
+    _stand_in_for = stand_in_for
+
+
+def init_in_torch(future: Any, devices: Iterable[torch.device]) -> None:
+    """Makes the C++ future, pending."""
+    # torch.futures.Future.__init__ would only convert the devices once more.
+    _Future.__init__(future, devices)
+
+
+def complete_in_torch(future: Any, outcome: Outcome, *, again: bool = False) -> None:
+    """Completes the C++ future; ``again`` if an interrupt may have struck after it was.
+
+    It fails with the device's error if the devices take no more events.
+    """
+    error = outcome.error
+    if again and _Future.done(future):
+        return
+    if error is None:
+        try:
+            _set_result(future, outcome.value)
+        except Exception as refused:
+            if not _Future.done(future):
+                _fail(future, outcome, refused)
+    else:
+        _fail(future, outcome, error)
+
+
+def _fail(future: Any, outcome: Outcome, error: BaseException) -> None:
+    find = partial(_error_of, weakref.ref(outcome), *type_and_text(error))
+    try:
+        _Future._set_unwrap_func(future, partial(_raise_found, find))
+        _set_result(future, _stand_in_for(error, find))
+    except BaseException:  # Ctrl-C, or no memory: C++ consumers must not wait for ever
+        if not _Future.done(future):
+            _set_result(future, None)
+        raise
+
+
+def _error_of(ref: weakref.ref[Outcome], kind: type[BaseException], text: str) -> BaseException:
+    outcome = ref()
+    if outcome is None or outcome.error is None:
+        return remade(kind, text)
+    return outcome.error.with_traceback(outcome.traceback)
+
+
+def _raise_found(find: Callable[[], BaseException], _stand_in: object) -> NoReturn:
+    raise find()
