@@ -55,7 +55,9 @@ class Future(_core.Completable[T]):
 
     def __init__(self, *, devices: Iterable[int | str | torch.device] | None = None) -> None:
         """Makes a pending future."""
-        super().__init__(() if devices is None else devices_checked(devices))
+        self._devices = () if devices is None else devices_checked(devices)
+        _core.init_in_torch(self, self._devices)
+        self._state = {}
 
     # ------------------------------------------------------------------ completing
 
@@ -81,7 +83,7 @@ class Future(_core.Completable[T]):
             >>> fut.wait()
             5
         """
-        _core.complete_with_value(self, result)
+        _core.complete(self, _core.outcome_of_value(result, self._devices))
 
     def set_exception(self, result: BaseException) -> None:  # type: ignore[override]
         """Marks the future completed with an error, wakes all who wait, runs callbacks.
@@ -221,7 +223,17 @@ class Future(_core.Completable[T]):
         loop = _loops.current()
         outcome = _core.outcome_of(self)
         if outcome is None:
-            outcome = yield from self._suspend(loop)
+            waiter = loop.waiter()
+            try:
+                if _core.add_waiter(self, waiter):
+                    yield from waiter
+                else:
+                    yield from loop.checkpoint()
+            except BaseException:
+                _core.remove(self, waiter)
+                raise
+            outcome = _core.outcome_of(self)
+            assert outcome is not None  # or nobody would have woken this task
         else:
             yield from loop.checkpoint()
         readiness = outcome.readiness
@@ -237,20 +249,6 @@ class Future(_core.Completable[T]):
             return value
         finally:
             del self, outcome  # as in Outcome.read()
-
-    def _suspend(self, loop: _loops.Loop) -> Generator[Any, Any, _core.Outcome]:
-        waiter = loop.waiter()
-        try:
-            if _core.add_waiter(self, waiter):
-                yield from waiter
-            else:
-                yield from loop.checkpoint()
-        except BaseException:
-            _core.remove(self, waiter)
-            raise
-        outcome = _core.outcome_of(self)
-        assert outcome is not None
-        return outcome
 
     async def stream_ordered(self) -> T:
         """Waits until the future is done, and orders streams as `wait` does; for ``await``.

@@ -20,9 +20,9 @@ from ._completion import (
     outcome_of,
     remove,
 )
-from ._outcome import Outcome
+from ._outcome import Outcome, outcome_of_value
 from ._then import ThenCallback
-from ._torch_future import install_stand_in
+from ._torch_future import init_in_torch, install_stand_in
 
 __all__ = [
     "Completable",
@@ -38,8 +38,10 @@ __all__ = [
     "complete_with_value",
     "devices_of",
     "followers",
+    "init_in_torch",
     "install_stand_in",
     "outcome_of",
+    "outcome_of_value",
     "remove",
     "run_deferred",
 ]

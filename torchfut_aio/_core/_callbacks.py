@@ -26,7 +26,7 @@ from typing import Any, Final
 
 from ._outcome import Outcome
 
-__all__ = ["CALLBACK", "DoneCallback", "FunctionCallback", "run", "run_deferred", "run_one"]
+__all__ = ["CALLBACK", "DoneCallback", "FunctionCallback", "run", "run_deferred", "run_now"]
 
 MAX_DEPTH = 32
 
@@ -100,7 +100,7 @@ def run(future: Any, outcome: Outcome, state: _State) -> None:
     interrupt: BaseException | None = None
     here.depth = depth + 1
     try:
-        interrupt = _run_each(future, outcome, state)
+        interrupt = _run_each(future, outcome, state, [*state.items()])
         if depth == 0 and here.deferred:
             interrupt = _run_deferred(here) or interrupt
     finally:
@@ -109,15 +109,9 @@ def run(future: Any, outcome: Outcome, state: _State) -> None:
         raise interrupt
 
 
-def run_one(future: Any, outcome: Outcome, state: _State, callback: DoneCallback) -> None:
+def run_now(future: Any, outcome: Outcome, state: _State, callback: DoneCallback) -> None:
     """Runs one callback, however deep, unless another thread has taken it out of ``state``."""
-    here = _this_thread.nesting
-    depth = here.depth
-    here.depth = depth + 1
-    try:
-        interrupt = _take_and_run(future, outcome, state, callback)
-    finally:
-        here.depth = depth
+    interrupt = _run_each(future, outcome, state, [(callback, CALLBACK)])
     if interrupt is not None:
         raise interrupt
 
@@ -135,7 +129,7 @@ def _run_deferred(here: _Nesting) -> BaseException | None:
         due = here.deferred[0]
         del here.deferred[0]
         try:
-            interrupt = _run_each(*due) or interrupt
+            interrupt = _run_each(*due, [*due[2].items()]) or interrupt
         except BaseException as struck:  # somewhere in between
             interrupt = struck
             here.deferred.appendleft(due)
@@ -144,54 +138,58 @@ def _run_deferred(here: _Nesting) -> BaseException | None:
 
 # A function of its own: from Python 3.12 on, an interrupt at the jump that closes a loop may
 # miss the ``finally`` around it.
-def _run_each(future: Any, outcome: Outcome, state: _State) -> BaseException | None:
+def _run_each(
+    future: Any, outcome: Outcome, state: _State, items: list[tuple[Any, Any]]
+) -> BaseException | None:
+    """Runs the callbacks among ``items``; returns what is to be raised after that."""
     interrupt: BaseException | None = None
-    for callback, kind in [*state.items()]:
-        if kind is CALLBACK:
-            interrupt = _take_and_run(future, outcome, state, callback) or interrupt
+    for callback, kind in items:
+        if kind is not CALLBACK:
+            continue
+        try:
+            del state[callback]
+        except KeyError:
+            continue  # another thread runs it, or it was removed
+        try:
+            if outcome.readiness is None:
+                callback.run(future)
+            else:
+                _run_ordered(future, outcome.readiness, callback)
+        except BaseException as error:
+            try:
+                interrupt = _fail(future, callback, error) or interrupt
+            except BaseException:  # as where the stack is full: a new thread has one of its own
+                start_new_thread(callback.fail, (future, error))
     return interrupt
 
 
-def _take_and_run(
-    future: Any, outcome: Outcome, state: _State, callback: DoneCallback
-) -> BaseException | None:
-    """Runs a callback; returns what is to be raised once the others have run."""
-    try:
-        del state[callback]
-    except KeyError:
-        return None  # another thread runs it, or it was removed
-    try:
-        if outcome.readiness is None:
-            return _run_logged(future, callback)
-        return _run_ordered(future, outcome, callback)
-    except BaseException as error:
-        try:
-            callback.fail(future, error)
-        except BaseException:  # as where the stack is full: a new thread has one of its own
-            start_new_thread(callback.fail, (future, error))
-        return error if isinstance(error, (KeyboardInterrupt, SystemExit)) else None
-
-
-def _run_logged(future: Any, callback: DoneCallback) -> BaseException | None:
-    try:
-        callback.run(future)
-    except (KeyboardInterrupt, SystemExit) as interrupt:
-        callback.fail(future, interrupt)
-        return interrupt
-    except BaseException as error:
-        callback.fail(future, error)
-        _logger.exception(
-            "Got the following error when running the callback %r of %r:", callback.run, future
-        )
+def _fail(future: Any, callback: DoneCallback, error: BaseException) -> BaseException | None:
+    callback.fail(future, error)
+    if isinstance(error, (KeyboardInterrupt, SystemExit)):
+        return error
+    _logger.error(
+        "Got the following error when running the callback %r of %r:",
+        callback.run,
+        future,
+        exc_info=error,
+    )
     return None
 
 
-def _run_ordered(future: Any, outcome: Outcome, callback: DoneCallback) -> BaseException | None:
+def _run_ordered(future: Any, readiness: Any, callback: DoneCallback) -> None:
     # C++ runs it, at once, on dedicated streams that are ordered after the kernels. An
     # exception cannot cross C++ as itself, so it is carried around.
-    interrupts: list[BaseException | None] = []
-    readiness: Any = outcome.readiness
-    readiness.run(lambda: interrupts.append(_run_logged(future, callback)))
-    if not interrupts:
-        raise KeyboardInterrupt(f"{callback.run!r} was interrupted before its first line")
-    return interrupts[0]
+    errors: list[BaseException | None] = []
+
+    def run() -> None:
+        try:
+            callback.run(future)
+        except BaseException as error:
+            errors.append(error)
+        else:
+            errors.append(None)
+
+    readiness.run(run)
+    error = errors[0] if errors else RuntimeError("it was interrupted before its first line")
+    if error is not None:
+        raise error

@@ -36,7 +36,7 @@ from .._loops import Waiter
 from . import _callbacks
 from ._callbacks import CALLBACK, DoneCallback
 from ._outcome import Outcome, joined_outcome, outcome_of_error, outcome_of_value
-from ._torch_future import complete_in_torch, init_in_torch
+from ._torch_future import complete_in_torch
 
 __all__ = [
     "Completable",
@@ -69,11 +69,6 @@ class Completable(torch.futures.Future[T]):
     _devices: tuple[torch.device, ...]
     _state: dict[Any, Any]
 
-    def __init__(self, devices: tuple[torch.device, ...]) -> None:
-        self._devices = devices
-        init_in_torch(self, devices)
-        self._state = {}
-
 
 def devices_of(future: Completable[Any]) -> tuple[torch.device, ...]:
     """Returns the devices that were declared for the future."""
@@ -99,7 +94,7 @@ def complete(future: Completable[Any], outcome: Outcome) -> None:
     except BaseException:
         if state.get(OUTCOME) is outcome:  # struck after it had won
             try:
-                _serve(future, outcome, state, again=True)
+                _serve(future, outcome, state, True)
             except BaseException:
                 # A function of C, which needs no further frame of this stack.
                 start_new_thread(_serve_in_thread, (future, outcome, state))
@@ -129,8 +124,17 @@ def complete_with_error(future: Completable[Any], error: BaseException) -> None:
 
 
 def _serve(
-    future: Completable[Any], outcome: Outcome, state: dict[Any, Any], *, again: bool = False
+    future: Completable[Any], outcome: Outcome, state: dict[Any, Any], again: bool = False
 ) -> None:
+    # Whoever follows from here on sees the outcome: all stores to a dict are in one order.
+    callbacks = len(state) > 1 and _wake_waiters(state)
+    complete_in_torch(future, outcome, again)
+    if callbacks:
+        _callbacks.run(future, outcome, state)
+
+
+def _wake_waiters(state: dict[Any, Any]) -> bool:
+    """Wakes all waiters, and lets go of them; tells whether there are callbacks to run."""
     callbacks = False
     for follower, kind in [*state.items()]:
         if kind is WAITER:
@@ -138,14 +142,12 @@ def _serve(
             state.pop(follower, None)  # a future that is done keeps no waiter, nor its loop
         elif kind is CALLBACK:
             callbacks = True
-    complete_in_torch(future, outcome, again=again)
-    if callbacks:
-        _callbacks.run(future, outcome, state)
+    return callbacks
 
 
 def _serve_in_thread(future: Completable[Any], outcome: Outcome, state: dict[Any, Any]) -> None:
     with suppress(KeyboardInterrupt, SystemExit):  # nobody is above to take what a callback raises
-        _serve(future, outcome, state, again=True)
+        _serve(future, outcome, state, True)
 
 
 def add_waiter(future: Completable[Any], waiter: Waiter) -> bool:
@@ -168,7 +170,7 @@ def add_callback(future: Completable[Any], callback: DoneCallback) -> None:
     state[callback] = CALLBACK
     outcome = state.get(OUTCOME)
     if outcome is not None:
-        _callbacks.run_one(future, outcome, state, callback)
+        _callbacks.run_now(future, outcome, state, callback)
 
 
 def remove(future: Completable[Any], follower: Waiter | DoneCallback) -> bool:

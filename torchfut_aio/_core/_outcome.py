@@ -19,17 +19,17 @@ __all__ = ["Outcome", "joined_outcome", "outcome_of_error", "outcome_of_value"]
 
 
 class Outcome:
-    """A value, or an error with the traceback that it came with; and the value's readiness.
+    """A value that is ready, and the base of the others.
 
-    ``readiness`` knows the kernels that may still fill the value; None if there are none.
+    Made without a constructor, which would take longer than all the rest.
     """
 
-    __slots__ = ("__weakref__", "error", "readiness", "traceback", "value")
+    __slots__ = ("__weakref__", "value")
 
     value: Any
-    error: BaseException | None
-    traceback: TracebackType | None
-    readiness: Order | None
+    error: BaseException | None = None
+    traceback: TracebackType | None = None  # that the error came with
+    readiness: Order | None = None  # knows the kernels that may still fill the value
 
     def read(self) -> Any:
         """Returns the value, or raises the error."""
@@ -46,37 +46,63 @@ class Outcome:
             del self, error
 
 
+class _DeviceValue(Outcome):
+    """A value that kernels may still fill."""
+
+    __slots__ = ("readiness",)
+
+    readiness: Order | None
+
+
+class _Error(Outcome):
+    """An error; the value is of no use."""
+
+    __slots__ = ("error", "readiness", "traceback")
+
+    error: BaseException | None
+    traceback: TracebackType | None
+    readiness: Order | None
+
+
 def outcome_of_value(value: Any, devices: Sequence[torch.device] = ()) -> Outcome:
     """Returns the outcome of a future on ``devices`` that is completed with ``value`` here, now.
 
     The current streams are those on which kernels may still fill the value. If the devices take
     no more events, or the value is on a device that was not declared, this is an error's.
     """
-    outcome = Outcome()  # not by a constructor: that would take longer than all of this
-    outcome.value = value
-    outcome.error = outcome.traceback = outcome.readiness = None
     if devices:
-        outcome.readiness, outcome.error = declared_order(devices, value)
-    elif type(value) not in HOST_ONLY:
-        outcome.readiness, outcome.error = found_order(value)
+        return _outcome(value, *declared_order(devices, value))
+    if type(value) not in HOST_ONLY:
+        readiness, error = found_order(value)
+        if readiness is not None or error is not None:
+            return _outcome(value, readiness, error)
+    outcome = Outcome()
+    outcome.value = value
+    return outcome
+
+
+def _outcome(value: Any, readiness: Order | None, error: BaseException | None) -> Outcome:
+    outcome: Outcome
+    if error is not None:
+        outcome = _Error()
+        outcome.error = error
+        outcome.traceback = error.__traceback__
+        outcome.readiness = readiness
+    elif readiness is not None:
+        outcome = _DeviceValue()
+        outcome.readiness = readiness
+    else:
+        outcome = Outcome()
+    outcome.value = value
     return outcome
 
 
 def outcome_of_error(error: BaseException, devices: Sequence[torch.device] = ()) -> Outcome:
     """Returns the outcome of a future on ``devices`` that fails with ``error``."""
-    outcome = Outcome()
-    outcome.value = None
-    outcome.error = error
-    outcome.traceback = error.__traceback__
-    # So that its callbacks run on dedicated streams, too.
-    outcome.readiness = declared_order(devices, None)[0] if devices else None
-    return outcome
+    # With a readiness, so that its callbacks run on dedicated streams, too.
+    return _outcome(None, declared_order(devices, None)[0] if devices else None, error)
 
 
 def joined_outcome(value: Any, parts: Iterable[Outcome]) -> Outcome:
     """Returns the outcome whose value is made of those of ``parts``: ready when they are."""
-    outcome = Outcome()
-    outcome.value = value
-    outcome.traceback = None
-    outcome.readiness, outcome.error = joint_order(part.readiness for part in parts)
-    return outcome
+    return _outcome(value, *joint_order(part.readiness for part in parts))

@@ -13,7 +13,7 @@ package installs one that RPC and DDP understand.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NoReturn
 
@@ -25,6 +25,9 @@ from ._outcome import Outcome
 __all__ = ["complete_in_torch", "init_in_torch", "install_stand_in"]
 
 _Future: Any = torch._C.Future
+# Makes the C++ future of a future, given its devices. (torch.futures.Future.__init__ would only
+# convert the devices once more.)
+init_in_torch = _Future.__init__
 _set_result = _Future.set_result  # looked up once: pybind11's classes are slow at it
 
 _stand_in_for: Callable[[BaseException, Callable[[], BaseException]], object] = lambda *_: None  # noqa: E731
@@ -41,13 +44,7 @@ def install_stand_in(
     _stand_in_for = stand_in_for
 
 
-def init_in_torch(future: Any, devices: Iterable[torch.device]) -> None:
-    """Makes the C++ future, pending."""
-    # torch.futures.Future.__init__ would only convert the devices once more.
-    _Future.__init__(future, devices)
-
-
-def complete_in_torch(future: Any, outcome: Outcome, *, again: bool = False) -> None:
+def complete_in_torch(future: Any, outcome: Outcome, again: bool = False) -> None:
     """Completes the C++ future; ``again`` if an interrupt may have struck after it was.
 
     It fails with the device's error if the devices take no more events.
