@@ -5,8 +5,6 @@ Repetition under load (test_stress.py) meets these moments by chance; here they 
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-
 import anyio
 import pytest
 import trio
@@ -17,54 +15,27 @@ from torchfut_aio._loops import _asyncio
 from .loops import on_asyncio, on_every_loop
 from .threads import PATIENCE
 
-moments = pytest.mark.parametrize(
-    "moment", ["before the first", "after the first", "before another", "after another"]
-)
+moments = pytest.mark.parametrize("moment", ["before", "after"])
 
 
-class Racing(Future):
-    """Completes just before, or just after, somebody enters."""
+class Racing(dict):
+    """The state of a future that completes just before, or just after, somebody follows it."""
 
-    moment = ""
+    def __init__(self, fut, moment):
+        super().__init__()
+        self.fut, self.moment = fut, moment
 
-    @property
-    def _first(self):
-        return Future._first.__get__(self)
-
-    @_first.setter
-    def _first(self, entry):
-        with self.racing("first"):
-            Future._first.__set__(self, entry)
-
-    @_first.deleter
-    def _first(self):
-        Future._first.__delete__(self)
-
-    @contextmanager
-    def racing(self, place):
-        for when in ("before", "after"):
-            if self.moment.startswith(when) and self.moment.endswith(place) and not self.done():
-                self.set_result("in between")
-            if when == "before":
-                yield
-
-
-class RacingDict(dict):
-    def __init__(self, fut):
-        self.fut = fut
-
-    def __setitem__(self, entry, _):
-        with self.fut.racing("another"):
-            super().__setitem__(entry, _)
+    def __setitem__(self, follower, kind):
+        if self.moment == "before" and not self.fut.done():
+            self.fut.set_result("in between")
+        super().__setitem__(follower, kind)
+        if self.moment == "after" and not self.fut.done():
+            self.fut.set_result("in between")
 
 
 def completes(moment):
-    """A future that completes just before, or just after, somebody enters."""
-    fut = Racing()
-    if moment.endswith("another"):
-        fut.add_done_callback(lambda fut: None)
-        fut._entries = RacingDict(fut)
-    fut.moment = moment
+    fut = Future()
+    fut._state = Racing(fut, moment)
     return fut
 
 
@@ -105,12 +76,12 @@ def test_an_arrival_while_the_iterator_goes_to_sleep_is_not_missed():
     fut = Future()
     completed = as_completed([fut])
 
-    class Racing(list):
-        def append(self, bell):
-            fut.set_result(None)  # before the bell hangs, so nobody rings it
-            super().append(bell)
+    class Racing(dict):
+        def __setitem__(self, waiter, _):
+            fut.set_result(None)  # before the waiter is there, so nobody wakes it
+            super().__setitem__(waiter, None)
 
-    completed._arrivals.bells = Racing()
+    completed._arrivals.waiters = Racing()
     assert next(completed) is fut
 
 

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from torchfut_aio import Future, as_completed, gather, wait_all
+from torchfut_aio import Future, _core, as_completed, gather, wait_all
 
 from .threads import PATIENCE, running, until
 
@@ -105,7 +105,7 @@ def test_ctrl_c_in_a_setter_leaves_a_future_untouched_or_everybody_served(outcom
         for _ in rounds(60_000, lambda: strikes > untouched > 0):
             fut, waiter, ran = Future(), Waiter(), []
             enter = [
-                lambda fut=fut, waiter=waiter: fut._enter(waiter, fut._entries),
+                lambda fut=fut, waiter=waiter: _core.add_waiter(fut, waiter),
                 lambda fut=fut, ran=ran: fut.add_done_callback(ran.append),
             ]
             for step in enter if first == "waiter" else reversed(enter):

@@ -207,7 +207,10 @@ class Future(_core.Completable[T]):
             if _core.add_waiter(self, waiter):
                 waiter.block(timeout)
         finally:
-            _core.remove(self, waiter)
+            try:  # noqa: SIM105  a call could be struck before it has begun; a statement cannot
+                del self._state[waiter]
+            except KeyError:
+                pass  # it has been woken
         outcome = _core.outcome_of(self)
         if outcome is None:
             raise TimeoutError(f"{self!r} was not done within {timeout:g} s; it stays pending")
@@ -230,7 +233,10 @@ class Future(_core.Completable[T]):
                 else:
                     yield from loop.checkpoint()
             except BaseException:
-                _core.remove(self, waiter)
+                try:  # noqa: SIM105  as in _block()
+                    del self._state[waiter]
+                except KeyError:
+                    pass
                 raise
             outcome = _core.outcome_of(self)
             assert outcome is not None  # or nobody would have woken this task

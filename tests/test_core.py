@@ -1,0 +1,265 @@
+"""A completion serves everybody, whatever strikes in the middle of it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+
+import pytest
+import torch
+
+from torchfut_aio import (
+    Future,
+    InvalidStateError,
+    _as_completed,
+    _collect,
+    _core,
+    _future,
+    as_completed,
+    collect_all,
+    gather,
+)
+
+from .explorer import strikes
+from .threads import PATIENCE, until
+
+# Every point if this is 1.
+EVERY = int(os.environ.get("TORCHFUT_AIO_TEST_EVERY", "1"))
+
+MODULES = (_core, _future, _collect, _as_completed)
+
+errors = pytest.mark.parametrize(
+    ("error", "at"),
+    [(KeyboardInterrupt, "signals"), (MemoryError, "calls"), (RecursionError, "calls")],
+    ids=["interrupt", "memory", "recursion"],
+)
+
+
+@pytest.fixture(autouse=True)
+def quiet(caplog):
+    """What goes wrong in a callback is logged; here it is made to."""
+    caplog.set_level(logging.CRITICAL, "torchfut_aio")
+
+
+class Waiter:
+    woken = 0
+
+    def wake(self):
+        self.woken += 1
+
+
+class Followers:
+    """One of each kind that may depend on a future."""
+
+    def __init__(self, fut):
+        self.waiter, self.ran = Waiter(), []
+        if not _core.add_waiter(fut, self.waiter):
+            self.waiter.woken = True  # there is no need to
+        fut.add_done_callback(self.ran.append)
+        self.child = fut.then(lambda fut: "child")
+        self.grandchild = self.child.then(lambda child: "grandchild")
+        self.gathered, self.collected = gather([fut, fut]), collect_all([fut])
+        self.completed = as_completed([fut])
+
+    def dependants(self):
+        return [self.child, self.grandchild, self.gathered, self.collected]
+
+    def check_served(self, fut):
+        until(lambda: all(dependant.done() for dependant in self.dependants()))
+        until(lambda: self.waiter.woken)
+        until(lambda: torch._C.Future.done(fut))
+        assert len(self.ran) <= 1
+        assert next(self.completed) is fut
+        assert not _core.followers(fut)[0]
+
+    def check_untouched(self):
+        assert not any(dependant.done() for dependant in self.dependants())
+        assert not self.waiter.woken
+        assert not self.ran
+
+
+@errors
+@pytest.mark.parametrize("outcome", [5, ValueError("foo")], ids=["value", "error"])
+def test_whatever_strikes_a_setter_a_future_is_untouched_or_everybody_is_served(outcome, error, at):
+    served = untouched = 0
+    for strike in strikes(*MODULES, every=EVERY, error=error, at=at):
+        fut = Future()
+        followers = Followers(fut)
+        setter = fut.set_exception if isinstance(outcome, Exception) else fut.set_result
+        with strike:
+            setter(outcome)
+        if fut.done():
+            followers.check_served(fut)
+            served += 1
+        else:
+            followers.check_untouched()
+            setter(outcome)
+            followers.check_served(fut)
+            untouched += 1
+        assert (fut.exception() or fut.value()) is outcome
+    assert served > untouched > 0
+
+
+@pytest.mark.parametrize("outcome", [5, ValueError("foo")], ids=["value", "error"])
+def test_of_two_setters_one_wins_wherever_the_other_comes_between(outcome):
+    won, lost = set(), set()
+    other = None
+
+    def set_other():
+        try:
+            fut.set_result("other")
+        except InvalidStateError:
+            lost.add("other")
+        else:
+            won.add("other")
+
+    for strike in strikes(*MODULES, every=EVERY, do=set_other):
+        fut = Future()
+        followers = Followers(fut)
+        setter = fut.set_exception if isinstance(outcome, Exception) else fut.set_result
+        won, lost = set(), set()
+        try:
+            with strike:
+                setter(outcome)
+        except InvalidStateError:
+            lost.add("one")
+        else:
+            won.add("one")
+        assert len(won) == 1
+        assert not won & lost
+        other = fut.exception() or fut.value()
+        assert (other is outcome) == (won == {"one"})
+        followers.check_served(fut)
+
+
+def test_who_follows_is_served_wherever_a_completion_comes_between():
+    for strike in strikes(*MODULES, every=EVERY, do=lambda: fut.set_result(5)):
+        fut = Future()
+        with strike:
+            followers = Followers(fut)
+        if not fut.done():
+            fut.set_result(5)
+        followers.check_served(fut)
+        assert followers.ran == [fut]
+
+
+def test_who_completes_serves_wherever_somebody_comes_between():
+    late = []
+
+    def follow():
+        late.append(fut.then(lambda fut: fut.value()))
+        late.append(gather([fut]))
+
+    for strike in strikes(*MODULES, every=EVERY, do=follow):
+        fut = Future()
+        with strike:
+            fut.set_result(5)
+        assert [child.value() for child in late if child.done()] == [5, [5]][: len(late)]
+        late.clear()
+
+
+def test_a_callback_is_run_or_removed_wherever_the_removal_comes_between():
+    def remove():
+        removed.append(fut.remove_done_callback(ran.append))
+
+    for strike in strikes(*MODULES, every=EVERY, do=remove):
+        fut, ran, removed = Future(), [], []
+        fut.add_done_callback(ran.append)
+        with strike:
+            fut.set_result(5)
+        assert len(ran) + sum(removed) == 1
+
+
+@errors
+def test_whatever_strikes_a_wait_it_leaves_nothing_behind(error, at):
+    for strike in strikes(*MODULES, every=EVERY, error=error, at=at):
+        fut = Future()
+        with strike, pytest.raises((TimeoutError, error)):
+            fut.wait(timeout=0)
+        assert repr(fut) == "<Future pending waiters=0 callbacks=0>"
+
+
+@pytest.mark.parametrize("late", [0, 2])
+def test_an_iterator_that_was_interrupted_goes_on_where_it_was(late):
+    for strike in strikes(*MODULES, every=EVERY):
+        futures = [Future() for _ in range(4)]
+        completed = as_completed(futures)
+        for fut in futures[late:]:
+            fut.set_result(None)
+        yielded = []
+        with strike:
+            for fut in completed:
+                yielded.append(fut)
+                if len(yielded) == 4 - late:
+                    for other in futures[:late]:
+                        other.set_result(None)
+        for other in futures:
+            if not other.done():
+                other.set_result(None)
+        yielded += completed
+        # What was struck just as it gave one may have lost it to the loop that was to have it.
+        assert len(yielded) >= 3
+        assert len(set(yielded)) == len(yielded)
+        assert set(yielded) <= set(futures)
+
+
+@pytest.mark.parametrize("depth", [0.5, 0.85, 0.87, 0.9, 0.95, 0.97, 0.98, 0.985])
+def test_a_completion_near_the_end_of_the_stack_completes_all_that_depends_on_it(depth):
+    def nested(frames):
+        if frames:
+            nested(frames - 1)
+        else:
+            fut.set_result(1)
+
+    fut = last = Future()
+    for _ in range(40):
+        last = last.then(lambda parent: parent.value())
+    gathered = gather([last, fut])
+    threading.Thread(target=lambda: None).start()  # imports what it needs, not so deep
+    at = len(traceback_of_this_thread())
+    try:
+        nested(int(sys.getrecursionlimit() * depth) - at)
+    except RecursionError:
+        if not fut.done():
+            fut.set_result(1)
+    until(lambda: last.done() and gathered.done())
+    assert fut.value() == 1
+    assert last.exception() is not None or last.value() == 1
+
+
+def traceback_of_this_thread():
+    frames, frame = [], sys._getframe()
+    while frame is not None:
+        frames.append(frame)
+        frame = frame.f_back
+    return frames
+
+
+class RaisesForItsClass:
+    @property
+    def __class__(self):
+        raise RuntimeError("outside of its context")
+
+
+class RaisesForAll:
+    def __getattribute__(self, name):
+        raise RuntimeError("outside of its context")
+
+
+class RaisesForTorch:
+    @classmethod
+    def __torch_function__(cls, *args):
+        raise RuntimeError("no torch functions")
+
+
+@pytest.mark.parametrize("kind", [RaisesForItsClass, RaisesForAll, RaisesForTorch])
+def test_a_value_may_be_any_object(kind):
+    value = kind()
+    fut = Future()
+    child, gathered = fut.then(lambda fut: fut.value()), gather([fut])
+    fut.set_result(value)
+    assert fut.wait(PATIENCE) is value
+    assert child.wait(PATIENCE) is value
+    assert gathered.wait(PATIENCE)[0] is value
