@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import pathlib
 import subprocess
@@ -68,51 +69,55 @@ def test_public_names_are_what_is_documented():
         assert getattr(torchfut_aio, name).__doc__, name
 
 
-def test_imports_run_one_way():
-    def imported(path):
-        return {
-            line.split()[1]
-            for line in path.read_text().splitlines()
-            if line.lstrip().startswith("from .")
-        }
+# From the bottom to the top: each imports from those before it only.
+LAYERS = [
+    "_cpython",
+    "_arguments",
+    "_errors",
+    "_repr",
+    "_loops",
+    "_devices",
+    "_core",
+    "_rpc_errors",
+    "_future",
+    "_worker",
+    "_adopt",
+    "_collect",
+    "_as_completed",
+    "_timeouts",
+    "_tasks",
+    "_background_loop",
+    "distributed",
+]
 
-    package = ROOT / "torchfut_aio"
-    below = {
-        "_arguments.py": set(),
-        "_cpython.py": set(),
-        "_errors.py": {"._cpython"},
-        "_repr.py": set(),
-        "_callbacks.py": {"._errors", "._future"},  # the latter for type checkers only
-        "_rpc_errors.py": {"._cpython", "._errors"},
-        "_future.py": {
-            ".",
-            "._arguments",
-            "._callbacks",
-            "._devices",
-            "._errors",
-            "._repr",
-            "._rpc_errors",
-        },
-        "_adopt.py": {
-            "._arguments",
-            "._cpython",
-            "._devices",
-            "._devices._background",
-            "._errors",
-            "._future",
-            "._rpc_errors",
-        },
-        "_collect.py": {".", "._adopt", "._callbacks", "._errors", "._future"},
-        "_timeouts.py": {"._adopt", "._arguments", "._callbacks", "._errors", "._future"},
-        "_tasks.py": {".", "._adopt", "._arguments", "._errors", "._future"},
-        "_background_loop.py": {"._future", "._tasks"},
+
+def imported(path):
+    """The parts of the package that a module imports when it runs, by their names."""
+    package = [*path.relative_to(ROOT).parent.parts]
+    tree = ast.parse(path.read_text())
+    typing_only = {
+        node
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+        for node in ast.walk(block)
     }
-    for name, allowed in below.items():
-        assert imported(package / name) <= allowed, name
-    for folder, allowed in (("_loops", {".._cpython"}), ("_devices", {"..", ".._loops"})):
-        for path in (package / folder).glob("*.py"):
-            above = {module for module in imported(path) if module.startswith("..")}
-            assert above <= allowed, path
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level and node not in typing_only:
+            base = package[: len(package) - node.level + 1]
+            module = node.module.split(".") if node.module else []
+            for alias in node.names:
+                full = [*base, *module, alias.name]
+                if len(full) > 1:
+                    yield full[1]
+
+
+def test_imports_run_one_way():
+    for path in (ROOT / "torchfut_aio").rglob("*.py"):
+        part = path.relative_to(ROOT / "torchfut_aio").parts[0].removesuffix(".py")
+        if part == "__init__":
+            continue
+        below = LAYERS[: LAYERS.index(part)]
+        assert set(imported(path)) - {part} <= set(below), path
 
 
 def test_the_version_is_the_distributions():
