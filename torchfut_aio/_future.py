@@ -11,6 +11,7 @@ import torch
 
 from . import _core, _devices, _loops
 from ._arguments import callback_checked, devices_checked, timeout_checked
+from ._core import OUTCOME
 from ._errors import InvalidStateError, warn_that_wait_blocks_a_loop
 from ._repr import short
 
@@ -83,7 +84,7 @@ class Future(_core.Completable[T]):
             >>> fut.wait()
             5
         """
-        _core.complete(self, _core.outcome_of_value(result, self._devices))
+        _core.complete_with_value(self, result)
 
     def set_exception(self, result: BaseException) -> None:  # type: ignore[override]
         """Marks the future completed with an error, wakes all who wait, runs callbacks.
@@ -121,7 +122,7 @@ class Future(_core.Completable[T]):
         For a value on an accelerator this may be True while the kernels that fill it
         still run; `wait` orders streams after these, and ``await`` waits for them.
         """
-        return _core.outcome_of(self) is not None
+        return OUTCOME in self._state
 
     def value(self) -> T:
         """Returns the value of a future that is done, without synchronising streams.
@@ -133,7 +134,7 @@ class Future(_core.Completable[T]):
             InvalidStateError: The future is pending.
             BaseException: The error that the future was completed with.
         """
-        outcome = _core.outcome_of(self)
+        outcome: _core.Outcome | None = self._state.get(OUTCOME)
         if outcome is None:
             raise InvalidStateError(
                 f"the value of {self!r} was read while it is pending; wait() or await it first"
@@ -150,7 +151,7 @@ class Future(_core.Completable[T]):
         Raises:
             InvalidStateError: The future is pending.
         """
-        outcome = _core.outcome_of(self)
+        outcome: _core.Outcome | None = self._state.get(OUTCOME)
         if outcome is None:
             raise InvalidStateError(
                 f"the exception of {self!r} was read while it is pending; wait() or await it first"
@@ -185,7 +186,7 @@ class Future(_core.Completable[T]):
         """
         if timeout is not None:
             timeout = timeout_checked(timeout)
-        outcome = _core.outcome_of(self) or self._block(timeout)
+        outcome = self._state.get(OUTCOME) or self._block(timeout)
         try:
             if outcome.readiness is not None and outcome.error is None:
                 outcome.readiness.wait()
@@ -197,7 +198,7 @@ class Future(_core.Completable[T]):
     def _block(self, timeout: float | None) -> _core.Outcome:
         # Callbacks that this thread has put off may be the ones to complete the future.
         _core.run_deferred()
-        outcome = _core.outcome_of(self)
+        outcome: _core.Outcome | None = self._state.get(OUTCOME)
         if outcome is not None:
             return outcome
         if (timeout is None or timeout > 0) and _loops.loop_in_this_thread():
@@ -211,7 +212,7 @@ class Future(_core.Completable[T]):
                 del self._state[waiter]
             except KeyError:
                 pass  # it has been woken
-        outcome = _core.outcome_of(self)
+        outcome = self._state.get(OUTCOME)
         if outcome is None:
             raise TimeoutError(f"{self!r} was not done within {timeout:g} s; it stays pending")
         return outcome
@@ -224,7 +225,7 @@ class Future(_core.Completable[T]):
         If ``ready``, until the kernels that fill it have finished, too.
         """
         loop = _loops.current()
-        outcome = _core.outcome_of(self)
+        outcome: _core.Outcome | None = self._state.get(OUTCOME)
         if outcome is None:
             waiter = loop.waiter()
             try:
@@ -238,8 +239,7 @@ class Future(_core.Completable[T]):
                 except KeyError:
                     pass
                 raise
-            outcome = _core.outcome_of(self)
-            assert outcome is not None  # or nobody would have woken this task
+            outcome = self._state[OUTCOME]  # or nobody would have woken this task
         else:
             yield from loop.checkpoint()
         readiness = outcome.readiness
@@ -307,7 +307,7 @@ class Future(_core.Completable[T]):
                 "this thread; await the future itself on trio, use wait() in a script"
             )
         target: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        if _core.outcome_of(self) is None:
+        if OUTCOME not in self._state:
             waiter = loop.waiter()
             waiter.future.add_done_callback(lambda _: self._copy_to(target))
             target.add_done_callback(lambda _: _core.remove(self, waiter))
@@ -317,7 +317,7 @@ class Future(_core.Completable[T]):
 
     def _copy_to(self, target: asyncio.Future[T]) -> None:
         """Completes ``target``, on its loop, once the value is ready or there is an error."""
-        outcome = _core.outcome_of(self)
+        outcome: _core.Outcome | None = self._state.get(OUTCOME)
         if outcome is None or target.done():
             return
         if outcome.readiness is None or outcome.error is not None:
@@ -428,7 +428,7 @@ class Future(_core.Completable[T]):
     # --------------------------------------------------------------------- the rest
 
     def __repr__(self) -> str:
-        outcome = _core.outcome_of(self)
+        outcome: _core.Outcome | None = self._state.get(OUTCOME)
         if outcome is None:
             waiters, callbacks = _core.followers(self)
             state = f"pending waiters={len(waiters)} callbacks={len(callbacks)}"

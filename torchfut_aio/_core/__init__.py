@@ -8,6 +8,7 @@ file that touches the C++ future underneath.
 
 from ._callbacks import DoneCallback, FunctionCallback, run_deferred
 from ._completion import (
+    OUTCOME,
     Completable,
     add_callback,
     add_waiter,
@@ -20,11 +21,12 @@ from ._completion import (
     outcome_of,
     remove,
 )
-from ._outcome import Outcome, outcome_of_value
+from ._outcome import Outcome
 from ._then import ThenCallback
 from ._torch_future import init_in_torch, install_stand_in
 
 __all__ = [
+    "OUTCOME",
     "Completable",
     "DoneCallback",
     "FunctionCallback",
@@ -41,7 +43,6 @@ __all__ = [
     "init_in_torch",
     "install_stand_in",
     "outcome_of",
-    "outcome_of_value",
     "remove",
     "run_deferred",
 ]

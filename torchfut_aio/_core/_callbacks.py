@@ -21,7 +21,7 @@ import threading
 from _thread import start_new_thread
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from ._outcome import Outcome
@@ -35,6 +35,7 @@ CALLBACK: Final = "callback"  # what a callback is stored with in the state of a
 _logger = logging.getLogger("torchfut_aio")
 
 _State = dict[Any, Any]
+_Followers = Sequence[tuple[Any, str]]
 
 
 class DoneCallback(ABC):
@@ -75,7 +76,7 @@ class _Nesting:
 
     def __init__(self) -> None:
         self.depth = 0
-        self.deferred: deque[tuple[Any, Outcome, _State]] = deque()
+        self.deferred: deque[tuple[Any, Outcome, _State, _Followers]] = deque()
 
 
 class _ThisThread(threading.local):
@@ -86,8 +87,10 @@ class _ThisThread(threading.local):
 _this_thread = _ThisThread()
 
 
-def run(future: Any, outcome: Outcome, state: _State) -> None:
-    """Runs the callbacks in ``state``, in order; or puts them off, if nested too deep.
+def run(future: Any, outcome: Outcome, state: _State, followers: _Followers) -> None:
+    """Runs those callbacks among ``followers`` that are still in ``state``, in order.
+
+    Or puts them off, if nested too deep.
 
     Raises:
         KeyboardInterrupt, SystemExit: A callback raised it, after the others were run.
@@ -95,12 +98,12 @@ def run(future: Any, outcome: Outcome, state: _State) -> None:
     here = _this_thread.nesting
     depth = here.depth
     if depth >= MAX_DEPTH:
-        here.deferred.append((future, outcome, state))
+        here.deferred.append((future, outcome, state, followers))
         return
     interrupt: BaseException | None = None
     here.depth = depth + 1
     try:
-        interrupt = _run_each(future, outcome, state, [*state.items()])
+        interrupt = _run_each(future, outcome, state, followers)
         if depth == 0 and here.deferred:
             interrupt = _run_deferred(here) or interrupt
     finally:
@@ -129,7 +132,7 @@ def _run_deferred(here: _Nesting) -> BaseException | None:
         due = here.deferred[0]
         del here.deferred[0]
         try:
-            interrupt = _run_each(*due, [*due[2].items()]) or interrupt
+            interrupt = _run_each(*due) or interrupt
         except BaseException as struck:  # somewhere in between
             interrupt = struck
             here.deferred.appendleft(due)
@@ -139,11 +142,11 @@ def _run_deferred(here: _Nesting) -> BaseException | None:
 # A function of its own: from Python 3.12 on, an interrupt at the jump that closes a loop may
 # miss the ``finally`` around it.
 def _run_each(
-    future: Any, outcome: Outcome, state: _State, items: list[tuple[Any, Any]]
+    future: Any, outcome: Outcome, state: _State, followers: _Followers
 ) -> BaseException | None:
-    """Runs the callbacks among ``items``; returns what is to be raised after that."""
+    """As `run`; returns what is to be raised."""
     interrupt: BaseException | None = None
-    for callback, kind in items:
+    for callback, kind in followers:
         if kind is not CALLBACK:
             continue
         try:
@@ -158,8 +161,14 @@ def _run_each(
         except BaseException as error:
             try:
                 interrupt = _fail(future, callback, error) or interrupt
-            except BaseException:  # as where the stack is full: a new thread has one of its own
-                start_new_thread(callback.fail, (future, error))
+            except BaseException:
+                # As where the stack is full: a new thread has one of its own.
+                try:
+                    start_new_thread(callback.fail, (future, error))
+                except BaseException:
+                    # Not one call is possible, so it has not begun. Whoever serves again runs it.
+                    state[callback] = CALLBACK
+                    raise
     return interrupt
 
 

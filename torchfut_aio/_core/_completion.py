@@ -31,14 +31,16 @@ from typing import Any, Final, NoReturn, TypeVar
 
 import torch
 
+from .._devices import HOST_ONLY
 from .._errors import InvalidStateError
 from .._loops import Waiter
 from . import _callbacks
 from ._callbacks import CALLBACK, DoneCallback
 from ._outcome import Outcome, joined_outcome, outcome_of_error, outcome_of_value
-from ._torch_future import complete_in_torch
+from ._torch_future import complete_in_torch, set_value_in_torch
 
 __all__ = [
+    "OUTCOME",
     "Completable",
     "add_callback",
     "add_waiter",
@@ -88,23 +90,27 @@ def complete(future: Completable[Any], outcome: Outcome) -> None:
     """
     state = future._state
     try:
-        if state.setdefault(OUTCOME, outcome) is outcome:
-            _serve(future, outcome, state)
-            return
+        won = _claim_and_serve(future, outcome, state)
     except BaseException:
-        if state.get(OUTCOME) is outcome:  # struck after it had won
+        # Statements, where a call might find no stack left.
+        if OUTCOME in state and state[OUTCOME] is outcome:  # struck after it had won
             try:
-                _serve(future, outcome, state, True)
+                _claim_and_serve(future, outcome, state, True)
             except BaseException:
-                # A function of C, which needs no further frame of this stack.
                 start_new_thread(_serve_in_thread, (future, outcome, state))
         raise
-    _refuse_second(future)
+    if not won:
+        _refuse_second(future)
 
 
 def complete_with_value(future: Completable[Any], value: object) -> None:
     """As `complete`, with the outcome that ``value`` has here and now."""
-    complete(future, outcome_of_value(value, future._devices))
+    if future._devices or type(value) not in HOST_ONLY:
+        outcome = outcome_of_value(value, future._devices)
+    else:  # as nearly always, so without a call
+        outcome = Outcome()
+        outcome.value = value
+    complete(future, outcome)
 
 
 def complete_with_parts(
@@ -123,31 +129,36 @@ def complete_with_error(future: Completable[Any], error: BaseException) -> None:
     complete(future, outcome_of_error(error, future._devices))
 
 
-def _serve(
+def _claim_and_serve(
     future: Completable[Any], outcome: Outcome, state: dict[Any, Any], again: bool = False
-) -> None:
+) -> bool:
+    """Tells whether the future has this outcome; then all who followed it are served.
+
+    All in one function: a thread that completes many futures feels each call.
+    """
+    if state.setdefault(OUTCOME, outcome) is not outcome:
+        return False
     # Whoever follows from here on sees the outcome: all stores to a dict are in one order.
-    callbacks = len(state) > 1 and _wake_waiters(state)
-    complete_in_torch(future, outcome, again)
-    if callbacks:
-        _callbacks.run(future, outcome, state)
-
-
-def _wake_waiters(state: dict[Any, Any]) -> bool:
-    """Wakes all waiters, and lets go of them; tells whether there are callbacks to run."""
+    followers = [*state.items()] if len(state) > 1 else ()
     callbacks = False
-    for follower, kind in [*state.items()]:
+    for follower, kind in followers:
         if kind is WAITER:
             follower.wake()
             state.pop(follower, None)  # a future that is done keeps no waiter, nor its loop
         elif kind is CALLBACK:
             callbacks = True
-    return callbacks
+    if again or outcome.error is not None:
+        complete_in_torch(future, outcome)
+    else:
+        set_value_in_torch(future, outcome.value)
+    if callbacks:
+        _callbacks.run(future, outcome, state, followers)
+    return True
 
 
 def _serve_in_thread(future: Completable[Any], outcome: Outcome, state: dict[Any, Any]) -> None:
     with suppress(KeyboardInterrupt, SystemExit):  # nobody is above to take what a callback raises
-        _serve(future, outcome, state, True)
+        _claim_and_serve(future, outcome, state, True)
 
 
 def add_waiter(future: Completable[Any], waiter: Waiter) -> bool:

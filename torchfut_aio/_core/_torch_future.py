@@ -22,13 +22,14 @@ import torch
 from .._errors import remade, type_and_text
 from ._outcome import Outcome
 
-__all__ = ["complete_in_torch", "init_in_torch", "install_stand_in"]
+__all__ = ["complete_in_torch", "init_in_torch", "install_stand_in", "set_value_in_torch"]
 
 _Future: Any = torch._C.Future
 # Makes the C++ future of a future, given its devices. (torch.futures.Future.__init__ would only
 # convert the devices once more.)
 init_in_torch = _Future.__init__
-_set_result = _Future.set_result  # looked up once: pybind11's classes are slow at it
+# Completes the C++ future with a value. (Looked up once: pybind11's classes are slow at it.)
+set_value_in_torch = _Future.set_result
 
 _stand_in_for: Callable[[BaseException, Callable[[], BaseException]], object] = lambda *_: None  # noqa: E731
 
@@ -44,32 +45,31 @@ def install_stand_in(
     _stand_in_for = stand_in_for
 
 
-def complete_in_torch(future: Any, outcome: Outcome, again: bool = False) -> None:
-    """Completes the C++ future; ``again`` if an interrupt may have struck after it was.
+def complete_in_torch(future: Any, outcome: Outcome) -> None:
+    """Completes the C++ future, unless it is done, whatever the outcome.
 
     It fails with the device's error if the devices take no more events.
     """
-    error = outcome.error
-    if again and _Future.done(future):
+    if _Future.done(future):
         return
-    if error is None:
-        try:
-            _set_result(future, outcome.value)
-        except Exception as refused:
-            if not _Future.done(future):
-                _fail(future, outcome, refused)
-    else:
-        _fail(future, outcome, error)
+    if outcome.error is not None:
+        _fail(future, outcome, outcome.error)
+        return
+    try:
+        set_value_in_torch(future, outcome.value)
+    except Exception as refused:
+        if not _Future.done(future):
+            _fail(future, outcome, refused)
 
 
 def _fail(future: Any, outcome: Outcome, error: BaseException) -> None:
     find = partial(_error_of, weakref.ref(outcome), *type_and_text(error))
     try:
         _Future._set_unwrap_func(future, partial(_raise_found, find))
-        _set_result(future, _stand_in_for(error, find))
+        set_value_in_torch(future, _stand_in_for(error, find))
     except BaseException:  # Ctrl-C, or no memory: C++ consumers must not wait for ever
         if not _Future.done(future):
-            _set_result(future, None)
+            set_value_in_torch(future, None)
         raise
 
 
