@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from torchfut_aio import Future
-from torchfut_aio._devices._synchronize import _side_stream
+from torchfut_aio._devices._to_host import side_stream
 
 from .threads import PATIENCE
 
@@ -66,7 +66,7 @@ def consumer(accelerator: Any) -> torch.Stream:
 
 def _stream() -> torch.Stream:
     # A device has a few dozens of streams, which take turns: not the one for copies.
-    while (stream := torch.Stream(FIRST)) == _side_stream(torch.device(FIRST)):
+    while (stream := torch.Stream(FIRST)) == side_stream(torch.device(FIRST)):
         pass
     return stream
 

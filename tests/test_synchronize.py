@@ -30,7 +30,7 @@ from torchfut_aio import (
 from .accelerator import DEVICE, FIRST, NEW, being_filled
 from .loops import on_every_loop
 from .threads import PATIENCE, running, until
-from .waiting import Reader, looked, pending
+from .waiting import Reader, pending, polled
 
 pytestmark = pytest.mark.device
 
@@ -180,7 +180,7 @@ async def test_to_host_waits_for_the_kernels_and_for_the_copy_without_blocking(
         reader = Reader(to_host({"a": [tensor]}))
         async with anyio.create_task_group() as tg:
             tg.start_soon(reader)
-            await looked()
+            await polled()
             accelerator.wake()
     finally:
         torch.accelerator.set_stream(before)
@@ -504,7 +504,7 @@ def test_a_value_that_cannot_be_read_completes_its_future_all_the_same(accelerat
 def test_where_the_device_takes_no_events_futures_fail_and_nobody_is_left_waiting(
     accelerator, producer, monkeypatch
 ):
-    from torchfut_aio._devices import _order
+    from torchfut_aio._devices import _readiness
 
     def broken(stream):
         raise RuntimeError("the device is lost")
@@ -523,8 +523,8 @@ def test_where_the_device_takes_no_events_futures_fail_and_nobody_is_left_waitin
 
     with running(wait), monkeypatch.context() as patch:
         until(lambda: "waiters=1" in repr(futures[0]))
-        patch.setattr(_order, "mark_stream", broken)
-        patch.setattr(_order, "on_stream", broken)
+        patch.setattr(_readiness, "record_event", broken)
+        patch.setattr(_readiness, "on_stream", broken)
         futures[0].set_result(filled())
         futures[1].set_result(None)
         futures[2].set_result("text")

@@ -147,7 +147,7 @@ def run(future: Future[Any], first: Any, others: dict[Any, None], *, inline: boo
 # miss the ``finally`` around it.
 def _run_each(future: Future[Any], first: Any, others: dict[Any, None]) -> BaseException | None:
     interrupt: BaseException | None = None
-    tell = _guarded if future._order is None else _ordered
+    tell = _guarded if future._readiness is None else _ordered
     if first is not None and first.wake is None:
         interrupt = tell(future, first, None)
     for entry in [*others]:
@@ -182,8 +182,8 @@ def _ordered(
     # C++ runs it, at once, on dedicated streams that are ordered after the kernels. An
     # exception cannot cross C++ as itself, so it is carried around.
     outcome: list[BaseException | None] = []
-    order: Any = future._order
-    order.run(lambda: outcome.append(_guarded(future, entry, others)))
+    readiness: Any = future._readiness
+    readiness.run(lambda: outcome.append(_guarded(future, entry, others)))
     return outcome.pop() if outcome else None
 
 

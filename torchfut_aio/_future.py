@@ -23,8 +23,8 @@ setter wakes; or a callback, which has no ``wake``, and which the setter runs, a
 waiters have been woken. The dict is an ordered set of them.
 
 Underneath is the C++ future that consumers in PyTorch's own C++ see. The setter that
-has claimed the future completes it, once. ``_order`` is what is known of the kernels that
-fill the value, if there may be any: see ``_devices/_order.py``.
+has claimed the future completes it, once. ``_readiness`` is what is known of the kernels
+that fill the value, if there may be any: see ``_devices/_readiness.py``.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ import torch
 from . import _callbacks, _devices, _loops
 from ._arguments import callback_checked, devices_checked, timeout_checked
 from ._callbacks import Callback, Continuation
-from ._devices import HOST_ONLY, declared_order, found_order
+from ._devices import HOST_ONLY, declared_readiness, found_readiness
 from ._errors import (
     InvalidStateError,
     remade,
@@ -103,7 +103,7 @@ class Future(torch.futures.Future[T]):
         "_error",
         "_first",
         "_open",
-        "_order",
+        "_readiness",
         "_traceback",
         "_vacant",
         "_value",
@@ -116,7 +116,7 @@ class Future(torch.futures.Future[T]):
     _value: T
     _error: BaseException | None
     _traceback: TracebackType | None
-    _order: _devices.Order | None
+    _readiness: _devices.Readiness | None
     _devices: tuple[torch.device, ...]
 
     def __init__(self, *, devices: Iterable[int | str | torch.device] | None = None) -> None:
@@ -155,10 +155,10 @@ class Future(torch.futures.Future[T]):
         # every turn of the GIL, and each further call shows.
         error: BaseException | None = None
         traceback: TracebackType | None = None
-        order: _devices.Order | None = None
+        readiness: _devices.Readiness | None = None
         for_cpp: Any = result
         if type(result) not in HOST_ONLY or self._devices:
-            result, error, traceback, order, for_cpp = _examined(self, result)
+            result, error, traceback, readiness, for_cpp = _examined(self, result)
         try:
             del self._open
         except AttributeError:
@@ -170,7 +170,7 @@ class Future(torch.futures.Future[T]):
         self._value = result
         self._error = error
         self._traceback = traceback
-        self._order = order
+        self._readiness = readiness
         entries: Any = self._entries
         self._entries = None
         callbacks = False
@@ -339,8 +339,8 @@ class Future(torch.futures.Future[T]):
 
     def _order_streams(self) -> None:
         """Orders the current streams after the kernels that fill the value."""
-        if self._order is not None and self._error is None:
-            self._order.wait()
+        if self._readiness is not None and self._error is None:
+            self._readiness.wait()
 
     def _read(self) -> T:
         error = self._error
@@ -377,11 +377,11 @@ class Future(torch.futures.Future[T]):
         else:
             yield from loop.checkpoint()
         if self._error is None:
-            order = self._order
-            if order is not None:
+            readiness = self._readiness
+            if readiness is not None:
                 if ready:
-                    yield from order.ready()
-                order.wait()
+                    yield from readiness.ready()
+                readiness.wait()
             return self._value
         try:
             return self._read()
@@ -451,18 +451,16 @@ class Future(torch.futures.Future[T]):
 
     def _copy_to(self, target: asyncio.Future[T]) -> None:
         """Completes ``target``, on its loop, once the value is ready or there is an error."""
-        order = self._order
+        readiness = self._readiness
         if target.done():
             return
-        if order is None or self._error is not None:
+        if readiness is None or self._error is not None:
             self._copy_ready_to(target, self._error)
             return
         loop = _loops.current_asyncio()  # which may be the host of the trio that runs this task
         assert loop is not None
-        watcher = _devices.watcher_of(loop)
-        wait = _devices.Wait(partial(self._copy_ready_to, target))
-        watcher.tell(order.marks, wait)
-        target.add_done_callback(lambda _: watcher.forget(wait))
+        withdraw = readiness.notify_when_ready(loop, partial(self._copy_ready_to, target))
+        target.add_done_callback(lambda _: withdraw())
 
     def _copy_ready_to(self, target: asyncio.Future[T], error: BaseException | None) -> None:
         if target.done():
@@ -645,11 +643,11 @@ class Combination:
     It is ready when those of ``parts`` are, and no tensor has to be looked for.
     """
 
-    __slots__ = ("error", "order", "result")
+    __slots__ = ("error", "readiness", "result")
 
     def __init__(self, result: Any, parts: Iterable[Future[Any]]) -> None:
         self.result = result
-        self.order, self.error = _devices.joint_order(part._order for part in parts)
+        self.readiness, self.error = _devices.joint_readiness(part._readiness for part in parts)
 
 
 class _Failure:
@@ -672,22 +670,22 @@ class _Failure:
 
 def _examined(
     future: Future[Any], result: Any
-) -> tuple[Any, BaseException | None, TracebackType | None, _devices.Order | None, Any]:
-    """Returns the value, the error, its traceback, the order, and what C++ is to be told."""
+) -> tuple[Any, BaseException | None, TracebackType | None, _devices.Readiness | None, Any]:
+    """Returns the value, the error, its traceback, the readiness, and what C++ is to be told."""
     error: BaseException | None = None
     if type(result) is _Failure:
-        order = declared_order(future._devices, None)[0] if future._devices else None
-        return None, result.error, result.traceback, order, result
+        readiness = declared_readiness(future._devices, None)[0] if future._devices else None
+        return None, result.error, result.traceback, readiness, result
     if type(result) is Combination:
-        result, order, error = result.result, result.order, result.error
+        result, readiness, error = result.result, result.readiness, result.error
     elif future._devices:
-        order, error = declared_order(future._devices, result)
+        readiness, error = declared_readiness(future._devices, result)
     else:
-        order, error = found_order(result)
+        readiness, error = found_readiness(result)
     if error is None:
-        return result, None, None, order, result
+        return result, None, None, readiness, result
     # C++ finds out by itself about values on devices that were not declared.
-    return None, error, None, order, result if future._devices else _Failure(future, error)
+    return None, error, None, readiness, result if future._devices else _Failure(future, error)
 
 
 def _fail_in_cpp(future: Future[Any], failure: Any) -> None:
