@@ -29,6 +29,10 @@ OLD, NEW = [0.0, 0.0], [7.0, 7.0]
 
 several_devices = pytest.mark.several_devices
 
+simulated_only = pytest.mark.skipif(
+    DEVICE != "sim", reason="only the simulated device fails in this way when it is told to"
+)
+
 # The same holds for a future that was told its devices and one that was not.
 told_or_not = pytest.mark.parametrize("devices", [[FIRST], None], ids=["declared", "undeclared"])
 

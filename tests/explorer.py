@@ -21,6 +21,7 @@ import itertools
 import os
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import Any
@@ -99,12 +100,14 @@ class Strike:
 
     def __enter__(self) -> Strike:
         self._entered_by = threading.get_ident()
+        self._outside = {frame for frame, _ in traceback.walk_stack(sys._getframe())}
         self._tracer.start()
         return self
 
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
         self._tracer.stop()
         self._last.clear()
+        self._outside.clear()
         self.raised = error is self.error
         return self.raised
 
@@ -114,7 +117,7 @@ class Strike:
 
     def step(self, frame: FrameType) -> None:
         """Is called before each instruction."""
-        if self.where is not None:
+        if self.where is not None or frame in self._outside:
             return
         if self.thread is None:
             if threading.get_ident() != self._entered_by:

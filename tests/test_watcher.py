@@ -18,7 +18,7 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchfut_aio import Future, PollPolicy, set_poll_policy, statistics, synchronize
+from torchfut_aio import Future, PollPolicy, _loops, set_poll_policy, statistics, synchronize
 from torchfut_aio._devices import RecordedEvent, record_event
 from torchfut_aio._devices._watcher import Watcher, watcher_of
 from torchfut_aio._loops import _timer
@@ -535,6 +535,86 @@ print("done")
 
 
 @on_every_loop
+async def test_a_notification_that_raises_is_told_so_and_concerns_no_other_wait(
+    accelerator, producer, caplog
+):
+    told = []
+
+    def raises_once(error):
+        told.append(error)
+        if error is None:
+            raise ValueError("cannot be told")
+
+    def always_raises(error):
+        told.append(error)
+        raise LookupError("never can be told")
+
+    watcher = watcher_of(_loops.current())
+    with producer:
+        accelerator.sleep(PATIENCE)
+    for notify in (raises_once, always_raises):
+        watcher.notify_when_reached([record_event(producer)], notify)
+    reader = Reader(synchronize(producer))
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(reader)
+        await pending(3)
+        accelerator.wake()
+    assert reader.outcome is None
+    assert [str(error) for error in told] == [
+        "None",
+        "cannot be told",
+        "None",
+        "never can be told",
+    ]
+    assert caplog.text.count("LookupError: never can be told") == 2  # and the one before it
+    polls = statistics().polls
+    await synchronize(producer)
+    await anyio.sleep(0.01)
+    assert statistics().polls == polls
+
+
+class Breaks(AlwaysDue):
+    """A schedule with an error in it."""
+
+    def observe(self, poll):
+        raise ZeroDivisionError
+
+
+def test_a_schedule_that_raises_fails_the_waits_on_its_stream_and_no_others():
+    schedules = iter([Breaks, AlwaysDue])
+    watcher, clock, told = Watcher(Loop(), lambda: next(schedules)()), Clock(), []
+    for n in range(2):
+        recorded = clock.recorded(n, name=n)
+        watcher.notify_when_reached([recorded], lambda error, n=n: told.append((n, error)))
+    watcher.poll()
+    [(number, error)] = told
+    assert number == 0
+    assert type(error) is ZeroDivisionError
+    assert watcher.pending == 1
+    clock.reached = 10
+    watcher.poll()
+    assert told[1:] == [(1, None)]
+    assert watcher.pending == 0
+
+
+@on_every_loop
+async def test_a_lost_wake_up_of_a_blocking_thread_is_made_up_for(
+    accelerator, producer, blocking_policy, monkeypatch
+):
+    from torchfut_aio._devices import _watcher
+
+    monkeypatch.setattr(_watcher, "_FALLBACK", 0.01)
+    reader = Reader(completed_on(producer, accelerator, None))
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(reader)
+        await pending(1)
+        # As if Ctrl-C struck the loop just as it calls what the thread has it call.
+        monkeypatch.setattr(_watcher.Watcher, "_unblock", lambda *args: None)
+        accelerator.wake()
+    assert reader.outcome.tolist() == NEW
+
+
+@on_every_loop
 async def test_one_event_is_queried_once_a_poll_however_many_wait_for_it(accelerator, producer):
     event = torch.Event(DEVICE)
     with producer:
@@ -555,7 +635,6 @@ async def test_one_event_is_queried_once_a_poll_however_many_wait_for_it(acceler
 async def test_cancelled_waits_leave_nothing_with_a_blocking_thread(
     accelerator, producer, blocking_policy
 ):
-    from torchfut_aio import _loops
 
     with producer:
         accelerator.sleep(PATIENCE)

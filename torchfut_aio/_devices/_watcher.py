@@ -60,7 +60,6 @@ class Watcher:
         "_active",
         "_alarm",
         "_alarm_at",
-        "_closing",
         "_loop",
         "_new_schedule",
         "_over",
@@ -81,7 +80,6 @@ class Watcher:
         self._new_schedule = new_schedule
         self._alarm: Alarm | None = None
         self._alarm_at = inf
-        self._closing = False
         self._queues: dict[tuple[torch.device, int], StreamQueue] = {}
         # The streams of events that the program has recorded itself are unknown. These have a
         # queue each, by id, while they are waited for; and a schedule for each device.
@@ -316,8 +314,6 @@ class Watcher:
 
     def _set_alarm(self) -> None:
         at = 0.0 if self._over else min([q.next_poll for q in list(self._active)], default=inf)
-        if self._closing:
-            self._close_alarm()
         alarm = self._alarm
         if at == inf:
             if alarm is not None:
@@ -340,12 +336,10 @@ class Watcher:
 
     def _close_alarm(self) -> None:
         alarm = self._alarm
+        self._alarm_at = inf
         if alarm is not None:
-            self._closing = True  # if an interrupt strikes, it is closed again at the next use
-            alarm.close()
+            alarm.close()  # if an interrupt strikes now, whoever waits next sets it again
             self._alarm = None
-            self._alarm_at = inf
-        self._closing = False
 
     # ------------------------------------------------------------------- the end
 
