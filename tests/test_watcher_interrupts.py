@@ -69,7 +69,7 @@ def test_whatever_strikes_the_watcher_the_others_resume_and_so_do_new_waits(
         given_up.cancel()
         await asyncio.sleep(0.0005)
         accelerator.wake()
-        await asyncio.wait(tasks)
+        await asyncio.wait(tasks, timeout=PATIENCE)
 
     async def settle():
         accelerator.wake()
@@ -79,8 +79,12 @@ def test_whatever_strikes_the_watcher_the_others_resume_and_so_do_new_waits(
     async def wait_again():
         assert statistics().pending == 0
         with streams[0]:
-            accelerator.sleep(0.0005)
-        await asyncio.wait_for(synchronize(streams[0]), PATIENCE)
+            accelerator.sleep(PATIENCE)
+        again = asyncio.ensure_future(synchronize(streams[0]))
+        await asyncio.sleep(0)
+        assert statistics().pending == 1
+        accelerator.wake()
+        await asyncio.wait_for(again, PATIENCE)
         assert statistics().pending == 0
         await asyncio.sleep(0)
         await asyncio.sleep(0)

@@ -33,15 +33,17 @@ class Statistics(NamedTuple):
 
 def total(parts: Iterable[Statistics]) -> Statistics:
     """Returns the sums, and the intervals of all."""
-    pending = polls = queries = hits = 0
+    parts = list(parts)
     intervals: dict[tuple[torch.device, int], float] = {}
     for part in parts:
-        pending += part.pending
-        polls += part.polls
-        queries += part.queries
-        hits += part.hits
         intervals.update(part.intervals)
-    return Statistics(pending, polls, queries, hits, intervals)
+    return Statistics(
+        sum(part.pending for part in parts),
+        sum(part.polls for part in parts),
+        sum(part.queries for part in parts),
+        sum(part.hits for part in parts),
+        intervals,
+    )
 
 
 class EndedWatchers:

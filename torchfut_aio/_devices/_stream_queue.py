@@ -49,20 +49,6 @@ class AwaitedEvent:
 class StreamQueue:
     """The awaited events of one stream, in the order in which they will be reached."""
 
-    __slots__ = (
-        "_tidy_at",
-        "blocked",
-        "blocker",
-        "events",
-        "key",
-        "next_poll",
-        "polled_at",
-        "reached",
-        "schedule",
-        "scheduled",
-        "since",
-    )
-
     def __init__(self, key: object, schedule: Schedule) -> None:
         self.key = key
         self.schedule = schedule

@@ -55,25 +55,7 @@ _logger = logging.getLogger("torchfut_aio")
 class Watcher:
     """Watches recorded events for the tasks of one loop."""
 
-    __slots__ = (
-        "__weakref__",
-        "_active",
-        "_alarm",
-        "_alarm_at",
-        "_loop",
-        "_new_schedule",
-        "_over",
-        "_own_events",
-        "_own_schedules",
-        "_queues",
-        "hits",
-        "polls",
-        "queries",
-        "waits",
-    )
-
     def __init__(self, loop: Loop, new_schedule: Callable[[], Schedule] = LearnedSchedule) -> None:
-        """Makes the watcher of ``loop``, with a schedule of its own for each stream."""
         self.waits: dict[Wait, None] = {}  # those that are pending
         self.polls = self.queries = self.hits = 0
         self._loop = loop
