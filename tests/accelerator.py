@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from torchfut_aio import Future
-from torchfut_aio._devices._synchronize import _side_stream
+from torchfut_aio._devices._to_host import side_stream
 
 from .threads import PATIENCE
 
@@ -28,6 +28,10 @@ FIRST, SECOND = f"{DEVICE}:0", f"{DEVICE}:1"
 OLD, NEW = [0.0, 0.0], [7.0, 7.0]
 
 several_devices = pytest.mark.several_devices
+
+simulated_only = pytest.mark.skipif(
+    DEVICE != "sim", reason="only the simulated device fails in this way when it is told to"
+)
 
 # The same holds for a future that was told its devices and one that was not.
 told_or_not = pytest.mark.parametrize("devices", [[FIRST], None], ids=["declared", "undeclared"])
@@ -66,7 +70,7 @@ def consumer(accelerator: Any) -> torch.Stream:
 
 def _stream() -> torch.Stream:
     # A device has a few dozens of streams, which take turns: not the one for copies.
-    while (stream := torch.Stream(FIRST)) == _side_stream(torch.device(FIRST)):
+    while (stream := torch.Stream(FIRST)) == side_stream(torch.device(FIRST)):
         pass
     return stream
 

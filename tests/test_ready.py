@@ -32,7 +32,7 @@ from .accelerator import (
 )
 from .loops import on_asyncio, on_every_loop
 from .threads import PATIENCE, alongside, running, until
-from .waiting import Reader, looked, pending
+from .waiting import Reader, pending, polled
 
 pytestmark = pytest.mark.device
 
@@ -52,7 +52,7 @@ async def test_await_resumes_when_the_kernels_are_done_and_the_loop_runs_meanwhi
         await anyio.wait_all_tasks_blocked()
         with producer:
             fut.set_result(being_filled(accelerator))
-        await looked()
+        await polled()
         assert fut.done()
         assert reader.outcome is None
         accelerator.wake()
@@ -72,7 +72,7 @@ async def test_nothing_about_an_await_blocks_on_the_device(accelerator, producer
     reader = Reader(fut)
     async with anyio.create_task_group() as tg:
         tg.start_soon(reader)
-        await looked()
+        await polled()
         accelerator.wake()
     assert accelerator.counters()["synchronizations"] == 0
     assert reader.outcome is tensor
@@ -144,7 +144,7 @@ async def test_a_value_on_several_devices_is_ready_when_all_of_it_is(accelerator
     reader = Reader(fut)
     async with anyio.create_task_group() as tg:
         tg.start_soon(reader)
-        await looked()
+        await polled()
         assert reader.outcome is None
         accelerator.wake()
     assert reader.outcome["b"][0].tolist() == NEW
@@ -270,7 +270,7 @@ async def test_a_combined_future_is_ready_when_its_parts_are(accelerator, device
     reader = Reader(combined)
     async with anyio.create_task_group() as tg:
         tg.start_soon(reader)
-        await looked()
+        await polled()
         assert reader.outcome is None
         accelerator.wake()
     values = [f.value() for f in futures]
@@ -321,7 +321,7 @@ async def test_a_child_is_ready_when_what_its_callback_enqueued_is_done(
     reader = Reader(child)
     async with anyio.create_task_group() as tg:
         tg.start_soon(reader)
-        await looked()
+        await polled()
         assert reader.outcome is None
         accelerator.wake()
     assert reader.outcome.tolist() == NEW
@@ -352,7 +352,7 @@ async def test_an_adopted_torch_future_is_ready_when_its_kernels_are_done(
     reader = Reader(fut)
     async with anyio.create_task_group() as tg:
         tg.start_soon(reader)
-        await looked()
+        await polled()
         assert reader.outcome is None
         accelerator.wake()
     assert reader.outcome[0].tolist() == NEW
@@ -366,7 +366,7 @@ async def test_as_asyncio_completes_when_the_value_is_ready(accelerator, produce
     targets = [pending_one.as_asyncio(), done_one.as_asyncio()]
     with producer:
         pending_one.set_result(being_filled(accelerator))
-    await looked()
+    await polled()
     assert not any(target.done() for target in targets)
     accelerator.wake()
     values = await asyncio.gather(*targets)

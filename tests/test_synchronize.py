@@ -27,10 +27,10 @@ from torchfut_aio import (
     to_host,
 )
 
-from .accelerator import DEVICE, FIRST, NEW, being_filled
+from .accelerator import DEVICE, FIRST, NEW, being_filled, simulated_only
 from .loops import on_every_loop
 from .threads import PATIENCE, running, until
-from .waiting import Reader, looked, pending
+from .waiting import Reader, pending, polled
 
 pytestmark = pytest.mark.device
 
@@ -180,7 +180,7 @@ async def test_to_host_waits_for_the_kernels_and_for_the_copy_without_blocking(
         reader = Reader(to_host({"a": [tensor]}))
         async with anyio.create_task_group() as tg:
             tg.start_soon(reader)
-            await looked()
+            await polled()
             accelerator.wake()
     finally:
         torch.accelerator.set_stream(before)
@@ -501,19 +501,15 @@ def test_a_value_that_cannot_be_read_completes_its_future_all_the_same(accelerat
     assert type(fut.wait()) is type(child.wait()) is Unreadable
 
 
+@simulated_only
 def test_where_the_device_takes_no_events_futures_fail_and_nobody_is_left_waiting(
-    accelerator, producer, monkeypatch
+    accelerator, producer
 ):
-    from torchfut_aio._devices import _order
-
-    def broken(stream):
-        raise RuntimeError("the device is lost")
-
     errors, futures = [], [Future() for _ in range(3)]
     done = [Future(), Future()]
     for fut in done:
         fut.set_result(filled())
-    child, combined = futures[1].then(lambda f: filled()), gather([*done, futures[2]])
+    child, combined = futures[1].then(lambda f: value), gather([*done, futures[2]])
     torch.accelerator.synchronize()
 
     def wait():
@@ -521,11 +517,12 @@ def test_where_the_device_takes_no_events_futures_fail_and_nobody_is_left_waitin
             futures[0].wait(PATIENCE)
         errors.append(caught.value)
 
-    with running(wait), monkeypatch.context() as patch:
+    with running(wait):
         until(lambda: "waiters=1" in repr(futures[0]))
-        patch.setattr(_order, "mark_stream", broken)
-        patch.setattr(_order, "on_stream", broken)
-        futures[0].set_result(filled())
+        value = filled()
+        torch.accelerator.synchronize()
+        accelerator.refuse_events()
+        futures[0].set_result(value)
         futures[1].set_result(None)
         futures[2].set_result("text")
     assert errors == [futures[0].exception()]

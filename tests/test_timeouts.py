@@ -32,7 +32,7 @@ from torchfut_aio import (
 from .accelerator import NEW, being_filled
 from .loops import on_asyncio, on_every_loop
 from .threads import PATIENCE, PATIENCE_WITH_PROCESSES, alongside, running, until
-from .waiting import Reader, looked
+from .waiting import Reader, polled
 
 SOON, LATER = 0.001, 3600.0  # seconds
 IDLE = "<Future pending waiters=0 callbacks=0>"
@@ -278,7 +278,7 @@ async def test_its_value_is_ready_when_that_of_its_source_is(accelerator, produc
     reader = Reader(fut)
     async with anyio.create_task_group() as tg:
         tg.start_soon(reader)
-        await looked()
+        await polled()
         assert fut.done()
         assert reader.outcome is None
         accelerator.wake()

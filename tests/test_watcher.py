@@ -19,16 +19,15 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchfut_aio import Future, PollPolicy, set_poll_policy, statistics, synchronize
-from torchfut_aio._devices import _watcher, mark_stream
-from torchfut_aio._devices._events import Mark
-from torchfut_aio._devices._watcher import Wait, Watcher
+from torchfut_aio import Future, PollPolicy, _loops, set_poll_policy, statistics, synchronize
+from torchfut_aio._devices import RecordedEvent, _watcher, record_event
+from torchfut_aio._devices._watcher import Watcher, watcher_of
 from torchfut_aio._loops import _timer
 
 from .accelerator import DEVICE, FIRST, NEW, completed_on
 from .loops import on_asyncio, on_every_loop
 from .threads import PATIENCE, PATIENCE_WITH_PROCESSES, running
-from .waiting import Reader, eventually, looked, pending
+from .waiting import Reader, eventually, pending, polled
 
 pytestmark = pytest.mark.device
 
@@ -71,7 +70,7 @@ async def test_nothing_pending_is_nothing_scheduled_and_not_one_query(accelerato
         fut = completed_on(producer, accelerator, None)
         async with anyio.create_task_group() as tg:
             tg.start_soon(Reader(fut))
-            await looked()
+            await polled()
             assert registered_with_the_loop() != before
             accelerator.wake()
         await eventually(lambda: registered_with_the_loop() == before)
@@ -82,7 +81,7 @@ async def test_nothing_pending_is_nothing_scheduled_and_not_one_query(accelerato
 
 
 @on_every_loop
-async def test_a_look_is_one_query_a_stream_however_many_wait(accelerator):
+async def test_a_poll_is_one_query_a_stream_however_many_wait(accelerator):
     streams = [torch.Stream(FIRST) for _ in range(4)]
     futures = []
     for n in range(1000):
@@ -98,7 +97,7 @@ async def test_a_look_is_one_query_a_stream_however_many_wait(accelerator):
         await pending(1000)
         accelerator.reset_counters()
         before = statistics()
-        await looked(10)
+        await polled(10)
         after = statistics()
         assert 0 < after.queries - before.queries <= 4 * (after.polls - before.polls)
         assert accelerator.counters()["event_queries"] <= after.queries - before.queries
@@ -135,13 +134,13 @@ async def test_events_are_neither_created_nor_destroyed_in_the_steady_state(
     assert counted["events_created"] == counted["events_destroyed"] == 0
 
 
-def test_the_events_of_marks_are_reused(accelerator, producer):
-    first = mark_stream(producer)
+def test_events_are_reused(accelerator, producer):
+    first = record_event(producer)
     event = first.event
     del first
-    again = [mark_stream(producer) for _ in range(3)]
-    assert sum(mark.event is event for mark in again) == 1
-    assert len({id(mark.event) for mark in again}) == 3
+    again = [record_event(producer) for _ in range(3)]
+    assert sum(recorded.event is event for recorded in again) == 1
+    assert len({id(recorded.event) for recorded in again}) == 3
 
 
 @on_every_loop
@@ -183,22 +182,22 @@ def test_statistics_outside_of_a_loop_are_those_of_all_loops(accelerator, produc
     assert after.hits - before.hits == sum(s.hits for s in inside) == 2
 
 
-# ------------------------------------------------------------------ the order of marks
+# ----------------------------------------------------------------- the order of events
 
 
 class Clock:
-    """A stream whose marks are reached when the test says so."""
+    """A stream whose events are reached when the test says so."""
 
     def __init__(self):
         self.reached = 0
         self.queries = 0
 
-    def mark(self, begun, ended=None, name=0):
-        mark = object.__new__(Mark)
-        mark._pool, mark.device, mark.stream = None, None, ("made up", name)
-        mark.begun, mark.ended, mark.made = begun, ended or begun + 1, 0.0
-        mark.event = Place(self, begun)
-        return mark
+    def recorded(self, begun, ended=None, name=0):
+        recorded = object.__new__(RecordedEvent)
+        recorded._pool, recorded.device, recorded.stream = None, None, ("made up", name)
+        recorded.begun, recorded.ended, recorded.recorded_at = begun, ended or begun + 1, 0.0
+        recorded.event = Place(self, begun)
+        return recorded
 
 
 class Place:
@@ -208,6 +207,18 @@ class Place:
     def query(self):
         self.clock.queries += 1
         return self.at < self.clock.reached
+
+
+class AlwaysDue:
+    """A schedule that has a stream polled at every poll."""
+
+    interval = 0.0
+
+    def next_poll(self, waited):
+        return waited
+
+    def observe(self, poll):
+        pass
 
 
 class Loop:
@@ -234,68 +245,61 @@ def test_whatever_the_order_of_the_waits_those_that_are_reached_are_notified_and
     order, times
 ):
     clock, notified = Clock(), set()
-    watcher = Watcher(Loop())
+    watcher = Watcher(Loop(), AlwaysDue)
     for n in order:
-        watcher.watch([clock.mark(2 * n)], Wait(lambda error, n=n: notified.add(n)))
+        watcher.notify_when_reached([clock.recorded(2 * n)], lambda error, n=n: notified.add(n))
     for place in sorted(times):
         clock.reached = 2 * place + 1
         before = clock.queries
-        for lane in list(watcher._watched):
-            lane.look_at = 0.0
-        watcher.look()
+        watcher.poll()
         assert notified == set(range(place + 1))
         assert clock.queries - before <= 12
     assert watcher.pending == 30 - len(notified)
 
 
 @given(st.data())
-def test_marks_made_by_two_threads_at_once_are_each_asked_for_themselves(data):
-    # Such marks overlap, and the stream may have got them in either order.
+def test_events_recorded_by_two_threads_at_once_are_each_asked_for_themselves(data):
+    # The times of recording overlap, and the stream may have got the events in either order.
     spans = data.draw(
         st.lists(st.tuples(st.integers(0, 20), st.integers(1, 8)), min_size=1, max_size=12)
     )
     clock, notified = Clock(), set()
-    watcher = Watcher(Loop())
+    watcher = Watcher(Loop(), AlwaysDue)
     true_place = {}
     for n, (begun, length) in enumerate(spans):
-        mark = clock.mark(100 * begun + n, 100 * (begun + length))
-        place = data.draw(st.integers(mark.begun, mark.ended))
-        mark.event = Place(clock, place)
-        true_place[n] = place
-        watcher.watch([mark], Wait(lambda error, n=n: notified.add(n)))
+        recorded = clock.recorded(100 * begun + n, 100 * (begun + length))
+        true_place[n] = place = data.draw(st.integers(recorded.begun, recorded.ended))
+        recorded.event = Place(clock, place)
+        watcher.notify_when_reached([recorded], lambda error, n=n: notified.add(n))
     for _ in range(10):
         clock.reached += 350
-        for lane in list(watcher._watched):
-            lane.look_at = 0.0
-        watcher.look()
+        watcher.poll()
         assert all(true_place[n] < clock.reached for n in notified)
     clock.reached = 10_000
     while watcher.pending:
-        for lane in list(watcher._watched):
-            lane.look_at = 0.0
-        watcher.look()
+        watcher.poll()
     assert notified == set(true_place)
 
 
 @pytest.mark.parametrize("seconds", [0.001, 0.004, 0.02])
-def test_a_loop_that_has_learned_looks_less_and_is_late_by_little(monkeypatch, seconds):
+def test_a_loop_that_has_learned_polls_less_and_is_late_by_little(monkeypatch, seconds):
     clock, alarm, now = Clock(), Loop(), 100.0
     monkeypatch.setattr(_watcher, "monotonic", lambda: now)
     watcher = Watcher(alarm)
-    looks, late = [], []
+    polls, late = [], []
     for n in range(30):
         notified, before = [], watcher.polls
-        mark = clock.mark(2 * n)
-        mark.made, end = now, now + seconds
-        watcher.watch([mark], Wait(notified.append))
+        recorded = clock.recorded(2 * n)
+        recorded.recorded_at, end = now, now + seconds
+        watcher.notify_when_reached([recorded], notified.append)
         while not notified:
             now += alarm.seconds + 30e-6  # as late as a loop wakes up
             if now >= end:
                 clock.reached = 2 * n + 1
-            watcher.look()
-        looks.append(watcher.polls - before)
+            watcher.poll()
+        polls.append(watcher.polls - before)
         late.append(now - end)
-    assert max(looks[20:]) < looks[0] / 2
+    assert max(polls[20:]) < polls[0] / 2
     assert max(late[20:]) < 200e-6
 
 
@@ -347,8 +351,8 @@ async def test_the_blocking_policy_tells_of_failed_kernels_and_lets_go_of_cancel
 async def test_a_policy_may_be_set_while_waits_are_pending(accelerator, producer, consumer):
     default = set_poll_policy(PollPolicy(blocking=True))
     try:
-        blocked, polled = (completed_on(s, accelerator, None) for s in (producer, consumer))
-        readers = [Reader(blocked), Reader(polled)]
+        blocked, other = (completed_on(s, accelerator, None) for s in (producer, consumer))
+        readers = [Reader(blocked), Reader(other)]
         async with anyio.create_task_group() as tg:
             tg.start_soon(readers[0])
             await pending(1)
@@ -356,7 +360,7 @@ async def test_a_policy_may_be_set_while_waits_are_pending(accelerator, producer
             tg.start_soon(readers[1])
             await pending(2)
             set_poll_policy(PollPolicy(blocking=True))
-            await looked(1)
+            await polled(1)
             accelerator.wake()
         assert [reader.outcome.tolist() for reader in readers] == [NEW, NEW]
     finally:
@@ -373,7 +377,7 @@ async def test_where_there_is_no_timerfd_the_timers_of_the_loop_serve(
         reader = Reader(fut)
         async with anyio.create_task_group() as tg:
             tg.start_soon(reader)
-            await looked()
+            await polled()
             accelerator.wake()
         assert reader.outcome.tolist() == NEW
         with anyio.move_on_after(0.01):
@@ -562,37 +566,87 @@ print("done")
 
 
 @on_every_loop
-async def test_ctrl_c_while_a_wait_is_entered_harms_no_other(accelerator, producer, monkeypatch):
-    class Strike(BaseException):
-        """As KeyboardInterrupt, which pytest and the loops would take for themselves."""
+async def test_a_notification_that_raises_is_told_so_and_concerns_no_other_wait(
+    accelerator, producer, caplog
+):
+    told = []
 
-    def strikes(entry):
-        raise Strike
+    def raises_once(error):
+        told.append(error)
+        if error is None:
+            raise ValueError("cannot be told")
 
-    first = Reader(completed_on(producer, accelerator, None))
-    struck = completed_on(producer, accelerator, None)
+    def always_raises(error):
+        told.append(error)
+        raise LookupError("never can be told")
+
+    watcher = watcher_of(_loops.current())
+    with producer:
+        accelerator.sleep(PATIENCE)
+    for notify in (raises_once, always_raises):
+        watcher.notify_when_reached([record_event(producer)], notify)
+    reader = Reader(synchronize(producer))
     async with anyio.create_task_group() as tg:
-        for waiting in range(2):  # nobody waits on the stream; then somebody does
-            with monkeypatch.context() as patch:
-                patch.setattr(_watcher, "_begun", strikes)
-                with pytest.raises(Strike):
-                    await struck
-            assert statistics().pending == waiting
-            if not waiting:
-                tg.start_soon(first)
-                await pending(1)
-        before, start = statistics().polls, time.monotonic()
-        await anyio.sleep(0.05)
-        # Not at every turn of the loop, but at the pace of the policy: see test_policy.py.
-        most = 20 + (time.monotonic() - start) / (6 * PollPolicy().shortest)
-        assert statistics().polls - before < most
+        tg.start_soon(reader)
+        await pending(3)
         accelerator.wake()
-    assert first.outcome.tolist() == NEW
-    assert (await struck).tolist() == NEW
+    assert reader.outcome is None
+    assert [str(error) for error in told] == [
+        "None",
+        "cannot be told",
+        "None",
+        "never can be told",
+    ]
+    assert caplog.text.count("LookupError: never can be told") == 2  # and the one before it
+    polls = statistics().polls
+    await synchronize(producer)
+    await anyio.sleep(0.01)
+    assert statistics().polls == polls
+
+
+class Breaks(AlwaysDue):
+    """A schedule with an error in it."""
+
+    def observe(self, poll):
+        raise ZeroDivisionError
+
+
+def test_a_schedule_that_raises_fails_the_waits_on_its_stream_and_no_others():
+    schedules = iter([Breaks, AlwaysDue])
+    watcher, clock, told = Watcher(Loop(), lambda: next(schedules)()), Clock(), []
+    for n in range(2):
+        recorded = clock.recorded(n, name=n)
+        watcher.notify_when_reached([recorded], lambda error, n=n: told.append((n, error)))
+    watcher.poll()
+    [(number, error)] = told
+    assert number == 0
+    assert type(error) is ZeroDivisionError
+    assert watcher.pending == 1
+    clock.reached = 10
+    watcher.poll()
+    assert told[1:] == [(1, None)]
+    assert watcher.pending == 0
 
 
 @on_every_loop
-async def test_one_event_is_queried_once_a_look_however_many_wait_for_it(accelerator, producer):
+async def test_a_lost_wake_up_of_a_blocking_thread_is_made_up_for(
+    accelerator, producer, blocking_policy, monkeypatch
+):
+    from torchfut_aio._devices import _watcher
+
+    monkeypatch.setattr(_watcher, "_FALLBACK", 0.01)
+    reader = Reader(completed_on(producer, accelerator, None))
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(reader)
+        await pending(1)
+        # As if Ctrl-C struck the loop just as it calls what the thread has it call.
+        monkeypatch.setattr(_watcher.Watcher, "_unblock", lambda *args: None)
+        accelerator.wake()
+    assert reader.outcome.tolist() == NEW
+
+
+@on_every_loop
+async def test_one_event_is_queried_once_a_poll_however_many_wait_for_it(accelerator, producer):
     event = torch.Event(DEVICE)
     with producer:
         accelerator.sleep(PATIENCE)
@@ -602,7 +656,7 @@ async def test_one_event_is_queried_once_a_look_however_many_wait_for_it(acceler
             tg.start_soon(synchronize, event)
         await pending(50)
         before = statistics()
-        await looked(5)
+        await polled(5)
         after = statistics()
         assert after.queries - before.queries <= after.polls - before.polls
         accelerator.wake()
@@ -612,8 +666,6 @@ async def test_one_event_is_queried_once_a_look_however_many_wait_for_it(acceler
 async def test_cancelled_waits_leave_nothing_with_a_blocking_thread(
     accelerator, producer, blocking_policy
 ):
-    from torchfut_aio import _loops
-    from torchfut_aio._devices import watcher_of
 
     with producer:
         accelerator.sleep(PATIENCE)
@@ -623,9 +675,9 @@ async def test_cancelled_waits_leave_nothing_with_a_blocking_thread(
         for _ in range(100):
             with anyio.move_on_after(0):
                 await synchronize(producer)
-        [lane] = watcher_of(_loops.current())._watched
-        assert len(lane.pending) < 40
-        assert len(lane.blocker._notify) <= 1
+        [queue] = watcher_of(_loops.current())._active
+        assert len(queue.events) < 40
+        assert len(queue.blocker._notify) <= 1
         accelerator.wake()
 
 
@@ -664,34 +716,30 @@ def test_loops_may_start_and_end_in_many_threads_at_once(accelerator):
 
         return run
 
-    def look():
+    def ask():
         for _ in range(300):
             assert statistics().pending >= 0
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     try:
-        with running(loops("asyncio"), loops("asyncio"), loops("trio"), look):
+        with running(loops("asyncio"), loops("asyncio"), loops("trio"), ask):
             pass
     finally:
         sys.setswitchinterval(interval)
 
 
 @on_every_loop
-async def test_a_thread_that_could_not_be_started_is_an_error_for_one_wait_only(
+async def test_a_stream_for_which_no_thread_can_be_started_is_polled(
     accelerator, producer, blocking_policy, monkeypatch
 ):
     def fails(thread):
         raise RuntimeError("can't start new thread")
 
-    fut = completed_on(producer, accelerator, None)
-    with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", fails)
-        with pytest.raises(RuntimeError, match="can't start new thread"):
-            await fut
-    reader = Reader(fut)
+    reader = Reader(completed_on(producer, accelerator, None))
+    monkeypatch.setattr(threading.Thread, "start", fails)
     async with anyio.create_task_group() as tg:
         tg.start_soon(reader)
-        await pending(1)
+        await polled(3)
         accelerator.wake()
     assert reader.outcome.tolist() == NEW

@@ -14,8 +14,8 @@ from torchfut_aio import statistics
 from .threads import PATIENCE
 
 
-async def looked(times: int = 5) -> None:
-    """Returns when the watcher of this loop has looked at events some more times."""
+async def polled(times: int = 5) -> None:
+    """Returns when the watcher of this loop has polled events some more times."""
     enough = statistics().polls + times
     with anyio.fail_after(PATIENCE):
         while statistics().polls < enough:  # noqa: ASYNC110

@@ -21,7 +21,7 @@ import torch
 from . import _core
 from ._arguments import devices_checked
 from ._cpython import running_loop
-from ._devices import Mark, finish_current_streams, mark_of, mark_stream
+from ._devices import RecordedEvent, already_recorded, finish_current_streams, record_event
 from ._errors import InvalidStateError, NotAFutureError, less_innermost_frame
 from ._future import Future
 from ._rpc_errors import StandIn, restored
@@ -250,7 +250,7 @@ def _copy(
         future.set_result(value)
 
 
-def _from_mark(mark: Mark, devices: _Devices) -> Future[None]:
+def _from_recorded(event: RecordedEvent, devices: _Devices) -> Future[None]:
     from ._devices._background import when_reached
 
     future: Future[None] = Future(devices=devices)
@@ -262,18 +262,18 @@ def _from_mark(mark: Mark, devices: _Devices) -> Future[None]:
             else:
                 future.set_exception(error)
 
-    when_reached(mark, complete)
+    when_reached(event, complete)
     return future
 
 
 @_adapters.register(torch.Event)
 def _from_event(source: torch.Event, *, devices: _Devices = None) -> Future[None]:
-    return _from_mark(mark_of(source), devices)
+    return _from_recorded(already_recorded(source), devices)
 
 
 @_adapters.register(torch.Stream)
 def _from_stream(source: torch.Stream, *, devices: _Devices = None) -> Future[None]:
-    return _from_mark(mark_stream(source), devices)
+    return _from_recorded(record_event(source), devices)
 
 
 if torch.distributed.is_available():

@@ -9,7 +9,7 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 
-from . import _core, _devices, _loops
+from . import _core, _loops
 from ._arguments import callback_checked, devices_checked, timeout_checked
 from ._core import OUTCOME
 from ._errors import InvalidStateError, warn_that_wait_blocks_a_loop
@@ -212,7 +212,7 @@ class Future(_core.Completable[T]):
                 del self._state[waiter]
             except KeyError:
                 pass  # it has been woken
-        outcome = self._state.get(OUTCOME)
+        outcome = _core.outcome_of(self)
         if outcome is None:
             raise TimeoutError(f"{self!r} was not done within {timeout:g} s; it stays pending")
         return outcome
@@ -325,10 +325,9 @@ class Future(_core.Completable[T]):
             return
         loop = _loops.current_asyncio()  # which may be the host of the trio that runs this task
         assert loop is not None
-        watcher = _devices.watcher_of(loop)
-        wait = _devices.Wait(partial(self._copy_ready_to, target, outcome))
-        watcher.tell(outcome.readiness.marks, wait)
-        target.add_done_callback(lambda _: watcher.forget(wait))
+        notify = partial(self._copy_ready_to, target, outcome)
+        withdraw = outcome.readiness.notify_when_ready(loop, notify)
+        target.add_done_callback(lambda _: withdraw())
 
     def _copy_ready_to(
         self, target: asyncio.Future[T], outcome: _core.Outcome, error: BaseException | None

@@ -71,6 +71,12 @@ fail = _extension.fail
 queries and synchronisations of it, and of events recorded on it later, raise an error."""
 reset = _extension.reset
 """``reset()`` wakes all kernels, waits for them, and forgets all failures."""
+take_stream_pool_away = _extension.take_stream_pool_away
+"""``take_stream_pool_away()``, until the next reset: callbacks of C++ futures cannot run, as on
+MPS."""
+refuse_events = _extension.refuse_events
+"""``refuse_events()``, until the next reset: recording events, and having streams wait for them,
+raises an error, as on CUDA once a kernel has failed."""
 counters = _extension.counters
 """``counters()`` tells what was called, as a dict: numbers of ``event_queries``,
 ``stream_queries``, ``events_created``, ``events_destroyed`` and blocking

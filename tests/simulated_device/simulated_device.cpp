@@ -60,6 +60,10 @@ c10::StreamId next_of(int count) {
   return turn++ % count;
 }
 
+// What some accelerators lack, and what others do after an error.
+std::atomic<bool> lacks_pool{false};
+std::atomic<bool> refuses_events{false};
+
 struct Guard final : c10::impl::DeviceGuardImplInterface {
   c10::DeviceType type() const override { return kSim; }
   c10::DeviceIndex deviceCount() const noexcept override { return kDevices; }
@@ -80,6 +84,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   c10::Stream getStream(c10::Device device) const override { return current_stream(device); }
   c10::Stream getDefaultStream(c10::Device device) const override { return stream_of(device, 0); }
   c10::Stream getStreamFromGlobalPool(c10::Device device, bool) const override {
+    TORCH_CHECK(!lacks_pool, "Backend doesn't support acquiring a stream from pool.");
     return stream_of(device, kFirstPooled + next_of(kPooled));
   }
   c10::Stream getNewStream(c10::Device device, int) const override {
@@ -108,6 +113,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   // CUDA's are.
   void record(void** event, const c10::Stream& stream, const c10::DeviceIndex,
               const c10::EventFlag) const override {
+    TORCH_CHECK(!refuses_events, "the device is lost");
     auto mark = simulated::record(stream);
     Lock lock(mutex);
     if (*event == nullptr) {
@@ -121,6 +127,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     return *static_cast<MarkPtr*>(event);
   }
   void block(void* event, const c10::Stream& stream) const override {
+    TORCH_CHECK(!refuses_events, "the device is lost");
     simulated::block(stream, latest(event));
   }
   bool queryEvent(void* event) const override {
@@ -371,7 +378,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
     Lock lock(mutex);
     counters = {};
   });
-  module.def("reset", &reset, Released());
+  module.def("reset", [] {
+    lacks_pool = refuses_events = false;
+    reset();
+  }, Released());
+  module.def("take_stream_pool_away", [] { lacks_pool = true; });
+  module.def("refuse_events", [] { refuses_events = true; });
   module.def("shut_down", &shut_down, Released());
   module.def("wake", &wake, Released());
   module.def("sleep", [](double seconds) {

@@ -22,6 +22,7 @@ from _thread import start_new_thread
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Final
 
 from ._outcome import Outcome
@@ -157,7 +158,8 @@ def _run_each(
             if outcome.readiness is None:
                 callback.run(future)
             else:
-                _run_ordered(future, outcome.readiness, callback)
+                # On dedicated streams that are ordered after the kernels.
+                outcome.readiness.run(partial(callback.run, future))
         except BaseException as error:
             try:
                 interrupt = _fail(future, callback, error) or interrupt
@@ -183,22 +185,3 @@ def _fail(future: Any, callback: DoneCallback, error: BaseException) -> BaseExce
         exc_info=error,
     )
     return None
-
-
-def _run_ordered(future: Any, readiness: Any, callback: DoneCallback) -> None:
-    # C++ runs it, at once, on dedicated streams that are ordered after the kernels. An
-    # exception cannot cross C++ as itself, so it is carried around.
-    errors: list[BaseException | None] = []
-
-    def run() -> None:
-        try:
-            callback.run(future)
-        except BaseException as error:
-            errors.append(error)
-        else:
-            errors.append(None)
-
-    readiness.run(run)
-    error = errors[0] if errors else RuntimeError("it was interrupted before its first line")
-    if error is not None:
-        raise error

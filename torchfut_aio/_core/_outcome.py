@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .._devices import HOST_ONLY, Order, declared_order, found_order, joint_order
+from .._devices import HOST_ONLY, Readiness, declared_readiness, found_readiness, joint_readiness
 
 __all__ = ["Outcome", "joined_outcome", "outcome_of_error", "outcome_of_value"]
 
@@ -29,7 +29,7 @@ class Outcome:
     value: Any
     error: BaseException | None = None
     traceback: TracebackType | None = None  # that the error came with
-    readiness: Order | None = None  # knows the kernels that may still fill the value
+    readiness: Readiness | None = None  # knows the kernels that may still fill the value
 
     def read(self) -> Any:
         """Returns the value, or raises the error."""
@@ -51,7 +51,7 @@ class _DeviceValue(Outcome):
 
     __slots__ = ("readiness",)
 
-    readiness: Order | None
+    readiness: Readiness | None
 
 
 class _Error(Outcome):
@@ -61,7 +61,7 @@ class _Error(Outcome):
 
     error: BaseException | None
     traceback: TracebackType | None
-    readiness: Order | None
+    readiness: Readiness | None
 
 
 def outcome_of_value(value: Any, devices: Sequence[torch.device] = ()) -> Outcome:
@@ -71,9 +71,9 @@ def outcome_of_value(value: Any, devices: Sequence[torch.device] = ()) -> Outcom
     no more events, or the value is on a device that was not declared, this is an error's.
     """
     if devices:
-        return _outcome(value, *declared_order(devices, value))
+        return _outcome(value, *declared_readiness(devices, value))
     if type(value) not in HOST_ONLY:
-        readiness, error = found_order(value)
+        readiness, error = found_readiness(value)
         if readiness is not None or error is not None:
             return _outcome(value, readiness, error)
     outcome = Outcome()
@@ -81,7 +81,7 @@ def outcome_of_value(value: Any, devices: Sequence[torch.device] = ()) -> Outcom
     return outcome
 
 
-def _outcome(value: Any, readiness: Order | None, error: BaseException | None) -> Outcome:
+def _outcome(value: Any, readiness: Readiness | None, error: BaseException | None) -> Outcome:
     outcome: Outcome
     if error is not None:
         outcome = _Error()
@@ -100,9 +100,9 @@ def _outcome(value: Any, readiness: Order | None, error: BaseException | None) -
 def outcome_of_error(error: BaseException, devices: Sequence[torch.device] = ()) -> Outcome:
     """Returns the outcome of a future on ``devices`` that fails with ``error``."""
     # With a readiness, so that its callbacks run on dedicated streams, too.
-    return _outcome(None, declared_order(devices, None)[0] if devices else None, error)
+    return _outcome(None, declared_readiness(devices, None)[0] if devices else None, error)
 
 
 def joined_outcome(value: Any, parts: Iterable[Outcome]) -> Outcome:
     """Returns the outcome whose value is made of those of ``parts``: ready when they are."""
-    return _outcome(value, *joint_order(part.readiness for part in parts))
+    return _outcome(value, *joint_readiness(part.readiness for part in parts))

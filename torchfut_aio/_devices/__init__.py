@@ -1,40 +1,41 @@
 """Accelerators: when is the work of a device done that fills a value?
 
-``_events.py`` marks places in the work of streams. ``_watcher.py`` tells the tasks of a
-loop when marks are reached, ``_policy.py`` when to look, ``_blocker.py`` is for those who
-would rather block a thread, ``_background.py`` for where no loop runs. ``_tensors.py`` finds
-the tensors in a value, ``_order.py`` keeps what a future has to know about them, and
-``_synchronize.py`` has what is awaited.
+``_readiness.py`` keeps what a future has to know about that, and ``_tensors.py`` finds the
+tensors in its value. ``_events.py`` records events on streams. ``_watcher.py`` tells the tasks
+of a loop when events are reached: ``_stream_queue.py`` knows how few to query, ``_schedule.py``
+when, ``_policy.py`` what the program has set; ``_blocker.py`` is for those who would rather
+block a thread, ``_background.py`` for where no loop runs. ``_reached.py``, ``_synchronize.py``
+and ``_to_host.py`` have what is awaited.
 
 Nothing here knows what a future of this package is. What few programs need is imported
 where it is used: ``_background.py``, and the loops' ``_timer.py``.
 """
 
-from ._events import Mark, devices_in_use, finish_current_streams, mark_of, mark_stream
-from ._order import Order, declared_order, found_order, joint_order
+from ._events import RecordedEvent, already_recorded, record_event
 from ._policy import PollPolicy, set_poll_policy
-from ._synchronize import reached, synchronize, to_host
+from ._readiness import Readiness, declared_readiness, found_readiness, joint_readiness
+from ._statistics import Statistics
+from ._streams import devices_in_use, finish_current_streams
+from ._synchronize import synchronize
 from ._tensors import HOST_ONLY
-from ._watcher import Statistics, Wait, statistics, watcher_of
+from ._to_host import to_host
+from ._watcher import statistics
 
 __all__ = [
     "HOST_ONLY",
-    "Mark",
-    "Order",
     "PollPolicy",
+    "Readiness",
+    "RecordedEvent",
     "Statistics",
-    "Wait",
-    "declared_order",
+    "already_recorded",
+    "declared_readiness",
     "devices_in_use",
     "finish_current_streams",
-    "found_order",
-    "joint_order",
-    "mark_of",
-    "mark_stream",
-    "reached",
+    "found_readiness",
+    "joint_readiness",
+    "record_event",
     "set_poll_policy",
     "statistics",
     "synchronize",
     "to_host",
-    "watcher_of",
 ]

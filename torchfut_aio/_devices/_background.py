@@ -1,11 +1,11 @@
-"""Marks that somebody waits for who is no task: a loop of their own, in one thread.
+"""Recorded events that somebody waits for who is no task: a loop of their own, in one thread.
 
 A future of an event may be awaited on any loop, and outlive the one where it was made; it
 may be waited for in threads, and have callbacks. So no loop of the program watches it.
 
-The thread is started by the first mark, and ends with the last. No lock guards that. Who
-brings a mark appends it, then looks whether there is a thread. A thread that is about to
-end says that there is none, then looks for marks. So one of the two sees the other; and
+The thread is started by the first event, and ends with the last. No lock guards that. Who
+brings an event appends it, then looks whether there is a thread. A thread that is about to
+end says that there is none, then looks for events. So one of the two sees the other; and
 two threads at a time would do no harm.
 """
 
@@ -21,29 +21,29 @@ from contextlib import suppress
 from functools import partial
 
 from .. import _loops
-from ._events import Mark
-from ._watcher import Wait, Watcher, watcher_of
+from ._events import RecordedEvent
+from ._watcher import Watcher, watcher_of
 
 __all__ = ["when_reached"]
 
 _Notify = Callable[[Exception | None], object]
 
 
-_jobs: deque[tuple[Mark, _Notify]] = deque()
+_jobs: deque[tuple[RecordedEvent, _Notify]] = deque()
 _thread: _Thread | None = None
 
 
-def when_reached(mark: Mark, notify: _Notify) -> None:
-    """Has ``notify(error or None)`` called when ``mark`` is reached: in a thread, or at once."""
+def when_reached(event: RecordedEvent, notify: _Notify) -> None:
+    """Has ``notify(error or None)`` called when ``event`` is reached: in a thread, or at once."""
     global _thread
     try:
-        if mark.event.query():
+        if event.event.query():
             notify(None)
             return
     except Exception as error:
         notify(error)
         return
-    _jobs.append((mark, notify))
+    _jobs.append((event, notify))
     thread = _thread
     if thread is None:
         _thread = thread = _Thread()
@@ -57,7 +57,7 @@ def when_reached(mark: Mark, notify: _Notify) -> None:
 
 
 class _Thread(threading.Thread):
-    """Runs an event loop as long as there is a mark to watch."""
+    """Runs an event loop as long as there is an event to watch."""
 
     def __init__(self) -> None:
         # A daemon, as an interpreter that exits does not wait for kernels that may take long.
@@ -111,8 +111,8 @@ class _Thread(threading.Thread):
         found = False
         while (job := _next_job()) is not None:
             found = True
-            mark, notify = job
-            watcher.tell([mark], Wait(partial(self._notify, notify)))
+            event, notify = job
+            watcher.notify_when_reached([event], partial(self._notify, notify))
         return found
 
     def _notify(self, notify: _Notify, error: Exception | None) -> None:
@@ -122,7 +122,7 @@ class _Thread(threading.Thread):
             notify(error)
 
 
-def _next_job() -> tuple[Mark, _Notify] | None:
+def _next_job() -> tuple[RecordedEvent, _Notify] | None:
     try:
         return _jobs.popleft()
     except IndexError:

@@ -1,4 +1,10 @@
-"""Tensors in values: in containers, dataclasses and objects, however nested."""
+"""Tensors in values: in containers, dataclasses and objects, however nested.
+
+A value may be any object, and what it says of itself may raise: a proxy has a ``__class__`` of
+its own, an object a ``__getattribute__``, a tensor a ``__torch_function__``. So things are told
+by their true type where that will do, and where code of theirs has to run, what it raises means
+that nothing is found.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +17,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["HOST_ONLY", "replaced", "tensors"]
+__all__ = ["HOST_ONLY", "device_of", "replaced", "tensors"]
+
+_HOST = torch.device("cpu")
 
 # Types whose instances hold no tensor: most results, told by a glance.
 HOST_ONLY = frozenset({type(None), bool, int, float, complex, str, bytes})
@@ -29,7 +37,23 @@ _OPAQUE = (
 
 def tensors(value: object) -> Iterator[torch.Tensor]:
     """Yields the tensors in ``value``, once each."""
-    return (thing for thing, _ in _walk(value) if isinstance(thing, torch.Tensor))
+    return (thing for thing, _ in _walk(value) if _is(thing, torch.Tensor))
+
+
+def device_of(tensor: torch.Tensor) -> torch.device:
+    """Returns the device of ``tensor``; the host if the tensor does not tell."""
+    if type(tensor) is torch.Tensor:
+        return tensor.device
+    try:
+        with torch._C.DisableTorchFunctionSubclass():
+            return tensor.device
+    except Exception:
+        return _HOST
+
+
+def _is(thing: object, kind: type | tuple[type, ...]) -> bool:
+    """As ``isinstance``, which asks the thing what it is: it may be a proxy."""
+    return issubclass(type(thing), kind)
 
 
 def _walk(value: object) -> Iterator[tuple[Any, list[Any]]]:
@@ -41,33 +65,37 @@ def _walk(value: object) -> Iterator[tuple[Any, list[Any]]]:
         if type(thing) in HOST_ONLY or id(thing) in seen:
             continue
         seen[id(thing)] = thing
-        parts = [] if isinstance(thing, torch.Tensor) else _parts(thing)
+        parts = [] if _is(thing, torch.Tensor) else _parts(thing)
         yield thing, parts
         found.extend(parts)
 
 
 def _parts(thing: object) -> list[Any]:
-    try:
-        return [*_items(thing), *(part for _, part in _attributes(thing))]
-    except Exception:
-        return []  # what cannot be read, such as a proxy for nothing, holds nothing
+    parts: list[Any] = []
+    # What cannot be read, such as a mapping whose file is closed, holds nothing.
+    with suppress(Exception):
+        parts += _items(thing)
+    with suppress(Exception):
+        parts += [part for _, part in _attributes(thing)]
+    return parts
 
 
-def _items(thing: object) -> list[Any]:
-    if isinstance(thing, Mapping):
-        return list(thing.values())
-    if isinstance(thing, (list, tuple, set, frozenset, deque)):
-        return list(thing)
+def _items(thing: Any) -> list[Any]:
+    if _is(thing, Mapping):
+        return [*thing.values()]
+    if _is(thing, (list, tuple, set, frozenset, deque)):
+        return [*thing]
     return []
 
 
 def _attributes(thing: object) -> Iterator[tuple[str, object]]:
-    if isinstance(thing, _OPAQUE):
+    if _is(thing, _OPAQUE):
         return
-    yield from list(getattr(thing, "__dict__", {}).items())
+    with suppress(AttributeError):
+        yield from list(object.__getattribute__(thing, "__dict__").items())
     for kind in type(thing).__mro__:
         for name, slot in list(vars(kind).items()):
-            if isinstance(slot, types.MemberDescriptorType) and name != "__dict__":
+            if type(slot) is types.MemberDescriptorType and name != "__dict__":
                 with suppress(AttributeError):  # not set
                     yield name, slot.__get__(thing)
 
@@ -82,7 +110,7 @@ def replaced(value: Any, substitutes: Mapping[int, torch.Tensor]) -> Any:
     copies: dict[int, Any] = dict(substitutes)
     # All but tuples are there before they are filled, as what they hold may lead back.
     for key, thing in holders.items():
-        if not isinstance(thing, (tuple, frozenset)):
+        if not _is(thing, (tuple, frozenset)):
             copies[key] = _copy(thing)
 
     def new(thing: Any) -> Any:
@@ -124,15 +152,15 @@ def _copy(thing: Any) -> Any:
 
 def _fill(copy_of: Any, thing: Any, new: Callable[[Any], Any]) -> None:
     """Puts ``new(part)`` in the place of each part of ``thing``, in a shallow copy of it."""
-    if isinstance(thing, Mapping):
+    if _is(thing, Mapping):
         for key, part in thing.items():
             copy_of[key] = new(part)
-    elif isinstance(thing, list):
+    elif _is(thing, list):
         copy_of[:] = [new(part) for part in thing]
-    elif isinstance(thing, deque):
+    elif _is(thing, deque):
         copy_of.clear()
         copy_of.extend([new(part) for part in thing])
-    elif isinstance(thing, set):
+    elif _is(thing, set):
         copy_of.clear()
         copy_of.update([new(part) for part in thing])
     for name, part in list(_attributes(thing)):

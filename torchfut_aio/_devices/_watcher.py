@@ -1,168 +1,92 @@
 """The event watcher: one a loop, and driven by it.
 
-Marks on one stream are reached in order. So each stream has a *lane*, its pending marks
-in that order, and a look at a lane is one query, of the oldest; further ones only when
-that turns out to be reached, and then as few as it takes to find how many are.
+Each stream has a queue of the events that somebody waits for. The first sets an alarm with the
+loop, and when the last wait is over the alarm is closed. When it goes off is for the queue's
+schedule to tell. Where the policy is to block, a thread tells the loop when to poll instead.
 
-The first pending mark sets an alarm with the loop, and the last one closes it. When it
-goes off is for `History` to tell; where the policy is to block, a thread tells the loop
-when to look instead.
+An interrupt may strike anywhere, so the watcher keeps no counts that could go wrong, and
+whatever was left half done is done again at the next poll:
 
-All of this runs in the thread of the loop. But a finaliser may close a coroutine, and so
-call `forget`, in the middle of any step: it changes no list, but may put an empty one in
-its place, and who goes through one finds entries in it that nobody waits for any more.
+- A wait is pending exactly as long as it is a key of ``waits``. To give it up is to delete it
+  there, which takes no call: nothing can strike half-way. Queues find out by themselves.
+- A poll takes events out of a queue only after their waits were put into ``_over``, and a wait
+  out of ``_over`` only after it was notified. A wait may be notified twice, never zero times.
+- The alarm keeps going off until it is set anew, and a poll does that last: a poll that was
+  struck is repeated. ``_alarm_at`` is never earlier than what the alarm is set to, so that
+  whoever waits next sets it if there is any doubt.
+
+All of this runs in the thread of the loop; but a finaliser may close a coroutine, and so give
+up a wait, in the middle of any step.
 """
 
 from __future__ import annotations
 
+import logging
 import sys
-import threading
 import weakref
-from bisect import insort
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import inf
 from time import monotonic
-from types import MappingProxyType
-from typing import NamedTuple
 
 import torch
 
 from .._loops import Alarm, Loop, current, loop_in_this_thread
 from ._blocker import Blocker
-from ._events import Mark
-from ._policy import History, policy
+from ._events import RecordedEvent
+from ._policy import policy
+from ._schedule import LearnedSchedule, Poll, Schedule
+from ._statistics import EndedWatchers, Statistics, total
+from ._stream_queue import AwaitedEvent, StreamQueue, Wait, search
 
-__all__ = ["Statistics", "Wait", "Watcher", "statistics", "watcher_of"]
+__all__ = ["Watcher", "statistics", "watcher_of"]
 
 # Streams come and go. What was learned of those at rest is kept for so many.
-_LANES_AT_REST = 256
+_QUEUES_AT_REST = 256
 
+# Where a thread blocks for a stream, the stream is polled all the same after so many seconds,
+# in case an interrupt struck the wake-up.
+_FALLBACK = 1.0
 
-class Statistics(NamedTuple):
-    """What the event watcher of a loop, or those of all, have done and are doing.
-
-    Attributes:
-        pending: How many waits for device work are pending now.
-        polls: How often the watcher looked at pending events.
-        queries: How many events it queried.
-        hits: How many of these queries found the work done.
-        intervals: The learned interval of each stream, in seconds: how long it was
-            lately from one awaited piece of work to the next. By device and stream id.
-    """
-
-    pending: int = 0
-    polls: int = 0
-    queries: int = 0
-    hits: int = 0
-    intervals: Mapping[tuple[torch.device, int], float] = MappingProxyType({})
-
-
-class Wait:
-    """Somebody who waits for some marks.
-
-    ``notify`` is called once, on the loop, when all are reached, with None, or when the
-    device reports an error, with that.
-    """
-
-    __slots__ = ("entries", "error", "notify", "over")
-
-    def __init__(self, notify: Callable[[Exception | None], object]) -> None:
-        self.notify = notify
-        self.error: Exception | None = None
-        self.entries: list[_Entry] = []
-        self.over = True  # while it is not pending
-
-
-class _Entry:
-    """A mark in a lane; ``wait`` is None while nobody waits for it, and no more."""
-
-    __slots__ = ("lane", "mark", "wait")
-
-    def __init__(self, mark: Mark, lane: _Lane) -> None:
-        self.mark = mark
-        self.lane = lane
-        self.wait: Wait | None = None
-
-
-class _Lane:
-    """The pending marks of one stream, in the order in which they will be reached."""
-
-    __slots__ = (
-        "blocked",
-        "blocker",
-        "history",
-        "look_at",
-        "missed",
-        "pause",
-        "pending",
-        "reached",
-        "since",
-        "waited",
-    )
-
-    def __init__(self, history: History) -> None:
-        self.history = history
-        self.pending: list[_Entry] = []
-        self.waited = 0  # how many of these somebody waits for
-        self.reached = -1  # all marks that ended before this tick are reached
-        self.since = 0.0  # from when on the stream has done what it does, for all we know
-        self.missed = 0.0  # for how long after that it was seen not to be done
-        self.pause = 0.0
-        self.look_at = inf
-        self.blocker: Blocker | None = None
-        self.blocked = False  # a thread waits for a mark of it, and will have it looked at
-
-    def knows_pending(self, mark: Mark) -> bool:
-        return self.waited > 0 and self.pending[0].mark.ended < mark.begun
+_logger = logging.getLogger("torchfut_aio")
 
 
 class Watcher:
-    """Watches marks for the tasks of one loop."""
+    """Watches recorded events for the tasks of one loop."""
 
-    __slots__ = (
-        "__weakref__",
-        "_alarm",
-        "_alarm_at",
-        "_event_histories",
-        "_event_lanes",
-        "_lanes",
-        "_loop",
-        "_over",
-        "_watched",
-        "hits",
-        "pending",
-        "polls",
-        "queries",
-    )
-
-    def __init__(self, loop: Loop) -> None:
+    def __init__(self, loop: Loop, new_schedule: Callable[[], Schedule] = LearnedSchedule) -> None:
+        self.waits: dict[Wait, None] = {}  # those that are pending
+        self.polls = self.queries = self.hits = 0
         self._loop = loop
+        self._new_schedule = new_schedule
         self._alarm: Alarm | None = None
         self._alarm_at = inf
-        self._lanes: dict[tuple[torch.device, int], _Lane] = {}
-        # The streams of events that a program has recorded itself are unknown. These have a
-        # lane each, by id, while they are waited for.
-        self._event_lanes: dict[int, _Lane] = {}
-        self._event_histories: dict[torch.device, History] = {}
-        self._watched: dict[_Lane, None] = {}  # those in which somebody waits
+        self._queues: dict[tuple[torch.device, int], StreamQueue] = {}
+        # The streams of events that the program has recorded itself are unknown. These have a
+        # queue each, by id, while they are waited for; and a schedule for each device.
+        self._own_events: dict[object, StreamQueue] = {}
+        self._own_schedules: dict[torch.device, Schedule] = {}
+        self._active: dict[StreamQueue, None] = {}  # those in which somebody may wait
         self._over: deque[Wait] = deque()  # still to be notified
-        self.pending = self.polls = self.queries = self.hits = 0
+
+    @property
+    def pending(self) -> int:
+        """How many waits are pending."""
+        return len(self.waits)
 
     def statistics(self) -> Statistics:
         """Returns what this watcher has done."""
-        intervals = {
-            stream: (lane.history.low + lane.history.high) / 2
-            for stream, lane in list(self._lanes.items())
-            if lane.history.high
-        }
+        learned = {s: queue.schedule.interval for s, queue in list(self._queues.items())}
+        intervals = {stream: interval for stream, interval in learned.items() if interval}
         return Statistics(self.pending, self.polls, self.queries, self.hits, intervals)
 
     # --------------------------------------------------------------------- waiting
 
-    def watch(self, marks: Iterable[Mark], wait: Wait) -> bool:
-        """Has ``wait`` notified, on the loop, when all ``marks`` are reached.
+    def watch(self, wait: Wait) -> bool:
+        """Has ``wait`` notified, on the loop, when its events are reached, or one has failed.
+
+        Whoever stops waiting deletes the wait from ``waits``, also if this raises.
 
         Returns:
             False if they are reached now: then it is not notified.
@@ -170,280 +94,263 @@ class Watcher:
         Raises:
             RuntimeError: What the device says of a kernel that failed.
         """
-        missing = [(mark, lane) for mark in marks if (lane := self._lane_if_pending(mark))]
+        missing = [(event, q) for event in wait.missing if (q := self._queue_if_pending(event))]
         if not missing:
             return False
-        self.pending += 1
-        wait.over = False
-        try:
-            self._enter_each(missing, wait)
-            self._set_alarm()
-        except BaseException:  # Ctrl-C
-            self.forget(wait)
-            raise
+        wait.missing = {event for event, _ in missing}
+        # First of all, or else the queues would take what is added for given up.
+        self.waits[wait] = None
+        for event, queue in missing:
+            self._add(AwaitedEvent(event, wait), queue)
+        self._set_alarm()
         return True
 
-    # A function of its own: from Python 3.12 on, an interrupt at the jump that closes a loop
-    # may miss the ``except`` around it.
-    def _enter_each(self, missing: Sequence[tuple[Mark, _Lane]], wait: Wait) -> None:
-        now = monotonic()
-        for mark, lane in missing:
-            if lane.waited == 0:
-                self._start(lane, mark, now)
-            elif len(lane.pending) > 2 * lane.waited + 16:
-                lane.pending = [entry for entry in lane.pending if entry.wait is not None]
-            entry = _Entry(mark, lane)
-            pending = lane.pending
-            # Nearly always last: tasks mostly come in the order of the work.
-            insort(pending, entry, key=_begun)
-            # From here on it counts. Ctrl-C strikes at calls, and there is none.
-            lane.waited += 1
-            entry.wait = wait
-            wait.entries = [*wait.entries, entry]
-            if lane.pending is not pending:  # the last of the others has just left
-                lane.pending = [entry]
-            self._watched[lane] = None
-            if mark.stream is None:
-                self._event_lanes[id(mark.event)] = lane
+    def notify_when_reached(
+        self, events: Sequence[RecordedEvent], notify: Callable[[Exception | None], object]
+    ) -> Callable[[], None]:
+        """Has ``notify(error or None)`` called, on the loop, when all ``events`` are reached.
 
-    def tell(self, marks: Iterable[Mark], wait: Wait) -> None:
-        """Has ``wait`` notified when all ``marks`` are reached, at once if they are."""
+        At once, if they are now. If it raises, it is called again, with what it raised; and if
+        it was interrupted, with the same, so perhaps twice.
+
+        Returns:
+            A function that withdraws this.
+        """
+        wait, error = Wait(events, notify), None
         try:
-            if self.watch(marks, wait):
-                return
-        except Exception as error:
-            wait.notify(error)
-        else:
-            wait.notify(None)
+            pending = self.watch(wait)
+        except Exception as exception:
+            self.forget(wait)
+            pending, error = False, exception
+        except BaseException:
+            self.forget(wait)
+            raise
+        if not pending:
+            notify(error)
+        return partial(self.forget, wait)
 
     def forget(self, wait: Wait) -> None:
-        """Lets go of who waits no more; does nothing if the wait is over."""
-        if not wait.over:
-            self._end(wait)
-            if self.pending == 0:
-                self._close_alarm()
+        """Gives up ``wait``; does nothing if it is over."""
+        if wait in self.waits:
+            del self.waits[wait]
+            self.close_if_idle()
 
-    def _end(self, wait: Wait) -> None:
-        wait.over = True
-        self.pending -= 1
-        for entry in wait.entries:
-            self._leave(entry)
+    def _add(self, awaited: AwaitedEvent, queue: StreamQueue) -> None:
+        event = awaited.event
+        self._active[queue] = None
+        if event.stream is None:
+            self._own_events[id(event.event)] = queue
+        if queue.oldest(self.waits) is None:
+            now = monotonic()
+            queue.since = max(queue.since, now if event.stream is None else event.recorded_at)
+            self._set_next_poll(queue, event, now)
+        queue.add(awaited, self.waits)
 
-    def _leave(self, entry: _Entry) -> None:
-        if entry.wait is None:
-            return
-        entry.wait = None
-        lane = entry.lane
-        lane.waited -= 1
-        if lane.waited == 0:
-            lane.pending = []
-            self._watched.pop(lane, None)
-            self._event_lanes.pop(id(entry.mark.event), None)
-
-    # ----------------------------------------------------------------------- lanes
-
-    def _lane_if_pending(self, mark: Mark) -> _Lane | None:
-        if mark.stream is not None:
-            lane = self._lanes.get(mark.stream) or self._new_lane(mark.stream)
-        else:
-            history = self._event_histories.setdefault(mark.device, History())
-            lane = self._event_lanes.get(id(mark.event)) or _Lane(history)
-        if mark.ended < lane.reached:
+    def _queue_if_pending(self, event: RecordedEvent) -> StreamQueue | None:
+        queue = self._queue_of(event)
+        if event.ended < queue.reached:
             return None
-        if not lane.knows_pending(mark) and self._query(mark):
-            lane.reached = max(lane.reached, mark.begun)
+        if not queue.knows_pending(event, self.waits) and self._query(event):
+            queue.reached = max(queue.reached, event.begun)
             return None
-        return lane
+        return queue
 
-    def _new_lane(self, stream: tuple[torch.device, int]) -> _Lane:
-        if len(self._lanes) >= _LANES_AT_REST:
-            self._lanes = {s: lane for s, lane in self._lanes.items() if lane.waited}
-        lane = self._lanes[stream] = _Lane(History())
-        return lane
+    def _queue_of(self, event: RecordedEvent) -> StreamQueue:
+        stream = event.stream
+        if stream is None:
+            key = id(event.event)
+            queue = self._own_events.get(key)
+            if queue is None:
+                schedule = self._own_schedules.get(event.device)
+                if schedule is None:
+                    schedule = self._own_schedules[event.device] = self._new_schedule()
+                queue = StreamQueue(key, schedule)
+            return queue
+        queue = self._queues.get(stream)
+        if queue is None:
+            if len(self._queues) >= _QUEUES_AT_REST:
+                self._queues = {s: q for s, q in self._queues.items() if q in self._active}
+            queue = self._queues[stream] = StreamQueue(stream, self._new_schedule())
+        return queue
 
-    def _query(self, mark: Mark) -> bool:
+    def _query(self, event: RecordedEvent) -> bool:
         self.queries += 1
-        reached = mark.event.query()
+        reached = event.event.query()
         self.hits += reached
         return reached
 
-    def _start(self, lane: _Lane, mark: Mark, now: float) -> None:
-        lane.pending = []
-        lane.since = max(lane.since, now if mark.stream is None else mark.made)
-        lane.missed = now - lane.since
-        self._decide_on(lane, mark, now)
+    # --------------------------------------------------------------------- polling
 
-    def _decide_on(self, lane: _Lane, oldest: Mark, now: float) -> None:
-        """Decides when to look at ``lane`` next."""
-        if policy().blocking and oldest.stream is not None:
-            lane.look_at = inf
-            if not lane.blocked:
-                lane.blocker = lane.blocker or Blocker()
-                look = partial(self._look_at_once, lane)
-                # Whoever looks at the event will see the error, too.
-                lane.blocker.block(oldest.event.synchronize, lambda _: self._loop.call_soon(look))
-                lane.blocked = True  # now that the thread has started; the look comes later
-        else:
-            lane.pause = lane.history.pause(now - lane.since)
-            lane.look_at = now + lane.pause
-
-    # --------------------------------------------------------------------- looking
-
-    def look(self) -> None:
-        """Looks at the lanes that are due, and notifies those whose wait is over."""
-        self.polls += 1
-        self._alarm_at = inf
-        try:
-            self._look_at_due()
+    def poll(self) -> None:
+        """Polls the queues that are due, and notifies those whose wait is over."""
+        if self.waits or self._over:
+            self.polls += 1
+            self._poll_due()
             self._notify_over()
-        finally:
-            self._set_alarm()
-            if not self.pending:
-                # Not at once: who has been woken may well be about to wait again.
-                self._loop.call_soon(self._close_if_idle)
+        if not self.waits:
+            # Not at once: who has been woken may well be about to wait again.
+            self._loop.call_soon(self.close_if_idle)
+        # Last of all: up to here it keeps going off.
+        self._alarm_at = inf
+        self._set_alarm()
 
-    # Functions of their own: from Python 3.12 on, an interrupt at the jump that closes a loop
-    # may miss the ``finally`` around it.
-    def _look_at_due(self) -> None:
+    def _poll_due(self) -> None:
         now = monotonic()
         early = 10 * policy().shortest
-        for lane in list(self._watched):
+        for queue in list(self._active):
             # One wake-up serves those, too, that are half-way to their own.
-            if lane.look_at - min(lane.pause, early) / 2 <= now:
-                self._look_at(lane, now)
+            if queue.next_poll - min(queue.next_poll - queue.polled_at, early) / 2 <= now:
+                oldest = queue.oldest(self.waits)
+                if oldest is not None:
+                    try:
+                        self._poll(queue, now)
+                    except Exception as error:
+                        # Not one of the device's, which are found in the search.
+                        self._settle(queue.events, error)
+                    oldest = queue.oldest(self.waits)
+                if oldest is None:
+                    self._own_events.pop(queue.key, None)
+                    self._active.pop(queue, None)
+
+    def _poll(self, queue: StreamQueue, now: float) -> None:
+        events = queue.events
+        reached, failed, error = search(events, self._query)
+        if reached:
+            newest = events[reached - 1].event
+            queue.reached = max(queue.reached, newest.begun)
+            # Of those recorded at the same time as the newest, nobody knows.
+            self._settle(
+                [e for e in events[:reached] if e.event is newest or e.event.ended < newest.begun]
+            )
+        if error is not None:
+            first = events[failed].event
+            self._settle(
+                [e for e in events[failed:] if e.event is first or e.event.begun > first.ended],
+                error,
+            )
+            events[failed:] = [e for e in events[failed:] if e.event in e.wait.missing]
+        events[:reached] = [e for e in events[:reached] if e.event in e.wait.missing]
+        self._observe(queue, reached > 0, now)
+        oldest = queue.oldest(self.waits)
+        if oldest is not None:
+            self._set_next_poll(queue, oldest, now)
+
+    def _settle(self, events: Sequence[AwaitedEvent], error: Exception | None = None) -> None:
+        """Ends the waits for ``events``: with an error, or if they wait for no others."""
+        for awaited in events:
+            wait = awaited.wait
+            if error is None:
+                wait.missing.discard(awaited.event)
+            else:
+                wait.error = error
+                wait.missing.clear()
+            if not wait.missing and wait in self.waits:
+                self._over.append(wait)
+                del self.waits[wait]
 
     def _notify_over(self) -> None:
         while self._over:
-            # Whom Ctrl-C keeps from being told is told at the next look.
-            self._over[0].notify(self._over[0].error)
+            _notify(self._over[0])
             self._over.popleft()
 
-    def _close_if_idle(self) -> None:
-        if not self.pending and not self._over:
-            self._close_alarm()
+    def _observe(self, queue: StreamQueue, reached: bool, now: float) -> None:
+        since, at = queue.since, now - queue.since
+        if queue.scheduled:
+            due = queue.next_poll - since
+            queue.schedule.observe(Poll(queue.polled_at - since, due, at, reached))
+        elif reached:  # which the thread has told at once
+            queue.schedule.observe(Poll(at, at, at, reached))
+        if reached:
+            queue.since = now
 
-    def _look_at_once(self, lane: _Lane) -> None:
-        lane.blocked = False
-        if lane in self._watched:
-            lane.look_at = lane.pause = 0.0
-            self.look()
+    def _set_next_poll(self, queue: StreamQueue, oldest: RecordedEvent, now: float) -> None:
+        queue.polled_at = now
+        queue.scheduled = not policy().blocking or oldest.stream is None
+        if not queue.scheduled:
+            queue.next_poll = now + _FALLBACK
+            if queue.blocked or self._block(queue, oldest):
+                return
+            queue.scheduled = True
+        queue.next_poll = queue.since + queue.schedule.next_poll(now - queue.since)
 
-    def _look_at(self, lane: _Lane, now: float) -> None:
-        lane.history.note_wake_up(lane.pause, now - lane.look_at)
-        pending = lane.pending
-        count, failed, error = self._find_reached(pending)
-        if count:
-            newest = pending[count - 1].mark
-            lane.reached = max(lane.reached, newest.begun)
-            lane.history.learn(lane.missed, now - lane.since)
-            lane.since, lane.missed = now, 0.0
-            for entry in pending[:count]:
-                if entry.mark is newest or entry.mark.ended < newest.begun:
-                    self._settle(entry, None)
-        else:
-            lane.missed = now - lane.since
-        for entry in pending[failed:]:
-            if entry.mark is pending[failed].mark or entry.mark.begun > pending[failed].mark.ended:
-                self._settle(entry, error)
-        if count or error or len(pending) > 2 * lane.waited:
-            lane.pending = [entry for entry in pending if entry.wait is not None]
-        if lane.waited:
-            self._decide_on(lane, lane.pending[0].mark, now)
+    def _block(self, queue: StreamQueue, oldest: RecordedEvent) -> bool:
+        """Has the queue polled when ``oldest`` is reached; returns False if no thread starts."""
+        queue.blocker = blocker = queue.blocker or Blocker()
+        queue.blocked = True
+        try:
+            blocker.block(oldest.event.synchronize, partial(self._unblock, queue))
+        except BaseException as error:
+            queue.blocked = False
+            if isinstance(error, Exception):
+                return False
+            raise
+        return True
 
-    def _find_reached(self, pending: Sequence[_Entry]) -> tuple[int, int, Exception | None]:
-        """Returns how many are reached, from where on they failed, and the error, if any."""
-        reached, unknown = 0, len(pending)  # those in between are to be found out about
-        failed, error = unknown, None
-        at, step = 0, 1
-        while reached < unknown:
-            try:
-                hit = self._query(pending[at].mark)
-            except Exception as exception:
-                hit, failed, error = False, at, exception
-            if hit:
-                reached = at + 1
-                step *= 2
-            else:
-                unknown = at
-            # As long as there was no miss, ever further; then halfway.
-            galloping = unknown == len(pending)
-            at = min(reached + step, unknown) - 1 if galloping else (reached + unknown) // 2
-        return reached, failed, error
-
-    def _settle(self, entry: _Entry, error: Exception | None) -> None:
-        """Ends the wait of an entry, if it waits for no other; or at an error."""
-        wait = entry.wait
-        if wait is None:
-            return
-        if error is None and any(e.wait is not None for e in wait.entries if e is not entry):
-            self._leave(entry)
-            return
-        # In this order: who is left out by Ctrl-C in between is told twice, not never.
-        wait.error = error
-        self._over.append(wait)
-        self._end(wait)
+    def _unblock(self, queue: StreamQueue, _error: Exception | None) -> None:
+        """Has ``queue`` polled; the thread calls this. The poll will find the error, too."""
+        queue.blocked = False
+        queue.next_poll = queue.polled_at
+        self._loop.call_soon(self.poll)
 
     # ---------------------------------------------------------------------- alarm
 
     def _set_alarm(self) -> None:
-        at = 0.0 if self._over else min([lane.look_at for lane in list(self._watched)], default=inf)
-        if self._alarm is not None and at == inf:
-            self._alarm.set(inf)
+        at = 0.0 if self._over else min([q.next_poll for q in list(self._active)], default=inf)
+        alarm = self._alarm
+        if at == inf:
+            if alarm is not None:
+                alarm.set(inf)
         elif at < self._alarm_at:
-            self._alarm = self._alarm or self._loop.alarm(self.look)
-            self._alarm.set(max(at - monotonic(), 0.0))
+            if alarm is None:
+                alarm = self._alarm = self._loop.alarm(self.poll)
+            self._alarm_at = inf  # unknown, until it is set
+            alarm.set(max(at - monotonic(), 0.0))
             self._alarm_at = at
 
+    def close_if_idle(self) -> None:
+        """Leaves nothing with the loop if nobody waits."""
+        if not self.waits and not self._over:
+            self._own_events.clear()
+            for queue in list(self._active):
+                queue.events.clear()
+            self._active.clear()
+            self._close_alarm()
+
     def _close_alarm(self) -> None:
-        alarm, self._alarm = self._alarm, None
+        alarm = self._alarm
         self._alarm_at = inf
         if alarm is not None:
-            alarm.close()
+            alarm.close()  # if an interrupt strikes now, whoever waits next sets it again
+            self._alarm = None
 
     # ------------------------------------------------------------------- the end
 
     def abandon(self) -> None:
-        """Is told that the loop has gone, with the tasks that waited."""
-        waits = [entry.wait for lane in self._watched for entry in lane.pending]
-        for wait in waits:
-            if wait is not None:
-                self.forget(wait)
-        self._close_alarm()
+        """Gives up all waits: the loop has gone, with the tasks that waited."""
+        self.waits.clear()
+        self._over.clear()
+        self.close_if_idle()
 
     def __del__(self) -> None:
-        self.abandon()
-        if not sys.is_finalizing():
-            _ended.add(self.statistics())
+        if hasattr(self, "_over"):  # unless an interrupt struck before it was whole
+            self.abandon()
+            if not sys.is_finalizing():
+                _ended.add(self.statistics())
 
 
-def _begun(entry: _Entry) -> int:
-    return entry.mark.begun
-
-
-class _Ended:
-    """What watchers have done whose loops have gone; kept short by whoever comes by."""
-
-    def __init__(self) -> None:
-        self._parts: list[Statistics] = []
-        self._summing = threading.Lock()
-
-    def add(self, part: Statistics) -> None:
-        """Adds a part; a finaliser may, in the middle of anything."""
-        self._parts.append(part)
-        if len(self._parts) > 50 and self._summing.acquire(blocking=False):
-            try:
-                count = len(self._parts)
-                self._parts[:count] = [_sum(self._parts[:count])]
-            finally:
-                self._summing.release()
-
-    def parts(self) -> list[Statistics]:
-        """Returns the parts, some of them summed up."""
-        return list(self._parts)
+def _notify(wait: Wait) -> None:
+    try:
+        wait.notify(wait.error)
+    except Exception as error:
+        # What it was to tell cannot be told. That concerns this wait only.
+        try:
+            wait.notify(error)
+        except Exception:
+            _logger.exception("%r raised, and so did telling it of that:", wait.notify)
 
 
 _watchers: weakref.WeakValueDictionary[int, Watcher] = weakref.WeakValueDictionary()  # by id
-_ended = _Ended()
+_ended = EndedWatchers()
 
 
 def watcher_of(loop: Loop) -> Watcher:
@@ -470,16 +377,4 @@ def statistics() -> Statistics:
         return watcher_of(current()).statistics()
     # Of a list, as other threads may start and end loops meanwhile.
     watchers = [ref() for ref in _watchers.valuerefs()]
-    return _sum([w.statistics() for w in watchers if w is not None] + _ended.parts())
-
-
-def _sum(parts: Iterable[Statistics]) -> Statistics:
-    pending = polls = queries = hits = 0
-    intervals: dict[tuple[torch.device, int], float] = {}
-    for part in parts:
-        pending += part.pending
-        polls += part.polls
-        queries += part.queries
-        hits += part.hits
-        intervals.update(part.intervals)
-    return Statistics(pending, polls, queries, hits, intervals)
+    return total([w.statistics() for w in watchers if w is not None] + _ended.parts())

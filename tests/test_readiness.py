@@ -1,0 +1,280 @@
+"""What a future knows of its kernels: streams that cannot be ordered, values that resist."""
+
+from __future__ import annotations
+
+import anyio
+import pytest
+import torch
+
+from torchfut_aio import Future
+from torchfut_aio._devices import _readiness, found_readiness, joint_readiness
+
+from .accelerator import (
+    FIRST,
+    NEW,
+    being_filled,
+    current_stream,
+    read_on_current_stream,
+    simulated_only,
+)
+from .explorer import strikes
+from .loops import on_asyncio, on_every_loop
+from .threads import PATIENCE
+from .waiting import Reader, pending
+
+pytestmark = pytest.mark.device
+
+
+def readiness_on(stream, accelerator):
+    with stream:
+        tensor = being_filled(accelerator)
+        readiness, error = found_readiness([tensor])
+    assert error is None
+    return readiness, tensor
+
+
+# ------------------------------------------------------------------------- running callbacks
+
+
+def test_a_callback_runs_on_a_dedicated_stream_after_the_kernels(accelerator, producer):
+    readiness, tensor = readiness_on(producer, accelerator)
+    seen = []
+    readiness.run(lambda: seen.append((current_stream(), read_on_current_stream(tensor))))
+    [(stream, copy)] = seen
+    assert stream not in (producer, current_stream())
+    assert not stream.query()
+    accelerator.wake()
+    stream.synchronize()
+    assert copy.tolist() == NEW
+
+
+@simulated_only
+def test_without_a_pool_of_streams_a_callback_runs_on_the_current_one_after_the_kernels(
+    accelerator, producer, consumer
+):
+    readiness, tensor = readiness_on(producer, accelerator)
+    accelerator.take_stream_pool_away()
+    seen = []
+    with consumer:
+        readiness.run(lambda: seen.append((current_stream(), read_on_current_stream(tensor))))
+    [(stream, copy)] = seen
+    assert stream == consumer
+    assert not stream.query()
+    accelerator.wake()
+    stream.synchronize()
+    assert copy.tolist() == NEW
+    assert readiness.error is None
+
+
+@simulated_only
+def test_a_callback_is_called_once_even_if_nothing_can_be_ordered(accelerator, producer):
+    readiness, _ = readiness_on(producer, accelerator)
+    accelerator.refuse_events()
+    seen = []
+    readiness.run(lambda: seen.append(current_stream()))
+    assert seen == [current_stream()]
+    assert "the device is lost" in str(readiness.error)
+
+
+@simulated_only
+@pytest.mark.parametrize("broken", ["take_stream_pool_away", "refuse_events"])
+def test_a_future_completes_its_dependants_on_a_device_that_cannot_order(accelerator, broken):
+    fut, seen = Future(), []
+    fut.add_done_callback(seen.append)
+    child = fut.then(lambda f: "child")
+    with torch.Stream(FIRST):
+        tensor = being_filled(accelerator)
+    if broken == "take_stream_pool_away":
+        accelerator.take_stream_pool_away()
+        fut.set_result(tensor)
+    else:
+        combined, _ = readiness_on(torch.Stream(FIRST), accelerator)
+        accelerator.refuse_events()
+        fut.set_result(tensor)  # which records events: the device's error
+        combined.run(lambda: seen.append(fut))
+        assert "the device is lost" in str(fut.exception())
+    assert set(seen) == {fut}
+    assert child.wait(PATIENCE) == "child"
+
+
+@pytest.mark.parametrize("error", [ValueError("foo"), KeyboardInterrupt(), SystemExit()])
+def test_what_a_callback_raises_arrives_as_itself(accelerator, producer, error, capfd):
+    def callback():
+        calls.append(None)
+        raise error
+
+    readiness, _ = readiness_on(producer, accelerator)
+    calls = []
+    with pytest.raises(type(error)) as caught:
+        readiness.run(callback)
+    assert caught.value is error
+    assert len(calls) == 1
+    assert capfd.readouterr().err == ""
+
+
+def test_ctrl_c_on_the_way_to_a_callback_is_seen_and_the_callback_is_called_at_most_once(
+    accelerator, producer
+):
+    readiness, _ = readiness_on(producer, accelerator)
+    struck = 0
+    for strike in strikes(_readiness):
+        calls, interrupt = [], None
+        try:
+            with strike:
+                readiness.run(lambda calls=calls: calls.append(None))
+        except KeyboardInterrupt as error:  # in the place of one that C++ has swallowed
+            interrupt = error
+        assert len(calls) == 1 or strike.raised
+        assert len(calls) <= 1
+        if strike.where is not None:
+            struck += 1
+            assert strike.raised or interrupt is not None
+    assert struck > 5
+
+
+# ----------------------------------------------------------------------- told when ready
+
+
+@on_asyncio
+@simulated_only
+async def test_a_value_whose_streams_cannot_be_ordered_fails_its_as_asyncio_and_no_other(
+    accelerator, producer
+):
+    fut, other = Future(), Future()
+    with producer:
+        fut.set_result(being_filled(accelerator))
+        other.set_result(torch.ones(1, device=FIRST))
+    first, second = fut.as_asyncio(), fut.as_asyncio()
+    await pending(2)
+    accelerator.refuse_events()
+    accelerator.wake()
+    for target in (first, second):
+        with pytest.raises(RuntimeError, match="the device is lost"):
+            await target
+
+
+@on_every_loop
+async def test_a_joint_readiness_is_that_of_all_parts(accelerator, producer, consumer):
+    parts = [readiness_on(stream, accelerator)[0] for stream in (producer, consumer)]
+    assert joint_readiness([None, parts[0], parts[0]]) == (parts[0], None)
+    joint, error = joint_readiness([*parts, None])
+    assert error is None
+
+    class Ready:
+        def __await__(self):
+            yield from joint.ready()
+
+    reader = Reader(Ready())
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(reader)
+        await pending(1)
+        assert not producer.query()
+        accelerator.wake()
+    assert producer.query()
+    assert consumer.query()
+    assert reader.outcome is None
+
+
+# ------------------------------------------------------------------- values that resist
+
+
+class WithClass:
+    """As werkzeug's LocalProxy outside of its context."""
+
+    @property
+    def __class__(self):
+        raise RuntimeError("working outside of request context")
+
+
+class WithAttributes:
+    def __getattribute__(self, name):
+        raise RuntimeError(name)
+
+
+class WithDict:
+    @property
+    def __dict__(self):
+        raise LookupError
+
+
+class WithItems(dict):
+    def values(self):
+        raise OSError("the file is closed")
+
+
+class Endless(list):
+    def __iter__(self):
+        raise RecursionError
+
+
+class Meta(type):
+    def __getattribute__(cls, name):
+        raise RuntimeError(name)
+
+    def __instancecheck__(cls, thing):
+        raise RuntimeError
+
+
+class WithMeta(metaclass=Meta):
+    pass
+
+
+class HostTensor(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        raise RuntimeError("no function of torch")
+
+
+class Slotted:
+    __slots__ = ("missing",)
+
+    def __getattr__(self, name):
+        raise RuntimeError(name)
+
+
+# Made by each test, as pytest would ask them what they are.
+hostile = pytest.mark.parametrize(
+    "make",
+    [
+        lambda: WithClass(),
+        lambda: WithAttributes(),
+        lambda: WithDict(),
+        lambda: WithItems(a=1),
+        lambda: Endless([1]),
+        lambda: WithMeta(),
+        lambda: torch.ones(2).as_subclass(HostTensor),
+        lambda: Slotted(),
+    ],
+    ids=["class", "attributes", "dict", "items", "endless", "metaclass", "torch function", "slots"],
+)
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["itself", "in a list"])
+@hostile
+def test_any_object_completes_a_future_and_its_children(accelerator, make, nested):
+    torch.ones(1, device=FIRST)  # the accelerator is in use
+    value = [make()] if nested else make()
+    fut = Future()
+    child, grandchild = fut.then(lambda f: value), Future()
+    fut.add_done_callback(lambda f: grandchild.set_result(value))
+    fut.set_result(5)
+    assert child.wait(PATIENCE) is value
+    assert grandchild.wait(PATIENCE) is value
+
+
+@hostile
+def test_what_resists_hides_no_tensors_beside_it(accelerator, producer, make):
+    with producer:
+        tensor = being_filled(accelerator)
+        readiness, error = found_readiness([make(), tensor])
+    assert error is None
+    [found] = readiness.tensors()
+    assert found is tensor
+
+
+def test_a_tensor_with_a_torch_function_of_its_own_is_found_on_the_device(accelerator, producer):
+    with producer:
+        tensor = being_filled(accelerator)
+        readiness, error = found_readiness(tensor.as_subclass(HostTensor))
+    assert error is None
+    assert readiness is not None

@@ -1,0 +1,107 @@
+"""Ctrl-C, and a lack of memory, at every point of the watcher: its loop serves on."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+
+import pytest
+import torch
+
+from torchfut_aio import Future, PollPolicy, set_poll_policy, statistics, synchronize
+from torchfut_aio._devices import _reached, _readiness, _schedule, _stream_queue, _watcher
+
+from .accelerator import FIRST, being_filled
+from .explorer import strikes
+from .threads import PATIENCE
+
+pytestmark = pytest.mark.device
+
+# 1 is every point.
+EVERY = int(os.environ.get("TORCHFUT_AIO_TEST_EVERY", "3"))
+
+WATCHER = (_reached, _readiness, _schedule, _stream_queue, _watcher)
+
+
+@pytest.fixture
+def loop():
+    loop = asyncio.SelectorEventLoop()
+    loop.set_exception_handler(lambda loop, context: None)
+    yield loop
+    loop.close()
+
+
+@pytest.fixture(params=[False, True], ids=["polling", "blocking"])
+def policy(request, monkeypatch):
+    monkeypatch.setattr(_watcher, "_FALLBACK", 0.01)
+    before = set_poll_policy(PollPolicy(blocking=request.param))
+    yield
+    set_poll_policy(before)
+
+
+async def read(future):
+    return await future
+
+
+def registered(loop):
+    return set(loop._selector.get_map())
+
+
+@pytest.mark.parametrize(
+    ("error", "at"), [(KeyboardInterrupt, "signals"), (MemoryError, "calls")], ids=["^C", "memory"]
+)
+def test_whatever_strikes_the_watcher_the_others_resume_and_so_do_new_waits(
+    accelerator, loop, policy, error, at
+):
+    streams = [torch.Stream(FIRST) for _ in range(2)]
+    tasks = []
+
+    async def wait():
+        on_both = Future()
+        with streams[0], streams[1]:
+            on_both.set_result([being_filled(accelerator)])
+        for awaitable in (synchronize(streams[0]), read(on_both), synchronize(streams[1])):
+            tasks.append(asyncio.ensure_future(awaitable))
+        given_up = asyncio.ensure_future(synchronize(streams[0]))
+        tasks.append(given_up)
+        await asyncio.sleep(0)
+        tasks.append(on_both.as_asyncio())
+        given_up.cancel()
+        await asyncio.sleep(0.0005)
+        accelerator.wake()
+        await asyncio.wait(tasks, timeout=PATIENCE)
+
+    async def settle():
+        accelerator.wake()
+        _, asleep = await asyncio.wait([main, *tasks], timeout=PATIENCE)
+        assert not asleep
+
+    async def wait_again():
+        assert statistics().pending == 0
+        with streams[0]:
+            accelerator.sleep(PATIENCE)
+        again = asyncio.ensure_future(synchronize(streams[0]))
+        await asyncio.sleep(0)
+        assert statistics().pending == 1
+        accelerator.wake()
+        await asyncio.wait_for(again, PATIENCE)
+        assert statistics().pending == 0
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+
+    loop.run_until_complete(asyncio.sleep(0))
+    idle = registered(loop)
+    for strike in strikes(*WATCHER, every=EVERY, error=error, at=at):
+        accelerator.reset()
+        tasks.clear()
+        main = loop.create_task(wait())
+        with strike:
+            loop.run_until_complete(main)
+        loop.run_until_complete(settle())
+        errors = [task.exception() for task in [main, *tasks] if not task.cancelled()]
+        struck = [raised for raised in errors if raised is not None]
+        assert all(isinstance(raised, error) for raised in struck), strike
+        if error is KeyboardInterrupt:
+            assert len(struck) <= 1, strike  # whoever was struck, and nobody else
+        loop.run_until_complete(wait_again())
+        assert registered(loop) == idle, strike

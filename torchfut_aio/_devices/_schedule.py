@@ -1,0 +1,120 @@
+"""When to poll a stream again, and what its last waits tell about the next.
+
+A poll costs some tens of microseconds of the loop's time, so polling often wastes it, and
+polling seldom wakes late. Waits on a stream resemble the waits before them. So the
+shortest and the longest of the last few, but for an outlier on either side, tell when to
+poll: hardly at all while each of them was still waiting; then, where they are close
+together, a few times within what lies between them; where they are not, at intervals that
+grow with the time already waited.
+
+A schedule is told of every poll by ``observe``; ``next_poll`` is a question, and changes
+nothing. To try another, write a class with these and give it to `Watcher`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import NamedTuple, Protocol
+
+from ._policy import policy
+
+__all__ = ["LearnedSchedule", "Poll", "Schedule"]
+
+
+class Poll(NamedTuple):
+    """A poll of a stream. All times are seconds since the wait began."""
+
+    before: float
+    """When the work was last known to be pending: at the poll before, or at the start."""
+    due: float
+    """When this poll was due: what ``next_poll(before)`` returned."""
+    at: float
+    """When it took place."""
+    reached: bool
+    """Whether the work was done."""
+
+
+class Schedule(Protocol):
+    """Tells when to poll one stream."""
+
+    @property
+    def interval(self) -> float:
+        """How long the last waits took, in seconds; 0 while nothing has been learned."""
+
+    def next_poll(self, waited: float) -> float:
+        """Returns when to poll next if the work is pending ``waited`` seconds into the wait.
+
+        In seconds since the wait began, and later than ``waited``.
+        """
+
+    def observe(self, poll: Poll) -> None:
+        """Learns from a poll."""
+
+
+class LearnedSchedule:
+    """Polls when the waits before this one ended, within what the policy allows."""
+
+    __slots__ = ("_high", "_late", "_least", "_low", "_regular", "_slept_through", "_waits")
+
+    def __init__(self) -> None:
+        self._waits: deque[float] = deque(maxlen=16)
+        self._late = 0.0  # how late wake-ups after a long pause are, on average
+        self._least = self._low = self._high = 0.0
+        self._regular = False
+        self._slept_through = 0  # the last so many waits were over at their first poll
+
+    @property
+    def interval(self) -> float:
+        return (self._low + self._high) / 2
+
+    def next_poll(self, waited: float) -> float:
+        shortest, longest = policy().shortest, policy().longest
+        first = self._first_poll(waited)
+        if waited < first:
+            pause = first - waited
+        elif self._regular:
+            spread = self._high - self._low
+            near_the_end = waited < self._high + spread
+            pause = spread / 8 if near_the_end else min(waited / 4, _longest_pause(waited))
+        else:
+            pause = min(max(waited, self.interval) / 2, _longest_pause(waited))
+        return waited + min(max(pause, shortest), longest)
+
+    def observe(self, poll: Poll) -> None:
+        slept = poll.before < self._first_poll(poll.before)
+        late, shortest = poll.at - poll.due, policy().shortest
+        # After a long sleep, a machine takes longer to wake up.
+        if late > 0 and poll.due - poll.before > 16 * shortest:
+            self._late += (min(late, 16 * shortest) - self._late) / 4
+        if poll.reached:
+            self._learn((poll.before + poll.at) / 2, poll.at, slept)
+
+    def _first_poll(self, waited: float) -> float:
+        """Returns until when none of the last waits was over."""
+        if not self._regular:
+            return min(self._least - self._late, waited + 4 * _longest_pause(waited))
+        # Late wake-ups are made up for, and more so where they are very late: the longer
+        # a machine sleeps, the less does it keep to a time.
+        shortest = policy().shortest
+        late = self._late + 2 * max(self._late - shortest, 0)
+        return self._low + min((self._high - self._low) / 2, shortest) - late
+
+    def _learn(self, wait: float, longest: float, slept: bool) -> None:
+        if slept:
+            # It was over before the first poll, perhaps long before. Had it to count as
+            # ``longest``, the next poll would come no earlier, and so for ever. The more
+            # waits in a row are slept through, the further it moves forward.
+            self._slept_through += 1
+            wait = max(wait, longest - 2**self._slept_through * policy().shortest)
+        else:
+            self._slept_through = 0
+        self._waits.append(wait)
+        waits = sorted(self._waits)
+        outliers = len(waits) // 8
+        self._least, self._low, self._high = waits[0], waits[outliers], waits[-1 - outliers]
+        self._regular = len(waits) >= 4 and self._high - self._low <= self._low / 4
+
+
+def _longest_pause(waited: float) -> float:
+    # About half of what asyncio.sleep(0.001) takes, as long as that is little.
+    return max(9 * policy().shortest, waited / 1024)
