@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import dis
 import functools
+import gc
 import itertools
 import os
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
-from types import CodeType, FrameType, ModuleType
+from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import Any
 
 __all__ = ["Strike", "strikes"]
@@ -85,62 +87,123 @@ class Strike:
         self.where: str | None = None
         self.raised = False
         self.error = error(f"strike {number}")
+        self.thread = thread
         self._left = number
         self._files = files
         self._do = do
         self._points = {"signals": _signal_points, "calls": _calls}[at]
-        self._thread = thread
+        self._tracer = (_Settrace if sys.version_info < (3, 12) else _Monitoring)(self)
+        self._last: dict[FrameType, int] = {}  # the last instruction of each frame
 
     def __repr__(self) -> str:
         return f"<{self.error!r} at {self.where}>"
 
     def __enter__(self) -> Strike:
-        self._before = sys.gettrace(), threading.gettrace()
-        # CPython 3.12 traces no instruction unless some frame wants that when tracing starts.
-        sys._getframe().f_trace_opcodes = True
-        if self._thread is None:
-            sys.settrace(self._enter_frame)
-        else:
-            threading.settrace(self._enter_frame)
+        self._entered_by = threading.get_ident()
+        self._outside = {frame for frame, _ in traceback.walk_stack(sys._getframe())}
+        self._tracer.start()
         return self
 
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
-        sys.settrace(self._before[0])
-        threading.settrace(self._before[1])  # type: ignore[arg-type]
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        self._tracer.stop()
+        self._last.clear()
+        self._outside.clear()
         self.raised = error is self.error
         return self.raised
 
-    def _enter_frame(self, frame: FrameType, event: str, arg: object) -> Any:
-        code = frame.f_code
-        if self.where is not None or not code.co_filename.startswith(self._files):
-            return None
-        if self._thread not in (None, threading.current_thread().name):
-            return None
-        frame.f_trace_opcodes = True
-        is_point = self._points(code)
-        before = -1
+    def concerns(self, code: CodeType) -> bool:
+        """Tells whether to call `step` in this code, as far as is known from the outside."""
+        return self.where is None and code.co_filename.startswith(self._files)
 
-        def trace(frame: FrameType, event: str, arg: object) -> Any:
-            nonlocal before
-            if event == "opcode" and self.where is None:
-                last, before = before, frame.f_lasti
-                if is_point(last, before):
-                    self._arrive(frame)
-            return trace
-
-        return trace
-
-    def _arrive(self, frame: FrameType) -> None:
+    def step(self, frame: FrameType) -> None:
+        """Is called before each instruction."""
+        if self.where is not None or frame in self._outside:
+            return
+        if self.thread is None:
+            if threading.get_ident() != self._entered_by:
+                return
+        elif threading.current_thread().name != self.thread:
+            return
+        last, now = self._last.get(frame, -1), frame.f_lasti
+        self._last[frame] = now
+        if not self._points(frame.f_code)(last, now):
+            return
         if self._left > 0:
             self._left -= 1
             return
         code = frame.f_code
         name = getattr(code, "co_qualname", code.co_name)
         self.where = f"{name}, {os.path.basename(code.co_filename)}:{frame.f_lineno}"
-        sys.settrace(None)
         if self._do is None:
             raise self.error
         self._do()
+
+
+class _Settrace:
+    """Traces instructions up to CPython 3.11; from 3.12 on, that leaves some out, or crashes."""
+
+    def __init__(self, strike: Strike) -> None:
+        self._strike = strike
+
+    def start(self) -> None:
+        self._before = sys.gettrace(), threading.gettrace()
+        threading.settrace(self._enter_frame)
+        if self._strike.thread is None:
+            sys.settrace(self._enter_frame)
+
+    def stop(self) -> None:
+        sys.settrace(self._before[0])
+        threading.settrace(self._before[1])  # type: ignore[arg-type]
+
+    def _enter_frame(self, frame: FrameType, event: str, arg: object) -> Any:
+        if not self._strike.concerns(frame.f_code):
+            return None
+        frame.f_trace_opcodes = True
+        return self._step
+
+    def _step(self, frame: FrameType, event: str, arg: object) -> Any:
+        if event == "opcode":
+            self._strike.step(frame)
+        return self._step
+
+
+class _Monitoring:
+    """Traces instructions from CPython 3.12 on."""
+
+    def __init__(self, strike: Strike) -> None:
+        self._strike = strike
+        self._monitoring: Any = sys.monitoring  # type: ignore[attr-defined, unused-ignore]
+
+    def start(self) -> None:
+        monitoring, instruction = self._monitoring, self._monitoring.events.INSTRUCTION
+        monitoring.use_tool_id(_TOOL, "explorer")
+        monitoring.register_callback(_TOOL, instruction, self._step)
+        self._codes = [
+            code
+            for thing in gc.get_objects()
+            if type(thing) is FunctionType and self._strike.concerns(thing.__code__)
+            for code in _with_nested(thing.__code__)
+        ]
+        for code in self._codes:
+            monitoring.set_local_events(_TOOL, code, instruction)
+
+    def stop(self) -> None:
+        for code in self._codes:
+            self._monitoring.set_local_events(_TOOL, code, 0)
+        self._monitoring.free_tool_id(_TOOL)
+
+    def _step(self, code: CodeType, offset: int) -> None:
+        self._strike.step(sys._getframe(1))
+
+
+_TOOL = 4
+
+
+def _with_nested(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _with_nested(constant)
 
 
 _Points = Callable[[int, int], bool]
@@ -160,7 +223,7 @@ def _signal_points(code: CodeType) -> _Points:
     offsets = list(instructions)
     entries = {
         now
-        for last, now in zip(offsets, offsets[1:])
+        for last, now in itertools.pairwise(offsets)
         if instructions[last].opname == "RESUME" and (instructions[last].arg or 0) & 3 < 2
     } or {offsets[0]}
     return lambda last, now: last in called or now in entries or now in backward
