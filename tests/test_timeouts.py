@@ -48,7 +48,7 @@ def timer(monkeypatch):
     monkeypatch.setattr(_timeouts, "_timer", timer)
     yield timer
     until(lambda: not timers())
-    assert not timer.live
+    assert not timer.work
 
 
 @pytest.fixture
@@ -380,7 +380,7 @@ def test_a_thread_that_cannot_be_started_leaves_no_deadline_behind(timer):
     with starts_of_threads(cannot_start):
         with pytest.raises(RuntimeError, match="can't start new thread"):
             with_timeout(Future(), LATER)
-    assert not timer.live
+    assert not timer.work
     assert not timer._new
 
 
@@ -444,7 +444,7 @@ def test_any_number_of_completed_timeouts_do_not_pile_up(looked_after, timer):
         source = Future()
         with_timeout(source, LATER)
         source.set_result(n)
-    assert len(timer.live) == 1
+    assert len(timer.work) == 1
     until(lambda: len(timer._new) < 2_000 and timer._bell.empty())
     assert deadlines() < 4_000
 
@@ -502,7 +502,7 @@ def test_of_many_racing_completions_and_expiries_none_is_lost(timer):
         for fut in futures:
             assert fut.exception() is None or type(fut.exception()) is TimeoutError
         until(lambda: not timers())
-        assert not timer.live
+        assert not timer.work
 
 
 def test_finalisers_may_complete_sources_and_set_timeouts_in_the_middle_of_anything():

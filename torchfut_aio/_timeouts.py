@@ -1,11 +1,7 @@
 """Futures with a deadline: one thread looks after all of them, while there are any.
 
-Nothing here takes a lock, for a future may be completed by a finaliser or a signal handler
-in the middle of any step. Whoever starts or stops to be one of the futures that are looked
-after enters `_Timer.live`, or leaves it. The thread alone keeps them in order of time, and
-hears of new ones through a deque; it is rung for only if it would wake too late, or if it
-is to end, or if much has piled up. To end, it gives back the token that stands for it, and
-looks once more: who brings a future does these in the opposite order.
+The thread keeps the deadlines in order of time. Whoever brings one rings for the thread only if it
+would wake too late, or if much has piled up; whoever takes the last one away, so that it can end.
 """
 
 from __future__ import annotations
@@ -13,11 +9,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-import os
-import queue
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any, TypeVar
@@ -29,6 +21,7 @@ from ._arguments import timeout_checked
 from ._callbacks import Entry
 from ._errors import InvalidStateError
 from ._future import Combination, Future
+from ._worker import Worker, WorkerThread
 
 __all__ = ["with_timeout"]
 
@@ -63,18 +56,18 @@ def with_timeout(future: torch.futures.Future[T], seconds: float) -> Future[T]:
     source: Future[T] = as_future(future)
     deadline = _Deadline(source, seconds)
     child: Future[T] = deadline.child
-    source._add(deadline)
-    if seconds <= 0:
-        deadline.fail(_too_late(seconds))
-    elif seconds < math.inf and not source.done():
-        try:
-            _timer.add(deadline)
-        except BaseException:  # no thread could be started
-            source._discard(deadline)
-            _timer.forget(deadline)
-            raise
-        if source.done():  # perhaps before it was added
-            _timer.forget(deadline)
+    try:
+        source._add(deadline)
+        if seconds <= 0:
+            deadline.fail(_too_late(seconds))
+        elif seconds < math.inf and not source.done():
+            _timer.submit(deadline)
+            if source.done():  # perhaps before it was submitted
+                _timer.forget(deadline)
+    except BaseException:  # no thread could be started, or Ctrl-C
+        source._discard(deadline)
+        _timer.forget(deadline)
+        raise
     return child
 
 
@@ -119,108 +112,58 @@ def _too_late(seconds: float) -> TimeoutError:
     return TimeoutError(f"the future was not done within {seconds:g} s; it stays pending")
 
 
-class _Timer:
+class _Timer(Worker):
     """The deadlines that are looked after, and the thread that does."""
 
-    def __init__(self) -> None:
-        self.live: dict[_Deadline, None] = {}
-        self._new: deque[_Deadline] = deque()
-        # A put may interrupt a put, or a get.
-        self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self._wakes_at = math.inf
-        self._token = [None]
+    patience_at_exit = 1.0
+    survives_fork = True
 
-    def add(self, deadline: _Deadline) -> None:
-        self.live[deadline] = None
-        self._new.append(deadline)
-        if self._start():
-            return
-        if deadline.when < self._wakes_at or len(self._new) > 2 * len(self.live) + 1000:
-            self._bell.put(None)
+    def __init__(self) -> None:
+        super().__init__("torchfut_aio timeouts")
+        self._wakes_at = math.inf
+
+    def has_to_know(self, deadline: _Deadline) -> bool:
+        return deadline.when < self._wakes_at or len(self._new) > 2 * len(self.work) + 1000
 
     def forget(self, deadline: _Deadline) -> None:
-        if self.live.pop(deadline, deadline) is None and not self.live:
-            self._bell.put(None)
+        """Lets go of a deadline; does nothing if that is over."""
+        if self.work.pop(deadline, deadline) is None and not self.work:
+            self.ring()
 
-    def _start(self) -> bool:
-        """Starts the thread, unless there is one."""
-        try:
-            self._token.pop()
-        except IndexError:
-            return False
-        thread = threading.Thread(target=self._run, name="torchfut_aio timeouts", daemon=True)
-        try:
-            thread.start()
-        except BaseException as error:
-            self._token.append(None)
-            for deadline in list(self.live):  # others may have relied on this thread
-                self._drop(deadline, error)
-                with suppress(ValueError):
-                    self._new.remove(deadline)
-            raise
-        return True
-
-    def _run(self) -> None:
+    def serve(self, thread: WorkerThread) -> None:
         number = itertools.count()
         heap: list[tuple[float, int, _Deadline]] = []
-        while True:
-            self._take_in(heap, number)
-            while heap and (heap[0][0] <= time.monotonic() or heap[0][2] not in self.live):
-                deadline = heapq.heappop(heap)[2]
-                self._drop(deadline, _too_late(deadline.seconds))
-            if not self.live:
-                self._token.append(None)
-                if not self._new:
+        try:
+            while True:
+                self._take_in(heap, number)
+                while heap and (heap[0][0] <= time.monotonic() or heap[0][2] not in self.work):
+                    self._expire(heapq.heappop(heap)[2])
+                if thread.is_to_end or not self.work:
                     return
-                try:
-                    self._token.pop()
-                except IndexError:  # another thread looks after what is new
-                    return
-                continue
-            self._wakes_at = heap[0][0] if heap else math.inf
-            if self._take_in(heap, number):
-                continue
-            # Until the earliest is due, or longer than a platform's clock can count.
-            timeout = min(self._wakes_at - time.monotonic(), threading.TIMEOUT_MAX)
-            with suppress(queue.Empty):
-                self._bell.get(timeout=max(timeout, 0))
+                self._wakes_at = heap[0][0] if heap else math.inf
+                # Whoever came before that has seen another time, and may not have rung.
+                if not self._take_in(heap, number):
+                    self.rest(self._wakes_at - time.monotonic())
+        finally:
+            self._wakes_at = math.inf
 
     def _take_in(self, heap: list[tuple[float, int, _Deadline]], number: Iterator[int]) -> bool:
-        """Takes what is new; tells whether there was anything.
-
-        By taking out, as that locks the deque where there is no GIL: what is not seen here comes
-        from one who sees what this thread has written before.
-        """
-        found = False
-        while (deadline := self._next_new()) is not None:
-            found = True
-            if deadline in self.live:
+        """Puts what is new into the heap; tells whether there was anything."""
+        new = self.take()
+        for deadline in new:
+            if deadline in self.work:
                 heapq.heappush(heap, (deadline.when, next(number), deadline))
-        if len(heap) > 2 * len(self.live) + 1000:  # the rest has been forgotten
-            heap[:] = [entry for entry in heap if entry[2] in self.live]
+        if len(heap) > 2 * len(self.work) + 1000:  # the rest has been forgotten
+            heap[:] = [entry for entry in heap if entry[2] in self.work]
             heapq.heapify(heap)
-        return found
+        return bool(new)
 
-    def _next_new(self) -> _Deadline | None:
-        try:
-            return self._new.popleft()
-        except IndexError:
-            return None
-
-    def _drop(self, deadline: _Deadline, error: BaseException) -> None:
-        if self.live.pop(deadline, deadline) is None:
+    def _expire(self, deadline: _Deadline) -> None:
+        if deadline in self.work:
             # Nobody is above to take what a callback of a future may pass on.
             with suppress(KeyboardInterrupt, SystemExit):
-                deadline.fail(error)
+                deadline.fail(_too_late(deadline.seconds))
+            self.work.pop(deadline, None)
 
 
 _timer = _Timer()
-
-
-def _forget_thread() -> None:
-    global _timer
-    _timer = _Timer()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_thread)
