@@ -78,6 +78,7 @@ def test_imports_run_one_way():
     below = {
         "_arguments.py": set(),
         "_cpython.py": set(),
+        "_worker.py": set(),
         "_errors.py": {"._cpython"},
         "_repr.py": set(),
         "_callbacks.py": {"._errors", "._future"},  # the latter for type checkers only
@@ -99,15 +100,26 @@ def test_imports_run_one_way():
             "._errors",
             "._future",
             "._rpc_errors",
+            "._worker",
         },
         "_collect.py": {".", "._adopt", "._callbacks", "._errors", "._future"},
-        "_timeouts.py": {"._adopt", "._arguments", "._callbacks", "._errors", "._future"},
+        "_timeouts.py": {
+            "._adopt",
+            "._arguments",
+            "._callbacks",
+            "._errors",
+            "._future",
+            "._worker",
+        },
         "_tasks.py": {".", "._adopt", "._arguments", "._errors", "._future"},
-        "_background_loop.py": {"._future", "._tasks"},
+        "_background_loop.py": {"._future", "._tasks", "._worker"},
     }
     for name, allowed in below.items():
         assert imported(package / name) <= allowed, name
-    for folder, allowed in (("_loops", {".._cpython"}), ("_devices", {"..", ".._loops"})):
+    for folder, allowed in (
+        ("_loops", {".._cpython"}),
+        ("_devices", {"..", ".._loops", ".._worker"}),
+    ):
         for path in (package / folder).glob("*.py"):
             above = {module for module in imported(path) if module.startswith("..")}
             assert above <= allowed, path

@@ -21,7 +21,7 @@ from ._arguments import timeout_checked
 from ._callbacks import Entry
 from ._errors import InvalidStateError
 from ._future import Combination, Future
-from ._worker import Worker, WorkerThread
+from ._worker import Worker, WorkerThread, call_contained
 
 __all__ = ["with_timeout"]
 
@@ -160,9 +160,7 @@ class _Timer(Worker):
 
     def _expire(self, deadline: _Deadline) -> None:
         if deadline in self.work:
-            # Nobody is above to take what a callback of a future may pass on.
-            with suppress(KeyboardInterrupt, SystemExit):
-                deadline.fail(_too_late(deadline.seconds))
+            call_contained(deadline.fail, _too_late(deadline.seconds))
             self.work.pop(deadline, None)
 
 

@@ -27,6 +27,7 @@ Subclasses say what the thread does, in `serve`, and how it is woken, in `ring`.
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import queue
 import threading
@@ -34,10 +35,23 @@ import time
 import weakref
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, ClassVar
 
-__all__ = ["Worker", "WorkerThread"]
+__all__ = ["Worker", "WorkerThread", "call_contained"]
+
+_logger = logging.getLogger("torchfut_aio")
+
+
+def call_contained(function: Callable[..., object], *args: object) -> None:
+    """Calls what may run callbacks of others, whose errors must not end the thread."""
+    try:
+        # Nobody is above to take what a callback of a future may pass on.
+        with suppress(KeyboardInterrupt, SystemExit):
+            function(*args)
+    except Exception:
+        _logger.exception("Got the following error when calling %r:", function)
 
 
 class WorkerThread(threading.Thread):
@@ -118,7 +132,7 @@ class Worker(ABC):
     """
 
     patience_at_exit: ClassVar[float] = 0.0
-    """For how many seconds a daemon is waited for at exit, having been told to end; 0 to leave it."""
+    """For how many seconds a daemon that was told to end is waited for at exit; 0 to leave it."""
 
     survives_fork: ClassVar[bool] = False
     """Whether what is pending when the process forks is to be done in the child, too."""
@@ -171,7 +185,7 @@ class Worker(ABC):
         self._newest = thread = WorkerThread(self)
         thread.start()
 
-    def has_to_know(self, item: Any) -> bool:
+    def has_to_know(self, _item: Any) -> bool:
         """Tells whether to ring for a new item, or the thread will see it soon enough."""
         return True
 
@@ -193,7 +207,7 @@ class Worker(ABC):
         for thread in threads:
             thread.tell_to_end(hand_over=hand_over)
         self.ring()
-        return all([thread.has_ended(give_up) for thread in threads])
+        return all(thread.has_ended(give_up) for thread in threads)
 
     # ---------------------------------------------------------------------- for the thread
 

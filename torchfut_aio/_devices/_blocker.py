@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
-from contextlib import suppress
 
-from .._worker import Worker, WorkerThread
+from .._worker import Worker, WorkerThread, call_contained
 
 __all__ = ["Blocker"]
 
@@ -14,8 +12,6 @@ __all__ = ["Blocker"]
 _LINGER = 0.1
 
 _Notify = Callable[[Exception | None], object]
-
-_logger = logging.getLogger("torchfut_aio")
 
 
 class Blocker(Worker):
@@ -62,14 +58,5 @@ class Blocker(Worker):
             error = exception
         for notify, other in wanted.items():
             if other == function and self.work.pop(notify, None) is not None:
-                _notify(notify, error)
+                call_contained(notify, error)
         return True
-
-
-def _notify(notify: _Notify, error: Exception | None) -> None:
-    # Nobody is above to take what a callback of a future may pass on.
-    with suppress(KeyboardInterrupt, SystemExit):
-        try:
-            notify(error)
-        except Exception:
-            _logger.exception("Got the following error when calling %r:", notify)
