@@ -220,7 +220,7 @@ class Worker(ABC):
         return bool([*self.work])  # a copy locks the dict where there is no GIL, len() does not
 
     def take(self) -> list[Any]:
-        """Returns the items that are new to this thread, each perhaps twice.
+        """Returns the items that are new to this thread; some that have gone, or twice, at times.
 
         By taking out, as that locks the deque where there is no GIL: what is not seen here comes
         from one who sees what this thread has written before.
@@ -246,7 +246,8 @@ class Worker(ABC):
             if self._server is not None and self._server.is_alive():
                 return False
             self._server = thread
-        self._new.extend([*self.work])
+        self._new.clear()
+        self._new.extend([*self.work])  # whatever became of the thread before
         return True
 
     def _release(self, thread: WorkerThread) -> None:
