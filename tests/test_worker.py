@@ -292,10 +292,11 @@ def test_after_a_fork_the_child_does_what_is_pending_if_it_is_to_and_what_it_sub
         worker = Prints(ready=False)
         worker.submit("pending")
         warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads
-        worker.ready = True  # which the thread in the parent does not see, as nobody rings
         if child := os.fork():
             assert os.waitpid(child, 0)[1] == 0
             os._exit(0)
+        worker.ready = True
+        worker.ring()
         for thread in worker.threads():
             thread.join(30)
         worker.submit("new")
