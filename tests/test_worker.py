@@ -300,7 +300,8 @@ def test_after_a_fork_the_child_does_what_is_pending_if_it_is_to_and_what_it_sub
         for thread in worker.threads():
             thread.join(30)
         worker.submit("new")
-        worker.threads()[0].join(30)
+        for thread in worker.threads():
+            thread.join(30)
         os._exit(0)
     """)
     assert printed.split() == ["pending", "new"][not survives :]
