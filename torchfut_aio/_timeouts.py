@@ -86,7 +86,6 @@ class _Deadline(Entry):
         self.when = time.monotonic() + seconds
 
     def run(self, source: Future[Any]) -> None:
-        _timer.forget(self)
         error = source.exception()
         if error is None:
             self._complete(Future.set_result, Combination(source.value(), (source,)))
@@ -103,6 +102,7 @@ class _Deadline(Entry):
             self._complete(Future.set_exception, error)
 
     def _complete(self, setter: Callable[..., None], outcome: object) -> None:
+        _timer.forget(self)
         with suppress(InvalidStateError):  # somebody has completed it instead
             setter(self.child, outcome)
         self.source = self.child = None
@@ -127,7 +127,8 @@ class _Timer(Worker):
 
     def forget(self, deadline: _Deadline) -> None:
         """Lets go of a deadline; does nothing if that is over."""
-        if self.work.pop(deadline, deadline) is None and not self.work:
+        self.work.pop(deadline, None)
+        if not self.work:
             self.ring()
 
     def serve(self, thread: WorkerThread) -> None:

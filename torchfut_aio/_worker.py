@@ -190,8 +190,9 @@ class Worker(ABC):
         return True
 
     def ring(self) -> None:
-        """Wakes the thread, from any thread: by default, from `rest`."""
-        self._bell.put(None)
+        """Wakes the thread that serves, if one does: by default, from `rest`."""
+        if self._server is not None:
+            self._bell.put(None)
 
     def threads(self) -> list[WorkerThread]:
         """Returns the threads that are alive or are being started."""
