@@ -64,6 +64,10 @@ class _Background(Worker):
         super().__init__(_NAME)
         self._running: _Running | None = None
 
+    def has_to_know(self, _promise: Promise) -> bool:
+        running = self._running
+        return running is not None and not running.is_rung
+
     def ring(self) -> None:
         running = self._running
         if running is not None:
@@ -100,18 +104,16 @@ class _Running:
         self._thread = thread
         self._loop = asyncio.get_running_loop()
         self._closing = asyncio.Event()
-        self._rung = False
+        self.is_rung = False
 
     def ring(self) -> None:
         """Has the loop look at what there is to do, from any thread."""
         # As an Inbox: what is to be seen has been written before, and it is read after.
-        if self._rung:
-            return
         try:
-            self._rung = True
+            self.is_rung = True
             self._call_look_soon()
         except BaseException:  # Ctrl-C; but others may have seen that it was rung
-            self._rung = False
+            self.is_rung = False
             self._call_look_soon()
             raise
 
@@ -122,7 +124,7 @@ class _Running:
 
     def look(self) -> None:
         """Makes tasks of the calls that are new; begins to close if the thread is to end."""
-        self._rung = False
+        self.is_rung = False
         for promise in self._worker.take():
             call = self._worker.work.pop(promise, None)
             if call is not None:
