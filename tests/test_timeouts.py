@@ -474,6 +474,19 @@ def test_whoever_is_struck_while_completing_a_source_leaves_no_timeout_pending(t
         until(lambda: not timers())
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_runs_out_of_memory_at_any_step_leaves_no_future_pending():
+    for strike in explorer.strikes(
+        _timeouts, _worker, error=MemoryError, at="calls", thread="torchfut_aio timeouts"
+    ):
+        with strike:
+            late = [with_timeout(Future(), SOON) for _ in range(2)]
+            until(lambda: strike.where or not timers())
+        assert times_out(), strike  # which starts a thread, if that one died before its first line
+        until(lambda: all(fut.done() for fut in late))
+        until(lambda: not timers())
+
+
 @pytest.mark.parametrize("there_is_a_thread", [False, True])
 def test_a_real_ctrl_c_stops_no_later_timeout(there_is_a_thread):
     # In a process of its own: an interrupt within CPython's threading may leave there a thread

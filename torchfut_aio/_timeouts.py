@@ -77,11 +77,12 @@ class _Deadline(Entry):
     The timer may keep it for longer, so it lets go of both futures then.
     """
 
-    __slots__ = ("child", "seconds", "source", "when")
+    __slots__ = ("child", "is_late", "seconds", "source", "when")
 
     def __init__(self, source: Future[Any], seconds: float) -> None:
         self.source: Any = source
         self.child: Any = Future(devices=source._devices)
+        self.is_late = False
         self.seconds = seconds
         self.when = time.monotonic() + seconds
 
@@ -93,19 +94,22 @@ class _Deadline(Entry):
             self._complete(Future.set_exception, error)
 
     def interrupted(self, _source: Future[Any], interrupt: BaseException) -> None:
-        if self.child is not None:
-            self._complete(Future.set_exception, interrupt)
+        self._complete(Future.set_exception, interrupt)
 
     def fail(self, error: BaseException) -> None:
+        """Fails the child, unless the source has been faster; may be repeated if it raises."""
         source = self.source
-        if source is not None and source._discard(self):
+        if source is not None and (self.is_late or source._discard(self)):
+            self.is_late = True
             self._complete(Future.set_exception, error)
 
     def _complete(self, setter: Callable[..., None], outcome: object) -> None:
-        _timer.forget(self)
-        with suppress(InvalidStateError):  # somebody has completed it instead
-            setter(self.child, outcome)
-        self.source = self.child = None
+        child = self.child
+        if child is not None:
+            with suppress(InvalidStateError):  # somebody has completed it instead
+                setter(child, outcome)
+            _timer.forget(self)
+            self.source = self.child = None
 
 
 def _too_late(seconds: float) -> TimeoutError:
@@ -161,7 +165,10 @@ class _Timer(Worker):
 
     def _expire(self, deadline: _Deadline) -> None:
         if deadline in self.work:
-            call_contained(deadline.fail, _too_late(deadline.seconds))
+            try:
+                call_contained(deadline.fail, _too_late(deadline.seconds))
+            finally:  # again, in case there was no memory
+                call_contained(deadline.fail, _too_late(deadline.seconds))
             self.work.pop(deadline, None)
 
 
