@@ -243,8 +243,6 @@ def _calls(code: CodeType) -> _Points:
 def _ends_with(before: list[dis.Instruction]) -> bool:
     """Tells whether a call is the one with which a ``with`` lets go: who could not would hang."""
     nones = [i.opname == "DUP_TOP" or (i.opname, i.argval) == ("LOAD_CONST", None) for i in before]
-        (i.argval is None and i.opname == "LOAD_CONST") or i.opname == "DUP_TOP" for i in before
-    ]
     return nones == [True] * 3
 
 
