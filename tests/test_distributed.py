@@ -454,9 +454,7 @@ def test_a_signal_handler_may_call_and_shut_down():
 def test_an_exit_that_ends_the_background_loop_is_survived_by_later_calls():
     with background_loop_ends():
         fut = exits_beside()
-        thread = background_thread()
-        thread.join(PATIENCE)
-        assert not thread.is_alive()
+        until(lambda: not _background_loop.is_running())
         assert fut.done()
         assert double(2).wait(PATIENCE) == 4
 

@@ -502,6 +502,11 @@ def test_a_real_ctrl_c_stops_no_later_timeout(there_is_a_thread):
                 armed.clear()
                 raise KeyboardInterrupt
 
+        def attempt():
+            with_timeout(Future(), 0.0001)
+            while armed:
+                pass
+
         armed, strikes = [], 0
         signal.signal(signal.SIGALRM, strike)
         kept = with_timeout(Future(), 3600) if {there_is_a_thread} else None
@@ -512,9 +517,7 @@ def test_a_real_ctrl_c_stops_no_later_timeout(there_is_a_thread):
             try:
                 armed.append(True)
                 signal.setitimer(signal.ITIMER_REAL, (n % 60 * 5 + 1) * 1e-6)
-                with_timeout(Future(), 0.0001)
-                while armed:
-                    pass
+                attempt()
             except KeyboardInterrupt:
                 strikes += 1
             late = with_timeout(Future(), 0.0001).then(lambda fut: type(fut.exception()))

@@ -594,7 +594,7 @@ async def test_cancelled_waits_leave_nothing_with_a_blocking_thread(
                 await synchronize(producer)
         [lane] = watcher_of(_loops.current())._watched
         assert len(lane.pending) < 40
-        assert len(lane.blocker._notify) <= 1
+        assert len(lane.blocker.work) <= 1
         accelerator.wake()
 
 

@@ -83,11 +83,14 @@ class _Background(Worker):
         try:
             anyio.run(self._serve, thread, backend_options=options)
         except Exception as error:  # there is no memory, or no descriptor for a loop
-            for promise in [*self.work]:
-                if self.work.pop(promise, None):
-                    call_contained(promise.fail, error)
+            self._fail_calls(error)
         finally:
             self._running = None
+
+    def _fail_calls(self, error: Exception) -> None:
+        for promise in [*self.work]:
+            if self.work.pop(promise, None):
+                call_contained(promise.fail, error)
 
     async def _serve(self, thread: WorkerThread) -> None:
         self._running = running = _Running(self, thread)

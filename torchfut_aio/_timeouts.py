@@ -136,21 +136,24 @@ class _Timer(Worker):
             self.ring()
 
     def serve(self, thread: WorkerThread) -> None:
-        number = itertools.count()
-        heap: list[tuple[float, int, _Deadline]] = []
         try:
-            while True:
-                self._take_in(heap, number)
-                while heap and (heap[0][0] <= time.monotonic() or heap[0][2] not in self.work):
-                    self._expire(heapq.heappop(heap)[2])
-                if thread.is_to_end or not self.work:
-                    return
-                self._wakes_at = heap[0][0] if heap else math.inf
-                # Whoever came before that has seen another time, and may not have rung.
-                if not self._take_in(heap, number):
-                    self.rest(self._wakes_at - time.monotonic())
+            self._expire_all(thread)
         finally:
             self._wakes_at = math.inf
+
+    def _expire_all(self, thread: WorkerThread) -> None:
+        number = itertools.count()
+        heap: list[tuple[float, int, _Deadline]] = []
+        while True:
+            self._take_in(heap, number)
+            while heap and (heap[0][0] <= time.monotonic() or heap[0][2] not in self.work):
+                self._expire(heapq.heappop(heap)[2])
+            if thread.is_to_end or not self.work:
+                return
+            self._wakes_at = heap[0][0] if heap else math.inf
+            # Whoever came before that has seen another time, and may not have rung.
+            if not self._take_in(heap, number):
+                self.rest(self._wakes_at - time.monotonic())
 
     def _take_in(self, heap: list[tuple[float, int, _Deadline]], number: Iterator[int]) -> bool:
         """Puts what is new into the heap; tells whether there was anything."""

@@ -79,16 +79,20 @@ class WorkerThread(threading.Thread):
         """Serves while there is work, unless another thread does."""
         worker = self._worker
         try:
-            while worker._claim(self):
-                worker.serve(self)
-                worker._release(self)
-                if self.is_to_end or not worker.has_work():
-                    break
-                self.will_look = True
+            self._serve_while_there_is_work()
         finally:
             worker._release(self)
             if self._hands_over and worker.has_work():
                 worker.ensure_thread()
+
+    def _serve_while_there_is_work(self) -> None:
+        worker = self._worker
+        while worker._claim(self):
+            worker.serve(self)
+            worker._release(self)
+            if self.is_to_end or not worker.has_work():
+                return
+            self.will_look = True
 
     def tell_to_end(self, *, hand_over: bool) -> None:
         """Has it end, whatever there is to do; if told so, another thread does that then."""
