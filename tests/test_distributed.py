@@ -22,14 +22,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 
-from torchfut_aio import BlockingWaitWarning, Future, _background_loop, as_future
+from torchfut_aio import BlockingWaitWarning, Future, _background_loop, _worker, as_future
 from torchfut_aio.distributed import async_comm_hook, async_rpc, serve_on, shutdown
 
-from . import services
+from . import explorer, services
 from .accelerator import FIRST, NEW, being_filled, read_on_current_stream
 from .cluster import LOOPS, Cluster
 from .loops import on_every_loop
-from .threads import PATIENCE, PATIENCE_WITH_PROCESSES, until
+from .threads import PATIENCE, PATIENCE_WITH_PROCESSES, running, until
 
 every_loop = pytest.mark.parametrize("loop", LOOPS)
 
@@ -509,11 +509,8 @@ def test_a_shutdown_that_interrupts_the_start_of_the_thread_does_not_wait_for_it
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_an_exit_that_ends_the_background_loop_is_survived_by_later_calls():
     with background_loop_ends():
-        assert double(1).wait(PATIENCE) == 2
-        thread = background_thread()
         fut = exits_beside()
-        thread.join(PATIENCE)
-        assert not thread.is_alive()
+        until(lambda: not _background_loop.is_running())
         assert fut.done()
         assert double(2).wait(PATIENCE) == 4
 
@@ -528,6 +525,57 @@ def test_a_thread_that_cannot_be_started_fails_the_call_and_leaves_nothing(monke
             with pytest.raises(RuntimeError, match="can't start new thread"):
                 double(1)
         assert double(2).wait(PATIENCE) == 4
+
+
+@pytest.mark.parametrize("there_is_a_loop", [False, True])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_whoever_is_struck_while_calling_loses_that_call_and_no_other(error, there_is_a_loop):
+    at = "signals" if error is KeyboardInterrupt else "calls"
+    with background_loop_ends():
+        for strike in explorer.strikes(_background_loop, _worker, error=error, at=at):
+            if there_is_a_loop:
+                assert double(0).wait(PATIENCE) == 0
+            else:
+                shutdown()
+            with strike:
+                fut = double(1)
+            assert strike.raised == (strike.where is not None), strike
+            assert strike.raised or fut.wait(PATIENCE) == 2, strike
+            assert double(2).wait(PATIENCE) == 4, strike
+
+
+@pytest.mark.parametrize("there_is_a_loop", [False, True])
+def test_whoever_is_struck_while_calling_takes_no_other_threads_call_away(there_is_a_loop):
+    def call_beside_and_strike():
+        with running(lambda: others.append(double(3))):
+            pass
+        raise KeyboardInterrupt
+
+    with background_loop_ends():
+        for strike in explorer.strikes(_background_loop, _worker, do=call_beside_and_strike):
+            others = []
+            if there_is_a_loop:
+                assert double(0).wait(PATIENCE) == 0
+            else:
+                shutdown()
+            with suppress(KeyboardInterrupt), strike:
+                double(1)
+            assert all(other.wait(PATIENCE) == 6 for other in others), strike
+
+
+def test_a_shutdown_at_any_point_of_a_call_neither_hangs_nor_loses_a_call():
+    def call_and_shut_down():
+        with running(lambda: others.append(double(3)), lambda: others.append(hangs())):
+            pass
+        shutdown(graceful=False)
+
+    with background_loop_ends():
+        for strike in explorer.strikes(_background_loop, _worker, do=call_and_shut_down):
+            others = []
+            with strike:
+                others.append(double(1))
+            until(lambda: all(other.done() for other in others))
+            shutdown(graceful=False)
 
 
 def test_a_function_that_ignores_its_cancellation_is_reported(monkeypatch, caplog):

@@ -19,6 +19,7 @@ from torchfut_aio import (
     BlockingWaitWarning,
     Future,
     PollPolicy,
+    _worker,
     as_future,
     gather,
     set_poll_policy,
@@ -26,7 +27,10 @@ from torchfut_aio import (
     synchronize,
     to_host,
 )
+from torchfut_aio._devices import _background, _blocker
+from torchfut_aio._devices._blocker import Blocker
 
+from . import explorer
 from .accelerator import DEVICE, FIRST, NEW, being_filled, simulated_only
 from .loops import on_every_loop
 from .threads import PATIENCE, running, until
@@ -348,10 +352,6 @@ def test_an_adopted_event_completes_where_no_loop_runs(accelerator, producer, so
 
 
 def test_the_thread_that_watches_where_no_loop_runs_ends_with_the_last_event(accelerator, producer):
-
-    def watchers():
-        return [t for t in threading.enumerate() if t.name == "torchfut_aio watcher"]
-
     for _ in range(20):
         with producer:
             accelerator.sleep(PATIENCE)
@@ -360,6 +360,70 @@ def test_the_thread_that_watches_where_no_loop_runs_ends_with_the_last_event(acc
         accelerator.wake()
         assert gather(futures).wait(PATIENCE) == [None] * 50
         until(lambda: not watchers())
+
+
+def watchers():
+    return [t for t in threading.enumerate() if t.name == "torchfut_aio watcher"]
+
+
+def test_threads_that_are_first_to_adopt_at_the_same_moment_share_a_thread_that_can_be_ended(
+    accelerator, producer
+):
+    for _ in range(30):
+        with producer:
+            accelerator.sleep(PATIENCE)
+        futures = []
+        with running(*[lambda: futures.append(as_future(recorded(producer)))] * 4):
+            pass
+        until(lambda: len(watchers()) == 1)
+        assert watchers() == _background._watching.threads()
+        assert _background._watching.end(PATIENCE, hand_over=False)  # as at exit
+        assert not watchers()
+        more = as_future(recorded(producer))
+        accelerator.wake()
+        assert gather([*futures, more]).wait(PATIENCE) == [None] * 5
+        until(lambda: not watchers())
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_whoever_is_struck_while_adopting_leaves_nothing_and_harms_nobody(
+    accelerator, producer, error
+):
+    at = "signals" if error is KeyboardInterrupt else "calls"
+    for strike in explorer.strikes(_background, _worker, error=error, at=at):
+        with producer:
+            accelerator.sleep(PATIENCE)
+        with strike:
+            fut = as_future(producer)
+        # Of errors of the device, and of MemoryError, the future is told.
+        assert not strike.where or strike.raised or isinstance(fut.exception(), error), strike
+        other = as_future(recorded(producer))
+        accelerator.wake()
+        assert other.wait(PATIENCE) is None, strike
+        assert strike.where or fut.wait(PATIENCE) is None
+        until(lambda: not watchers())
+        assert not _background._watching.work, strike
+
+
+def test_a_thread_that_cannot_be_started_leaves_no_notification_behind(
+    accelerator, producer, monkeypatch
+):
+    def cannot(thread):
+        raise RuntimeError("can't start new thread")
+
+    blocker = Blocker()
+    with producer:
+        accelerator.sleep(PATIENCE)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", cannot)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            as_future(producer)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            blocker.block(accelerator.wake, print)
+    assert not _background._watching.work
+    assert not blocker.work
+    accelerator.wake()
+    assert as_future(producer).wait(PATIENCE) is None
 
 
 @on_every_loop
@@ -576,3 +640,62 @@ def test_waiting_for_an_adopted_event_on_the_loop_that_made_it_does_not_hang(
             return fut.wait(PATIENCE)
 
     assert asyncio.run(main()) is None
+
+
+# ------------------------------------------------------------------------ blocking threads
+
+
+def blockers():
+    return [t for t in threading.enumerate() if t.name == "torchfut_aio blocker"]
+
+
+def blocked(blocker, function=lambda: None):
+    """Has the blocker call a function; returns the event that is set then."""
+    event = threading.Event()
+    blocker.block(function, lambda error: event.set())
+    return event
+
+
+def test_whoever_gives_up_at_any_step_of_the_blocking_thread_harms_nobody():
+    def give_up():
+        blocker.forget(first)
+
+    told = []
+    for strike in explorer.strikes(_blocker, thread="torchfut_aio blocker", do=give_up):
+        blocker, first = Blocker(), told.append
+        with strike:
+            blocker.block(lambda: None, first)
+            assert blocked(blocker).wait(PATIENCE), strike
+        assert blocked(blocker).wait(PATIENCE), strike
+        assert not blocker.work
+    assert told
+
+
+def test_what_is_asked_for_at_any_step_of_the_blocking_thread_is_called():
+    for strike in explorer.strikes(
+        _blocker,
+        _worker,
+        thread="torchfut_aio blocker",
+        do=lambda: events.append(blocked(blocker)),
+    ):
+        blocker, events = Blocker(), []
+        with strike:
+            events.append(blocked(blocker))
+            until(lambda: strike.where or not blocker.threads())
+        assert all(event.wait(PATIENCE) for event in events), strike
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_a_notification_that_raises_does_not_end_the_blocking_thread(error, caplog):
+    def fails(_):
+        raise error
+
+    blocker, release = Blocker(), threading.Event()
+    event = blocked(blocker, lambda: release.wait(PATIENCE))
+    for _ in range(3):
+        blocker.block(int, fails)
+    last = blocked(blocker)
+    release.set()
+    assert event.wait(PATIENCE)
+    assert last.wait(PATIENCE)
+    until(lambda: not blockers())

@@ -677,7 +677,7 @@ async def test_cancelled_waits_leave_nothing_with_a_blocking_thread(
                 await synchronize(producer)
         [queue] = watcher_of(_loops.current())._active
         assert len(queue.events) < 40
-        assert len(queue.blocker._notify) <= 1
+        assert len(queue.blocker.work) <= 1
         accelerator.wake()
 
 

@@ -10,7 +10,8 @@ who wait are served, the C++ future is completed), ``_callbacks.py`` (callbacks 
 ``_collect.py`` combines futures, ``_adopt.py`` adopts other kinds, ``_tasks.py`` makes futures
 of tasks, ``_timeouts.py`` gives futures a deadline. ``_errors.py`` dresses errors, and
 ``_rpc_errors.py`` sees them through C++. ``_devices/`` knows of accelerators: of the kernels
-that fill a value, and when they are done. ``_cpython.py`` has all that is private to CPython.
+that fill a value, and when they are done. ``_worker.py`` is what all threads of the package
+are made of. ``_cpython.py`` has all that is private to CPython.
 
 ``distributed.py`` is imported by those who use it, with ``_background_loop.py`` beneath it:
 async functions as RPC handlers and as DDP hooks.

@@ -10,7 +10,6 @@ import asyncio
 import concurrent.futures
 import functools
 import sys
-import threading
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -25,6 +24,7 @@ from ._devices import RecordedEvent, already_recorded, finish_current_streams, r
 from ._errors import InvalidStateError, NotAFutureError, less_innermost_frame
 from ._future import Future
 from ._rpc_errors import StandIn, restored
+from ._worker import Worker, WorkerThread, call_contained
 
 __all__ = ["adopts_unimported", "as_future"]
 
@@ -286,17 +286,33 @@ if torch.distributed.is_available():
             native = source.get_future()
         except RuntimeError:
             # Some works of gloo have none, and only who blocks is told: one thread each.
-            name = "torchfut_aio work"
-            threading.Thread(target=_outwait, args=(source, future), name=name, daemon=True).start()
+            _WorkWait().submit(source, future)
         else:
             native.add_done_callback(lambda done: _copy(done.value, future))
 
-    def _outwait(source: torch.distributed.Work, future: Future[Any]) -> None:
+    class _WorkWait(Worker):
+        """A thread that blocks for one work.
+
+        It is left behind at exit: what it waits for may take as long as a peer likes, and cannot
+        be given up.
+        """
+
+        def __init__(self) -> None:
+            super().__init__("torchfut_aio work")
+
+        def serve(self, _thread: WorkerThread) -> None:
+            for source in self.take():
+                future = self.work.pop(source, None)
+                if future is not None:
+                    call_contained(_wait_for_work, source, future)
+
+    def _wait_for_work(source: torch.distributed.Work, future: Future[Any]) -> None:
         def wait() -> None:
             source.wait()
             finish_current_streams()
 
-        _copy(wait, future)
+        with suppress(InvalidStateError):  # somebody has completed it instead
+            _copy(wait, future)
 
 
 _OWN = frozenset(_adapters.registry)

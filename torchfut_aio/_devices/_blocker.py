@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
+
+from .._worker import Worker, WorkerThread, call_contained
 
 __all__ = ["Blocker"]
 
@@ -13,54 +14,49 @@ _LINGER = 0.1
 _Notify = Callable[[Exception | None], object]
 
 
-class Blocker:
-    """Calls a function that blocks, in at most one thread, for any number of who wait.
+class Blocker(Worker):
+    """Calls a function that blocks, in at most one thread, for any number of waiters.
 
-    The thread is not a daemon: to end a thread that is inside of torch, as the end of the
-    interpreter does, can abort the process. So an interpreter that exits waits for it.
+    The work is who is to be notified, each with the function to call first.
     """
 
-    __slots__ = ("_arrived", "_notify", "_running")
+    daemon = False
 
-    def __init__(self) -> None:
-        self._arrived = threading.Condition()
-        self._notify: dict[_Notify, Callable[[], object]] = {}
-        self._running = False
+    def __init__(self, name: str = "torchfut_aio blocker") -> None:
+        super().__init__(name)
 
     def block(self, function: Callable[[], object], notify: _Notify) -> None:
         """Has ``notify(error or None)`` called, in a thread, after ``function`` has been.
 
         One call of a function serves all who have asked for it by the time it starts.
+
+        Raises:
+            RuntimeError: No thread could be started; ``notify`` is not called.
         """
-        with self._arrived:
-            self._notify[notify] = function
-            if self._running:
-                self._arrived.notify()
-                return
-            self._running = True
-        try:
-            threading.Thread(target=self._run, name="torchfut_aio blocker", daemon=False).start()
-        except BaseException:  # let the next one try
-            self._running = False
-            raise
+        self.submit(notify, function)
 
     def forget(self, notify: _Notify) -> None:
         """Does not call ``notify`` any more, unless it is being called."""
-        self._notify.pop(notify, None)
+        self.work.pop(notify, None)
 
-    def _run(self) -> None:
-        while True:
-            with self._arrived:
-                if not self._notify and not self._arrived.wait_for(lambda: self._notify, _LINGER):
-                    self._running = False
-                    return
-                asked = list(self._notify.items())
-            function, error = asked[0][1], None
-            try:
-                function()
-            except Exception as exception:
-                error = exception
-            for notify, wanted in asked:
-                if wanted == function and self._notify.pop(notify, None) is not None:
-                    notify(error)
-            del asked, function, error
+    def serve(self, thread: WorkerThread) -> None:
+        while not thread.is_to_end and (self._call_one() or self.rest(_LINGER)):
+            pass
+
+    def _call_one(self) -> bool:
+        """Calls one function, and notifies all who had asked for it; tells whether anybody had."""
+        self.take()  # what is new is in the dict, too
+        # Others may forget one meanwhile. Listing the keys runs no Python code.
+        wanted = {notify: self.work.get(notify) for notify in [*self.work]}
+        function = next(filter(None, wanted.values()), None)
+        if function is None:
+            return False
+        error: Exception | None = None
+        try:
+            function()
+        except Exception as exception:
+            error = exception
+        for notify, other in wanted.items():
+            if other == function and self.work.pop(notify, None) is not None:
+                call_contained(notify, error)
+        return True

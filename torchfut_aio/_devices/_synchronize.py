@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Coroutine, Generator, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -25,9 +24,6 @@ async def _synchronize(events: Sequence[RecordedEvent]) -> None:
 # One for each device, so that any number of tasks cost one thread.
 _blockers: dict[torch.device, Blocker] = {}
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_blockers.clear)
-
 
 @functools.cache
 def _blocking(device: torch.device) -> Callable[[], None]:
@@ -44,7 +40,7 @@ async def _synchronize_device(device: torch.device) -> None:
         errors.append(error)
         waiter.wake()
 
-    blocker = _blockers.setdefault(device, Blocker())
+    blocker = _blockers.get(device) or _blockers.setdefault(device, Blocker())
     try:
         blocker.block(_blocking(device), notify)
         await _Woken(waiter)

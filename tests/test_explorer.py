@@ -1,0 +1,89 @@
+"""The explorer itself: it strikes everywhere, once a run, and in every function of a module."""
+
+from __future__ import annotations
+
+import sys
+import threading
+
+import pytest
+
+from . import explorer
+
+
+def called():
+    pass
+
+
+def scenario(done):
+    done.append("entered")
+    for n in range(2):
+        done.append(n)
+    called()
+    done.append("left")
+
+
+HERE = sys.modules[__name__]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_it_strikes_at_each_step_in_turn(error):
+    reached, where = [], []
+    for strike in explorer.strikes(HERE, error=error):
+        done = []
+        with strike:
+            scenario(done)
+        assert strike.raised == (strike.where is not None)
+        if strike.where:
+            reached.append(tuple(done))
+            where.append(strike.where.partition(",")[0])
+    steps = ["entered", 0, 1, "left"]
+    assert list(dict.fromkeys(reached)) == [tuple(steps[:n]) for n in range(5)]
+    assert reached == sorted(reached, key=len)
+    assert {"scenario", "called"} == set(where)
+
+
+def test_it_may_strike_instead_of_calls():
+    reached = []
+    for strike in explorer.strikes(HERE, error=MemoryError, at="calls"):
+        done = []
+        with strike:
+            scenario(done)
+        reached.append(len(done))
+    assert reached == [0, 1, 1, 2, 3, 3, 4]
+
+
+def test_it_leaves_out_points_if_asked():
+    def places(**options):
+        for strike in explorer.strikes(HERE, **options):
+            with strike:
+                scenario([])
+            if strike.where:
+                yield strike.where
+
+    assert list(places(every=3)) == list(places())[::3]
+
+
+def test_it_may_act_as_another_thread_instead_of_raising():
+    for strike in explorer.strikes(HERE, do=lambda: done.append("other")):
+        done = []
+        with strike:
+            scenario(done)
+        assert done.count("other") == (strike.where is not None)
+        assert "left" in done
+
+
+def test_it_may_strike_another_thread():
+    seen = []
+
+    def see():
+        seen.append(threading.current_thread())
+
+    for strike in explorer.strikes(HERE, thread="struck", do=see):
+        thread = threading.Thread(target=scenario, args=([],), name="struck")
+        with strike:
+            scenario([])
+            thread.start()
+            thread.join()
+        if strike.where:
+            assert seen.pop() is thread
+    assert not seen

@@ -1,0 +1,343 @@
+"""A thread while there is work: what a worker promises, at every point where it may be struck."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+import textwrap
+import threading
+
+import pytest
+
+from torchfut_aio import _worker
+from torchfut_aio._worker import Worker
+
+from . import explorer
+from .threads import PATIENCE, running, until
+
+NAME = "torchfut_aio worker in a test"
+
+
+class Sets(Worker):
+    """Sets events; or calls functions, which are its work, too."""
+
+    def __init__(self, linger=0.0):
+        super().__init__(NAME)
+        self.linger = linger
+        self.serving = self.most = 0
+        self.served_by = set()
+
+    def serve(self, thread):
+        self.serving += 1
+        self.most = max(self.most, self.serving)
+        self.served_by.add(thread)
+        try:
+            while not thread.is_to_end:
+                for item in self.take():
+                    if self.work.pop(item, self) is not self:
+                        getattr(item, "set", item)()
+                if not self.work and not self.rest(self.linger):
+                    return
+        finally:
+            self.serving -= 1
+
+
+def threads():
+    return [thread for thread in threading.enumerate() if thread.name == NAME]
+
+
+def submits(worker):
+    """Submits an event, and returns it."""
+    event = threading.Event()
+    worker.submit(event)
+    return event
+
+
+def submits_beside(worker):
+    """Submits an event in another thread, and returns it."""
+    events = []
+    with running(lambda: events.append(submits(worker))):
+        pass
+    return events[0]
+
+
+def cannot_start(thread):
+    raise RuntimeError("can't start new thread")
+
+
+# ------------------------------------------------------------------------------- work
+
+
+def test_what_is_submitted_is_done_and_the_thread_ends():
+    worker = Sets()
+    for _ in range(100):
+        assert submits(worker).wait(PATIENCE)
+    until(lambda: not threads())
+    assert worker.work == {}
+
+
+def test_a_thread_that_is_there_does_what_comes_later():
+    worker = Sets(linger=PATIENCE)
+    for _ in range(100):
+        assert submits(worker).wait(PATIENCE)
+        assert len(threads()) == 1
+    assert len(worker.served_by) == 1
+    assert worker.end(PATIENCE)
+    assert not threads()
+
+
+def test_of_many_threads_that_submit_at_once_each_is_served_and_by_one_thread_at_a_time():
+    worker, events = Sets(), []
+    for _ in range(50):
+        with running(*[lambda: events.append(submits(worker))] * 6):
+            pass
+    assert all(event.wait(PATIENCE) for event in events)
+    assert worker.most == 1
+    until(lambda: not threads())
+
+
+def test_finalisers_may_submit_in_the_middle_of_anything():
+    worker, events = Sets(), []
+
+    class Finalised:
+        def __init__(self):
+            self.me = self  # for the collector to find, at any allocation
+
+        def __del__(self):
+            events.append(submits(worker))
+
+    threshold = gc.get_threshold()
+    gc.set_threshold(7)
+    try:
+        for _ in range(300):
+            Finalised()
+            events.append(submits(worker))
+    finally:
+        gc.set_threshold(*threshold)
+    until(lambda: gc.collect() is not None and len(events) == 600)
+    assert all(event.wait(PATIENCE) for event in events)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("kind", [ValueError, SystemExit])
+def test_what_ends_the_thread_by_an_error_leaves_the_rest_to_another(kind):
+    def fails():
+        raise kind
+
+    worker = Sets()
+    with running(lambda: worker.submit(fails), lambda: worker.submit(fails)):
+        events = [submits(worker) for _ in range(3)]
+    assert all(event.wait(PATIENCE) for event in events)
+
+
+# --------------------------------------------------------------------- a start that fails
+
+
+def test_a_thread_that_cannot_be_started_is_the_error_of_one_submission(monkeypatch):
+    worker = Sets()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", cannot_start)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            submits(worker)
+    assert not worker.work
+    assert not worker._new
+    assert submits(worker).wait(PATIENCE)
+
+
+def test_nobody_relies_on_a_thread_that_another_cannot_start(monkeypatch):
+    worker, events = Sets(), []
+
+    def start_other_first(thread):
+        patch.undo()
+        events.append(submits_beside(worker))
+        cannot_start(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start_other_first)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            submits(worker)
+    assert events[0].wait(PATIENCE)
+
+
+# ------------------------------------------------------------------ struck at every point
+# Not within CPython's threading: an interrupt there may leave a condition locked, and the thread
+# that was being started then hangs before its first line. The next submission starts another.
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+@pytest.mark.parametrize("there_is_a_thread", [False, True])
+def test_whoever_is_struck_while_submitting_loses_that_and_nothing_else(error, there_is_a_thread):
+    at = "signals" if error is KeyboardInterrupt else "calls"
+    for strike in explorer.strikes(_worker, error=error, at=at):
+        worker, event = Sets(PATIENCE if there_is_a_thread else 0), threading.Event()
+        before = submits(worker)
+        until(before.is_set if there_is_a_thread else lambda: not threads())
+        with strike:
+            worker.submit(event)
+        assert strike.raised == (strike.where is not None), strike
+        assert strike.raised or event.wait(PATIENCE), strike
+        assert submits(worker).wait(PATIENCE), strike
+        assert not worker.work, strike
+        worker.end(PATIENCE)
+        until(lambda: not threads())
+
+
+def test_whoever_is_struck_takes_no_other_threads_work_away():
+    def submit_beside_and_strike():
+        events.append(submits_beside(worker))
+        raise KeyboardInterrupt
+
+    for strike in explorer.strikes(_worker, do=submit_beside_and_strike):
+        worker, events = Sets(), []
+        try:
+            with strike:
+                events.append(submits(worker))
+        except KeyboardInterrupt:
+            pass
+        assert len(events) == 1
+        assert events[0].wait(PATIENCE), strike
+        until(lambda: not threads())
+
+
+@pytest.mark.parametrize("submit", [submits, submits_beside])
+def test_a_submission_in_the_middle_of_another_is_served(submit):
+    for strike in explorer.strikes(_worker, do=lambda: events.append(submit(worker))):
+        worker, events = Sets(), []
+        with strike:
+            events.append(submits(worker))
+        assert len(events) == 1 + (strike.where is not None)
+        assert all(event.wait(PATIENCE) for event in events), strike
+        assert worker.most == 1
+        until(lambda: not threads())
+
+
+@pytest.mark.parametrize("linger", [0.0, 0.01])
+def test_a_submission_at_any_step_of_the_thread_is_served(linger):
+    for strike in explorer.strikes(
+        _worker, thread=NAME, do=lambda: events.append(submits_beside(worker))
+    ):
+        worker, events = Sets(linger), []
+        with strike:
+            events.append(submits(worker))
+            until(lambda: not threads())
+        assert len(events) == 1 + (strike.where is not None)
+        assert all(event.wait(PATIENCE) for event in events), strike
+        assert worker.most == 1
+
+
+# ------------------------------------------------------------------------------- the end
+
+
+def test_an_end_waits_for_the_thread_and_hands_over_what_is_left():
+    worker, release = Sets(), threading.Event()
+    began = threading.Event()
+    worker.submit(lambda: (began.set(), release.wait(PATIENCE)))
+    assert began.wait(PATIENCE)
+    [thread] = threads()
+    assert not worker.end(0.01)
+    event = submits(worker)
+    release.set()
+    thread.join(PATIENCE)
+    assert event.wait(PATIENCE)
+    assert worker.end(PATIENCE)
+    assert not worker.threads()
+
+
+def test_an_end_at_any_point_of_a_submission_does_not_hang_and_loses_nothing():
+    for strike in explorer.strikes(_worker, do=lambda: worker.end(PATIENCE)):
+        worker = Sets(linger=0.01)
+        with strike:
+            event = submits(worker)
+        assert event.wait(PATIENCE), strike
+        until(lambda: not threads())
+
+
+def python(program):
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", PRELUDE + textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+PRELUDE = """
+import atexit, os, sys, threading, warnings
+from torchfut_aio._worker import Worker
+
+class Prints(Worker):
+    def __init__(self, ready=True):
+        super().__init__("prints")
+        self.ready = ready
+
+    def serve(self, thread):
+        while not thread.is_to_end:
+            if self.ready:
+                for item in self.take():
+                    if self.work.pop(item, self) is not self:
+                        print(item, flush=True)
+                return
+            self.rest(30)
+
+"""
+
+
+@pytest.mark.parametrize("survives", [False, True])
+def test_after_a_fork_the_child_does_what_is_pending_if_it_is_to_and_what_it_submits(survives):
+    printed = python(f"""
+        Prints.survives_fork = {survives}
+        worker = Prints(ready=False)
+        worker.submit("pending")
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads
+        if child := os.fork():
+            assert os.waitpid(child, 0)[1] == 0
+            os._exit(0)
+        worker.ready = True
+        worker.ring()
+        for thread in worker.threads():
+            thread.join(30)
+        worker.submit("new")
+        for thread in worker.threads():
+            thread.join(30)
+        os._exit(0)
+    """)
+    assert printed.split() == ["pending", "new"][not survives :]
+
+
+def test_at_exit_a_daemon_is_ended_or_left_and_another_is_waited_for():
+    printed = python("""
+        class Ended(Prints):
+            patience_at_exit = 30
+
+            def serve(self, thread):
+                super().serve(thread)
+                print("ended", thread.is_to_end, flush=True)
+
+        class Waited(Prints):
+            daemon = False
+
+            def serve(self, thread):
+                threading.main_thread().join()  # which returns when the interpreter waits
+                super().serve(thread)
+
+        workers = Ended(ready=False), Prints(ready=False), Waited()
+        for worker in workers:
+            worker.submit("work")
+    """)
+    assert sorted(printed.splitlines()) == ["ended True", "work"]
+
+
+def test_what_is_submitted_while_the_interpreter_exits_is_done():
+    printed = python("""
+        def late():
+            worker.submit("late")
+            for thread in worker.threads():
+                thread.join(30)
+
+        worker = Prints()
+        atexit.register(late)
+    """)
+    assert printed == "late\n"
