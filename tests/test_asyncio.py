@@ -21,7 +21,7 @@ import pytest
 import uvloop
 
 from torchfut_aio import Future
-from torchfut_aio._loops import _asyncio
+from torchfut_aio._loops import _burst
 from torchfut_aio._loops._inbox import Inbox
 
 from .loops import on_asyncio
@@ -289,8 +289,8 @@ async def test_in_a_burst_the_loop_looks_again_without_being_woken(
 @on_asyncio
 async def test_in_a_burst_the_loops_own_completions_do_not_wait(monkeypatch, nothing_blocks_a_loop):
     nothing_blocks_a_loop.deactivate()
-    monkeypatch.setattr(_asyncio, "LONGEST", PATIENCE)
-    monkeypatch.setattr(_asyncio, "PATIENCE", PATIENCE)
+    monkeypatch.setattr(_burst, "LONGEST_PAUSE", PATIENCE)
+    monkeypatch.setattr(_burst, "PAUSE_FOR_EACH", PATIENCE)
     await asyncio.gather(*await burst())  # from now on the loop means to sleep for long
     futures = [Future() for _ in range(10)]
     tasks = [asyncio.ensure_future(value_of(fut)) for fut in futures]
@@ -308,14 +308,14 @@ async def test_in_a_burst_the_loops_own_completions_do_not_wait(monkeypatch, not
 async def test_after_a_burst_the_loop_looks_no_more(monkeypatch, nothing_blocks_a_loop):
     nothing_blocks_a_loop.deactivate()
     looks = 0
-    real = Inbox._serve
+    real = Inbox.serve
 
     def serve(inbox):
         nonlocal looks
         looks += 1
         real(inbox)
 
-    monkeypatch.setattr(Inbox, "_serve", serve)
+    monkeypatch.setattr(Inbox, "serve", serve)
     await asyncio.gather(*await burst())
     await asyncio.sleep(0.05)  # the last look finds nothing, a millisecond later
     assert looks in (1, 2)

@@ -1,0 +1,240 @@
+"""Raises an exception at each point, one a run, where CPython could: what must hold then, holds.
+
+CPython looks for signals when it enters a Python function, after a call, and at a jump backwards;
+a KeyboardInterrupt arises there. MemoryError and RecursionError may arise instead of any call. ::
+
+    for strike in strikes(torchfut_aio._timeouts):
+        source = Future()
+        with strike:
+            child = with_timeout(source, 0.01)
+        ...  # check what must hold, whether strike.raised or not
+
+The loop ends after the first run that gets to its end before its point.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import gc
+import itertools
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from types import CodeType, FrameType, FunctionType, ModuleType
+from typing import Any
+
+__all__ = ["Strike", "strikes"]
+
+
+def strikes(
+    *modules: ModuleType,
+    every: int = 1,
+    first: int = 0,
+    error: type[BaseException] = KeyboardInterrupt,
+    do: Callable[[], object] | None = None,
+    at: str = "signals",
+    thread: str | None = None,
+) -> Iterator[Strike]:
+    """Gives a strike for each point in the code of ``modules``: context managers, for a run each.
+
+    Args:
+        *modules: Where to strike; a package stands for all that is in it.
+        every: Strike at every so-many-th point only.
+        first: The number of the first point.
+        error: What to raise.
+        do: A function to call at the point, instead of raising: what another thread might do.
+        at: "signals", where CPython looks for signals; or "calls", instead of each call.
+        thread: The name of a thread that is started meanwhile and to be struck; if None, the
+            thread that enters the context is.
+    """
+    files = tuple(map(_files, modules))
+    for number in itertools.count(first, every):
+        strike = Strike(number, files, error, do, at, thread)
+        yield strike
+        if strike.where is None:
+            assert number > first, "nothing was struck"
+            return
+
+
+def _files(module: ModuleType) -> str:
+    assert module.__file__ is not None
+    if hasattr(module, "__path__"):
+        return os.path.dirname(module.__file__) + os.sep
+    return module.__file__
+
+
+class Strike:
+    """One strike; suppresses its own error at the end of the context.
+
+    Attributes:
+        where: Where it has struck, as text; None if it has not.
+        raised: Whether its error has arrived at the context's end. Where nobody is above, as in
+            a finaliser, it does not.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        files: tuple[str, ...],
+        error: type[BaseException],
+        do: Callable[[], object] | None,
+        at: str,
+        thread: str | None,
+    ) -> None:
+        self.where: str | None = None
+        self.raised = False
+        self.error = error(f"strike {number}")
+        self.thread = thread
+        self._left = number
+        self._files = files
+        self._do = do
+        self._points = {"signals": _signal_points, "calls": _calls}[at]
+        self._tracer = (_Settrace if sys.version_info < (3, 12) else _Monitoring)(self)
+        self._last: dict[FrameType, int] = {}  # the last instruction of each frame
+
+    def __repr__(self) -> str:
+        return f"<{self.error!r} at {self.where}>"
+
+    def __enter__(self) -> Strike:
+        self._entered_by = threading.get_ident()
+        self._outside = {frame for frame, _ in traceback.walk_stack(sys._getframe())}
+        self._tracer.start()
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        self._tracer.stop()
+        self._last.clear()
+        self._outside.clear()
+        self.raised = error is self.error
+        return self.raised
+
+    def concerns(self, code: CodeType) -> bool:
+        """Tells whether to call `step` in this code, as far as is known from the outside."""
+        return self.where is None and code.co_filename.startswith(self._files)
+
+    def step(self, frame: FrameType) -> None:
+        """Is called before each instruction."""
+        if self.where is not None or frame in self._outside:
+            return
+        if self.thread is None:
+            if threading.get_ident() != self._entered_by:
+                return
+        elif threading.current_thread().name != self.thread:
+            return
+        last, now = self._last.get(frame, -1), frame.f_lasti
+        self._last[frame] = now
+        if not self._points(frame.f_code)(last, now):
+            return
+        if self._left > 0:
+            self._left -= 1
+            return
+        code = frame.f_code
+        name = getattr(code, "co_qualname", code.co_name)
+        self.where = f"{name}, {os.path.basename(code.co_filename)}:{frame.f_lineno}"
+        if self._do is None:
+            raise self.error
+        self._do()
+
+
+class _Settrace:
+    """Traces instructions up to CPython 3.11; from 3.12 on, that leaves some out, or crashes."""
+
+    def __init__(self, strike: Strike) -> None:
+        self._strike = strike
+
+    def start(self) -> None:
+        self._before = sys.gettrace(), threading.gettrace()
+        threading.settrace(self._enter_frame)
+        if self._strike.thread is None:
+            sys.settrace(self._enter_frame)
+
+    def stop(self) -> None:
+        sys.settrace(self._before[0])
+        threading.settrace(self._before[1])  # type: ignore[arg-type]
+
+    def _enter_frame(self, frame: FrameType, event: str, arg: object) -> Any:
+        if not self._strike.concerns(frame.f_code):
+            return None
+        frame.f_trace_opcodes = True
+        return self._step
+
+    def _step(self, frame: FrameType, event: str, arg: object) -> Any:
+        if event == "opcode":
+            self._strike.step(frame)
+        return self._step
+
+
+class _Monitoring:
+    """Traces instructions from CPython 3.12 on."""
+
+    def __init__(self, strike: Strike) -> None:
+        self._strike = strike
+        self._monitoring: Any = sys.monitoring  # type: ignore[attr-defined, unused-ignore]
+
+    def start(self) -> None:
+        monitoring, instruction = self._monitoring, self._monitoring.events.INSTRUCTION
+        monitoring.use_tool_id(_TOOL, "explorer")
+        monitoring.register_callback(_TOOL, instruction, self._step)
+        self._codes = [
+            code
+            for thing in gc.get_objects()
+            if type(thing) is FunctionType and self._strike.concerns(thing.__code__)
+            for code in _with_nested(thing.__code__)
+        ]
+        for code in self._codes:
+            monitoring.set_local_events(_TOOL, code, instruction)
+
+    def stop(self) -> None:
+        for code in self._codes:
+            self._monitoring.set_local_events(_TOOL, code, 0)
+        self._monitoring.free_tool_id(_TOOL)
+
+    def _step(self, code: CodeType, offset: int) -> None:
+        self._strike.step(sys._getframe(1))
+
+
+_TOOL = 4
+
+
+def _with_nested(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _with_nested(constant)
+
+
+_Points = Callable[[int, int], bool]
+
+
+@functools.cache
+def _signal_points(code: CodeType) -> _Points:
+    instructions = {i.offset: i for i in dis.get_instructions(code)}
+    called = {offset for offset, i in instructions.items() if _is_call(i)}
+    backward = {
+        offset
+        for offset, i in instructions.items()
+        if "JUMP" in i.opname and isinstance(i.argval, int) and i.argval <= offset
+    }
+    # Tracing may begin after the RESUME with which a function begins from CPython 3.11 on, or a
+    # generator goes on. None is looked at that goes on in the midst of a yield from or await.
+    offsets = list(instructions)
+    entries = {
+        now
+        for last, now in itertools.pairwise(offsets)
+        if instructions[last].opname == "RESUME" and (instructions[last].arg or 0) & 3 < 2
+    } or {offsets[0]}
+    return lambda last, now: last in called or now in entries or now in backward
+
+
+@functools.cache
+def _calls(code: CodeType) -> _Points:
+    called = {i.offset for i in dis.get_instructions(code) if _is_call(i)}
+    return lambda _last, now: now in called
+
+
+def _is_call(instruction: dis.Instruction) -> bool:
+    name = instruction.opname
+    return name.startswith("CALL") and not name.startswith("CALL_INTRINSIC")
