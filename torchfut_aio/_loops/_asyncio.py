@@ -22,7 +22,7 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator
 from threading import get_ident
 from typing import Any
 
-from .._cpython import in_callback_of, resume_callback, running_loop
+from .._cpython import in_callback_of, resume_callback, running_loop, still_waits
 from ._burst import MANY, Burst
 from ._loop import Handle, Loop
 from ._timer import TimerFd
@@ -179,7 +179,13 @@ class AsyncioLoop(Loop):
             taken = waiter.resume_callback
             if taken is not None:
                 waiter.resume_callback = None
-                taken[1].run(taken[0], future)
+                try:
+                    taken[1].run(taken[0], future)
+                except BaseException:
+                    if still_waits(taken[0], future):  # the call has not got to the task
+                        waiter.resume_callback = taken
+                        waiters.appendleft(waiter)
+                    raise
 
 
 def _will_look_before_it_sleeps(event_loop: asyncio.AbstractEventLoop) -> bool:
