@@ -16,8 +16,9 @@ and copying it lock it; asking for its length does not. So the loop copies it.)
 
 Ctrl-C may strike in the loop, when it has taken the call from its list and not made it yet. An
 inbox that went on to count on this call would be deaf for ever. So it does not keep the call, but
-a weak reference: when the loop drops the call, made or not, the reference tells. If a traceback
-keeps the call, the next task that is about to wait on this loop asks for another.
+a weak reference: when the loop drops the call, made or not, the reference tells. A traceback, or
+any frame whose callers lead to the loop, may keep the call for longer. So the next task that is
+about to wait on this loop asks for another, if it finds a wake-up under way.
 """
 
 from __future__ import annotations
