@@ -389,15 +389,15 @@ def test_what_strikes_an_alarm_leaves_it_working_and_other_files_alone(new_loop,
         with strike, suppress(asyncio.TimeoutError):
             loop.run_until_complete(use())
         if used:
-            loop.run_until_complete(rings(used[0]))
-        loop.run_until_complete(use())
+            run(loop, loop.create_task(rings(used[0])))
+        run(loop, loop.create_task(use()))
         used.clear()
         one, other = socket.socketpair()
         with one, other:
             one.setblocking(False)
             loop.call_soon(other.send, b"hello")
             receive = asyncio.wait_for(loop.sock_recv(one, 10), PATIENCE)
-            assert loop.run_until_complete(receive) == b"hello"
+            assert run(loop, loop.create_task(receive)) == b"hello"
         loop.close()
 
 
