@@ -226,7 +226,12 @@ def _signal_points(code: CodeType) -> _Points:
         for last, now in itertools.pairwise(offsets)
         if instructions[last].opname == "RESUME" and (instructions[last].arg or 0) & 3 < 2
     } or {offsets[0]}
-    return lambda last, now: last in called or now in entries or now in backward
+    # A call that raised leads to a handler, and signals are not looked for on the way there.
+    parse: Any = getattr(dis, "_parse_exception_table", lambda _: ())  # from CPython 3.11 on
+    handlers = {entry.target for entry in parse(code)}
+    return lambda last, now: (
+        now not in handlers and (last in called or now in entries or now in backward)
+    )
 
 
 @functools.cache

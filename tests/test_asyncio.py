@@ -21,7 +21,7 @@ import pytest
 import uvloop
 
 from torchfut_aio import Future
-from torchfut_aio._loops import _asyncio
+from torchfut_aio._loops import _asyncio, _burst
 from torchfut_aio._loops._inbox import Inbox
 
 from .loops import on_asyncio
@@ -278,9 +278,9 @@ async def burst(n=100):
 @pytest.fixture
 def next_look(monkeypatch):
     """Has a loop that is in a burst look again when this is called, and not by itself before."""
-    monkeypatch.setattr(_asyncio, "LONGEST", 10 * PATIENCE)
-    monkeypatch.setattr(_asyncio, "PATIENCE", PATIENCE)
-    return lambda: _asyncio.current(asyncio.get_running_loop())._burst.set(0)
+    monkeypatch.setattr(_burst, "LONGEST_PAUSE", 10 * PATIENCE)
+    monkeypatch.setattr(_burst, "PAUSE_FOR_EACH", PATIENCE)
+    return lambda: _asyncio.current()._burst._alarm.set(0)
 
 
 @on_asyncio
@@ -325,14 +325,14 @@ async def test_in_a_burst_the_loops_own_completions_do_not_wait(
 async def test_after_a_burst_the_loop_looks_no_more(monkeypatch, nothing_blocks_a_loop):
     nothing_blocks_a_loop.deactivate()
     looks = 0
-    real = Inbox._serve
+    real = Inbox.serve
 
     def serve(inbox):
         nonlocal looks
         looks += 1
         real(inbox)
 
-    monkeypatch.setattr(Inbox, "_serve", serve)
+    monkeypatch.setattr(Inbox, "serve", serve)
     await asyncio.gather(*await burst())
     await eventually(lambda: looks > 1)  # the last look finds nothing, a millisecond later
     await asyncio.sleep(0.05)

@@ -16,13 +16,16 @@ class HandCrankedLoop(Inbox):
         self.wake_ups = 0
         self.resumed = []
         self.interrupt_at = None
+        self.scheduled = []
 
-    def _call_soon(self):
+    def _schedule(self, serve):
         if not self.closed:
             self.wake_ups += 1
+            self.scheduled.append(serve)
         return not self.closed
 
-    def _resume(self, waiters, count):
+    def _resume(self, count):
+        waiters = self._queue
         for _ in range(count):
             if waiters[0] == self.interrupt_at:
                 self.interrupt_at = None
@@ -31,7 +34,9 @@ class HandCrankedLoop(Inbox):
             del waiters[0]
 
     def turn(self):
-        self._serve()
+        for _ in range(len(self.scheduled)):
+            call = self.scheduled.pop(0)  # kept while it runs, as the loops keep it
+            call()
 
 
 def test_any_number_of_posts_are_one_wake_up_until_the_loop_has_looked():
@@ -50,9 +55,9 @@ def test_a_post_that_arrives_during_a_turn_is_seen_in_another():
     loop.post("first")
     real = loop._resume
 
-    def resume(waiters, count):
+    def resume(count):
         loop.post("second")
-        real(waiters, count)
+        real(count)
 
     loop._resume = resume
     loop.turn()
@@ -76,15 +81,15 @@ def test_a_turn_that_ctrl_c_cuts_short_goes_on_in_another():
 
 def test_ctrl_c_while_the_loop_is_being_woken_lets_the_next_post_wake_it():
     loop = HandCrankedLoop()
-    real = loop._call_soon
+    real = loop._schedule
 
-    def struck():
+    def struck(serve):
         raise KeyboardInterrupt
 
-    loop._call_soon = struck
+    loop._schedule = struck
     with pytest.raises(KeyboardInterrupt):
         loop.post(0)
-    loop._call_soon = real
+    loop._schedule = real
     loop.post(1)
     loop.turn()
     assert loop.resumed == [0, 1]
@@ -94,6 +99,32 @@ def test_a_closed_loop_keeps_nothing():
     loop = HandCrankedLoop()
     loop.post(0)
     loop.closed = True
-    loop._armed = False
+    loop.scheduled.clear()
+    assert not loop._queue
     loop.post(1)
     assert not loop._queue
+
+
+def test_a_loop_that_drops_the_call_it_was_to_make_is_asked_for_another():
+    loop = HandCrankedLoop()
+    loop.post(0)
+    loop.scheduled.pop()  # Ctrl-C struck before it was made
+    assert loop.wake_ups == 2
+    loop.turn()
+    assert (loop.resumed, loop.wake_ups) == ([0], 2)  # a call that was made is not asked for again
+    loop.post(1)
+    loop.turn()
+    assert (loop.resumed, loop.wake_ups) == ([0, 1], 3)
+
+
+def test_who_is_about_to_wait_renews_a_wake_up_that_a_traceback_keeps_but_once():
+    loop = HandCrankedLoop()
+    loop.post(0)
+    kept = loop.scheduled.pop()
+    for _ in range(3):
+        loop._renew_wake_up()
+    assert loop.wake_ups == 2
+    loop.turn()
+    assert loop.resumed == [0]
+    del kept
+    assert loop.wake_ups == 2

@@ -328,7 +328,6 @@ def test_one_thread_serves_many_threads_at_once():
             pass
         until(lambda: all(fut.done() for fut in futures))
         # Those that start at the same moment agree on one. Another may be about to end.
-        assert max(counts) <= 4 + 1
         until(lambda: not timers())
     assert most == 1
 

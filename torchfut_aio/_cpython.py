@@ -22,6 +22,7 @@ __all__ = [
     "laid_out_by_c",
     "resume_callback",
     "running_loop",
+    "still_waits",
 ]
 
 _ResumeCallback = tuple[Callable[[asyncio.Future[Any]], Any], contextvars.Context]
@@ -61,6 +62,16 @@ def resume_callback(future: asyncio.Future[Any]) -> _ResumeCallback | None:
     if type(callback) is not BuiltinMethodType or type(context) is not contextvars.Context:
         return None
     return found if isinstance(callback.__self__, _Task) else None
+
+
+def still_waits(callback: Callable[..., Any], future: asyncio.Future[Any]) -> bool:
+    """Tells whether the task that a `resume_callback` resumes is still to be resumed.
+
+    Returns:
+        False, too, where tasks do not tell what they wait for.
+    """
+    task = getattr(callback, "__self__", None)
+    return getattr(task, "_fut_waiter", None) is future
 
 
 _Future: type[Any] = asyncio.Future  # written in C

@@ -1,22 +1,28 @@
 """How a completion, in any thread, reaches a task that waits on an event loop.
 
-One file a kind of loop, and one interface, `Loop`. A task that waits makes a *waiter*,
-leaves it where the completing thread will find it, and parks. The completing thread
-calls ``waiter.wake()``; nothing else crosses threads.
+One file a kind of loop, and one interface, `Loop`. A task that waits makes a *waiter*, leaves it
+where the completing thread will find it, and parks. The completing thread calls
+``waiter.wake()``; nothing else crosses threads. `_inbox` says how that wakes the loop, and
+`_asyncio` follows a completion to its task.
 
-What has to be looked at now and then gets an `Alarm`, so that the loop drives it.
+What has to be done now and then gets an `Alarm`, so that the loop drives it.
+
+A further kind of loop is one more file, with a class derived from `Loop` and two functions,
+``current`` and ``loop_in_this_thread``; and a line in ``_KINDS``.
 
 Nothing here knows what a future is, or a device.
 """
 
 from __future__ import annotations
 
+import importlib
 import sys
-from collections.abc import Callable, Coroutine, Iterable
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
-from .._cpython import running_loop
 from . import _asyncio
+from ._alarm import Alarm
+from ._loop import Loop, Waiter
 from ._thread import ThreadWaiter
 
 __all__ = [
@@ -29,108 +35,50 @@ __all__ = [
     "loop_in_this_thread",
 ]
 
+# In the order in which they are asked: a module of the kind's library, what that has once it is
+# imported, without which no loop of the kind can run, and the file here. trio comes first: in its
+# guest mode a host loop runs in the same thread, and a task that trio runs is trio's.
+_KINDS = (
+    ("trio.lowlevel", "in_trio_task", "_trio"),
+    ("asyncio", "get_running_loop", "_asyncio"),
+)
 
-class Waiter(Protocol):
-    """One wait of a task or a thread."""
+current_asyncio = _asyncio.current
 
-    def wake(self) -> None:
-        """Wakes it, from any thread; does nothing if it is awake, or has gone."""
-
-
-class TaskWaiter(Waiter, Iterable[Any], Protocol):
-    """One wait of a task: ``yield from waiter`` suspends it until it is woken, or cancelled."""
-
-
-class Loop(Protocol):
-    """A running event loop, as the tasks that wait on it see it."""
-
-    def checkpoint(self) -> Iterable[Any]:
-        """Does what an await that need not wait does on this loop; for ``yield from``."""
-
-    def waiter(self) -> TaskWaiter:
-        """Returns a waiter, hashable, for one wait of the current task."""
-
-    def wake_later(self, waiter: Any, found: int) -> bool:
-        """Wakes ``waiter`` in a moment, if after ``found`` arrivals that is best; or returns False.
-
-        It is where arrivals come faster than tasks can be woken for each. For the loop's own
-        thread.
-        """
-
-    watcher: Any
-    """What the device side keeps for this loop."""
-
-    def alarm(self, function: Callable[[], None]) -> Alarm:
-        """Returns an alarm that is not set; for the loop's own thread."""
-
-    def call_soon(self, function: Callable[[], None]) -> None:
-        """Has the loop call ``function``, from any thread; does nothing if it has closed."""
-
-    def spawn(
-        self,
-        ended: Callable[[], None],
-        function: Callable[..., Coroutine[Any, Any, None]],
-        *args: object,
-    ) -> None:
-        """Runs an async function, which must not raise, in the loop's own thread.
-
-        The loop calls ``ended`` when the task has ended, also if it was cancelled before its
-        first step. It cannot if it closes before: then it drops both. asyncio does not keep the
-        task: what it waits for has to, or else it may be dropped.
-        """
-
-
-class Alarm(Protocol):
-    """Calls a function on the loop when its time has come. Not to be used in other threads.
-
-    From when it is made until it is closed, something is registered with the loop.
-    """
-
-    def set(self, seconds: float, /) -> None:
-        """Calls the function in so many seconds, or never, and not when last set to.
-
-        It may go on calling the function when its time has come until it is set again.
-        """
-
-    def close(self) -> None:
-        """Calls nothing any more, and leaves nothing with the loop."""
-
-
-def _in_trio_task() -> bool:
-    # trio is asked only if somebody imported it, and all of it: while another thread
-    # is still importing it, no task of its own can be running.
-    in_trio_task = getattr(sys.modules.get("trio.lowlevel"), "in_trio_task", None)
-    return in_trio_task is not None and in_trio_task()
+_files: tuple[Any, ...] = (_asyncio,)
+_currents: tuple[Callable[[], Loop | None], ...] = (_asyncio.current,)
+_not_imported = tuple(library for library, _, _ in _KINDS if library != "asyncio")
 
 
 def current() -> Loop:
     """Returns the loop that runs the calling task.
 
-    In trio's guest mode a host loop runs in the same thread; a task that trio runs is
-    trio's, so trio is asked first.
-
     Raises:
         RuntimeError: No event loop runs here.
     """
-    if "trio" in sys.modules and _in_trio_task():
-        from . import _trio
-
-        return _trio.current()
-    loop = current_asyncio()
-    if loop is None:
-        raise RuntimeError(
-            "no asyncio, uvloop or trio event loop runs here to await a torchfut_aio "
-            "future on; use wait() in code that is not asynchronous"
-        )
-    return loop
-
-
-def current_asyncio() -> _asyncio.AsyncioLoop | None:
-    """Returns the asyncio or uvloop loop that runs in this thread, if one does."""
-    loop = running_loop()
-    return None if loop is None else _asyncio.current(loop)
+    for library in _not_imported:
+        if library in sys.modules:
+            _admit_imported()
+    for find in _currents:
+        loop = find()
+        if loop is not None:
+            return loop
+    raise RuntimeError(
+        "no asyncio, uvloop or trio event loop runs here to await a torchfut_aio "
+        "future on; use wait() in code that is not asynchronous"
+    )
 
 
 def loop_in_this_thread() -> bool:
     """Tells whether blocking the calling thread would block an event loop."""
-    return running_loop() is not None or _in_trio_task()
+    _admit_imported()
+    return any(file.loop_in_this_thread() for file in _files)
+
+
+def _admit_imported() -> None:
+    """Imports the files of the kinds whose library the program has imported meanwhile."""
+    global _files, _currents, _not_imported
+    here = [kind for kind in _KINDS if hasattr(sys.modules.get(kind[0]), kind[1])]
+    _files = tuple(importlib.import_module("." + file, __name__) for _, _, file in here)
+    _currents = tuple(file.current for file in _files)
+    _not_imported = tuple(kind[0] for kind in _KINDS if kind not in here)

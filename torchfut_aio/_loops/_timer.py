@@ -2,6 +2,10 @@
 
 The loops' own timers have the resolution of ``epoll_wait``, a millisecond. A Linux timerfd
 becomes readable when its time has come, and wakes a loop within tens of microseconds.
+
+A descriptor that is closed while a loop watches it makes the loop deaf, or breaks whoever opens
+the next file. So nothing here closes one: the finaliser of its `TimerFd` does, and a loop that
+watches a `TimerFd` refers to it.
 """
 
 from __future__ import annotations
@@ -18,13 +22,43 @@ __all__ = ["TimerFd", "available"]
 
 _NONBLOCK, _CLOEXEC = os.O_NONBLOCK if hasattr(os, "O_NONBLOCK") else 0, 0o2000000
 
+# struct itimerspec: the seconds and nanoseconds of the interval, and those of the first time.
+_Itimerspec = ctypes.c_long * 4
 
-class _Timespec(ctypes.Structure):
-    _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
 
+class TimerFd(ctypes.c_int):
+    """A timer; readable from when its time has come until it is set again.
 
-class _Itimerspec(ctypes.Structure):
-    _fields_ = (("interval", _Timespec), ("value", _Timespec))
+    ``value`` is the descriptor. C makes the instance of what timerfd_create returns, so Ctrl-C
+    cannot strike between the descriptor and the object that will close it.
+    """
+
+    @classmethod
+    def make(cls) -> TimerFd:
+        """Makes a timer that is not set.
+
+        Raises:
+            OSError: Too many files are open.
+        """
+        libc = _libc()
+        assert libc is not None
+        timer: TimerFd = libc.timerfd_create(time.CLOCK_MONOTONIC, _NONBLOCK | _CLOEXEC)
+        if timer.value < 0:
+            raise OSError(ctypes.get_errno(), "timerfd_create: " + os.strerror(ctypes.get_errno()))
+        return timer
+
+    def set(self, seconds: float) -> None:
+        """Starts the timer anew, or, for infinity, stops it; either way it is not readable."""
+        # All zero stops it.
+        nanoseconds = 0 if seconds == math.inf else max(int(seconds * 1e9), 1)
+        libc = _libc()
+        assert libc is not None
+        libc.timerfd_settime(self, 0, _Itimerspec(0, 0, *divmod(nanoseconds, 10**9)), None)
+
+    # At exit, modules may have been emptied by the time that this is called.
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        if self.value >= 0:
+            close(self.value)
 
 
 @functools.cache
@@ -34,43 +68,12 @@ def _libc() -> ctypes.PyDLL | None:
     if not sys.platform.startswith("linux"):
         return None
     libc = ctypes.PyDLL(None, use_errno=True)
-    return libc if hasattr(libc, "timerfd_create") else None
+    if not hasattr(libc, "timerfd_create"):
+        return None
+    libc.timerfd_create.restype = TimerFd
+    return libc
 
 
 def available() -> bool:
     """Tells whether the platform has timers of this kind."""
     return _libc() is not None
-
-
-class TimerFd:
-    """A timer; ``fd`` is readable from when the time has come until it is set again."""
-
-    __slots__ = ("_settings", "fd")
-
-    def __init__(self) -> None:
-        self.fd = -1
-        libc = _libc()
-        assert libc is not None
-        self._settings = _Itimerspec()
-        self.fd = libc.timerfd_create(time.CLOCK_MONOTONIC, _NONBLOCK | _CLOEXEC)
-        if self.fd < 0:
-            raise OSError(ctypes.get_errno(), "timerfd_create: " + os.strerror(ctypes.get_errno()))
-
-    def set(self, seconds: float) -> None:
-        """Starts the timer anew, or, for infinity, stops it; either way it is not readable."""
-        value = self._settings.value
-        # All zero stops it.
-        nanoseconds = 0 if seconds == math.inf else max(int(seconds * 1e9), 1)
-        value.seconds, value.nanoseconds = divmod(nanoseconds, 1_000_000_000)
-        libc = _libc()
-        assert libc is not None
-        libc.timerfd_settime(self.fd, 0, ctypes.byref(self._settings), None)
-
-    # At exit, modules may have been emptied by the time that this is called.
-    def close(self, close: Callable[[int], None] = os.close) -> None:
-        """Gives the file back; may be called again."""
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            close(fd)
-
-    __del__ = close

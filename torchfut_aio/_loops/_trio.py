@@ -1,56 +1,71 @@
 """Tasks on trio's loop, in its guest mode too: the waiter names the sleeping task.
 
-Only `torchfut_aio._loops.current` imports this module, and only when trio runs.
+`torchfut_aio._loops` imports this module, once a program has imported trio.
 """
 
 from __future__ import annotations
 
-import math
-from collections import deque
 from collections.abc import Callable, Coroutine, Generator, Iterable
 from contextlib import suppress
 from typing import Any
 
 import trio
 
-from . import _timer
-from ._inbox import Inbox
+from ._loop import Loop
+from ._timer import TimerFd
 
-__all__ = ["current"]
+__all__ = ["TrioLoop", "current", "loop_in_this_thread"]
 
 
 class _Waiter:
-    """One wait; ``task`` is None before the task sleeps and once it has woken."""
+    """One wait; ``task`` is None unless the task sleeps, or is about to.
 
-    __slots__ = ("_inbox", "task")
+    A task that somebody else has rescheduled sleeps again.
+    """
 
-    def __init__(self, inbox: TrioLoop) -> None:
-        self._inbox = inbox
-        self.task: trio.lowlevel.Task | None = None
+    __slots__ = ("_loop", "_task", "_woken")
 
-    def __iter__(self) -> Generator[Any, Any, object]:
-        self.task = trio.lowlevel.current_task()
-        return trio.lowlevel.wait_task_rescheduled(self.abort).__await__()  # noqa: ASYNC105
+    def __init__(self, loop: TrioLoop) -> None:
+        self._loop = loop
+        self._task: trio.lowlevel.Task | None = None
+        self._woken = False
+
+    def __iter__(self) -> Generator[Any, Any, None]:
+        while not self._woken:
+            yield from self._park()
+
+    # A function of its own: from Python 3.12 on, an interrupt at the jump that closes a loop
+    # may miss the ``finally`` around it.
+    def _park(self) -> Generator[Any, Any, None]:
+        try:
+            self._task = task = trio.lowlevel.current_task()
+            task.custom_sleep_data = self  # trio resets it when the task is rescheduled
+            yield from trio.lowlevel.wait_task_rescheduled(self._abort).__await__()  # noqa: ASYNC105
+        finally:
+            self._task = None  # it goes on, perhaps to sleep elsewhere
 
     def wake(self) -> None:
-        if self._inbox.can_resume(self):
+        if self._task is not None and self._loop.can_resume(self._task):
             self.resume()
         else:
-            self._inbox.post(self)
+            self._loop.post(self)
 
     def resume(self) -> None:
-        task, self.task = self.task, None
-        if task is not None:
+        """Resumes the task, in trio's thread; may be called again."""
+        self._woken = True
+        task = self._task
+        if task is not None and task.custom_sleep_data is self:
             trio.lowlevel.reschedule(task)
 
-    def abort(self, _raise_cancel: Callable[[], Any]) -> trio.lowlevel.Abort:
-        # A signal handler may have woken the task on the way here.
-        task, self.task = self.task, None
-        return trio.lowlevel.Abort.SUCCEEDED if task else trio.lowlevel.Abort.FAILED
+    def _abort(self, _raise_cancel: Callable[[], Any]) -> trio.lowlevel.Abort:
+        # A signal handler may have woken the task on the way here, and no longer can from here on.
+        task, self._task = self._task, None
+        sleeps = task is not None and task.custom_sleep_data is self
+        return trio.lowlevel.Abort.SUCCEEDED if sleeps else trio.lowlevel.Abort.FAILED
 
 
-class TrioLoop(Inbox):
-    """The inbox of one ``trio.run``."""
+class TrioLoop(Loop):
+    """One ``trio.run``."""
 
     __slots__ = ("_token",)
 
@@ -58,26 +73,26 @@ class TrioLoop(Inbox):
         super().__init__()
         self._token = token
 
+    def waiter(self) -> _Waiter:
+        if self._wake_up is not None:
+            self._renew_wake_up()
+        return _Waiter(self)
+
     def checkpoint(self) -> Iterable[Any]:
         return trio.lowlevel.checkpoint().__await__()  # noqa: ASYNC105
 
-    def waiter(self) -> _Waiter:
-        return _Waiter(self)
-
-    def can_resume(self, waiter: _Waiter) -> bool:
-        # Only while trio runs a task of this very run: in guest mode the host's
-        # callbacks share the thread, and trio may be asleep. And not the waiting task
-        # itself, which a signal handler or a finaliser may interrupt on its way to sleep.
-        if waiter.task is None or not trio.lowlevel.in_trio_task():
+    def can_resume(self, task: trio.lowlevel.Task) -> bool:
+        """Tells whether the caller may reschedule ``task`` itself."""
+        # Only while trio runs a task of this very run: in guest mode the host's callbacks
+        # share the thread, and trio may be asleep. And not the waiting task itself, which
+        # a signal handler or a finaliser may interrupt on its way to sleep.
+        if not trio.lowlevel.in_trio_task():
             return False
         if trio.lowlevel.current_trio_token() is not self._token:
             return False
-        return trio.lowlevel.current_task() is not waiter.task
+        return trio.lowlevel.current_task() is not task
 
-    def alarm(self, function: Callable[[], None]) -> _Alarm | _CoarseAlarm:
-        return (_Alarm if _timer.available() else _CoarseAlarm)(function)
-
-    def call_soon(self, function: Callable[[], None]) -> None:
+    def call_soon(self, function: Callable[[], object]) -> None:
         with suppress(trio.RunFinishedError):
             self._token.run_sync_soon(function)
 
@@ -95,89 +110,73 @@ class TrioLoop(Inbox):
 
         trio.lowlevel.spawn_system_task(run, name=function)
 
-    def _call_soon(self) -> bool:
+    def watch(self, timer: TimerFd, function: Callable[[TimerFd], object]) -> None:
+        trio.lowlevel.spawn_system_task(self._watch, timer, function, name="torchfut_aio alarm")
+
+    def unwatch(self, timer: TimerFd) -> None:
+        # Outside of a run, it has ended, and its tasks with it.
+        with suppress(RuntimeError):
+            trio.lowlevel.notify_closing(timer.value)
+
+    def call_later(self, seconds: float, function: Callable[[], object]) -> trio.CancelScope:
+        scope = trio.CancelScope()
+        trio.lowlevel.spawn_system_task(
+            _call_later, scope, seconds, function, name="torchfut_aio alarm"
+        )
+        return scope
+
+    async def _watch(self, timer: TimerFd, function: Callable[[TimerFd], object]) -> None:
         try:
-            self._token.run_sync_soon(self._serve)
+            await _call_whenever_readable(timer, function)
+        except trio.ClosedResourceError:
+            pass  # the loop is to watch it no more
+        except trio.BusyResourceError:
+            pass  # another task does: Ctrl-C struck when the loop had been told to watch it
+        except trio.Cancelled:  # the run ends
+            self.abandon()
+            raise
+
+    def _schedule(self, serve: Callable[[], None]) -> bool:
+        try:
+            self._token.run_sync_soon(serve)
         except trio.RunFinishedError:
             return False
         return True
 
-    def _resume(self, waiters: deque[_Waiter], count: int) -> None:
+    def _resume(self, count: int) -> None:
+        waiters = self._queue
         for _ in range(count):
             waiters[0].resume()
             del waiters[0]
 
 
-class _Alarm:
-    """A timerfd, and a system task that watches it."""
-
-    __slots__ = ("_function", "_scope", "_timer")
-
-    def __init__(self, function: Callable[[], None]) -> None:
-        self._function = function
-        self._timer = _timer.TimerFd()
-        self._scope = trio.CancelScope()
-        trio.lowlevel.spawn_system_task(self._run, name="torchfut_aio alarm")
-
-    async def _run(self) -> None:
-        try:
-            with self._scope:
-                await self._watch()
-        finally:
-            self._timer.close()
-
-    # A function of its own: from Python 3.12 on, an interrupt at the jump that closes a loop
-    # may miss the ``finally`` around it.
-    async def _watch(self) -> None:
-        while True:
-            await trio.lowlevel.wait_readable(self._timer.fd)
-            if not self._scope.cancel_called:  # after its time had come
-                self._function()
-
-    def set(self, seconds: float) -> None:
-        self._timer.set(seconds)
-
-    def close(self) -> None:
-        self._scope.cancel()
+async def _call_whenever_readable(timer: TimerFd, function: Callable[[TimerFd], object]) -> None:
+    while True:
+        await trio.lowlevel.wait_readable(timer.value)
+        function(timer)
 
 
-class _CoarseAlarm:
-    """A system task that sleeps, for platforms that have no timerfd."""
-
-    __slots__ = ("_closed", "_deadline", "_function", "_pause")
-
-    def __init__(self, function: Callable[[], None]) -> None:
-        self._function = function
-        self._closed = False
-        self._deadline = math.inf
-        self._pause = trio.CancelScope()
-        trio.lowlevel.spawn_system_task(self._run, name="torchfut_aio alarm")
-
-    async def _run(self) -> None:
-        while not self._closed:
-            self._pause = trio.CancelScope(deadline=self._deadline)
-            with self._pause:
-                await trio.sleep_forever()
-            self._deadline = math.inf
-            if not self._closed:
-                self._function()
-
-    def set(self, seconds: float) -> None:
-        self._deadline = self._pause.deadline = trio.current_time() + seconds
-
-    def close(self) -> None:
-        self._closed = True
-        self._pause.cancel()
+async def _call_later(
+    scope: trio.CancelScope, seconds: float, function: Callable[[], object]
+) -> None:
+    with scope:
+        await trio.sleep(seconds)
+        function()
 
 
 _this_run: trio.lowlevel.RunVar[TrioLoop] = trio.lowlevel.RunVar("torchfut_aio")
 
 
-def current() -> TrioLoop:
-    """Returns the inbox of the trio run that runs the calling task."""
+def current() -> TrioLoop | None:
+    """Returns the trio run that runs the calling task, if one does."""
+    if not trio.lowlevel.in_trio_task():
+        return None
     try:
         return _this_run.get()
     except LookupError:
-        inbox = TrioLoop(trio.lowlevel.current_trio_token())
-        _this_run.set(inbox)
-        return inbox
+        loop = TrioLoop(trio.lowlevel.current_trio_token())
+        _this_run.set(loop)
+        return loop
+
+
+loop_in_this_thread = trio.lowlevel.in_trio_task

@@ -1,0 +1,457 @@
+"""Whatever strikes between a completion and its task, nobody else is lost, no loop goes deaf."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import socket
+import sys
+import threading
+from contextlib import suppress
+
+import pytest
+import trio
+import trio.testing
+import uvloop
+
+from torchfut_aio import Future, _loops
+from torchfut_aio._loops import _alarm, _timer
+
+from . import explorer
+from .test_interrupts import Alarm
+from .threads import PATIENCE, running
+
+
+class NoReaders(asyncio.SelectorEventLoop):
+    """A loop that cannot watch files, but for its own pipe."""
+
+    def add_reader(self, *args):
+        if threading.get_ident() == getattr(self, "_thread_id", None):
+            raise NotImplementedError
+        super().add_reader(*args)
+
+
+NEW_LOOPS = {
+    "asyncio": asyncio.SelectorEventLoop,
+    "uvloop": uvloop.new_event_loop,
+    "without readers": NoReaders,
+}
+
+# From CPython 3.12 on, to begin to trace takes long.
+EVERY = 1 if sys.version_info < (3, 12) else 7
+
+on_asyncios_loops = pytest.mark.parametrize("new_loop", NEW_LOOPS.values(), ids=NEW_LOOPS)
+# One of them strikes where CPython looks for signals, the other instead of calls.
+whatever_strikes = pytest.mark.parametrize(
+    ("error", "at"), [(KeyboardInterrupt, "signals"), (MemoryError, "calls")]
+)
+# What a finaliser raises, it cannot pass on.
+finalisers_may_be_struck = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+
+
+@pytest.fixture(autouse=True)
+def quiet(nothing_blocks_a_loop, caplog):
+    nothing_blocks_a_loop.deactivate()
+    caplog.set_level(logging.CRITICAL, "asyncio")
+
+
+def strikes(*modules, **options):
+    """Strikes whose traceback nobody keeps: it would keep what the loop was about to call."""
+    for strike in explorer.strikes(*modules, every=EVERY, **options):
+        yield Forgetful(strike)
+
+
+class Forgetful:
+    def __init__(self, strike):
+        self.strike = strike
+
+    def __enter__(self):
+        gc.disable()  # finalisers of earlier runs could be struck instead
+        return self.strike.__enter__()
+
+    def __exit__(self, *error):
+        try:
+            return self.strike.__exit__(*error)
+        finally:
+            self.strike.error.__traceback__ = None
+            gc.enable()
+
+    def __repr__(self):
+        return repr(self.strike)
+
+
+async def value_of(fut):
+    return await fut
+
+
+def run(loop, task):
+    for _ in range(10):
+        try:
+            return loop.run_until_complete(task)
+        except RuntimeError as error:  # a stop that Ctrl-C kept the loop from comes now
+            if "stopped before" not in str(error):
+                raise
+    raise AssertionError("the loop does not run any more")
+
+
+class Waits:
+    """Tasks of a loop that each wait for a future."""
+
+    def __init__(self, loop, count):
+        self.loop = loop
+        self.futures = [Future() for _ in range(count)]
+        self.tasks = [loop.create_task(value_of(fut)) for fut in self.futures]
+
+    def park(self):
+        run(self.loop, self.loop.create_task(asyncio.sleep(0)))
+        return self
+
+    def complete(self):
+        """Completes all of them in another thread, while the loop stands still."""
+        with running(self.complete_here):
+            pass
+        return self
+
+    def complete_here(self):
+        for n, fut in enumerate(self.futures):
+            if not fut.done():
+                fut.set_result(n)
+
+    def end(self):
+        """Runs the loop until all the tasks have ended."""
+        waiting = self.loop.create_task(asyncio.wait(self.tasks, timeout=PATIENCE))
+        run(self.loop, waiting)
+        assert not waiting.result()[1], "tasks are still asleep"
+        return self
+
+    def check(self, struck=0):
+        """Checks that all but so many have their value, and that no waiter is left."""
+        ended = [task.cancelled() or task.exception() for task in self.tasks]
+        assert sum(error is not None for error in ended) <= struck
+        assert all("waiters=0" in repr(fut) or fut.done() for fut in self.futures)
+
+
+def check_that_it_serves(loop):
+    for count in (1, 20, 20, 1):  # 20 in one look are a burst
+        Waits(loop, count).park().complete().end().check()
+
+
+def new(new_loop):
+    loop = new_loop()
+    loop.set_exception_handler(lambda *_: None)
+    return loop
+
+
+@on_asyncios_loops
+@whatever_strikes
+@pytest.mark.parametrize("count", [1, 20], ids=["a wake-up", "a burst"])
+@finalisers_may_be_struck
+def test_what_strikes_a_loop_that_serves_loses_nobody(new_loop, error, at, count):
+    for strike in strikes(_loops, error=error, at=at):
+        loop = new(new_loop)
+        waits = Waits(loop, count).park().complete()
+        with strike:
+            waits.end()
+        waits.end().check()
+        check_that_it_serves(loop)
+        loop.close()
+
+
+@on_asyncios_loops
+@whatever_strikes
+@finalisers_may_be_struck
+def test_what_strikes_after_a_burst_loses_nobody(new_loop, error, at):
+    for strike in strikes(_loops, error=error, at=at):
+        loop = new(new_loop)
+        Waits(loop, 20).park().complete().end()
+        waits = Waits(loop, 2).park().complete()
+        with strike:
+            waits.end()
+            loop.run_until_complete(asyncio.sleep(0.003))  # longer than a pause
+        waits.end().check()
+        check_that_it_serves(loop)
+        loop.close()
+
+
+@on_asyncios_loops
+@whatever_strikes
+def test_what_strikes_a_task_that_is_about_to_wait_leaves_nothing_of_its_wait(new_loop, error, at):
+    loop = new(new_loop)
+    for strike in strikes(_loops, error=error, at=at):
+        waits = Waits(loop, 3)
+        with strike:
+            waits.park()
+        waits.complete().end().check(struck=1)
+        check_that_it_serves(loop)
+    loop.close()
+
+
+@on_asyncios_loops
+@whatever_strikes
+@pytest.mark.parametrize("where", ["elsewhere", "in a task"])
+def test_what_strikes_a_thread_that_completes_loses_nobody(new_loop, error, at, where):
+    for strike in strikes(_loops, error=error, at=at):
+        loop = new(new_loop)
+        waits = Waits(loop, 3).park()
+
+        async def complete(waits=waits):
+            waits.complete_here()
+
+        with strike:
+            if where == "in a task":
+                loop.run_until_complete(complete())
+            else:
+                waits.complete_here()
+        waits.complete_here()
+        waits.end().check()
+        check_that_it_serves(loop)
+        loop.close()
+
+
+@on_asyncios_loops
+@whatever_strikes
+@finalisers_may_be_struck
+def test_what_strikes_while_tasks_are_cancelled_leaves_the_others_served(new_loop, error, at):
+    for strike in strikes(_loops, error=error, at=at):
+        loop = new(new_loop)
+        waits = Waits(loop, 6).park()
+        for task in waits.tasks[::2]:
+            task.cancel()
+        waits.complete()
+        with strike:
+            waits.end()
+        # The frames of the tasks that were cancelled in the same turn keep what the loop was about
+        # to call, so it takes another task that waits.
+        check_that_it_serves(loop)
+        waits.end().check(struck=3)
+        loop.close()
+
+
+@on_asyncios_loops
+@whatever_strikes
+@finalisers_may_be_struck
+def test_what_strikes_while_a_closed_loop_is_cleared_up_leaves_others_served_and_no_file(
+    new_loop, error, at
+):
+    def files():
+        gc.collect()
+        return len(os.listdir("/proc/self/fd"))
+
+    before = None
+    for strike in strikes(_loops, error=error, at=at):
+        loop = new(new_loop)
+        Waits(loop, 20).park().complete().end()
+        left = Waits(loop, 20).park().complete()  # which the loop will not see
+        for task in left.tasks:
+            task._log_destroy_pending = False
+        another = new(new_loop)
+        loop.close()
+        with strike:
+            Waits(another, 1).park()  # which clears up after the one that has closed
+        check_that_it_serves(another)
+        another.close()
+        del loop, left, task, another
+        before = before or files()
+    assert files() <= before
+
+
+@whatever_strikes
+def test_a_task_that_waits_renews_what_a_traceback_keeps(error, at):
+    for strike in explorer.strikes(_loops._inbox, error=error, at=at):
+        loop = new(asyncio.SelectorEventLoop)
+        waits = Waits(loop, 2).park().complete()
+        with strike:  # which keeps the traceback, with the call that the loop was to make
+            waits.end()
+        Waits(loop, 1).park().complete().end().check()
+        waits.end().check()
+        loop.close()
+
+
+# ------------------------------------------------------------------------------ trio
+
+
+def contains(error, kind):
+    return isinstance(error, kind) or any(
+        contains(each, kind)
+        for each in (error.__cause__, error.__context__, *getattr(error, "exceptions", ()))
+        if each is not None
+    )
+
+
+def what_is_raised_by(function):
+    try:
+        function()
+    except BaseException as error:
+        return error
+
+
+@whatever_strikes
+@pytest.mark.parametrize("timers", ["timerfd", "of the loop"])
+@pytest.mark.parametrize("where", ["elsewhere", "in a task"])
+@finalisers_may_be_struck
+def test_trio_resumes_everybody_or_ends_with_what_struck(error, at, where, timers, monkeypatch):
+    if timers == "of the loop":
+        monkeypatch.setattr(_timer, "available", lambda: False)
+
+    async def wait(fut, got, struck):
+        try:
+            got.append(await fut)
+        except error as raised:
+            struck.append(raised)
+
+    async def main():
+        for _ in range(2):
+            futures, got, struck = [Future() for _ in range(3)], [], []
+            rang = trio.Event()
+            with trio.fail_after(PATIENCE):
+                async with trio.open_nursery() as nursery:
+                    for fut in futures:
+                        nursery.start_soon(wait, fut, got, struck)
+                    await trio.testing.wait_all_tasks_blocked()
+                    for fut in futures:
+                        if where == "elsewhere":
+                            with running(lambda fut=fut: fut.set_result(None)):
+                                pass
+                        else:
+                            try:
+                                fut.set_result(None)
+                            except error as raised:
+                                struck.append(raised)
+            assert len(got) >= 3 - len(struck)
+            alarm = _loops.current().alarm(rang.set)
+            alarm.set(0.001)
+            with trio.fail_after(PATIENCE):
+                await rang.wait()
+            alarm.close()
+            await trio.testing.wait_all_tasks_blocked()
+
+    for strike in strikes(_loops, error=error, at=at):
+        with strike:
+            raised = what_is_raised_by(lambda: trio.run(main))
+        assert raised is None or contains(raised, error), strike
+    trio.run(main)
+
+
+def test_a_task_of_trio_that_somebody_else_has_rescheduled_waits_again():
+    async def main():
+        fut, tasks, got = Future(), [], []
+
+        async def wait():
+            tasks.append(trio.lowlevel.current_task())
+            got.append(await fut)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(wait)
+            for _ in range(3):
+                await trio.testing.wait_all_tasks_blocked()
+                trio.lowlevel.reschedule(tasks[0])
+            await trio.testing.wait_all_tasks_blocked()
+            assert "waiters=1" in repr(fut)
+            with running(lambda: fut.set_result(5)):
+                pass
+        with trio.move_on_after(0):  # it can be cancelled then, too
+            await Future()
+        assert got == [5]
+
+    trio.run(main)
+
+
+# ------------------------------------------------------------------------- the alarm
+
+
+@on_asyncios_loops
+@whatever_strikes
+@finalisers_may_be_struck
+def test_what_strikes_an_alarm_leaves_it_working_and_other_files_alone(new_loop, error, at):
+    for strike in strikes(_alarm, _timer, error=error, at=at):
+        loop = new(new_loop)
+        rang = asyncio.Event()
+
+        async def rings(alarm, seconds=0.0, rang=rang):
+            rang.clear()
+            alarm.set(seconds)
+            await asyncio.wait_for(rang.wait(), PATIENCE)
+
+        async def use(rings=rings, rang=rang):
+            alarm = _loops.current().alarm(rang.set)
+            used.append(alarm)
+            await rings(alarm)
+            alarm.set(PATIENCE)
+            await rings(alarm, 1e-5)
+            alarm.close()
+            await rings(alarm)
+
+        used = []
+        with strike, suppress(asyncio.TimeoutError):
+            loop.run_until_complete(use())
+        if used:
+            run(loop, loop.create_task(rings(used[0])))
+        run(loop, loop.create_task(use()))
+        used.clear()
+        one, other = socket.socketpair()
+        with one, other:
+            one.setblocking(False)
+            loop.call_soon(other.send, b"hello")
+            receive = asyncio.wait_for(loop.sock_recv(one, 10), PATIENCE)
+            assert run(loop, loop.create_task(receive)) == b"hello"
+        loop.close()
+
+
+@on_asyncios_loops
+def test_an_alarm_whose_function_raises_neither_stops_nor_spins(new_loop):
+    calls = []
+
+    def fails():
+        calls.append(None)
+        if len(calls) < 20:
+            raise ValueError
+        done.set()
+
+    async def main():
+        alarm = _loops.current().alarm(fails)
+        alarm.set(0.0)
+        await asyncio.wait_for(done.wait(), PATIENCE)
+        start = loop.time()
+        await asyncio.sleep(0.02)
+        assert len(calls) == 20
+        alarm.close()
+        return start
+
+    loop, done = new(new_loop), asyncio.Event()
+    begun = loop.time()
+    ended = loop.run_until_complete(main())
+    assert ended - begun > 0.015  # about a millisecond each
+    loop.close()
+
+
+# ---------------------------------------------------------------------- real signals
+
+
+@on_asyncios_loops
+def test_ctrl_c_delivered_for_real_leaves_no_loop_deaf(new_loop):
+    struck = 0
+    with Alarm() as alarm:
+        loop = new(new_loop)
+
+        async def serve(waits, microseconds):
+            alarm.set(microseconds)
+            await asyncio.wait(waits.tasks)
+            alarm.armed = False
+
+        for n in range(600):
+            waits = Waits(loop, 1 + 19 * (n % 7 == 0)).park().complete()
+            serving = loop.create_task(serve(waits, n % 150 + 1))
+            try:
+                loop.run_until_complete(serving)
+            except KeyboardInterrupt:
+                struck += 1
+                alarm.armed = False
+                Waits(loop, 1).park().complete().end().check()
+            serving.cancel()
+        check_that_it_serves(loop)
+        loop.close()
+    assert struck > 50
