@@ -200,7 +200,7 @@ async def measure(device: Device, way: Way, cell: Cell, seed: int) -> Run:
     await asyncio.sleep(0)
     before = torchfut_aio.statistics().queries
     cpu, wall = process_time(), monotonic()
-    # A task enqueues its first kernel, and marks the place behind it, before the next begins.
+    # A task enqueues its first kernel, and records an event behind it, before the next begins.
     shares = [lengths[n :: cell.pending] for n in range(cell.pending)]
     queries = await asyncio.gather(
         *(one_by_one(streams[n % STREAMS], share) for n, share in enumerate(shares))

@@ -81,7 +81,7 @@ class LearnedSchedule:
         return waited + min(max(pause, shortest), longest)
 
     def observe(self, poll: Poll) -> None:
-        slept = poll.before < self._first_poll(poll.before)
+        slept = poll.reached and poll.before < self._first_poll(poll.before)
         late, shortest = poll.at - poll.due, policy().shortest
         # After a long sleep, a machine takes longer to wake up.
         if late > 0 and poll.due - poll.before > 16 * shortest:

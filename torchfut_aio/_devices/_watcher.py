@@ -203,16 +203,17 @@ class Watcher:
                 oldest = queue.oldest(self.waits)
                 if oldest is not None:
                     try:
-                        self._poll(queue, now)
+                        oldest = self._poll(queue, now)
                     except Exception as error:
                         # Not one of the device's, which are found in the search.
                         self._settle(queue.events, error)
-                    oldest = queue.oldest(self.waits)
+                        oldest = None
                 if oldest is None:
                     self._own_events.pop(queue.key, None)
                     self._active.pop(queue, None)
 
-    def _poll(self, queue: StreamQueue, now: float) -> None:
+    def _poll(self, queue: StreamQueue, now: float) -> RecordedEvent | None:
+        """Polls ``queue``; returns the oldest event that somebody still waits for."""
         events = queue.events
         reached, failed, error = search(events, self._query)
         if reached:
@@ -234,6 +235,7 @@ class Watcher:
         oldest = queue.oldest(self.waits)
         if oldest is not None:
             self._set_next_poll(queue, oldest, now)
+        return oldest
 
     def _settle(self, events: Sequence[AwaitedEvent], error: Exception | None = None) -> None:
         """Ends the waits for ``events``: with an error, or if they wait for no others."""
