@@ -21,9 +21,9 @@ from . import _core
 from ._arguments import devices_checked
 from ._cpython import running_loop
 from ._devices import RecordedEvent, already_recorded, finish_current_streams, record_event
-from ._errors import InvalidStateError, NotAFutureError, less_innermost_frame
+from ._errors import InvalidStateError, NotAFutureError, drop_catching_frame
 from ._future import Future
-from ._rpc_errors import StandIn, restored
+from ._rpc_errors import StandIn, parse_remote_error
 from ._worker import Worker, WorkerThread, call_contained
 
 __all__ = ["adopts_unimported", "as_future"]
@@ -204,7 +204,7 @@ def _from_ours(source: Future[T], *, devices: _Devices = None) -> Future[T]:
 @_adapters.register(torch._C.Future)
 @_once
 def _from_torch(source: torch._C.Future[Any], future: Future[Any]) -> None:
-    source.add_done_callback(lambda source: _copy(source.value, future, restored))
+    source.add_done_callback(lambda source: _copy(source.value, future, parse_remote_error))
 
 
 @_adapters.register(concurrent.futures.Future)
@@ -245,7 +245,7 @@ def _copy(
     try:
         value = read()
     except BaseException as error:
-        future.set_exception(told(less_innermost_frame(error)))
+        future.set_exception(told(drop_catching_frame(error)))
     else:
         future.set_result(value)
 

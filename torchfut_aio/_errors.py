@@ -26,8 +26,8 @@ __all__ = [
     "NotAFutureError",
     "RpcError",
     "callback_error",
-    "less_innermost_frame",
-    "remade",
+    "drop_catching_frame",
+    "rebuild_exception",
     "rpc_error",
     "type_and_text",
     "warn_that_wait_blocks_a_loop",
@@ -140,13 +140,13 @@ def rpc_error(kind: Any, text: str) -> RpcError:
     """Returns an RpcError, of that type, too, wherever Python can build such a class."""
     if kind is not None:
         with contextlib.suppress(Exception):
-            error: RpcError = bare(_combined(RpcError, kind), text)
+            error: RpcError = new_without_init(_combined(RpcError, kind), text)
             _args.__set__(error, (text,))
             return error
     return RpcError(text)
 
 
-def less_innermost_frame(error: BaseException) -> BaseException:
+def drop_catching_frame(error: BaseException) -> BaseException:
     """Takes the frame that caught ``error`` out of its traceback.
 
     That frame knows the future which is to hold the error: the two would be a cycle.
@@ -190,10 +190,10 @@ def type_and_text(error: BaseException) -> tuple[type[BaseException], str]:
     return type(error), describe(error)
 
 
-def remade(kind: type[BaseException], text: str) -> BaseException:
+def rebuild_exception(kind: type[BaseException], text: str) -> BaseException:
     """Returns an error of that type, or a RuntimeError if that can't be, with the text."""
     try:
-        error: BaseException = bare(kind, text)
+        error: BaseException = new_without_init(kind, text)
     except Exception:
         return RuntimeError(text)
     _args.__set__(error, (text,))
@@ -206,7 +206,7 @@ _cause: Any = vars(BaseException)["__cause__"]
 
 
 def _dress(kind: Any, error: BaseException) -> CallbackError:
-    dressed: CallbackError = bare(_combined(CallbackError, kind), *_args.__get__(error))
+    dressed: CallbackError = new_without_init(_combined(CallbackError, kind), *_args.__get__(error))
     for descriptor in _state(kind):
         with contextlib.suppress(AttributeError, TypeError):  # unset, or read-only
             descriptor.__set__(dressed, descriptor.__get__(error))
@@ -215,7 +215,7 @@ def _dress(kind: Any, error: BaseException) -> CallbackError:
     return dressed
 
 
-def bare(kind: type[BaseException], *args: object) -> Any:
+def new_without_init(kind: type[BaseException], *args: object) -> Any:
     """Returns an instance of ``kind`` on which no constructor written in Python ran.
 
     Such a constructor might do anything and need anything. What C code lays out is what

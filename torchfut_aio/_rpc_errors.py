@@ -1,7 +1,7 @@
 """Errors on their way through C++: out of a future that failed, and in from an RPC.
 
 C++ knows an error of Python's as a text, if at all. Outward goes a `StandIn`, which
-knows the error itself. Inward come texts, of which `restored` makes errors again.
+knows the error itself. Inward come texts, of which `parse_remote_error` makes errors again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ._cpython import calling_module
 from ._errors import rpc_error, type_and_text
 
-__all__ = ["StandIn", "restored", "this_worker"]
+__all__ = ["StandIn", "parse_remote_error", "this_worker"]
 
 _RPC = "torch.distributed.rpc.internal"
 
@@ -115,7 +115,7 @@ _WHERE_IT_WAS_MADE_AGAIN = "\n\nAt:\n  "
 _RAISED = re.compile(r"^(?P<frame> .*\n)?(?P<path>(?:\w+\.)*\w+)(?::|$)", re.MULTILINE)
 
 
-def restored(error: BaseException) -> BaseException:
+def parse_remote_error(error: BaseException) -> BaseException:
     """Returns what was raised in another process, if ``error`` tells of that; else ``error``.
 
     PyTorch delivers a ValueError as such, and any other error as a RuntimeError, in whose
@@ -125,11 +125,11 @@ def restored(error: BaseException) -> BaseException:
         told = error.args[0]
         if type(told) is str:
             with suppress(Exception):  # in what others have written, anything may be
-                return _made_of(told) or error
+                return _parse(told) or error
     return error
 
 
-def _made_of(told: str) -> BaseException | None:
+def _parse(told: str) -> BaseException | None:
     if told.startswith(_TIMED_OUT):
         return rpc_error(TimeoutError, told.removeprefix(_TIMED_OUT))
     if _LOST in told:

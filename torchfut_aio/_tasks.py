@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from . import _loops
 from ._adopt import adopts_unimported
 from ._arguments import devices_checked
-from ._errors import InvalidStateError, less_innermost_frame
+from ._errors import InvalidStateError, drop_catching_frame
 from ._future import Future
 
 if TYPE_CHECKING:
@@ -234,7 +234,7 @@ async def _run(
             raise TypeError(f"{func!r} is not an async function: it returned {awaitable!r}")
         result = await awaitable
     except BaseException as error:
-        less_innermost_frame(error)
+        drop_catching_frame(error)
         kind = type(error)
         if issubclass(kind, asyncio.CancelledError):
             promise.cancel(*error.args[:1])  # what was given to cancel()
@@ -286,7 +286,7 @@ async def _watch(promise: Promise, source: Any) -> None:
     except GeneratorExit:  # nobody will resume this, and anyio cannot tell how the source is
         raise
     except Exception as error:  # it is another loop's
-        promise.fail(less_innermost_frame(error))
+        promise.fail(drop_catching_frame(error))
     except BaseException:
         # The loop ends, perhaps because of how the source has ended.
         if _has_ended(source):
@@ -307,7 +307,7 @@ def _keep_as(promise: Promise, source: Any) -> None:
     try:
         error = source.exception
     except Exception as cancelled:  # anyio's own
-        error = less_innermost_frame(cancelled)
+        error = drop_catching_frame(cancelled)
     if error is None:
         promise.keep(source.return_value)
     else:

@@ -19,36 +19,31 @@ from __future__ import annotations
 import logging
 import threading
 from _thread import start_new_thread
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
 from ._outcome import Outcome
 
-__all__ = ["CALLBACK", "DoneCallback", "FunctionCallback", "run", "run_deferred", "run_now"]
+__all__ = ["DoneCallback", "FunctionCallback", "run", "run_deferred", "run_now"]
 
 MAX_DEPTH = 32
-
-CALLBACK: Final = "callback"  # what a callback is stored with in the state of a future
 
 _logger = logging.getLogger("torchfut_aio")
 
 _State = dict[Any, Any]
-_Followers = Sequence[tuple[Any, str]]
+_Followers = Sequence[Any]  # waiters, and the key of the outcome, are among them
 
 
-class DoneCallback(ABC):
-    """What runs when a future completes."""
+class DoneCallback:
+    """What runs when a future completes; the base of each kind."""
 
-    __slots__ = ()
+    __slots__ = ()  # and no abstract methods: isinstance() would take ten times as long
 
-    @abstractmethod
-    def run(self, future: Any, /) -> object:
-        """Does what is to be done now that ``future`` has completed."""
+    run: Callable[[Any], object]
+    """Called with the future, once that has completed."""
 
-    @abstractmethod
     def fail(self, future: Any, error: BaseException, /) -> None:
         """Called if ``error`` aborted `run`, possibly before its first line.
 
@@ -60,8 +55,6 @@ class FunctionCallback(DoneCallback):
     """A function that was given to ``add_done_callback``."""
 
     __slots__ = ("run",)
-
-    run: Callable[[Any], object]
 
     def __init__(self, function: Callable[[Any], object]) -> None:
         self.run = function
@@ -115,7 +108,7 @@ def run(future: Any, outcome: Outcome, state: _State, followers: _Followers) -> 
 
 def run_now(future: Any, outcome: Outcome, state: _State, callback: DoneCallback) -> None:
     """Runs one callback, however deep, unless another thread has taken it out of ``state``."""
-    interrupt = _run_each(future, outcome, state, [(callback, CALLBACK)])
+    interrupt = _run_each(future, outcome, state, [callback])
     if interrupt is not None:
         raise interrupt
 
@@ -147,8 +140,8 @@ def _run_each(
 ) -> BaseException | None:
     """As `run`; returns what is to be raised."""
     interrupt: BaseException | None = None
-    for callback, kind in followers:
-        if kind is not CALLBACK:
+    for callback in followers:
+        if not isinstance(callback, DoneCallback):
             continue
         try:
             del state[callback]
@@ -169,7 +162,7 @@ def _run_each(
                     start_new_thread(callback.fail, (future, error))
                 except BaseException:
                     # Not one call is possible, so it has not begun. Whoever serves again runs it.
-                    state[callback] = CALLBACK
+                    state[callback] = None
                     raise
     return interrupt
 

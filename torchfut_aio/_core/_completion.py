@@ -2,9 +2,9 @@
 
 All of it is one dict, in which each step is one operation that no other thread can divide:
 
-1. A *follower* is a waiter, which the completion wakes, or a callback, which it runs. It follows
-   from when it is stored as a key until somebody deletes that. Whoever deletes a callback runs
-   it, so none runs twice.
+1. A *follower* is a waiter, which the completion wakes, or a callback, which it runs: a
+   `DoneCallback`. It follows from when it is stored as a key until somebody deletes that.
+   Whoever deletes a callback runs it, so none runs twice.
 2. The future is done from when its outcome is stored under the key ``OUTCOME``. It is stored by
    ``dict.setdefault``: of any number that try, the one whose outcome is found there has won.
    That claims the future and publishes the outcome at once, and neither ever changes.
@@ -35,7 +35,7 @@ from .._devices import HOST_ONLY
 from .._errors import InvalidStateError
 from .._loops import Waiter
 from . import _callbacks
-from ._callbacks import CALLBACK, DoneCallback
+from ._callbacks import DoneCallback
 from ._outcome import Outcome, joined_outcome, outcome_of_error, outcome_of_value
 from ._torch_future import complete_in_torch, set_value_in_torch
 
@@ -57,8 +57,6 @@ __all__ = [
 T = TypeVar("T")
 
 OUTCOME: Final = "outcome"
-
-WAITER: Final = "waiter"  # what a waiter is stored with
 
 _GONE: Any = object()
 
@@ -139,14 +137,14 @@ def _claim_and_serve(
     if state.setdefault(OUTCOME, outcome) is not outcome:
         return False
     # Whoever follows from here on sees the outcome: all stores to a dict are in one order.
-    followers = [*state.items()] if len(state) > 1 else ()
+    followers = [*state] if len(state) > 1 else ()
     callbacks = False
-    for follower, kind in followers:
-        if kind is WAITER:
+    for follower in followers:
+        if isinstance(follower, DoneCallback):
+            callbacks = True
+        elif follower is not OUTCOME:
             follower.wake()
             state.pop(follower, None)  # a future that is done keeps no waiter, nor its loop
-        elif kind is CALLBACK:
-            callbacks = True
     if again or outcome.error is not None:
         complete_in_torch(future, outcome)
     else:
@@ -168,7 +166,7 @@ def add_waiter(future: Completable[Any], waiter: Waiter) -> bool:
         False if the future is done. The waiter follows no more then, and may have been woken.
     """
     state = future._state
-    state[waiter] = WAITER
+    state[waiter] = None
     if OUTCOME not in state:
         return True
     state.pop(waiter, None)
@@ -178,7 +176,7 @@ def add_waiter(future: Completable[Any], waiter: Waiter) -> bool:
 def add_callback(future: Completable[Any], callback: DoneCallback) -> None:
     """Has ``callback`` run when the future completes; here and now, if it is done."""
     state = future._state
-    state[callback] = CALLBACK
+    state[callback] = None
     outcome = state.get(OUTCOME)
     if outcome is not None:
         _callbacks.run_now(future, outcome, state, callback)
@@ -194,11 +192,9 @@ def remove(future: Completable[Any], follower: Waiter | DoneCallback) -> bool:
 
 def followers(future: Completable[Any]) -> tuple[list[Waiter], list[DoneCallback]]:
     """Returns the waiters and the callbacks that follow the future now."""
-    items = [*future._state.items()]
-    return (
-        [follower for follower, kind in items if kind is WAITER],
-        [follower for follower, kind in items if kind is CALLBACK],
-    )
+    all_of_them = [follower for follower in [*future._state] if follower is not OUTCOME]
+    callbacks = [follower for follower in all_of_them if isinstance(follower, DoneCallback)]
+    return [follower for follower in all_of_them if follower not in callbacks], callbacks
 
 
 def _refuse_second(future: Completable[Any]) -> NoReturn:

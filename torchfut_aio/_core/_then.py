@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .._errors import callback_error, less_innermost_frame
+from .._errors import callback_error, drop_catching_frame
 from ._callbacks import DoneCallback
 from ._completion import Completable, complete_with_error, complete_with_value, outcome_of
 
@@ -30,7 +30,7 @@ class ThenCallback(DoneCallback):
                 # Passed on: every link of a chain would add its frames, and keep them.
                 error.with_traceback(outcome.traceback)
             else:
-                less_innermost_frame(error)
+                drop_catching_frame(error)
             complete_with_error(self.child, callback_error(error))
         else:
             complete_with_value(self.child, result)

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from .._errors import remade, type_and_text
+from .._errors import rebuild_exception, type_and_text
 from ._outcome import Outcome
 
 __all__ = ["complete_in_torch", "init_in_torch", "install_stand_in", "set_value_in_torch"]
@@ -76,7 +76,7 @@ def _fail(future: Any, outcome: Outcome, error: BaseException) -> None:
 def _error_of(ref: weakref.ref[Outcome], kind: type[BaseException], text: str) -> BaseException:
     outcome = ref()
     if outcome is None or outcome.error is None:
-        return remade(kind, text)
+        return rebuild_exception(kind, text)
     return outcome.error.with_traceback(outcome.traceback)
 
 
