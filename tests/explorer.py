@@ -51,6 +51,7 @@ def strikes(
             thread that enters the context is.
     """
     files = tuple(map(_files, modules))
+    gc.collect()  # finalisers of what ran before could be struck instead
     for number in itertools.count(first, every):
         strike = Strike(number, files, error, do, at, thread)
         yield strike
@@ -101,11 +102,15 @@ class Strike:
     def __enter__(self) -> Strike:
         self._entered_by = threading.get_ident()
         self._outside = {frame for frame, _ in traceback.walk_stack(sys._getframe())}
+        self._collects = gc.isenabled()
+        gc.disable()  # the finalisers of earlier runs are not meant
         self._tracer.start()
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
         self._tracer.stop()
+        if self._collects:
+            gc.enable()
         self._last.clear()
         self._outside.clear()
         self.raised = error is self.error

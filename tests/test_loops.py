@@ -6,6 +6,7 @@ import asyncio
 import gc
 import logging
 import os
+import signal
 import socket
 import sys
 import threading
@@ -438,7 +439,8 @@ def test_ctrl_c_delivered_for_real_leaves_no_loop_deaf(new_loop):
         loop = new(new_loop)
 
         async def serve(waits, microseconds):
-            alarm.set(microseconds)
+            alarm.armed = True
+            signal.setitimer(signal.ITIMER_REAL, microseconds / 1e6)
             await asyncio.wait(waits.tasks)
             alarm.armed = False
 

@@ -26,7 +26,7 @@ from typing import Any
 
 from ._outcome import Outcome
 
-__all__ = ["DoneCallback", "FunctionCallback", "put_off", "run", "run_deferred", "run_now"]
+__all__ = ["DoneCallback", "FunctionCallback", "run", "run_deferred", "run_now"]
 
 MAX_DEPTH = 32
 
@@ -64,13 +64,13 @@ class FunctionCallback(DoneCallback):
 
 
 class _Nesting:
-    """How deep completions nest in one thread, and what they put off: functions, arguments."""
+    """How deep completions nest in one thread, and the futures whose callbacks they put off."""
 
     __slots__ = ("deferred", "depth")
 
     def __init__(self) -> None:
         self.depth = 0
-        self.deferred: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
+        self.deferred: deque[tuple[Any, Outcome, _State, _Followers]] = deque()
 
 
 class _ThisThread(threading.local):
@@ -92,7 +92,7 @@ def run(future: Any, outcome: Outcome, state: _State, followers: _Followers) -> 
     here = _this_thread.nesting
     depth = here.depth
     if depth >= MAX_DEPTH:
-        here.deferred.append((_run_each, (future, outcome, state, followers)))
+        here.deferred.append((future, outcome, state, followers))
         return
     interrupt: BaseException | None = None
     here.depth = depth + 1
@@ -126,38 +126,22 @@ def _run_deferred(here: _Nesting) -> BaseException | None:
         due = here.deferred[0]
         del here.deferred[0]
         try:
-            interrupt = _call_until_done(*due) or interrupt
+            interrupt = _run_until_done(due) or interrupt
         except BaseException:
             here.deferred += (due,)  # not one call is possible here
             raise
     return interrupt
 
 
-def _call_until_done(
-    function: Callable[..., object], args: tuple[Any, ...]
-) -> BaseException | None:
-    """Calls what can be called again if it raises; returns what is to be raised."""
+def _run_until_done(due: tuple[Any, Outcome, _State, _Followers]) -> BaseException | None:
     try:
-        result = function(*args)
-    except BaseException as struck:
+        return _run_each(*due)
+    except BaseException as struck:  # somewhere in between: what is left is still in the state
         try:
-            function(*args)
+            _run_each(*due)
         except BaseException:
-            start_new_thread(function, args)
+            start_new_thread(_run_each, due)
         return struck
-    return result if isinstance(result, BaseException) else None
-
-
-def put_off(function: Callable[..., object], args: tuple[Any, ...]) -> bool:
-    """Has the outermost completion of this thread call ``function(*args)``, if there is one.
-
-    For what found no stack left: the outermost completion has more of it. It takes no call.
-    """
-    here = _this_thread.nesting
-    if here.depth == 0:
-        return False
-    here.deferred += ((function, args),)
-    return True
 
 
 # A function of its own: from Python 3.12 on, an interrupt at the jump that closes a loop may
@@ -184,10 +168,9 @@ def _run_each(
             try:
                 interrupt = _fail(future, callback, error) or interrupt
             except BaseException:
-                # As where the stack is full.
+                # As where the stack is full: a new thread has one of its own.
                 try:
-                    if not put_off(callback.fail, (future, error)):
-                        start_new_thread(callback.fail, (future, error))
+                    start_new_thread(callback.fail, (future, error))
                 except BaseException:
                     # Not one call is possible, so it has not begun. Whoever serves again runs it.
                     state[callback] = None

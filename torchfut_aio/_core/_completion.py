@@ -13,9 +13,8 @@ All of it is one dict, in which each step is one operation that no other thread 
    be served twice, never not at all. (To wake a waiter twice does nothing.)
 4. A completion serves: it wakes all waiters, completes the C++ future, runs all callbacks. Each
    step can be repeated. If an exception strikes in between, such as KeyboardInterrupt or
-   MemoryError, the completion serves once more, then raises it. If that fails too, as where the
-   stack is full, the outermost completion of this thread serves, which has more of the stack; if
-   there is none, or it fails as well, a new thread does.
+   MemoryError, the completion serves once more, then raises it; if that fails too, as where the
+   stack is full, a new thread serves.
 5. No lock is taken, so nothing here can deadlock with a signal handler, a finaliser or a C++
    callback that uses the same future in the middle of a step: each is as good as one more
    thread.
@@ -96,8 +95,7 @@ def complete(future: Completable[Any], outcome: Outcome) -> None:
             try:
                 _claim_and_serve(future, outcome, state, True)
             except BaseException:
-                if not _callbacks.put_off(_serve_again, (future, outcome, state)):
-                    start_new_thread(_serve_again, (future, outcome, state))
+                start_new_thread(_serve_in_thread, (future, outcome, state))
         raise
     if not won:
         _refuse_second(future)
@@ -156,7 +154,7 @@ def _claim_and_serve(
     return True
 
 
-def _serve_again(future: Completable[Any], outcome: Outcome, state: dict[Any, Any]) -> None:
+def _serve_in_thread(future: Completable[Any], outcome: Outcome, state: dict[Any, Any]) -> None:
     with suppress(KeyboardInterrupt, SystemExit):  # nobody is above to take what a callback raises
         _claim_and_serve(future, outcome, state, True)
 
