@@ -4,14 +4,14 @@
 `as_future` makes one of another kind of future, `start_soon` and `submit` of an async
 function; `gather`, `collect_all`, `wait_all` and `as_completed` take many.
 
-To read the package, follow a completion: ``_future.py`` (a setter claims the future, all
-who wait are served, the C++ future is completed), ``_callbacks.py`` (callbacks run),
-``_loops/`` (a waiting task is resumed by its loop, a thread by its lock). Beside these,
-``_collect.py`` combines futures, ``_adopt.py`` adopts other kinds, ``_tasks.py`` makes futures
-of tasks, ``_timeouts.py`` gives futures a deadline. ``_errors.py`` dresses errors, and
-``_rpc_errors.py`` sees them through C++. ``_devices/`` knows of accelerators: of the kernels
-that fill a value, and when they are done. ``_worker.py`` is what all threads of the package
-are made of. ``_cpython.py`` has all that is private to CPython.
+To read the package, follow a completion: ``_future.py`` (the public methods), ``_core/`` (a
+setter's outcome claims the future, all who follow it are served), ``_loops/`` (a waiting task is
+resumed by its loop, a thread by its lock). Beside these, ``_collect.py`` and
+``_as_completed.py`` take many futures, ``_adopt.py`` adopts other kinds, ``_tasks.py`` makes
+futures of tasks, ``_timeouts.py`` gives futures a deadline. ``_worker.py`` is beneath every
+thread. ``_errors.py`` dresses errors, and ``_rpc_errors.py`` sees them through C++.
+``_devices/`` knows of accelerators: of the kernels that fill a value, and when they are done.
+``_cpython.py`` has all that is private to CPython.
 
 ``distributed.py`` is imported by those who use it, with ``_background_loop.py`` beneath it:
 async functions as RPC handlers and as DDP hooks.

@@ -138,10 +138,11 @@ def calling_module() -> str | None:
 
 
 def check_interpreter() -> None:
-    """Refuses an interpreter on which futures would lose callbacks.
+    """Refuses an interpreter on which nobody knows that futures lose nothing.
 
-    A future is claimed by deleting a slot. Without the GIL, before CPython 3.14.5, two threads
-    may both delete the same one (CPython issue 146270).
+    Without the GIL, before CPython 3.14.5, two threads may both delete the same slot of an object
+    (CPython issue 146270). Futures rely on deleting keys of dicts, which is safe there; but all
+    else that runs beneath them has not been shown to be.
 
     Raises:
         ImportError: This is such an interpreter, and its GIL is off.
@@ -149,9 +150,10 @@ def check_interpreter() -> None:
     has_gil: Callable[[], bool] = getattr(sys, "_is_gil_enabled", lambda: True)
     if not has_gil() and sys.version_info < (3, 14, 5):
         raise ImportError(
-            f"torchfut_aio cannot run on Python {sys.version.split()[0]} with the GIL off: two "
-            "threads may both delete the same slot of an object (CPython issue 146270), and "
-            "futures would lose callbacks. Set PYTHON_GIL=1, or use Python 3.14.5 or newer"
+            f"torchfut_aio does not run on Python {sys.version.split()[0]} with the GIL off: "
+            "before 3.14.5, two threads may both delete the same slot of an object (CPython issue "
+            "146270), and nobody knows that no callback is lost. Set PYTHON_GIL=1, or use Python "
+            "3.14.5 or newer"
         )
 
 

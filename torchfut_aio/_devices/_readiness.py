@@ -177,7 +177,7 @@ def found_readiness(value: object) -> tuple[Readiness | None, Exception | None]:
     if accelerator is None:
         return None, None
     try:
-        found = [tensor for tensor in tensors(value) if device_of(tensor).type == accelerator.type]
+        found = _tensors_on(accelerator.type, value)
     except Exception:
         found = []
     if not found:
@@ -186,6 +186,11 @@ def found_readiness(value: object) -> tuple[Readiness | None, Exception | None]:
         return Readiness(set(map(device_of, found)), found), None
     except Exception as error:
         return None, error.with_traceback(None)
+
+
+# A function of its own: see tests/test_backward_jumps.py.
+def _tensors_on(kind: str, value: object) -> list[torch.Tensor]:
+    return [tensor for tensor in tensors(value) if device_of(tensor).type == kind]
 
 
 def joint_readiness(
