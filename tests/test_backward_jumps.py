@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import dis
+import itertools
 import pathlib
 import sys
 import types
@@ -52,9 +53,12 @@ def unguarded_jumps(source):
     for code in code_objects(compile(source, "<source>", "exec", dont_inherit=True)):
         instructions = list(dis.get_instructions(code))
         lines = {i.offset: i.positions.lineno for i in instructions}
-        for jump in instructions:
-            # That of an await looks for no signals.
+        for before, jump in itertools.pairwise(instructions):
+            # That of an await looks for no signals. The one behind CLEANUP_THROW closes no loop: it
+            # is taken where what is awaited returns although something was thrown into it.
             if "JUMP_BACKWARD" not in jump.opname or "NO_INTERRUPT" in jump.opname:
+                continue
+            if before.opname == "CLEANUP_THROW":
                 continue
             loop = [line for at, line in lines.items() if jump.argval <= at <= jump.offset and line]
             around = [
