@@ -8,6 +8,7 @@ import glob
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from multiprocessing import active_children
@@ -105,10 +106,22 @@ def gloo_of_half(group_of_one: None) -> None:
 @pytest.fixture
 def ctrl_c() -> Iterator[Callable[[], None]]:
     """Strikes the main thread with KeyboardInterrupt, from any thread."""
+    main, struck = threading.get_ident(), []
+
+    def handle(*_: object) -> None:
+        if not struck:
+            struck.append(True)
+            raise KeyboardInterrupt
+
+    def strike() -> None:
+        struck.clear()
+        while not struck:  # a signal just before a thread blocks goes unseen for as long
+            signal.pthread_kill(main, signal.SIGINT)
+            time.sleep(0.01)
+
     # What a shell runs in the background ignores the signal.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    main = threading.get_ident()
-    yield lambda: signal.pthread_kill(main, signal.SIGINT)
+    before = signal.signal(signal.SIGINT, handle)
+    yield strike
     signal.signal(signal.SIGINT, before)
 
 

@@ -90,7 +90,7 @@ class Strike:
         self.error = error(f"strike {number}")
         self.thread = thread
         self._left = number
-        self._files = files
+        self.files = files
         self._do = do
         self._points = {"signals": _signal_points, "calls": _calls}[at]
         self._tracer = (_Settrace if sys.version_info < (3, 12) else _Monitoring)(self)
@@ -118,7 +118,7 @@ class Strike:
 
     def concerns(self, code: CodeType) -> bool:
         """Tells whether to call `step` in this code, as far as is known from the outside."""
-        return self.where is None and code.co_filename.startswith(self._files)
+        return self.where is None and code.co_filename.startswith(self.files)
 
     def step(self, frame: FrameType) -> None:
         """Is called before each instruction."""
@@ -183,17 +183,11 @@ class _Monitoring:
         monitoring, instruction = self._monitoring, self._monitoring.events.INSTRUCTION
         monitoring.use_tool_id(_TOOL, "explorer")
         monitoring.register_callback(_TOOL, instruction, self._step)
-        self._codes = [
-            code
-            for thing in gc.get_objects()
-            if type(thing) is FunctionType and self._strike.concerns(thing.__code__)
-            for code in _with_nested(thing.__code__)
-        ]
-        for code in self._codes:
+        for code in _codes(self._strike.files):
             monitoring.set_local_events(_TOOL, code, instruction)
 
     def stop(self) -> None:
-        for code in self._codes:
+        for code in _codes(self._strike.files):
             self._monitoring.set_local_events(_TOOL, code, 0)
         self._monitoring.free_tool_id(_TOOL)
 
@@ -202,6 +196,17 @@ class _Monitoring:
 
 
 _TOOL = 4
+
+
+@functools.cache
+def _codes(files: tuple[str, ...]) -> list[CodeType]:
+    """Returns all code of these files; looking for it takes a while."""
+    return [
+        code
+        for thing in gc.get_objects()
+        if type(thing) is FunctionType and thing.__code__.co_filename.startswith(files)
+        for code in _with_nested(thing.__code__)
+    ]
 
 
 def _with_nested(code: CodeType) -> Iterator[CodeType]:
