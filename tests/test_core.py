@@ -102,6 +102,48 @@ def test_whatever_strikes_a_setter_a_future_is_untouched_or_everybody_is_served(
     assert served > untouched > 0
 
 
+def test_whatever_strikes_a_long_chain_completes_to_its_end():
+    for strike in strikes(*MODULES, every=17 * EVERY):
+        fut = last = Future()
+        for _ in range(40):  # longer than completions nest
+            last = last.then(lambda parent: parent.value())
+        with strike:
+            fut.set_result(5)
+        assert last.done() == fut.done()
+
+
+def test_an_interrupt_while_an_error_is_logged_is_seen(caplog):
+    class Interrupting(logging.Handler):
+        def emit(self, record):
+            raise KeyboardInterrupt
+
+    caplog.set_level(logging.ERROR, "torchfut_aio")
+    fut, ran = Future(), []
+    fut.add_done_callback(lambda fut: 1 / 0)
+    fut.add_done_callback(ran.append)
+    handler = Interrupting()
+    logging.getLogger("torchfut_aio").addHandler(handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            fut.set_result(5)
+    finally:
+        logging.getLogger("torchfut_aio").removeHandler(handler)
+    assert ran == [fut]
+
+
+def test_a_combined_future_that_somebody_has_completed_is_left_alone(caplog):
+    caplog.set_level(logging.ERROR, "torchfut_aio")
+    for combine in (gather, collect_all):
+        for outcome in (5, ValueError("foo")):
+            part = Future()
+            combined = combine([part])
+            combined.set_result("mine")
+            setter = part.set_exception if isinstance(outcome, Exception) else part.set_result
+            setter(outcome)
+            assert combined.value() == "mine"
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("outcome", [5, ValueError("foo")], ids=["value", "error"])
 def test_of_two_setters_one_wins_wherever_the_other_comes_between(outcome):
     won, lost = set(), set()

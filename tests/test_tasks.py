@@ -76,6 +76,10 @@ async def fails(error):
     raise error
 
 
+async def fails_at_once(error):
+    raise error
+
+
 async def own_name():
     return anyio.get_current_task().name
 
@@ -757,13 +761,16 @@ async def test_somebody_else_may_complete_what_is_adopted_of_anyio(caplog):
 
 @each_loop
 @pytest.mark.parametrize("kind_of_error", [KeyboardInterrupt, SystemExit])
-def test_a_task_handle_that_ends_the_program_does_so_once(loop, kind_of_error, no_collector):
+@pytest.mark.parametrize("function", [fails, fails_at_once])
+def test_a_task_handle_that_ends_the_program_does_so_once(
+    loop, kind_of_error, function, no_collector
+):
     error = kind_of_error("enough")
     adopted = []
 
     async def main():
         async with anyio.create_task_group() as tg:
-            adopted.append(as_future(tg.start_soon(fails, error)))
+            adopted.append(as_future(tg.start_soon(function, error)))
 
     with ends_with(error):
         anyio.run(main, **loop)

@@ -51,12 +51,7 @@ def collect_all(futures: Iterable[Any]) -> Future[list[Any]]:
     """
     given: list[Any] = _listed(futures)
 
-    def result(ours: list[Future[Any]]) -> list[Any]:
-        for future in ours:
-            future.value()
-        return given
-
-    return _Collector(adopted(given), result).start()
+    return _Collector(adopted(given), lambda _: given).start()
 
 
 @overload
@@ -125,7 +120,7 @@ def wait_all(futures: Iterable[Any]) -> list[Any]:
 class _Collector(_core.DoneCallback):
     """Completes one future when the last of several has completed."""
 
-    # ``result`` makes the combined result of the list of futures, or raises.
+    # ``result`` makes the combined result of the list of futures, of which none failed.
     __slots__ = ("combined", "distinct", "futures", "result", "tickets")
 
     def __init__(
@@ -156,12 +151,12 @@ class _Collector(_core.DoneCallback):
             _core.complete_with_error(self.combined, error)
 
     def complete(self) -> None:
-        try:
-            result = self.result(self.futures)
-        except BaseException as error:
-            _core.complete_with_error(self.combined, error)
-        else:
-            with suppress(InvalidStateError):  # somebody has completed it instead
+        with suppress(InvalidStateError):  # somebody has completed it instead
+            error = next(filter(None, map(_error_of, self.distinct)), None)
+            if error is not None:
+                _core.complete_with_error(self.combined, error)
+            else:
+                result = self.result(self.futures)
                 _core.complete_with_parts(self.combined, result, self.distinct)
 
 
@@ -192,11 +187,16 @@ class _Gatherer(_Collector):
         except IndexError:
             return
         self.withdraw()
-        _core.complete_with_error(self.combined, error)
+        with suppress(InvalidStateError):  # somebody has completed it instead
+            _core.complete_with_error(self.combined, error)
 
     def withdraw(self) -> None:
         for future in self.distinct:
             _core.remove(future, self)
+
+
+def _error_of(future: Future[Any]) -> BaseException | None:
+    return future.exception()
 
 
 def _values(futures: list[Future[Any]]) -> list[Any]:

@@ -274,8 +274,15 @@ def _from_anyio(source: Any, *, devices: Any = None) -> Future[Any]:
     if _has_ended(source):
         _keep_as(promise, source)
         return future
+
+    def ended() -> None:  # perhaps before its first step, as the source has ended the loop
+        if _has_ended(source):
+            with suppress(KeyboardInterrupt, SystemExit):
+                _keep_as(promise, source)
+        promise.end()
+
     # Only a task can wait for it, and only on its loop.
-    _loops.current().spawn(promise.end, _watch, promise, source)
+    _loops.current().spawn(ended, _watch, promise, source)
     _made[key] = future
     return future
 

@@ -26,7 +26,16 @@ from typing import Any
 
 from ._outcome import Outcome
 
-__all__ = ["DoneCallback", "FunctionCallback", "run", "run_deferred", "run_now"]
+__all__ = [
+    "DoneCallback",
+    "FunctionCallback",
+    "Nesting",
+    "run",
+    "run_deferred",
+    "run_deferred_of",
+    "run_now",
+    "this_thread",
+]
 
 MAX_DEPTH = 32
 
@@ -63,7 +72,7 @@ class FunctionCallback(DoneCallback):
         """Does nothing: what the function began is the business of who wrote it."""
 
 
-class _Nesting:
+class Nesting:
     """How deep completions nest in one thread, and the futures whose callbacks they put off."""
 
     __slots__ = ("deferred", "depth")
@@ -75,10 +84,10 @@ class _Nesting:
 
 class _ThisThread(threading.local):
     def __init__(self) -> None:
-        self.nesting = _Nesting()
+        self.nesting = Nesting()
 
 
-_this_thread = _ThisThread()
+this_thread = _ThisThread()
 
 
 def run(future: Any, outcome: Outcome, state: _State, followers: _Followers) -> None:
@@ -89,7 +98,7 @@ def run(future: Any, outcome: Outcome, state: _State, followers: _Followers) -> 
     Raises:
         KeyboardInterrupt, SystemExit: A callback raised it, after the others were run.
     """
-    here = _this_thread.nesting
+    here = this_thread.nesting
     depth = here.depth
     if depth >= MAX_DEPTH:
         here.deferred.append((future, outcome, state, followers))
@@ -113,14 +122,20 @@ def run_now(future: Any, outcome: Outcome, state: _State, callback: DoneCallback
         raise interrupt
 
 
+def run_deferred_of(nesting: Nesting) -> None:
+    """Runs what another thread has put off, unless its outermost completion still will."""
+    if nesting.depth == 0:
+        _run_deferred(nesting)
+
+
 def run_deferred() -> None:
     """Runs what the completions under way in this thread have put off."""
-    interrupt = _run_deferred(_this_thread.nesting)
+    interrupt = _run_deferred(this_thread.nesting)
     if interrupt is not None:
         raise interrupt
 
 
-def _run_deferred(here: _Nesting) -> BaseException | None:
+def _run_deferred(here: Nesting) -> BaseException | None:
     interrupt: BaseException | None = None
     while here.deferred:
         due = here.deferred[0]
@@ -167,7 +182,7 @@ def _run_each(
         except BaseException as error:
             try:
                 interrupt = _fail(future, callback, error) or interrupt
-            except BaseException:
+            except BaseException as struck:
                 # As where the stack is full: a new thread has one of its own.
                 try:
                     start_new_thread(callback.fail, (future, error))
@@ -175,6 +190,9 @@ def _run_each(
                     # Not one call is possible, so it has not begun. Whoever serves again runs it.
                     state[callback] = None
                     raise
+                for one in (error, struck):
+                    if isinstance(one, (KeyboardInterrupt, SystemExit)):
+                        interrupt = one
     return interrupt
 
 

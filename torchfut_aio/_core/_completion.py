@@ -149,7 +149,7 @@ def _claim_and_serve(
         complete_in_torch(future, outcome)
     else:
         set_value_in_torch(future, outcome.value)
-    if callbacks:
+    if callbacks or again:  # again, also what this thread has put off
         _callbacks.run(future, outcome, state, followers)
     return True
 

@@ -63,8 +63,8 @@ def complete_in_torch(future: Any, outcome: Outcome) -> None:
 
 
 def _fail(future: Any, outcome: Outcome, error: BaseException) -> None:
-    find = partial(_error_of, weakref.ref(outcome), *type_and_text(error))
     try:
+        find = partial(_error_of, weakref.ref(outcome), *type_and_text(error))
         _Future._set_unwrap_func(future, partial(_raise_found, find))
         set_value_in_torch(future, _stand_in_for(error, find))
     except BaseException:  # Ctrl-C, or no memory: C++ consumers must not wait for ever
