@@ -437,7 +437,7 @@ class AlarmInTheLoop(Alarm):
 
     def strike(self, signum, frame):
         if frame.f_code.co_name == "run_forever":
-            signal.setitimer(signal.ITIMER_REAL, 20e-6)
+            signal.setitimer(signal.ITIMER_REAL, 5e-4)
         else:
             super().strike()
 

@@ -375,8 +375,8 @@ def test_threads_that_are_first_to_adopt_at_the_same_moment_share_a_thread_that_
         futures = []
         with running(*[lambda: futures.append(as_future(recorded(producer)))] * 4):
             pass
-        until(lambda: len(watchers()) == 1)
-        assert watchers() == _background._watching.threads()
+        until(lambda: watchers() == _background._watching.threads())
+        assert len(watchers()) == 1
         assert _background._watching.end(PATIENCE, hand_over=False)  # as at exit
         assert not watchers()
         more = as_future(recorded(producer))
