@@ -20,8 +20,6 @@ from ._collect import adopted
 from ._errors import warn_that_wait_blocks_a_loop
 from ._future import Future
 
-__all__ = ["as_completed"]
-
 T = TypeVar("T")
 
 

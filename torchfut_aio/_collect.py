@@ -17,8 +17,6 @@ from ._adopt import as_future
 from ._errors import InvalidStateError, NotAFutureError
 from ._future import Future
 
-__all__ = ["adopted", "collect_all", "gather", "wait_all"]
-
 T = TypeVar("T")
 
 

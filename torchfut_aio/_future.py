@@ -15,8 +15,6 @@ from ._core import OUTCOME
 from ._errors import InvalidStateError, warn_that_wait_blocks_a_loop
 from ._repr import short
 
-__all__ = ["Future"]
-
 T = TypeVar("T")
 S = TypeVar("S")
 

@@ -26,17 +26,6 @@ from typing import Any
 
 from ._outcome import Outcome
 
-__all__ = [
-    "DoneCallback",
-    "FunctionCallback",
-    "Nesting",
-    "run",
-    "run_deferred",
-    "run_deferred_of",
-    "run_now",
-    "this_thread",
-]
-
 MAX_DEPTH = 32
 
 _logger = logging.getLogger("torchfut_aio")
@@ -167,8 +156,6 @@ def _run_each(
     """As `run`; returns what is to be raised."""
     interrupt: BaseException | None = None
     for callback in followers:
-        if not isinstance(callback, DoneCallback):
-            continue
         try:
             del state[callback]
         except KeyError:

@@ -39,21 +39,6 @@ from ._callbacks import DoneCallback
 from ._outcome import Outcome, joined_outcome, outcome_of_error, outcome_of_value
 from ._torch_future import complete_in_torch, set_value_in_torch
 
-__all__ = [
-    "OUTCOME",
-    "Completable",
-    "add_callback",
-    "add_waiter",
-    "complete",
-    "complete_with_error",
-    "complete_with_parts",
-    "complete_with_value",
-    "devices_of",
-    "followers",
-    "outcome_of",
-    "remove",
-]
-
 T = TypeVar("T")
 
 OUTCOME: Final = "outcome"
@@ -88,17 +73,25 @@ def complete(future: Completable[Any], outcome: Outcome) -> None:
     """
     state = future._state
     try:
-        won = _claim_and_serve(future, outcome, state)
+        if state.setdefault(OUTCOME, outcome) is outcome:
+            # Whoever follows from here on sees the outcome: all stores to a dict are in one order.
+            callbacks = _wake_waiters(state) if len(state) > 1 else ()
+            if outcome.error is None:
+                set_value_in_torch(future, outcome.value)
+            else:
+                complete_in_torch(future, outcome)
+            if callbacks:
+                _callbacks.run(future, outcome, state, callbacks)
+            return
     except BaseException:
         # Statements, where a call might find no stack left.
         if OUTCOME in state and state[OUTCOME] is outcome:  # struck after it had won
             try:
-                _claim_and_serve(future, outcome, state, True)
+                _serve_again(future, outcome, state)
             except BaseException:
                 start_new_thread(_serve_in_thread, (future, outcome, state))
         raise
-    if not won:
-        _refuse_second(future)
+    _refuse_second(future)
 
 
 def complete_with_value(future: Completable[Any], value: object) -> None:
@@ -127,36 +120,29 @@ def complete_with_error(future: Completable[Any], error: BaseException) -> None:
     complete(future, outcome_of_error(error, future._devices))
 
 
-def _claim_and_serve(
-    future: Completable[Any], outcome: Outcome, state: dict[Any, Any], again: bool = False
-) -> bool:
-    """Tells whether the future has this outcome; then all who followed it are served.
-
-    All in one function: a thread that completes many futures feels each call.
-    """
-    if state.setdefault(OUTCOME, outcome) is not outcome:
-        return False
-    # Whoever follows from here on sees the outcome: all stores to a dict are in one order.
-    followers = [*state] if len(state) > 1 else ()
-    callbacks = False
-    for follower in followers:
-        if isinstance(follower, DoneCallback):
-            callbacks = True
-        elif follower is not OUTCOME:
+def _wake_waiters(state: dict[Any, Any]) -> list[DoneCallback]:
+    """Wakes the waiters that follow a future, which is done; returns the callbacks."""
+    callbacks = []
+    for follower in [*state]:
+        if follower is OUTCOME:
+            pass
+        elif isinstance(follower, DoneCallback):
+            callbacks.append(follower)
+        else:
             follower.wake()
             state.pop(follower, None)  # a future that is done keeps no waiter, nor its loop
-    if again or outcome.error is not None:
-        complete_in_torch(future, outcome)
-    else:
-        set_value_in_torch(future, outcome.value)
-    if callbacks or again:  # again, also what this thread has put off
-        _callbacks.run(future, outcome, state, followers)
-    return True
+    return callbacks
+
+
+def _serve_again(future: Completable[Any], outcome: Outcome, state: dict[Any, Any]) -> None:
+    callbacks = _wake_waiters(state)
+    complete_in_torch(future, outcome)
+    _callbacks.run(future, outcome, state, callbacks)  # also what this thread has put off
 
 
 def _serve_in_thread(future: Completable[Any], outcome: Outcome, state: dict[Any, Any]) -> None:
     with suppress(KeyboardInterrupt, SystemExit):  # nobody is above to take what a callback raises
-        _claim_and_serve(future, outcome, state, True)
+        _serve_again(future, outcome, state)
 
 
 def add_waiter(future: Completable[Any], waiter: Waiter) -> bool:

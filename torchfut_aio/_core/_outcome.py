@@ -15,8 +15,6 @@ import torch
 
 from .._devices import HOST_ONLY, Readiness, declared_readiness, found_readiness, joint_readiness
 
-__all__ = ["Outcome", "joined_outcome", "outcome_of_error", "outcome_of_value"]
-
 
 class Outcome:
     """A value that is ready, and the base of the others.
@@ -24,7 +22,7 @@ class Outcome:
     Made without a constructor, which would take longer than all the rest.
     """
 
-    __slots__ = ("__weakref__", "value")
+    __slots__ = ("value",)
 
     value: Any
     error: BaseException | None = None
@@ -57,7 +55,7 @@ class _DeviceValue(Outcome):
 class _Error(Outcome):
     """An error; the value is of no use."""
 
-    __slots__ = ("error", "readiness", "traceback")
+    __slots__ = ("__weakref__", "error", "readiness", "traceback")
 
     error: BaseException | None
     traceback: TracebackType | None

@@ -9,8 +9,6 @@ from .._errors import callback_error, drop_catching_frame
 from ._callbacks import DoneCallback
 from ._completion import Completable, complete_with_error, complete_with_value, outcome_of
 
-__all__ = ["ThenCallback"]
-
 
 class ThenCallback(DoneCallback):
     """Completes a child with what a function returns or raises."""

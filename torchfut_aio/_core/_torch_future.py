@@ -22,8 +22,6 @@ import torch
 from .._errors import rebuild_exception, type_and_text
 from ._outcome import Outcome
 
-__all__ = ["complete_in_torch", "init_in_torch", "install_stand_in", "set_value_in_torch"]
-
 _Future: Any = torch._C.Future
 # Makes the C++ future of a future, given its devices. (torch.futures.Future.__init__ would only
 # convert the devices once more.)
