@@ -442,6 +442,8 @@ class AlarmInTheLoop(Alarm):
             super().strike()
 
 
+# Of asyncio.wait, which a strike may end between making a coroutine and awaiting it.
+@pytest.mark.filterwarnings("ignore:coroutine '_?wait' was never awaited:RuntimeWarning")
 @on_asyncios_loops
 def test_ctrl_c_delivered_for_real_leaves_no_loop_deaf(new_loop):
     struck = 0

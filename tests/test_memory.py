@@ -196,6 +196,17 @@ def test_reading_an_error_makes_no_cycle():
         gc.enable()
 
 
+def test_the_child_of_a_callback_that_raises_goes_without_the_collector():
+    fut = Future()
+    ref = weakref.ref(fut.then(lambda _: 1 / 0))
+    gc.disable()
+    try:
+        fut.set_result(1)
+        assert ref() is None
+    finally:
+        gc.enable()
+
+
 def test_a_done_future_holds_neither_callbacks_nor_waiters():
     class Thing:
         def __call__(self, fut):

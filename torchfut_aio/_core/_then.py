@@ -17,7 +17,7 @@ class ThenCallback(DoneCallback):
 
     def __init__(self, function: Callable[[Any], object], child: Completable[Any]) -> None:
         self.function = function
-        self.child = child
+        self.child: Any = child
 
     def run(self, future: Completable[Any]) -> None:
         try:
@@ -32,7 +32,10 @@ class ThenCallback(DoneCallback):
             complete_with_error(self.child, callback_error(error))
         else:
             complete_with_value(self.child, result)
+        # The function's frame, which the child's error keeps, leads here through its callers.
+        # So the child must not be found from here, or neither would go without the collector.
+        self.child = None
 
     def fail(self, _future: Completable[Any], error: BaseException) -> None:
-        if outcome_of(self.child) is None:
+        if self.child is not None and outcome_of(self.child) is None:
             complete_with_error(self.child, error)
