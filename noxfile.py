@@ -25,7 +25,8 @@ PROJECT = nox.project.load_toml(HERE / "pyproject.toml")
 PYTHON = "3.11"
 PINNED = re.search(r"^torch==(.*)$", (HERE / "constraints.txt").read_text(), flags=re.M)[1]
 # The oldest that pyproject.toml claims, with what was mended in it since.
-OLDEST = re.search(r"torch>=([\d.]+)", str(PROJECT["project"]["dependencies"]))[1] + ".*"
+LOWEST = dict(re.findall(r"\b(torch|anyio|trio|uvloop)>=([\d.]+)", str(PROJECT["project"])))
+OLDEST = LOWEST.pop("torch") + ".*"
 NEWEST = "2.14.1"
 
 # Every Python that pyproject.toml names with the newest torch; one Python with each torch.
@@ -36,11 +37,12 @@ TESTED = [
 
 
 def install(session: nox.Session, extras: str, torch: str = PINNED) -> None:
-    """Installs this checkout with a certain torch, never any other."""
+    """Installs this checkout with a certain torch; with the oldest, the oldest of the rest, too."""
     if (session.python, torch) == (PYTHON, PINNED):
         session.install("-c", "constraints.txt", f".[{extras}]")
-    else:
-        session.install(f"torch=={torch}", f".[{extras}]")
+        return
+    others = [f"{name}=={version}.*" for name, version in LOWEST.items() if torch == OLDEST]
+    session.install(f"torch=={torch}", *others, f".[{extras}]")
 
 
 @nox.session
