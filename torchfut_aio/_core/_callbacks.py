@@ -61,7 +61,7 @@ class FunctionCallback(DoneCallback):
         """Does nothing: what the function began is the business of who wrote it."""
 
 
-class Nesting:
+class _Nesting:
     """How deep completions nest in one thread, and the futures whose callbacks they put off."""
 
     __slots__ = ("deferred", "depth")
@@ -73,10 +73,10 @@ class Nesting:
 
 class _ThisThread(threading.local):
     def __init__(self) -> None:
-        self.nesting = Nesting()
+        self.nesting = _Nesting()
 
 
-this_thread = _ThisThread()
+_this_thread = _ThisThread()
 
 
 def run(future: Any, outcome: Outcome, state: _State, followers: _Followers) -> None:
@@ -87,7 +87,7 @@ def run(future: Any, outcome: Outcome, state: _State, followers: _Followers) -> 
     Raises:
         KeyboardInterrupt, SystemExit: A callback raised it, after the others were run.
     """
-    here = this_thread.nesting
+    here = _this_thread.nesting
     depth = here.depth
     if depth >= MAX_DEPTH:
         here.deferred.append((future, outcome, state, followers))
@@ -111,20 +111,14 @@ def run_now(future: Any, outcome: Outcome, state: _State, callback: DoneCallback
         raise interrupt
 
 
-def run_deferred_of(nesting: Nesting) -> None:
-    """Runs what another thread has put off, unless its outermost completion still will."""
-    if nesting.depth == 0:
-        _run_deferred(nesting)
-
-
 def run_deferred() -> None:
     """Runs what the completions under way in this thread have put off."""
-    interrupt = _run_deferred(this_thread.nesting)
+    interrupt = _run_deferred(_this_thread.nesting)
     if interrupt is not None:
         raise interrupt
 
 
-def _run_deferred(here: Nesting) -> BaseException | None:
+def _run_deferred(here: _Nesting) -> BaseException | None:
     interrupt: BaseException | None = None
     while here.deferred:
         due = here.deferred[0]
