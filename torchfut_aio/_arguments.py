@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import numbers
 from collections.abc import Iterable
 
 import torch
-
-__all__ = ["callback_checked", "devices_checked", "timeout_checked"]
 
 
 def callback_checked(callback: object) -> None:
@@ -47,3 +46,14 @@ def timeout_checked(
     if math.isnan(seconds):
         raise ValueError(f"{what}, not NaN")
     return max(seconds, 0.0)
+
+
+def async_function_checked(func: object, by: str) -> None:
+    """Raises TypeError unless ``func`` is what the decorator called ``by`` takes."""
+    if isinstance(func, (staticmethod, classmethod)):
+        kind = type(func).__name__
+        raise TypeError(f"put @{kind} above @{by}, which takes the function itself")
+    if hasattr(func, "_wrapped_async_rpc_function"):
+        raise TypeError(f"{func!r} has been made a function for RPC already")
+    if not inspect.iscoroutinefunction(func):
+        raise TypeError(f"{by} takes an async def function, not {func!r}")

@@ -17,10 +17,11 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+
+from ._core import install_stand_in
 from ._cpython import calling_module
 from ._errors import rpc_error, type_and_text
-
-__all__ = ["StandIn", "parse_remote_error", "this_worker"]
 
 _RPC = "torch.distributed.rpc.internal"
 
@@ -184,3 +185,7 @@ def _attribute(found: object, names: list[str]) -> object:
     for name in names:
         found = getattr(found, name, None)
     return found
+
+
+if torch.distributed.is_available():
+    install_stand_in(StandIn.of)

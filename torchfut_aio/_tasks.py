@@ -11,14 +11,11 @@ import asyncio
 import concurrent.futures
 import inspect
 import sys
-import weakref
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from . import _loops
-from ._adopt import adopts_unimported
-from ._arguments import devices_checked
 from ._errors import InvalidStateError, drop_catching_frame
 from ._future import Future
 
@@ -33,8 +30,6 @@ if TYPE_CHECKING:
         _TaskGroup = anyio.abc.TaskGroup | asyncio.TaskGroup | trio.Nursery
     else:
         _TaskGroup = anyio.abc.TaskGroup | trio.Nursery
-
-__all__ = ["Promise", "is_portals_own_thread", "run_contained", "start_soon", "submit", "task_name"]
 
 T = TypeVar("T")
 
@@ -251,71 +246,3 @@ async def _run(
 def _trios_cancellation() -> tuple[type[BaseException], ...]:
     cancelled = getattr(sys.modules.get("trio"), "Cancelled", None)
     return () if cancelled is None else (cancelled,)
-
-
-# The futures made of sources that are still waited for. The task that waits keeps both,
-# so while one here is pending, its source's identity is not another's.
-_made: weakref.WeakValueDictionary[tuple[int, object], Future[Any]] = weakref.WeakValueDictionary()
-
-
-@adopts_unimported("anyio", "TaskHandle", "Future")
-def _from_anyio(source: Any, *, devices: Any = None) -> Future[Any]:
-    key = id(source), None if devices is None else devices_checked(devices)
-    made = _made.get(key)
-    if made is not None and not made.done():
-        return made
-    if not _loops.loop_in_this_thread():
-        raise RuntimeError(
-            f"as_future() of {type(source).__qualname__} of anyio has to be called in the thread "
-            "of its event loop"
-        )
-    future: Future[Any] = Future(devices=devices)
-    promise = Promise(future, repr(source))
-    if _has_ended(source):
-        _keep_as(promise, source)
-        return future
-
-    def ended() -> None:  # perhaps before its first step, as the source has ended the loop
-        if _has_ended(source):
-            with suppress(KeyboardInterrupt, SystemExit):
-                _keep_as(promise, source)
-        promise.end()
-
-    # Only a task can wait for it, and only on its loop.
-    _loops.current().spawn(ended, _watch, promise, source)
-    _made[key] = future
-    return future
-
-
-async def _watch(promise: Promise, source: Any) -> None:
-    try:
-        await source.wait()
-    except GeneratorExit:  # nobody will resume this, and anyio cannot tell how the source is
-        raise
-    except Exception as error:  # it is another loop's
-        promise.fail(drop_catching_frame(error))
-    except BaseException:
-        # The loop ends, perhaps because of how the source has ended.
-        if _has_ended(source):
-            with suppress(KeyboardInterrupt, SystemExit):
-                _keep_as(promise, source)
-        raise
-    else:
-        # Nobody is above to take what a callback of the future may pass on.
-        with suppress(KeyboardInterrupt, SystemExit):
-            _keep_as(promise, source)
-
-
-def _has_ended(source: Any) -> bool:
-    return source.status.name not in ("PENDING", "CANCELLING")
-
-
-def _keep_as(promise: Promise, source: Any) -> None:
-    try:
-        error = source.exception
-    except Exception as cancelled:  # anyio's own
-        error = drop_catching_frame(cancelled)
-    if error is None:
-        promise.keep(source.return_value)
-    else:
-        promise.fail(error)

@@ -17,11 +17,9 @@ from typing import Any
 
 import anyio
 
-from ._future import Future
-from ._tasks import Promise, run_contained
-from ._worker import Worker, WorkerThread, call_contained
-
-__all__ = ["close", "is_running", "start_soon"]
+from .._future import Future
+from .._tasks import Promise, run_contained
+from .._worker import Worker, WorkerThread, call_contained
 
 _NAME = "torchfut_aio background loop"
 _PATIENCE = 10.0  # seconds for what has been cancelled to end
