@@ -25,30 +25,29 @@ _A = TypeVar("_A", bound=_Adapter)
 class _AsFuture:
     """Returns a `Future` that completes as ``source`` does.
 
-    The error of a source arrives as it is, and its cancellation as its own
-    CancelledError: that of ``concurrent.futures`` is not asyncio's. But what RPC delivers as
-    a text becomes an `RpcError`, of the original's own type, too. Asked again for a
-    source that is still pending, it returns the future that it made before, so that
-    what times out and asks anew leaves nothing behind with the source. Not so for an
-    event or a stream: each time it makes a future, which a thread watches, one for all of
-    these, until the work is done. To wait just once, `synchronize` is better.
+    An error arrives as it is, and a cancellation as the source's own CancelledError: that of
+    ``concurrent.futures`` is not asyncio's. Only what RPC delivers as a text becomes an
+    `RpcError`, of the original's own type, too.
 
-    Other libraries add theirs as with ``functools.singledispatch``: see the example.
+    For a source that is still pending, it returns the same future each time, so that asking again
+    after a timeout leaves nothing behind. For an event or a stream, it makes one each time, and
+    one thread watches them all until the work is done; to wait once, use `synchronize`.
+
+    Other libraries add sources with ``@as_future.register``.
 
     Args:
-        source: A future of this package, which is returned as it is; a
-            ``torch.futures.Future``; a ``torch.distributed`` ``Work``; a
-            ``concurrent.futures.Future``; an ``asyncio.Future`` or ``Task``, of any
-            loop; a ``TaskHandle`` or ``Future`` of anyio, of the loop that runs in this thread;
-            a ``torch.Event`` that has been recorded, or a ``torch.Stream``, for a
-            future that completes with None when the work enqueued so far has been done;
-            or an instance of a registered type.
-        devices: The devices of the future that is made, as for `Future`; for a future
-            of this package too, if given, a new one is made.
+        source: A `Future`, which is returned as it is; a ``torch.futures.Future``; a
+            ``torch.distributed`` ``Work``; a ``concurrent.futures.Future``; an
+            ``asyncio.Future`` or ``Task``, of any loop; a ``TaskHandle`` or ``Future`` of anyio,
+            of the loop that runs in this thread; a ``torch.Event`` that has been recorded, or a
+            ``torch.Stream``: its future completes with None when the work enqueued so far is
+            done; or an instance of a registered type.
+        devices: The devices of the future, as for `Future`. With devices, ``source`` is never
+            returned itself.
 
     Raises:
         NotAFutureError: ``source`` is none of these; a TypeError.
-        TypeError: What was registered for it does not return a `Future`.
+        TypeError: The function registered for it does not return a `Future`.
         RuntimeError: ``source`` is a pending asyncio future of a loop that has closed.
 
     Example:
@@ -56,28 +55,14 @@ class _AsFuture:
         >>> with concurrent.futures.ThreadPoolExecutor() as pool:
         ...     torchfut_aio.as_future(pool.submit(pow, 2, 10)).wait()
         1024
-
-        >>> class Ticket:  # of another library
-        ...     def on_ready(self, function):
-        ...         function(self, "ready")
-        >>> @torchfut_aio.as_future.register(Ticket)
-        ... def _(ticket, *, devices=None):
-        ...     fut = torchfut_aio.Future(devices=devices)
-        ...     ticket.on_ready(lambda ticket, value: fut.set_result(value))
-        ...     return fut
-        >>> torchfut_aio.as_future(Ticket()).wait()
-        'ready'
     """
 
     @overload
     def __call__(
-        self, source: torch.futures.Future[T], *, devices: Devices = None
-    ) -> Future[T]: ...
-    @overload
-    def __call__(self, source: asyncio.Future[T], *, devices: Devices = None) -> Future[T]: ...
-    @overload
-    def __call__(
-        self, source: concurrent.futures.Future[T], *, devices: Devices = None
+        self,
+        source: torch.futures.Future[T] | asyncio.Future[T] | concurrent.futures.Future[T],
+        *,
+        devices: Devices = None,
     ) -> Future[T]: ...
     @overload
     def __call__(self, source: object, *, devices: Devices = None) -> Future[Any]: ...
@@ -100,16 +85,16 @@ class _AsFuture:
     def register(self, cls: _A, func: None = None) -> _A: ...
 
     def register(self, cls: Any, func: Any = None) -> Any:
-        """Registers what adopts instances of a type, as ``functools.singledispatch`` does.
+        """Registers a function that adopts instances of a type, as ``singledispatch`` does.
 
-        Use it as a decorator, ``@as_future.register(Type)``, or call it with the
-        function. That takes the source and, by keyword, the ``devices`` that
-        `as_future` was given, if it was, and returns a `Future`. The type may be left
-        out if the function's first parameter is annotated with it.
+        Use it as a decorator, ``@as_future.register(Type)``, or call it with the function. The
+        function takes the source, and the ``devices`` by keyword if `as_future` was given them,
+        and returns a `Future`. The type may be left out if the function's first parameter is
+        annotated with it.
         """
         if func is None and not isinstance(cls, type):
-            # From Python 3.14 on, singledispatch reads __annotate__ alone, which is None if
-            # the annotations were assigned, as decorators and code generators do.
+            # From Python 3.14 on, singledispatch reads __annotate__ only, which is None if a
+            # decorator or a code generator has assigned the annotations.
             assigned = getattr(cls, "__annotate__", True) is None
             if assigned and (hints := get_type_hints(cls)):
                 return _adapters.register(next(iter(hints.values())), cls)

@@ -15,11 +15,12 @@ from torch._C._distributed_c10d import GradBucket
 from .._arguments import async_function_checked
 from .._devices import devices_in_use
 from .._future import Future
-from .._tasks import task_name
+from .._tasks import Promise, task_name
 from . import _background_loop
 
 _Hook = Callable[[Any, GradBucket], Coroutine[Any, Any, torch.Tensor]]
 _TorchHook = Callable[[Any, GradBucket], Future[torch.Tensor]]
+_EITHER = inspect.Parameter.POSITIONAL_OR_KEYWORD
 
 
 @overload
@@ -29,17 +30,17 @@ def async_comm_hook(*, overlap: bool) -> Callable[[_Hook], _TorchHook]: ...
 def async_comm_hook(hook: Any = None, *, overlap: bool = False) -> Any:
     """Makes ``async def hook(state, bucket)`` a communication hook of DDP.
 
-    For ``ddp.register_comm_hook(state, hook)``. It runs on the background loop, while the
-    backward pass goes on, and returns the tensor that takes the place of ``bucket.buffer()``.
-    The streams that are current there are ordered after the kernels that fill the bucket, and
-    the optimiser's after those that fill the result. What it raises, ``backward()`` raises.
+    For ``ddp.register_comm_hook(state, hook)``. The hook runs on the background loop while the
+    backward pass goes on, and returns the tensor that replaces ``bucket.buffer()``. The loop's
+    current streams are ordered after the kernels that fill the bucket, and the optimiser's after
+    those that fill the result. What the hook raises, ``backward()`` raises.
 
-    Collectives have to be started in the same order on every rank. So the hook runs for one
-    bucket after the other, in their order, which is the same everywhere, and not after it has
-    raised, until the next backward pass. After a hook has raised on all ranks, training may
-    go on. If it did on some only, the others may wait for it, or take its next collective for
-    another: let such a process end. If the backward passes of several models overlap,
-    decorate once for each: ``register_comm_hook(None, async_comm_hook(hook))``.
+    Every rank has to start its collectives in the same order. So the hook runs for one bucket
+    after the other, in their order, which is the same everywhere; after it has raised, it does
+    not run until the next backward pass. If it raised on all ranks, training may go on. If it
+    raised on some, the others may wait for these, or mistake their next collective for another:
+    let such a process end. If the backward passes of several models overlap, decorate the hook
+    once for each: ``register_comm_hook(None, async_comm_hook(hook))``.
 
     Args:
         hook: An async function.
@@ -63,13 +64,12 @@ def async_comm_hook(hook: Any = None, *, overlap: bool = False) -> Any:
     async_function_checked(hook, "async_comm_hook")
     reduction = _Reduction(hook, overlap)
 
+    @functools.wraps(hook)
     def call(state: Any, bucket: GradBucket) -> Future[torch.Tensor]:
         return reduction.start(state, bucket)
 
-    # DDP checks annotations, and these are those of an async function.
-    functools.update_wrapper(call, hook)
-    either = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    parameters = [inspect.Parameter("state", either), inspect.Parameter("bucket", either)]
+    # DDP checks annotations, and the hook's are those of an async function.
+    parameters = [inspect.Parameter(name, _EITHER) for name in ("state", "bucket")]
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return call
 
@@ -80,15 +80,15 @@ class _Reduction:
     def __init__(self, hook: _Hook, overlap: bool) -> None:
         self._hook = hook
         self._overlap = overlap
-        # The future of the bucket before, as long as somebody completes it.
+        # The future of the bucket before, as long as anything will complete it.
         self._last: weakref.ref[Future[torch.Tensor]] | None = None
-        # DDP keeps the C++ side of a future, to which an error is a text.
+        # DDP keeps only the C++ side of a future, which does not keep an error.
         self._failed: deque[Future[torch.Tensor]] = deque(maxlen=1000)
 
     def start(self, state: object, bucket: GradBucket) -> Future[torch.Tensor]:
         if bucket.index() == 0:
             self._failed.clear()
-        # It travels in a future, so that the loop's streams can be ordered after it.
+        # The bucket travels in a future, so that the loop's streams can be ordered after it.
         ready: Future[torch.Tensor] = Future()
         ready.set_result(bucket.buffer())
         future: Future[torch.Tensor] = Future(devices=devices_in_use())
@@ -97,8 +97,8 @@ class _Reduction:
         if not self._overlap:
             before = self._last and self._last()
             self._last = weakref.ref(future)
-        name = task_name(self._hook)
-        _background_loop.start_soon(future, self._reduce, state, bucket, ready, before, name=name)
+        promise = Promise(future, task_name(self._hook))
+        _background_loop.start_soon(promise, self._reduce, state, bucket, ready, before)
         return future
 
     async def _reduce(
@@ -110,24 +110,24 @@ class _Reduction:
     ) -> torch.Tensor:
         try:
             if before is not None and bucket.index() == 0:
-                await before.then(lambda _: None)  # of another backward pass, however it ended
+                await before.then(lambda _: None)  # of an earlier backward pass: ignore its error
             elif before is not None:
-                # If that has failed, so does this: the other ranks may not even get this
-                # far, and would take the next collective for one that they do wait for.
+                # If it failed, so does this one: the other ranks may not get this far, and would
+                # mistake the next collective for the one that they wait for.
                 await before.stream_ordered()
         finally:
-            del before  # or the traceback of its error would refer to it
+            del before  # its error's traceback has this frame: the two would be a cycle
         await ready.stream_ordered()
         tensor = await self._hook(state, bucket)
+        name = task_name(self._hook)
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(
-                f"a communication hook returns a tensor, and {task_name(self._hook)} "
-                f"returned {tensor!r}"
+                f"a communication hook returns a tensor, and {name} returned {tensor!r}"
             )
         if tensor.numel() != ready.value().numel():
             raise ValueError(
                 f"a communication hook returns as many numbers as bucket.buffer() has, "
-                f"{ready.value().numel()}, and {task_name(self._hook)} returned {tensor.numel()}"
+                f"{ready.value().numel()}, and {name} returned {tensor.numel()}"
             )
         return tensor
 

@@ -1,4 +1,4 @@
-"""Async functions as RPC handlers: `async_rpc`, where they run, and how RPC is shut down."""
+"""Async functions as RPC handlers, the loop that they run on, and the end of both."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import atexit
 import contextvars
 import functools
 from collections.abc import Awaitable, Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, closing
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import anyio
+from torch.distributed import rpc
 from torch.distributed.rpc import functions
 
 from .. import _loops
@@ -31,21 +32,20 @@ T = TypeVar("T")
 def async_rpc(func: Callable[P, Awaitable[T]]) -> Callable[P, Future[T]]:
     """Makes an async function one that ``torch.distributed.rpc`` calls, in any number at once.
 
-    In the place of ``rpc.functions.async_execution``: pass the function to ``rpc_async``,
-    ``rpc_sync`` or ``remote`` as any other. At the callee it runs on one event loop: that of
-    the portal given to `serve_on`, or else a background loop of this package, on uvloop if that is
-    installed, which starts with the first call. There, nothing it calls may block.
+    It replaces ``rpc.functions.async_execution``: pass the function to ``rpc_async``,
+    ``rpc_sync`` or ``remote`` as any other. The callee runs all calls on one event loop: that of
+    the portal given to `serve_on`, or else a background loop of this package, which starts with
+    the first call and uses uvloop if that is installed. The function must not block it.
 
-    Tensors in the arguments that reside on an accelerator may be used at once: the streams
-    that are current on the loop are ordered after the kernels that fill them. Distributed
-    autograd does not follow the call to the loop.
+    The function may use tensors on an accelerator among its arguments at once: the loop's current
+    streams are ordered after the kernels that fill them. Distributed autograd does not follow
+    the call to the loop.
 
-    A caller that has timed out does not stop the function. An error reaches the caller as
-    that of any RPC does. What `shutdown` cancels fails with
-    ``concurrent.futures.CancelledError`` there.
+    An error reaches the caller as with any RPC; what `shutdown` cancels fails with
+    ``concurrent.futures.CancelledError``. If a caller times out, the function goes on.
 
-    Below ``@staticmethod`` or ``@classmethod``, where there is one. Called directly, it runs in
-    this process, on the same loop, and returns its future.
+    Put it below ``@staticmethod`` or ``@classmethod``. Called directly, the function runs in this
+    process, on the same loop, and its future is returned.
 
     Args:
         func: An ``async def`` function, importable under its name at caller and callee.
@@ -54,10 +54,8 @@ def async_rpc(func: Callable[P, Awaitable[T]]) -> Callable[P, Future[T]]:
         TypeError: ``func`` is not an async function.
 
     Example:
-        >>> import asyncio
         >>> @torchfut_aio.distributed.async_rpc
         ... async def double(x):
-        ...     await asyncio.sleep(0.01)
         ...     return 2 * x
         >>> # at a caller: await as_future(rpc.rpc_async("worker1", double, args=(21,)))
         >>> double(21).wait()
@@ -69,14 +67,11 @@ def async_rpc(func: Callable[P, Awaitable[T]]) -> Callable[P, Future[T]]:
 
     @functools.wraps(func)
     def call(*args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        # These travel in a future, so that the loop's streams can be ordered after them.
+        # The arguments travel in a future, so that the loop's streams can be ordered after them.
         arguments: Future[Any] = Future()
         arguments.set_result((args, kwargs))
         future: Future[T] = Future(devices=devices_in_use())
-        for home in _homes[-1:]:
-            home.start_soon(Promise(future, name), _handle, (func, arguments))
-            return future
-        _background_loop.start_soon(future, _handle, func, arguments, name=name)
+        _hosts[-1].start_soon(Promise(future, name), _handle, func, arguments)
         return future
 
     remote: Callable[P, Future[T]] = functions.async_execution(call)  # type: ignore[no-untyped-call]
@@ -88,18 +83,18 @@ async def _handle(func: Callable[..., Awaitable[T]], arguments: Future[Any]) -> 
     return await func(*args, **kwargs)
 
 
-class _Home:
-    """A loop that the application has handed over, and what runs on it."""
+class _Host:
+    """A loop that the application has handed over to `serve_on`, and the tasks on it."""
 
     def __init__(self, loop: _loops.Loop) -> None:
         self._loop = loop
         self._open = True
-        # These also keep the tasks, which asyncio does not.
+        # One for each task. They also keep the tasks, which asyncio does not.
         self._scopes: set[anyio.CancelScope] = set()
 
-    def start_soon(self, promise: Promise, func: Callable[..., Any], args: Any) -> None:
-        """Has the loop run ``func(*args)``, from any thread, which does not wait for it."""
-        # In a context of its own: that of the calling thread is none of its business.
+    def start_soon(self, promise: Promise, func: Callable[..., Any], *args: object) -> None:
+        """Has the loop run ``func(*args)`` to keep ``promise``; does not wait for the loop."""
+        # In an empty context, rather than the calling thread's.
         spawn = functools.partial(self._loop.spawn, promise.end, self._run, promise, func, args)
         self._loop.call_soon(functools.partial(contextvars.Context().run, spawn))
 
@@ -114,9 +109,9 @@ class _Home:
                 self._scopes.discard(scope)
 
     def close(self) -> None:
-        """Cancels what runs, and what is still to come."""
-        if self in _homes:
-            _homes.remove(self)
+        """Cancels the tasks, and those still to come."""
+        if self in _hosts:
+            _hosts.remove(self)
         self._open = False
         self._loop.call_soon(self._cancel)
 
@@ -125,17 +120,17 @@ class _Home:
             scope.cancel()
 
 
-_homes: list[_Home] = []  # the latest last
+_hosts: list[Any] = [_background_loop]  # the last one runs the calls
 
 
 def serve_on(portal: anyio.from_thread.BlockingPortal) -> AbstractContextManager[object]:
     """Has the functions of `async_rpc` run on the loop of ``portal``, in this process.
 
-    For an application that has a loop, of asyncio, uvloop or trio, whose state the functions
-    share. From when this is called until the ``with`` block that it is used for ends; then
-    those that still run are cancelled. Calls that come before or after run on the background
-    loop: so call it before ``rpc.init_rpc``, and end the block after `shutdown`. Do not block
-    that loop: call these two by ``anyio.to_thread.run_sync``.
+    For an application whose functions share the state of its own loop, on asyncio, uvloop or
+    trio. It holds from this call until the end of the ``with`` block; then functions that still
+    run are cancelled. Calls before or after run on the background loop: so call it before
+    ``rpc.init_rpc``, and end the block after `shutdown`. Both of those block: on the loop, call
+    them by ``anyio.to_thread.run_sync``.
 
     Args:
         portal: A portal that is running; this may be called on its loop, or elsewhere.
@@ -159,31 +154,29 @@ def serve_on(portal: anyio.from_thread.BlockingPortal) -> AbstractContextManager
     """
     if not hasattr(portal, "start_task_soon"):
         raise TypeError(f"serve_on() takes a BlockingPortal of anyio.from_thread, not {portal!r}")
-    # RPC's threads hand calls over to the loop, and do not wait until it has taken them.
+    # RPC's threads call the loop directly: the portal would have them wait for it.
     try:
         loop = portal.call(_loops.current)
     except RuntimeError as error:
         if not is_portals_own_thread(error):
             raise
         loop = _loops.current()
-    home = _Home(loop)
-    _homes.append(home)
-    until_the_end = ExitStack()
-    until_the_end.callback(home.close)
-    return until_the_end
+    host = _Host(loop)
+    _hosts.append(host)
+    return closing(host)
 
 
 def shutdown(graceful: bool = True, timeout: float | None = None) -> None:
     """Shuts RPC down as ``rpc.shutdown`` does, and ends the background loop.
 
-    Gracefully, RPCs in flight in any process complete first. Otherwise the functions of
-    `async_rpc` that run are cancelled; their callers are told, or lose the connection. What
-    nobody waits for is cancelled in either case if it runs on the background loop: a call
-    that has timed out at its caller, or one that was made directly. It blocks, so an
-    async application calls it by ``anyio.to_thread.run_sync``.
+    Gracefully, RPCs in flight in any process complete first. Otherwise the running functions of
+    `async_rpc` are cancelled; their callers are told, or lose the connection. Either way, it
+    cancels what runs on the background loop and no process waits for: calls that timed out
+    at their callers, and direct calls. It blocks: in async code, call it by
+    ``anyio.to_thread.run_sync``.
 
-    ``rpc.shutdown()`` does all but end that loop. A process that exits with the loop still
-    there is shut down, not gracefully.
+    ``rpc.shutdown()`` alone does not end that loop. A process that exits while the loop is there
+    is shut down, not gracefully.
 
     Args:
         graceful: Whether to wait for all processes of the group, and for what is in flight.
@@ -208,12 +201,9 @@ def shutdown(graceful: bool = True, timeout: float | None = None) -> None:
         )
     try:
         if not graceful:
-            for home in _homes[:]:
-                home.close()
-            _background_loop.close()
+            for host in reversed(_hosts[:]):
+                host.close()
         if this_worker() is not None:
-            from torch.distributed import rpc
-
             given = {} if timeout is None else {"timeout": timeout}
             rpc.shutdown(graceful, **given)
     finally:
@@ -222,6 +212,6 @@ def shutdown(graceful: bool = True, timeout: float | None = None) -> None:
 
 @atexit.register
 def _shut_down_at_exit() -> None:
-    # Else RPC's threads, told of what is cancelled, come for an interpreter that has gone.
+    # Otherwise RPC's threads would learn of cancelled calls after the interpreter has gone.
     if _background_loop.is_running():
         shutdown(graceful=False)
