@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import gc
+import subprocess
 import sys
 import threading
 import weakref
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from torchfut_aio import Future, NotAFutureError, as_completed, as_future, gather
 
 from .loops import on_asyncio, on_every_loop
-from .threads import PATIENCE, alongside, running
+from .threads import PATIENCE, PATIENCE_WITH_PROCESSES, alongside, running
 
 
 class Stop(Exception):
@@ -258,6 +259,23 @@ def test_what_is_registered_must_return_ours():
     for use in (as_future, lambda source: gather([source]), lambda source: as_completed([source])):
         with pytest.raises(TypeError, match=r"Careless must return a torchfut_aio\.Future"):
             use(Careless())
+
+
+def test_a_library_that_is_imported_later_is_known():
+    program = """
+import sys, torchfut_aio
+assert "anyio" not in sys.modules
+import anyio
+async def main():
+    source = anyio.Future()
+    fut = torchfut_aio.as_future(source)
+    source.return_value = 5
+    return await fut
+print(anyio.run(main))
+"""
+    command = [sys.executable, "-W", "error", "-c", program]
+    told = subprocess.check_output(command, text=True, timeout=PATIENCE_WITH_PROCESSES)
+    assert told == "5\n"
 
 
 def test_a_coroutine_is_refused_with_a_cure():

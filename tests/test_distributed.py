@@ -22,8 +22,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 
-from torchfut_aio import BlockingWaitWarning, Future, _background_loop, _worker, as_future
-from torchfut_aio.distributed import async_comm_hook, async_rpc, serve_on, shutdown
+from torchfut_aio import BlockingWaitWarning, Future, _worker, as_future
+from torchfut_aio.distributed import (
+    _background_loop,
+    async_comm_hook,
+    async_rpc,
+    serve_on,
+    shutdown,
+)
 
 from . import explorer, services
 from .accelerator import FIRST, NEW, being_filled, read_on_current_stream

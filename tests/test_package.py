@@ -81,12 +81,11 @@ LAYERS = [
     "_core",
     "_rpc_errors",
     "_future",
+    "_tasks",
     "_adopt",
     "_collect",
     "_as_completed",
     "_timeouts",
-    "_tasks",
-    "_background_loop",
     "distributed",
 ]
 

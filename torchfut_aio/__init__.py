@@ -7,14 +7,13 @@ function; `gather`, `collect_all`, `wait_all` and `as_completed` take many.
 To read the package, follow a completion: ``_future.py`` (the public methods), ``_core/`` (a
 setter's outcome claims the future, all who follow it are served), ``_loops/`` (a waiting task is
 resumed by its loop, a thread by its lock). Beside these, ``_collect.py`` and
-``_as_completed.py`` take many futures, ``_adopt.py`` adopts other kinds, ``_tasks.py`` makes
+``_as_completed.py`` take many futures, ``_adopt/`` adopts other kinds, ``_tasks.py`` makes
 futures of tasks, ``_timeouts.py`` gives futures a deadline. ``_worker.py`` is beneath every
-thread. ``_errors.py`` dresses errors, and ``_rpc_errors.py`` sees them through C++.
-``_devices/`` knows of accelerators: of the kernels that fill a value, and when they are done.
-``_cpython.py`` has all that is private to CPython.
+thread. ``_errors.py`` has the package's errors, and ``_rpc_errors.py`` translates errors for C++
+and from it. ``_devices/`` knows of accelerators: of the kernels that fill a value, and when they
+are done. ``_cpython.py`` has all that is private to CPython.
 
-``distributed.py`` is imported by those who use it, with ``_background_loop.py`` beneath it:
-async functions as RPC handlers and as DDP hooks.
+``distributed/`` is imported by those who use it: async functions as RPC handlers and as DDP hooks.
 """
 
 from ._adopt import as_future

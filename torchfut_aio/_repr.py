@@ -6,11 +6,9 @@ import reprlib
 
 import torch
 
-__all__ = ["short"]
-
 
 class _Short(reprlib.Repr):
-    """Values cut to a line; a tensor by its kind, as its numbers may still be computed."""
+    """Cuts values to a line; shows no numbers of tensors, as kernels may still compute them."""
 
     def __init__(self) -> None:
         super().__init__()

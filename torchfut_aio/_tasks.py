@@ -1,8 +1,8 @@
 """Async functions that run in a task group, or on another thread's loop, as futures.
 
-The task keeps a `Promise`, the only thing that knows the future from the task's side. A
-task may end in many ways without a chance to say so: cancelled before its first step,
-or dropped by a loop that has closed. Then its promise dies with it, and fails the future.
+A task refers to its future through a `Promise` only. A task may end without running any code:
+cancelled before its first step, or dropped with a loop that has closed. Then the promise dies
+with it, and fails the future.
 """
 
 from __future__ import annotations
@@ -11,14 +11,11 @@ import asyncio
 import concurrent.futures
 import inspect
 import sys
-import weakref
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from . import _loops
-from ._adopt import adopts_unimported
-from ._arguments import devices_checked
 from ._errors import InvalidStateError, drop_catching_frame
 from ._future import Future
 
@@ -34,8 +31,6 @@ if TYPE_CHECKING:
     else:
         _TaskGroup = anyio.abc.TaskGroup | trio.Nursery
 
-__all__ = ["Promise", "is_portals_own_thread", "run_contained", "start_soon", "submit", "task_name"]
-
 T = TypeVar("T")
 
 
@@ -47,20 +42,18 @@ def start_soon(
 ) -> Future[T]:
     """Runs ``func(*args)`` as a task of a task group; returns a future of its result.
 
-    What the function raises goes to the future, and does not end the group: it is up to
-    those who hold the future. A task that is cancelled fails it with
-    ``concurrent.futures.CancelledError``, as does one that the end of its loop takes away;
-    so a future of a group that has exited is done. KeyboardInterrupt, SystemExit and
-    cancellation also act on the group, as from any task of it. An error that nobody reads is
-    lost with the future. To complete the future yourself does not stop the task; then its
-    result is dropped.
+    What the function raises goes to the future and leaves the group alone; if nobody reads it,
+    it is lost with the future. KeyboardInterrupt, SystemExit and cancellation also act on the
+    group, as from any of its tasks. A task that is cancelled, or that ends with its loop, fails
+    the future with ``concurrent.futures.CancelledError``; so a future of a group that has exited
+    is done. If you complete the future yourself, the task goes on, and its result is dropped.
 
     Args:
         task_group: A task group of anyio, an ``asyncio.TaskGroup`` or a ``trio.Nursery``,
             of the loop that runs in this thread.
         func: An async function.
         *args: Its positional arguments.
-        name: The name of the task; that of the function, if None.
+        name: The name of the task; by default, that of the function.
 
     Raises:
         TypeError: ``task_group`` or ``func`` is not one.
@@ -80,7 +73,7 @@ def start_soon(
     """
     _function_checked(func)
     group: Any = task_group
-    # An event loop can create tasks, too; but it does not wait for them.
+    # An event loop has create_task, too, but does not wait for its tasks.
     is_asyncios = hasattr(group, "create_task") and hasattr(group, "__aexit__")
     if not hasattr(group, "start_soon") and not is_asyncios:
         raise TypeError(
@@ -103,7 +96,7 @@ def start_soon(
     except BaseException:
         coroutine.close()
         raise
-    # Whoever holds a task that was cancelled before its first step holds the promise.
+    # A task that was cancelled before its first step keeps the promise as long as it lives.
     task.add_done_callback(promise.end)
     return future
 
@@ -114,25 +107,23 @@ def submit(
     *args: Unpack[Args],
     name: object = None,
 ) -> Future[T]:
-    """Runs ``func(*args)`` on the loop of a portal, from another thread; see `start_soon`.
+    """Runs ``func(*args)`` on a portal's loop, from another thread; else as `start_soon`.
 
-    It returns when the loop has got round to making the task.
+    It blocks until the loop has made the task.
 
     Args:
         portal: An ``anyio.from_thread.BlockingPortal``.
         func: An async function.
         *args: Its positional arguments.
-        name: The name of the task; that of the function, if None.
+        name: The name of the task; by default, that of the function.
 
     Raises:
         TypeError: ``portal`` or ``func`` is not one.
-        RuntimeError: The portal is not running, or this is the thread of its loop: there,
-            use `start_soon`.
+        RuntimeError: The portal is not running, or its loop runs in this thread: use `start_soon`.
 
     Example:
         >>> import anyio.from_thread
         >>> async def double(x):
-        ...     await anyio.sleep(0.001)
         ...     return 2 * x
         >>> with anyio.from_thread.start_blocking_portal() as portal:
         ...     torchfut_aio.submit(portal, double, 21).wait()
@@ -155,7 +146,7 @@ def submit(
 
 
 def is_portals_own_thread(error: RuntimeError) -> bool:
-    """Tells whether a portal has refused a call because it came from its own loop's thread."""
+    """Tells whether a portal refused a call because its own loop's thread made it."""
     return "event loop thread" in str(error)
 
 
@@ -170,7 +161,7 @@ def _function_checked(func: object) -> None:
 
 
 def task_name(func: Any, name: object = None) -> str:
-    """Returns ``name``, or what ``func`` is called, as anyio does."""
+    """Returns ``name``, or the name that anyio gives a task of ``func``."""
     if name is not None:
         return str(name)
     called = getattr(func, "__qualname__", None)
@@ -180,8 +171,8 @@ def task_name(func: Any, name: object = None) -> str:
 class Promise:
     """The only reference from a task to the future of its result.
 
-    It goes as soon as the future is done: the frames in an error's traceback lead to the
-    promise, so an error that went to the future would otherwise be in a cycle with it.
+    It lets go of the future when that is done: the traceback of an error leads to the promise, so
+    the future and its error would otherwise be a cycle.
     """
 
     __slots__ = ("_future", "name")
@@ -191,26 +182,26 @@ class Promise:
         self.name = name
 
     def keep(self, result: object) -> None:
-        """Completes the future, unless that has been done."""
+        """Completes the future, unless it is done."""
         if self._future is not None:
-            with suppress(InvalidStateError):  # somebody has completed it instead
+            with suppress(InvalidStateError):  # somebody else has completed it
                 self._future.set_result(result)
             self._future = None
 
     def fail(self, error: BaseException) -> None:
-        """Fails the future, unless that is done."""
+        """Fails the future, unless it is done."""
         if self._future is not None:
             with suppress(InvalidStateError):
                 self._future.set_exception(error)
             self._future = None
 
     def cancel(self, *why: object) -> None:
-        """Fails the future as that of a task that was cancelled."""
+        """Fails the future with CancelledError, unless it is done."""
         text = ": ".join((f"{self.name} was cancelled", *map(str, why)))
         self.fail(concurrent.futures.CancelledError(text))
 
     def end(self, _task: object = None) -> None:
-        """Is told that the task has ended, with or without a word."""
+        """Fails the future if it is pending: its task has ended."""
         if self._future is not None and not self._future.done():
             self.cancel("before its first step, or because its event loop ended")
 
@@ -220,7 +211,7 @@ class Promise:
 async def run_contained(
     promise: Promise, func: Callable[..., Awaitable[Any]], args: tuple[Any, ...]
 ) -> None:
-    """Keeps the promise, for a loop on which nobody is above to take what would end it."""
+    """Keeps the promise with the outcome of ``func(*args)``; raises nothing that ends a loop."""
     with suppress(KeyboardInterrupt, SystemExit):
         await _run(promise, func, args)
 
@@ -239,7 +230,7 @@ async def _run(
         if issubclass(kind, asyncio.CancelledError):
             promise.cancel(*error.args[:1])  # what was given to cancel()
         elif issubclass(kind, (GeneratorExit, *_trios_cancellation())):
-            promise.cancel()  # a coroutine that nobody will resume is closed by GeneratorExit
+            promise.cancel()  # GeneratorExit: nobody will resume the coroutine
         else:
             promise.fail(error)
         if not issubclass(kind, Exception):
@@ -251,71 +242,3 @@ async def _run(
 def _trios_cancellation() -> tuple[type[BaseException], ...]:
     cancelled = getattr(sys.modules.get("trio"), "Cancelled", None)
     return () if cancelled is None else (cancelled,)
-
-
-# The futures made of sources that are still waited for. The task that waits keeps both,
-# so while one here is pending, its source's identity is not another's.
-_made: weakref.WeakValueDictionary[tuple[int, object], Future[Any]] = weakref.WeakValueDictionary()
-
-
-@adopts_unimported("anyio", "TaskHandle", "Future")
-def _from_anyio(source: Any, *, devices: Any = None) -> Future[Any]:
-    key = id(source), None if devices is None else devices_checked(devices)
-    made = _made.get(key)
-    if made is not None and not made.done():
-        return made
-    if not _loops.loop_in_this_thread():
-        raise RuntimeError(
-            f"as_future() of {type(source).__qualname__} of anyio has to be called in the thread "
-            "of its event loop"
-        )
-    future: Future[Any] = Future(devices=devices)
-    promise = Promise(future, repr(source))
-    if _has_ended(source):
-        _keep_as(promise, source)
-        return future
-
-    def ended() -> None:  # perhaps before its first step, as the source has ended the loop
-        if _has_ended(source):
-            with suppress(KeyboardInterrupt, SystemExit):
-                _keep_as(promise, source)
-        promise.end()
-
-    # Only a task can wait for it, and only on its loop.
-    _loops.current().spawn(ended, _watch, promise, source)
-    _made[key] = future
-    return future
-
-
-async def _watch(promise: Promise, source: Any) -> None:
-    try:
-        await source.wait()
-    except GeneratorExit:  # nobody will resume this, and anyio cannot tell how the source is
-        raise
-    except Exception as error:  # it is another loop's
-        promise.fail(drop_catching_frame(error))
-    except BaseException:
-        # The loop ends, perhaps because of how the source has ended.
-        if _has_ended(source):
-            with suppress(KeyboardInterrupt, SystemExit):
-                _keep_as(promise, source)
-        raise
-    else:
-        # Nobody is above to take what a callback of the future may pass on.
-        with suppress(KeyboardInterrupt, SystemExit):
-            _keep_as(promise, source)
-
-
-def _has_ended(source: Any) -> bool:
-    return source.status.name not in ("PENDING", "CANCELLING")
-
-
-def _keep_as(promise: Promise, source: Any) -> None:
-    try:
-        error = source.exception
-    except Exception as cancelled:  # anyio's own
-        error = drop_catching_frame(cancelled)
-    if error is None:
-        promise.keep(source.return_value)
-    else:
-        promise.fail(error)

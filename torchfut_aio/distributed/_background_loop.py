@@ -1,8 +1,7 @@
-"""An event loop in a thread of its own, for async code that PyTorch's C++ threads call for.
+"""An event loop in a thread of its own, for async code that PyTorch's C++ threads call.
 
-It starts with the first call, and lives on until it is closed, at the latest when the
-interpreter exits: what async code keeps between calls, such as locks and connections,
-belongs to a loop.
+It starts with the first call and lives until it is closed, at the latest when the interpreter
+exits: async code may keep locks and connections between calls, and those belong to a loop.
 """
 
 from __future__ import annotations
@@ -17,27 +16,22 @@ from typing import Any
 
 import anyio
 
-from ._future import Future
-from ._tasks import Promise, run_contained
-from ._worker import Worker, WorkerThread, call_contained
-
-__all__ = ["close", "is_running", "start_soon"]
+from .._tasks import Promise, run_contained
+from .._worker import Worker, WorkerThread, call_contained
 
 _NAME = "torchfut_aio background loop"
-_PATIENCE = 10.0  # seconds for what has been cancelled to end
+_PATIENCE = 10.0  # seconds for cancelled tasks to end
 
 _logger = logging.getLogger("torchfut_aio")
 
 
-def start_soon(
-    future: Future[Any], func: Callable[..., Awaitable[Any]], *args: object, name: str
-) -> None:
-    """Has the background loop run ``func(*args)`` as a task, to complete ``future``.
+def start_soon(promise: Promise, func: Callable[..., Awaitable[Any]], *args: object) -> None:
+    """Has the background loop run ``func(*args)`` as a task, to keep ``promise``.
 
     Raises:
         RuntimeError: No thread could be started; the future stays pending.
     """
-    _background.submit(Promise(future, name), (func, args))
+    _background.submit(promise, (func, args))
 
 
 def is_running() -> bool:
@@ -46,13 +40,12 @@ def is_running() -> bool:
 
 
 def close() -> None:
-    """Cancels what runs on the background loop, waits for it, and ends the thread.
+    """Cancels the tasks of the background loop, waits until they have ended, and ends the thread.
 
-    What does not end for that is waited for a while, and then left. What is called for later
-    starts another loop. A signal handler or a finaliser that interrupts whoever starts the thread
-    cannot wait for it: then the thread ends by itself.
+    It leaves tasks that do not end in time. Later calls start another loop. A signal handler or a
+    finaliser that interrupts the start of the thread cannot wait: then the thread ends by itself.
     """
-    # Twice, as what was called for before may go to a thread that takes over.
+    # Twice, as another thread may take over the calls that had no task yet.
     if not (_background.end(_PATIENCE) and _background.end(_PATIENCE)):
         _logger.warning("the %s still runs what was cancelled: %s", _NAME, _background.names())
 
@@ -94,7 +87,7 @@ class _Background(Worker):
 
     async def _serve(self, thread: WorkerThread) -> None:
         self._running = running = _Running(self, thread)
-        contextvars.Context().run(running.look)
+        contextvars.Context().run(running.make_tasks)
         await running.until_closed()
 
 
@@ -103,30 +96,30 @@ class _Running:
 
     def __init__(self, worker: Worker, thread: WorkerThread) -> None:
         self.tasks: set[asyncio.Task[None]] = set()
+        self.is_rung = False
         self._worker = worker
         self._thread = thread
         self._loop = asyncio.get_running_loop()
         self._closing = asyncio.Event()
-        self.is_rung = False
 
     def ring(self) -> None:
-        """Has the loop look at what there is to do, from any thread."""
-        # As an Inbox: what is to be seen has been written before, and it is read after.
+        """Has the loop call `make_tasks`, from any thread."""
+        # As with an Inbox: the caller has written its call before, and the loop reads it after.
         try:
             self.is_rung = True
-            self._call_look_soon()
-        except BaseException:  # Ctrl-C; but others may have seen that it was rung
+            self._call_soon()
+        except BaseException:  # Ctrl-C; but other threads may have seen is_rung
             self.is_rung = False
-            self._call_look_soon()
+            self._call_soon()
             raise
 
-    def _call_look_soon(self) -> None:
-        with suppress(RuntimeError):  # it has closed, and the thread will look again
-            # In no one's context: the first to ring has nothing to do with the others.
-            self._loop.call_soon_threadsafe(self.look, context=contextvars.Context())
+    def _call_soon(self) -> None:
+        with suppress(RuntimeError):  # it has closed: the thread will look at the work again
+            # In an empty context: the loop serves other callers than the one that rings.
+            self._loop.call_soon_threadsafe(self.make_tasks, context=contextvars.Context())
 
-    def look(self) -> None:
-        """Makes tasks of the calls that are new; begins to close if the thread is to end."""
+    def make_tasks(self) -> None:
+        """Makes tasks of the new calls; begins to close if the thread is to end."""
         self.is_rung = False
         for promise in self._worker.take():
             call = self._worker.work.pop(promise, None)
@@ -137,21 +130,22 @@ class _Running:
                 task.add_done_callback(self.tasks.discard)
                 task.add_done_callback(promise.end)
                 if self._closing.is_set():
-                    self._loop.call_soon(self._cancel, task)
+                    self._loop.call_soon(_cancel, task)
         if self._thread.is_to_end:
             self._closing.set()
 
     async def until_closed(self) -> None:
         """Serves until the thread is to end, and cancels the tasks then."""
         await self._closing.wait()
-        await asyncio.sleep(0)  # what has just begun takes a step, and can say why it ended
+        await asyncio.sleep(0)  # new tasks take their first step, and can say why they ended
         for task in [*self.tasks]:
-            self._cancel(task)
+            _cancel(task)
         while self.tasks:
             await asyncio.wait(self.tasks)
 
-    def _cancel(self, task: asyncio.Task[None]) -> None:
-        task.cancel(f"the {_NAME} was shut down")
+
+def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel(f"the {_NAME} was shut down")
 
 
 _background = _Background()

@@ -1,0 +1,75 @@
+"""anyio's TaskHandle and Future. Only a task can wait for them, and only on their loop."""
+
+from __future__ import annotations
+
+import weakref
+from contextlib import suppress
+from typing import Any
+
+from .. import _loops
+from .._arguments import devices_checked
+from .._errors import drop_catching_frame
+from .._future import Future
+from .._tasks import Promise
+from ._registry import Devices, adopts
+
+# The futures of pending sources, by the source's id: an anyio.Future has no weak references. The
+# task that waits keeps both, so the id is not another's while the future is pending.
+_made: weakref.WeakValueDictionary[tuple[int, object], Future[Any]] = weakref.WeakValueDictionary()
+
+
+@adopts("anyio.TaskHandle", "anyio.Future")
+def _from_anyio(source: Any, *, devices: Devices = None) -> Future[Any]:
+    key = id(source), None if devices is None else devices_checked(devices)
+    made = _made.get(key)
+    if made is not None and not made.done():
+        return made
+    if not _loops.loop_in_this_thread():
+        raise RuntimeError(
+            f"as_future() of {type(source).__qualname__} of anyio has to be called in the thread "
+            "of its event loop"
+        )
+    future: Future[Any] = Future(devices=devices)
+    promise = Promise(future, repr(source))
+    if _has_ended(source):
+        _keep(promise, source)
+        return future
+
+    def ended() -> None:  # the source may have ended the loop, and this task with it
+        if _has_ended(source):
+            _keep_contained(promise, source)
+        promise.end()
+
+    _loops.current().spawn(ended, _watch, promise, source)
+    _made[key] = future
+    return future
+
+
+async def _watch(promise: Promise, source: Any) -> None:
+    try:
+        await source.wait()
+    except Exception as error:  # the source is another loop's
+        promise.fail(drop_catching_frame(error))
+    else:
+        _keep_contained(promise, source)
+
+
+def _has_ended(source: Any) -> bool:
+    return source.status.name not in ("PENDING", "CANCELLING")
+
+
+def _keep_contained(promise: Promise, source: Any) -> None:
+    # A callback of the future may raise these, and would end the loop.
+    with suppress(KeyboardInterrupt, SystemExit):
+        _keep(promise, source)
+
+
+def _keep(promise: Promise, source: Any) -> None:
+    try:
+        error = source.exception
+    except Exception as cancelled:  # how anyio tells of a cancellation
+        error = drop_catching_frame(cancelled)
+    if error is None:
+        promise.keep(source.return_value)
+    else:
+        promise.fail(error)

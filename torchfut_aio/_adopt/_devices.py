@@ -1,0 +1,38 @@
+"""Recorded events, and streams with the work that has been enqueued on them so far."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import torch
+
+from .._devices import RecordedEvent, already_recorded, record_event
+from .._errors import InvalidStateError
+from .._future import Future
+from ._registry import Devices, adopts
+
+
+@adopts("torch.Event")
+def _from_event(source: torch.Event, *, devices: Devices = None) -> Future[None]:
+    return _from_recorded(already_recorded(source), devices)
+
+
+@adopts("torch.Stream")
+def _from_stream(source: torch.Stream, *, devices: Devices = None) -> Future[None]:
+    return _from_recorded(record_event(source), devices)
+
+
+def _from_recorded(event: RecordedEvent, devices: Devices) -> Future[None]:
+    from .._devices._background import when_reached
+
+    future: Future[None] = Future(devices=devices)
+
+    def complete(error: Exception | None) -> None:
+        with suppress(InvalidStateError):  # somebody else has completed it
+            if error is None:
+                future.set_result(None)
+            else:
+                future.set_exception(error)
+
+    when_reached(event, complete)
+    return future

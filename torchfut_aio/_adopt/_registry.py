@@ -1,0 +1,192 @@
+"""`as_future`, and how the files beside this one, or other libraries, add sources to it."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import functools
+import sys
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias, TypeVar, get_type_hints, overload
+
+import torch
+
+from .._arguments import devices_checked
+from .._errors import NotAFutureError, drop_catching_frame
+from .._future import Future
+
+T = TypeVar("T")
+Devices: TypeAlias = Iterable[int | str | torch.device] | None
+_Adapter = Callable[..., Future[Any]]
+_A = TypeVar("_A", bound=_Adapter)
+
+
+class _AsFuture:
+    """Returns a `Future` that completes as ``source`` does.
+
+    An error arrives as it is, and a cancellation as the source's own CancelledError: that of
+    ``concurrent.futures`` is not asyncio's. Only what RPC delivers as a text becomes an
+    `RpcError`, of the original's own type, too.
+
+    For a source that is still pending, it returns the same future each time, so that asking again
+    after a timeout leaves nothing behind. For an event or a stream, it makes one each time, and
+    one thread watches them all until the work is done; to wait once, use `synchronize`.
+
+    Other libraries add sources with ``@as_future.register``.
+
+    Args:
+        source: A `Future`, which is returned as it is; a ``torch.futures.Future``; a
+            ``torch.distributed`` ``Work``; a ``concurrent.futures.Future``; an
+            ``asyncio.Future`` or ``Task``, of any loop; a ``TaskHandle`` or ``Future`` of anyio,
+            of the loop that runs in this thread; a ``torch.Event`` that has been recorded, or a
+            ``torch.Stream``: its future completes with None when the work enqueued so far is
+            done; or an instance of a registered type.
+        devices: The devices of the future, as for `Future`. With devices, ``source`` is never
+            returned itself.
+
+    Raises:
+        NotAFutureError: ``source`` is none of these; a TypeError.
+        TypeError: The function registered for it does not return a `Future`.
+        RuntimeError: ``source`` is a pending asyncio future of a loop that has closed.
+
+    Example:
+        >>> import concurrent.futures
+        >>> with concurrent.futures.ThreadPoolExecutor() as pool:
+        ...     torchfut_aio.as_future(pool.submit(pow, 2, 10)).wait()
+        1024
+    """
+
+    @overload
+    def __call__(
+        self,
+        source: torch.futures.Future[T] | asyncio.Future[T] | concurrent.futures.Future[T],
+        *,
+        devices: Devices = None,
+    ) -> Future[T]: ...
+    @overload
+    def __call__(self, source: object, *, devices: Devices = None) -> Future[Any]: ...
+
+    def __call__(self, source: object, *, devices: Devices = None) -> Future[Any]:
+        adapter = _adapters.dispatch(type(source))
+        future: object = adapter(source) if devices is None else adapter(source, devices=devices)
+        if not isinstance(future, Future):
+            raise TypeError(
+                f"what is registered with as_future for {type(source).__qualname__} must "
+                f"return a torchfut_aio.Future, and returned {future!r}"
+            )
+        return future
+
+    @overload
+    def register(self, cls: type[Any], func: None = None) -> Callable[[_A], _A]: ...
+    @overload
+    def register(self, cls: type[Any], func: _A) -> _A: ...
+    @overload
+    def register(self, cls: _A, func: None = None) -> _A: ...
+
+    def register(self, cls: Any, func: Any = None) -> Any:
+        """Registers a function that adopts instances of a type, as ``singledispatch`` does.
+
+        Use it as a decorator, ``@as_future.register(Type)``, or call it with the function. The
+        function takes the source, and the ``devices`` by keyword if `as_future` was given them,
+        and returns a `Future`. The type may be left out if the function's first parameter is
+        annotated with it.
+        """
+        if func is None and not isinstance(cls, type):
+            # From Python 3.14 on, singledispatch reads __annotate__ only, which is None if a
+            # decorator or a code generator has assigned the annotations.
+            assigned = getattr(cls, "__annotate__", True) is None
+            if assigned and (hints := get_type_hints(cls)):
+                return _adapters.register(next(iter(hints.values())), cls)
+        return _adapters.register(cls, func)
+
+
+as_future = _AsFuture()
+
+# The adapters of this package, by the names of the types that they adopt.
+_ours: dict[str, _Adapter] = {}
+
+
+def adopts(*names: str, kind: type[Any] | None = None) -> Callable[[_A], _A]:
+    """Registers what adopts instances of the types of these names; or of ``kind``, so called.
+
+    A type need not be imported yet: `as_future` looks again once it gets something unknown.
+    """
+
+    def register(adapter: _A) -> _A:
+        _ours.update(dict.fromkeys(names, adapter))
+        if kind is not None:
+            _adapters.register(kind, adapter)
+        _register_imported()
+        return adapter
+
+    return register
+
+
+def _register_imported() -> None:
+    for name, adapter in _ours.items():
+        module, _, attribute = name.rpartition(".")
+        kind = getattr(sys.modules.get(module), attribute, None)
+        if kind is not None and kind not in _adapters.registry:
+            _adapters.register(kind, adapter)
+
+
+@functools.singledispatch
+def _adapters(source: object, *, devices: Devices = None) -> Future[Any]:
+    _register_imported()
+    adapter = _adapters.dispatch(type(source))
+    if adapter is not _adapters.dispatch(object):
+        return adapter(source, devices=devices)
+    if asyncio.isfuture(source):  # written in Python, or of another loop
+        return _ours["asyncio.Future"](source, devices=devices)
+    problem, cure = f"{source!r} of type {type(source).__qualname__} is not a future", ""
+    if source is None:
+        problem, cure = "Future can't be None", " A collective needs async_op=True."
+    elif asyncio.iscoroutine(source):
+        cure = " A coroutine must run first: pass asyncio.ensure_future(coroutine)."
+    registered = [
+        f"{kind.__module__}.{kind.__qualname__}"
+        for kind, adapter in _adapters.registry.items()
+        if kind is not object and adapter not in _ours.values()
+    ]
+    raise NotAFutureError(
+        f"{problem}; as_future() accepts {', '.join([*_ours, *registered])}, "
+        f"and what is added with as_future.register().{cure}"
+    )
+
+
+# The futures of sources that may still be pending, each made once. A source holds its future
+# through the callback that it was given, not the other way.
+_made: weakref.WeakKeyDictionary[Any, weakref.WeakValueDictionary[Any, Future[Any]]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def once(adopt: Callable[[Any, Future[Any]], None]) -> _Adapter:
+    """Makes an adapter of ``adopt(source, future)``, which it calls once for a pending source."""
+
+    def adapter(source: Any, *, devices: Devices = None) -> Future[Any]:
+        key = () if devices is None else devices_checked(devices)
+        made = _made.setdefault(source, weakref.WeakValueDictionary())
+        future = made.get(key)
+        if future is None:
+            future = Future(devices=key)
+            adopt(source, future)
+            made[key] = future
+        return future
+
+    return adapter
+
+
+def copy_outcome(
+    read: Callable[[], Any],
+    future: Future[Any],
+    translate: Callable[[BaseException], BaseException] = lambda error: error,
+) -> None:
+    """Completes ``future`` with what ``read`` returns or raises; its source is done."""
+    try:
+        value = read()
+    except BaseException as error:
+        future.set_exception(translate(drop_catching_frame(error)))
+    else:
+        future.set_result(value)

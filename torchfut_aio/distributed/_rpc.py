@@ -1,0 +1,217 @@
+"""Async functions as RPC handlers, the loop that they run on, and the end of both."""
+
+from __future__ import annotations
+
+import atexit
+import contextvars
+import functools
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager, closing
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+import anyio
+from torch.distributed import rpc
+from torch.distributed.rpc import functions
+
+from .. import _loops
+from .._arguments import async_function_checked, timeout_checked
+from .._devices import devices_in_use
+from .._errors import warn_that_wait_blocks_a_loop
+from .._future import Future
+from .._rpc_errors import this_worker
+from .._tasks import Promise, is_portals_own_thread, run_contained, task_name
+from . import _background_loop
+
+if TYPE_CHECKING:
+    import anyio.from_thread
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def async_rpc(func: Callable[P, Awaitable[T]]) -> Callable[P, Future[T]]:
+    """Makes an async function one that ``torch.distributed.rpc`` calls, in any number at once.
+
+    It replaces ``rpc.functions.async_execution``: pass the function to ``rpc_async``,
+    ``rpc_sync`` or ``remote`` as any other. The callee runs all calls on one event loop: that of
+    the portal given to `serve_on`, or else a background loop of this package, which starts with
+    the first call and uses uvloop if that is installed. The function must not block it.
+
+    The function may use tensors on an accelerator among its arguments at once: the loop's current
+    streams are ordered after the kernels that fill them. Distributed autograd does not follow
+    the call to the loop.
+
+    An error reaches the caller as with any RPC; what `shutdown` cancels fails with
+    ``concurrent.futures.CancelledError``. If a caller times out, the function goes on.
+
+    Put it below ``@staticmethod`` or ``@classmethod``. Called directly, the function runs in this
+    process, on the same loop, and its future is returned.
+
+    Args:
+        func: An ``async def`` function, importable under its name at caller and callee.
+
+    Raises:
+        TypeError: ``func`` is not an async function.
+
+    Example:
+        >>> @torchfut_aio.distributed.async_rpc
+        ... async def double(x):
+        ...     return 2 * x
+        >>> # at a caller: await as_future(rpc.rpc_async("worker1", double, args=(21,)))
+        >>> double(21).wait()
+        42
+        >>> torchfut_aio.distributed.shutdown()
+    """
+    async_function_checked(func, "async_rpc")
+    name = task_name(func)
+
+    @functools.wraps(func)
+    def call(*args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        # The arguments travel in a future, so that the loop's streams can be ordered after them.
+        arguments: Future[Any] = Future()
+        arguments.set_result((args, kwargs))
+        future: Future[T] = Future(devices=devices_in_use())
+        _hosts[-1].start_soon(Promise(future, name), _handle, func, arguments)
+        return future
+
+    remote: Callable[P, Future[T]] = functions.async_execution(call)  # type: ignore[no-untyped-call]
+    return remote
+
+
+async def _handle(func: Callable[..., Awaitable[T]], arguments: Future[Any]) -> T:
+    args, kwargs = await arguments.stream_ordered()
+    return await func(*args, **kwargs)
+
+
+class _Host:
+    """A loop that the application has handed over to `serve_on`, and the tasks on it."""
+
+    def __init__(self, loop: _loops.Loop) -> None:
+        self._loop = loop
+        self._open = True
+        # One for each task. They also keep the tasks, which asyncio does not.
+        self._scopes: set[anyio.CancelScope] = set()
+
+    def start_soon(self, promise: Promise, func: Callable[..., Any], *args: object) -> None:
+        """Has the loop run ``func(*args)`` to keep ``promise``; does not wait for the loop."""
+        # In an empty context, rather than the calling thread's.
+        spawn = functools.partial(self._loop.spawn, promise.end, self._run, promise, func, args)
+        self._loop.call_soon(functools.partial(contextvars.Context().run, spawn))
+
+    async def _run(self, promise: Promise, func: Callable[..., Any], args: Any) -> None:
+        with anyio.CancelScope() as scope:
+            self._scopes.add(scope)
+            if not self._open:
+                scope.cancel()
+            try:
+                await run_contained(promise, func, args)
+            finally:
+                self._scopes.discard(scope)
+
+    def close(self) -> None:
+        """Cancels the tasks, and those still to come."""
+        if self in _hosts:
+            _hosts.remove(self)
+        self._open = False
+        self._loop.call_soon(self._cancel)
+
+    def _cancel(self) -> None:
+        for scope in list(self._scopes):
+            scope.cancel()
+
+
+_hosts: list[Any] = [_background_loop]  # the last one runs the calls
+
+
+def serve_on(portal: anyio.from_thread.BlockingPortal) -> AbstractContextManager[object]:
+    """Has the functions of `async_rpc` run on the loop of ``portal``, in this process.
+
+    For an application whose functions share the state of its own loop, on asyncio, uvloop or
+    trio. It holds from this call until the end of the ``with`` block; then functions that still
+    run are cancelled. Calls before or after run on the background loop: so call it before
+    ``rpc.init_rpc``, and end the block after `shutdown`. Both of those block: on the loop, call
+    them by ``anyio.to_thread.run_sync``.
+
+    Args:
+        portal: A portal that is running; this may be called on its loop, or elsewhere.
+
+    Returns:
+        A context manager.
+
+    Raises:
+        TypeError: ``portal`` is not one.
+        RuntimeError: The portal is not running.
+
+    Example:
+        >>> import anyio.from_thread
+        >>> @torchfut_aio.distributed.async_rpc
+        ... async def double(x):
+        ...     return 2 * x
+        >>> with anyio.from_thread.start_blocking_portal() as portal:
+        ...     with torchfut_aio.distributed.serve_on(portal):
+        ...         double(21).wait()
+        42
+    """
+    if not hasattr(portal, "start_task_soon"):
+        raise TypeError(f"serve_on() takes a BlockingPortal of anyio.from_thread, not {portal!r}")
+    # RPC's threads call the loop directly: the portal would have them wait for it.
+    try:
+        loop = portal.call(_loops.current)
+    except RuntimeError as error:
+        if not is_portals_own_thread(error):
+            raise
+        loop = _loops.current()
+    host = _Host(loop)
+    _hosts.append(host)
+    return closing(host)
+
+
+def shutdown(graceful: bool = True, timeout: float | None = None) -> None:
+    """Shuts RPC down as ``rpc.shutdown`` does, and ends the background loop.
+
+    Gracefully, RPCs in flight in any process complete first. Otherwise the running functions of
+    `async_rpc` are cancelled; their callers are told, or lose the connection. Either way, it
+    cancels what runs on the background loop and no process waits for: calls that timed out
+    at their callers, and direct calls. It blocks: in async code, call it by
+    ``anyio.to_thread.run_sync``.
+
+    ``rpc.shutdown()`` alone does not end that loop. A process that exits while the loop is there
+    is shut down, not gracefully.
+
+    Args:
+        graceful: Whether to wait for all processes of the group, and for what is in flight.
+        timeout: How many seconds to wait for them. None is the default of ``rpc.shutdown``,
+            which waits for ever: give one where a process may have died.
+
+    Raises:
+        RuntimeError: Others did not get there in time.
+
+    Warns:
+        BlockingWaitWarning: This thread runs an event loop, which stands still meanwhile.
+
+    Example:
+        >>> torchfut_aio.distributed.shutdown()  # no RPC here, but perhaps DDP hooks
+    """
+    if timeout is not None:
+        timeout = timeout_checked(timeout)
+    if _loops.loop_in_this_thread():
+        warn_that_wait_blocks_a_loop(
+            "shutdown() blocks the event loop that this thread runs, and RPCs that it serves; "
+            "await anyio.to_thread.run_sync(shutdown) instead"
+        )
+    try:
+        if not graceful:
+            for host in reversed(_hosts[:]):
+                host.close()
+        if this_worker() is not None:
+            given = {} if timeout is None else {"timeout": timeout}
+            rpc.shutdown(graceful, **given)
+    finally:
+        _background_loop.close()
+
+
+@atexit.register
+def _shut_down_at_exit() -> None:
+    # Otherwise RPC's threads would learn of cancelled calls after the interpreter has gone.
+    if _background_loop.is_running():
+        shutdown(graceful=False)
