@@ -90,6 +90,9 @@ class Future(_core.Completable[T]):
         `wait`, `value` and ``await`` raise this very exception. (All but StopIteration:
         Python turns that into a RuntimeError where it leaves a coroutine.)
 
+        An error that nobody has retrieved when the future goes is logged, to the logger
+        ``torchfut_aio.unretrieved``, unless it is a cancellation.
+
         Args:
             result: The exception, an instance of any ``BaseException``.
 
@@ -154,7 +157,7 @@ class Future(_core.Completable[T]):
             raise InvalidStateError(
                 f"the exception of {self!r} was read while it is pending; wait() or await it first"
             )
-        return outcome.error and outcome.error.with_traceback(outcome.traceback)
+        return outcome.exception()
 
     def wait(self, timeout: float | None = None) -> T:
         """Blocks the calling thread until the future is done, and returns its value.
@@ -319,7 +322,7 @@ class Future(_core.Completable[T]):
         if outcome is None or target.done():
             return
         if outcome.readiness is None or outcome.error is not None:
-            self._copy_ready_to(target, outcome, outcome.error)
+            self._copy_ready_to(target, outcome, outcome.exception())
             return
         loop = _loops.current_asyncio()  # which may be the host of the trio that runs this task
         assert loop is not None

@@ -91,6 +91,7 @@ def complete(future: Completable[Any], outcome: Outcome) -> None:
             except BaseException:
                 start_new_thread(_serve_in_thread, (future, outcome, state))
         raise
+    outcome.exception()  # which the caller still has
     _refuse_second(future)
 
 
