@@ -18,11 +18,7 @@ from ._watcher import watcher_of
 
 
 def when_reached(recorded: RecordedEvent, notify: Notify) -> None:
-    """Calls ``notify(error or None)`` when ``recorded`` is reached: in a thread, or now.
-
-    Raises:
-        RuntimeError: No thread could be started; ``notify`` is not called.
-    """
+    """Calls ``notify(error or None)`` when ``recorded`` is reached: in a thread, or now."""
     try:
         recorded.is_reached = recorded.event.query()
         if recorded.is_reached:

@@ -1,11 +1,11 @@
 """Streams of the accelerator, and the events that are recorded on them.
 
 Creating and destroying an event of a device can block, so events are taken from a pool. An event
-goes back when nothing refers to its `RecordedEvent` any more, so nobody can mistake its next
-recording for the one that they wait for; and only if it is known to be reached. For recorded
-again while it is pending, it tells of the later recording on CUDA, but on other devices it is done
-at the first. An event that was given up, or that nobody has asked about, is destroyed: only a
-query could tell whether it is reached, and a query can invalidate the capture of a CUDA graph.
+goes back when nothing refers to its `RecordedEvent` any more, so that nobody who waits for one
+recording sees the next; and only if it is known to be reached. A pending event that is recorded
+again tells of the later recording on CUDA, but is done at the first on other devices. So an event
+that was given up, or that nobody has asked about, is destroyed: only a query could tell whether
+it is reached, and a query can invalidate another thread's capture of a CUDA graph.
 """
 
 from __future__ import annotations

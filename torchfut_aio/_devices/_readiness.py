@@ -37,33 +37,27 @@ class Readiness:
 
     def __init__(
         self,
-        devices: Iterable[torch.device],
         found: list[torch.Tensor],
+        devices: Sequence[torch.device] = (),
         events: Sequence[RecordedEvent] | None = None,
     ) -> None:
+        used = _devices_of(found)
         self.error: Exception | None = None
         """What the device said when streams could not be ordered for a callback."""
-        self._cpp: torch._C.Future[list[torch.Tensor]] = torch._C.Future(list(devices))
+        self._cpp: torch._C.Future[list[torch.Tensor]] = torch._C.Future(list(devices or used))
         self._cpp.set_result(found)
         if events is None:
-            events = [record_event(current_stream(device)) for device in _devices_of(found)]
+            events = [record_event(current_stream(device)) for device in used]
         self._events = events
 
     def ready(self) -> Generator[Any, Any, None]:
-        """Suspends the current task until the kernels have finished; for ``yield from``.
-
-        Raises:
-            RuntimeError: What the device says of a kernel that failed.
-        """
+        """Suspends the current task until the kernels have finished, or one has failed."""
         if self._events:
             yield from until_reached(self._events)
             self._events = ()  # so that they go back to the pool
 
     def notify_when_ready(self, loop: Loop, notify: Notify, attach: Attach) -> None:
-        """Calls ``notify(error or None)`` once the kernels have finished, or one has failed.
-
-        As `Watcher.notify_when_reached` does, on ``loop``, which runs in this thread.
-        """
+        """Does what `Watcher.notify_when_reached` does, on ``loop``, which runs in this thread."""
         watcher_of(loop).notify_when_reached(self._events, notify, attach)
 
     def wait(self) -> None:
@@ -74,11 +68,8 @@ class Readiness:
         """Calls ``callback``, once, on dedicated streams that are ordered after the kernels.
 
         On the current streams, where the device has no others. If nothing can be ordered, as
-        after a kernel's error, it is called all the same, and ``error`` tells why.
-
-        Raises:
-            BaseException: What the callback raised; or an interrupt, which may have struck
-                before the callback was called.
+        after a kernel's error, it is called all the same, and ``error`` tells why. Raises what the
+        callback raised, or an interrupt that may have struck before the callback was called.
         """
         call = _Call(callback)
         failure: Exception | None = None
@@ -114,14 +105,13 @@ class Readiness:
     def joint(parts: Sequence[Readiness]) -> Readiness:
         """Returns the readiness of several values together."""
         found = [tensor for part in parts for tensor in part.tensors()]
-        devices = _devices_of(found)
         with ExitStack() as streams:
             # On streams of its own, so as not to hold up those of whoever completes the last.
-            for device in devices:
+            for device in _devices_of(found):
                 streams.enter_context(on_stream(torch.Stream(device)))
             for part in parts:
                 part.wait()
-            return Readiness(devices, found, [event for part in parts for event in part._events])
+            return Readiness(found, events=[event for part in parts for event in part._events])
 
 
 class _Call:
@@ -153,7 +143,7 @@ def declared_readiness(
     except Exception as exception:  # what cannot be pickled
         error = exception.with_traceback(None)
     try:
-        readiness = Readiness(devices, found)
+        readiness = Readiness(found, devices)
         readiness.tensors()
     except Exception as exception:  # on other devices; or the devices take no more events
         error = error or exception.with_traceback(None)
@@ -161,11 +151,7 @@ def declared_readiness(
 
 
 def found_readiness(value: object) -> tuple[Readiness | None, Exception | None]:
-    """Returns the readiness of a value that holds something on an accelerator; or the error.
-
-    There is an error if the accelerator, because a kernel has failed, takes no more events. A
-    value that cannot be searched, whatever it raises, counts as one that holds nothing.
-    """
+    """Returns the readiness of a value that holds something on an accelerator; or the error."""
     if type(value) is torch.Tensor and value.is_cpu:
         return None, None
     accelerator = accelerator_in_use()
@@ -173,13 +159,11 @@ def found_readiness(value: object) -> tuple[Readiness | None, Exception | None]:
         return None, None
     try:
         found = _tensors_on(accelerator.type, value)
-    except Exception:
+    except Exception:  # it cannot be searched, so it counts as one that holds nothing
         found = []
-    if not found:
-        return None, None
     try:
-        return Readiness(_devices_of(found), found), None
-    except Exception as error:
+        return (Readiness(found) if found else None), None
+    except Exception as error:  # after a failed kernel, the accelerator takes no more events
         return None, error.with_traceback(None)
 
 

@@ -19,7 +19,7 @@ from ._schedule import Schedule
 
 
 class Wait:
-    """Somebody who waits for some events."""
+    """One wait for some events."""
 
     __slots__ = ("error", "missing", "notify")
 
@@ -48,7 +48,7 @@ class StreamQueue:
         self.events: list[AwaitedEvent] = []
         self._tidy_at = 16
         self.reached = -1  # all events that ended before this tick are reached
-        self.since = 0.0  # since when, as far as is known, the stream has done what it does now
+        self.since = 0.0  # when, as far as is known, the stream began what it does now
         self.polled_at = 0.0  # when it was last known not to be done
         self.next_poll = 0.0
         self.scheduled = True  # whether ``next_poll`` is the schedule's
@@ -85,11 +85,7 @@ def _begun(awaited: AwaitedEvent) -> int:
 def search(
     events: Sequence[AwaitedEvent], query: Callable[[RecordedEvent], bool]
 ) -> tuple[int, int, Exception | None]:
-    """Finds out, in few queries, how far a stream has got in its queue.
-
-    Returns:
-        How many events are reached; the index from which on they have failed; and the error.
-    """
+    """Returns how many events are reached, from which on they have failed, and the error."""
     reached, unreached = 0, len(events)  # those in between are to be found out about
     failed, error = unreached, None
     at, step = 0, 1

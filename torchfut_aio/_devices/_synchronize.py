@@ -74,14 +74,17 @@ async def _synchronize(events: list[RecordedEvent]) -> None:
     await reached(events)
 
 
-# One for each device, so that any number of tasks cost one thread.
-_blockers: dict[torch.device, Blocker] = {}
+# One for each device, so that any number of tasks cost one thread; and what that calls.
+_blockers: dict[torch.device, tuple[Blocker, Callable[[], None]]] = {}
 
 
 async def _synchronize_device(device: torch.device) -> None:
     await reached([])  # a checkpoint, also if it is idle
-    blocker = _blockers.get(device) or _blockers.setdefault(device, Blocker())
-    await _called(blocker, _synchronizing(device))
+    call = _blockers.get(device)
+    if call is None:
+        function = functools.partial(torch.accelerator.synchronize, device)
+        call = _blockers.setdefault(device, (Blocker(), function))
+    await _called(*call)
 
 
 @types.coroutine
@@ -103,11 +106,6 @@ def _called(blocker: Blocker, function: Callable[[], object]) -> Generator[Any, 
         yield from _called(blocker, function)
     elif errors[0] is not None:
         raise errors[0].with_traceback(None)
-
-
-@functools.cache  # as a blocker asks whether functions are the same
-def _synchronizing(device: torch.device) -> functools.partial[None]:
-    return functools.partial(torch.accelerator.synchronize, device)
 
 
 def to_host(value: T) -> Coroutine[Any, Any, T]:

@@ -19,7 +19,7 @@ import torch
 # Types whose instances hold no tensor: most results, told by a glance.
 HOST_ONLY = frozenset({type(None), bool, int, float, complex, str, bytes})
 
-# What offers a way to tensors, and does not contain them; and what only code refers to.
+# What leads to tensors that are no part of the value.
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType)
 _OPAQUE = (torch._C.Future, type, types.ModuleType, *_FUNCTIONS)
 
@@ -41,7 +41,7 @@ def device_of(tensor: torch.Tensor) -> torch.device:
 
 
 def _is(thing: object, kind: type | tuple[type, ...]) -> bool:
-    """As ``isinstance``, which asks the thing what it is: it may be a proxy."""
+    """As ``isinstance``, but does not ask the thing itself, which may be a proxy."""
     return issubclass(type(thing), kind)
 
 

@@ -78,8 +78,6 @@ class Watcher:
         intervals = {stream: interval for stream, interval in learned.items() if interval}
         return Statistics(len(self.waits), self.polls, self.queries, self.hits, intervals)
 
-    # --------------------------------------------------------------------- waiting
-
     def watch(self, wait: Wait) -> bool:
         """Notifies ``wait``, on the loop, when all its events are reached or one has failed.
 
@@ -90,7 +88,7 @@ class Watcher:
         if not missing:
             return False
         wait.missing = {event for event, _ in missing}
-        # First of all, or else the queues would take what is added for given up.
+        # First of all, or else the queues would take the events for given up.
         self.waits[wait] = None
         for event, queue in missing:
             self._add(AwaitedEvent(event, wait), queue)
@@ -102,11 +100,9 @@ class Watcher:
     ) -> None:
         """Calls ``notify(error or None)``, on the loop, when all ``events`` are reached.
 
-        At once, if they are now. If it raises, it is called again, with what it raised; and if
-        it was interrupted, with the same, so perhaps twice.
-
-        First of all it calls ``attach`` with a function that gives up the wait, so that whoever
-        is interrupted later has that function.
+        At once, if they are now. If it raises, it is called again, with what it raised; if it
+        was interrupted, with the same. First of all, ``attach`` gets a function that gives up the
+        wait, for whoever is interrupted later.
         """
         wait, error = Wait(events, notify), None
         attach(partial(self.forget, wait))
@@ -166,8 +162,6 @@ class Watcher:
         self.hits += is_reached
         return is_reached
 
-    # --------------------------------------------------------------------- polling
-
     def poll(self) -> None:
         """Polls the queues that are due, and notifies those whose wait is over."""
         if self.waits or self._over:
@@ -175,7 +169,7 @@ class Watcher:
             self._poll_due()
             self._notify_over()
         if not self.waits:
-            # Not at once: who has been woken may well be about to wait again.
+            # Not at once: a task that has just been woken often waits again.
             self._loop.call_soon(self.close_if_idle)
         # Last of all: up to here it keeps going off.
         self._alarm_at = inf
@@ -185,14 +179,14 @@ class Watcher:
         now = monotonic()
         early = 10 * policy().shortest
         for queue in list(self._active.values()):
-            # One wake-up serves those, too, that are half-way to their own.
+            # This wake-up also serves queues that are half-way to their own next poll.
             if queue.next_poll - min(queue.next_poll - queue.polled_at, early) / 2 <= now:
                 oldest = queue.oldest(self.waits)
                 if oldest is not None:
                     try:
                         oldest = self._poll(queue, now)
                     except Exception as error:
-                        # Not one of the device's, which are found in the search.
+                        # Not the device's error: the search catches those.
                         self._settle(queue.events, error)
                         oldest = None
                 if oldest is None:
@@ -205,7 +199,7 @@ class Watcher:
         if reached:
             newest = events[reached - 1].event
             queue.reached = max(queue.reached, newest.begun)
-            # Of those recorded at the same time as the newest, nobody knows.
+            # Those recorded at the same time as the newest may be later on the stream.
             self._settle(
                 [e for e in events[:reached] if e.event is newest or e.event.ended < newest.begun]
             )
@@ -247,7 +241,7 @@ class Watcher:
         if queue.scheduled:
             due = queue.next_poll - since
             queue.schedule.observe(Poll(queue.polled_at - since, due, at, reached))
-        elif reached:  # which the thread has told at once
+        elif reached:  # and the thread has said so at once
             queue.schedule.observe(Poll(at, at, at, reached))
         if reached:
             queue.since = now
@@ -281,16 +275,11 @@ class Watcher:
         queue.next_poll = queue.polled_at
         self._loop.call_soon(self.poll)
 
-    # ---------------------------------------------------------------------- alarm
-
     def _set_alarm(self) -> None:
         queues = list(self._active.values())
         at = 0.0 if self._over else min([q.next_poll for q in queues], default=inf)
-        alarm = self._alarm
-        if at == inf:
-            if alarm is not None:
-                alarm.set(inf)
-        elif at < self._alarm_at:
+        if at < self._alarm_at:
+            alarm = self._alarm  # which a finaliser may close, and drop, meanwhile
             if alarm is None:
                 alarm = self._alarm = self._loop.alarm(self.poll)
             self._alarm_at = inf  # unknown, until it is set
@@ -326,7 +315,7 @@ def _notify(wait: Wait) -> None:
     try:
         wait.notify(wait.error)
     except Exception as error:
-        # What it was to tell cannot be told. That concerns this wait only.
+        # Whoever waits cannot be told. That concerns this wait only.
         try:
             wait.notify(error)
         except Exception:
@@ -351,11 +340,7 @@ def watcher_of(loop: Loop) -> Watcher:
 
 
 def until_reached(events: Sequence[RecordedEvent]) -> Generator[Any, Any, None]:
-    """Suspends the current task until all ``events`` are reached; for ``yield from``.
-
-    Raises:
-        RuntimeError: What the device says of a kernel that failed.
-    """
+    """Suspends the current task until all ``events`` are reached, or one has failed."""
     loop = current()
     watcher = watcher_of(loop)
     waits = watcher.waits
@@ -391,8 +376,7 @@ def reached(events: Sequence[RecordedEvent]) -> Generator[Any, Any, None]:
 def statistics() -> Statistics:
     """Tells what the event watcher of the running loop has done, and is doing.
 
-    Where no event loop runs: what those of all loops of the process have, ended ones
-    included.
+    Where no event loop runs: what those of all loops of the process have, ended ones included.
 
     Example:
         >>> torchfut_aio.statistics().pending
