@@ -327,8 +327,11 @@ class Future(_core.Completable[T]):
         loop = _loops.current_asyncio()  # which may be the host of the trio that runs this task
         assert loop is not None
         notify = partial(self._copy_ready_to, target, outcome)
-        withdraw = outcome.readiness.notify_when_ready(loop, notify)
-        target.add_done_callback(lambda _: withdraw())
+        try:
+            outcome.readiness.notify_when_ready(loop, notify, target.add_done_callback)
+        except BaseException:
+            target.cancel()  # which gives up the wait, if it has begun; nobody else would
+            raise
 
     def _copy_ready_to(
         self, target: asyncio.Future[T], outcome: _core.Outcome, error: BaseException | None
