@@ -25,7 +25,7 @@ __all__ = [
     "still_waits",
 ]
 
-_ResumeCallback = tuple[Callable[[asyncio.Future[Any]], Any], contextvars.Context]
+ResumeCallback = tuple[Callable[[asyncio.Future[Any]], Any], contextvars.Context]
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:
@@ -42,7 +42,7 @@ running_loop: Callable[[], asyncio.AbstractEventLoop | None] = getattr(
 )
 
 
-def resume_callback(future: asyncio.Future[Any]) -> _ResumeCallback | None:
+def resume_callback(future: asyncio.Future[Any]) -> ResumeCallback | None:
     """Returns what resumes the asyncio task that waits for a future, and the context to do it in.
 
     A pending future of asyncio's own, written in C, lists its callbacks in ``_callbacks``: pairs

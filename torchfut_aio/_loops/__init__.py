@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable
 from typing import Any
 
 from . import _asyncio
@@ -46,7 +45,6 @@ _KINDS = (
 current_asyncio = _asyncio.current
 
 _files: tuple[Any, ...] = (_asyncio,)
-_currents: tuple[Callable[[], Loop | None], ...] = (_asyncio.current,)
 _not_imported = tuple(library for library, _, _ in _KINDS if library != "asyncio")
 
 
@@ -59,8 +57,8 @@ def current() -> Loop:
     for library in _not_imported:
         if library in sys.modules:
             _admit_imported()
-    for find in _currents:
-        loop = find()
+    for file in _files:
+        loop: Loop | None = file.current()
         if loop is not None:
             return loop
     raise RuntimeError(
@@ -77,8 +75,7 @@ def loop_in_this_thread() -> bool:
 
 def _admit_imported() -> None:
     """Imports the files of the kinds whose library the program has imported meanwhile."""
-    global _files, _currents, _not_imported
+    global _files, _not_imported
     here = [kind for kind in _KINDS if hasattr(sys.modules.get(kind[0]), kind[1])]
     _files = tuple(importlib.import_module("." + file, __name__) for _, _, file in here)
-    _currents = tuple(file.current for file in _files)
     _not_imported = tuple(kind[0] for kind in _KINDS if kind not in here)

@@ -5,8 +5,7 @@ exact to microseconds. Otherwise the loop's own timers serve, a call for each ti
 
 Whatever interrupts a step of it:
 
-- A descriptor is never closed while a loop watches it. The loop refers to the timer that it
-  watches, and only the timer's finaliser closes the descriptor.
+- A descriptor is never closed while a loop watches it: see `_timer`.
 - A timer stays readable until it is set again. So when Ctrl-C keeps the loop from calling the
   function, the loop finds the timer in its next turn.
 - A timer counts as watched only once `Loop.watch` has returned. Until then the next use begins
@@ -27,8 +26,6 @@ from . import _timer
 if TYPE_CHECKING:
     from ._loop import Loop
 
-__all__ = ["Alarm"]
-
 _RETRY = 1e-3  # seconds, after the function has raised
 
 
@@ -39,17 +36,6 @@ class Alarm:
     registered with the loop. If the function raises, and has not set the alarm anew, it is called
     again in a moment.
     """
-
-    __slots__ = (
-        "__weakref__",
-        "_call",
-        "_can_watch",
-        "_function",
-        "_loop",
-        "_set_anew",
-        "_timer",
-        "_watched",
-    )
 
     def __init__(self, loop: Loop, function: Callable[[], object]) -> None:
         self._loop = loop

@@ -10,8 +10,6 @@ from ._alarm import Alarm
 from ._inbox import Inbox
 from ._timer import TimerFd
 
-__all__ = ["Handle", "Loop", "TaskWaiter", "Waiter"]
-
 
 class Waiter(Protocol):
     """One wait of a task or a thread."""
@@ -24,24 +22,24 @@ class TaskWaiter(Waiter, Iterable[Any], Protocol):
     """One wait of a task: ``yield from waiter`` suspends it until it is woken, or cancelled."""
 
 
-class Handle(Protocol):
-    """A call that a loop is going to make, which weak references may refer to."""
-
-    def cancel(self) -> object:
-        """Makes it not be made; does nothing if it has been."""
-
-
 class Loop(Inbox):
-    """A running event loop, as the tasks that wait on it see it."""
+    """A running event loop, as the tasks that wait on it see it.
+
+    Attributes:
+        watcher: What the device side keeps for this loop.
+    """
 
     __slots__ = ("watcher",)
 
-    watcher: Any
-    """What the device side keeps for this loop."""
-
     def __init__(self) -> None:
         super().__init__()
-        self.watcher = None
+        self.watcher: Any = None
+
+    def abandon(self) -> None:
+        super().abandon()
+        watcher, self.watcher = self.watcher, None
+        if watcher is not None:
+            watcher.abandon()
 
     def alarm(self, function: Callable[[], object]) -> Alarm:
         """Returns an alarm that is not set; for the loop's own thread."""
@@ -55,12 +53,6 @@ class Loop(Inbox):
         """
         return False
 
-    def abandon(self) -> None:
-        super().abandon()
-        watcher, self.watcher = self.watcher, None
-        if watcher is not None:
-            watcher.abandon()
-
     @abstractmethod
     def waiter(self) -> TaskWaiter:
         """Returns a waiter, hashable, for one wait of the current task."""
@@ -68,10 +60,6 @@ class Loop(Inbox):
     @abstractmethod
     def checkpoint(self) -> Iterable[Any]:
         """Does what an await that need not wait does on this loop; for ``yield from``."""
-
-    @abstractmethod
-    def call_soon(self, function: Callable[[], object]) -> None:
-        """Has the loop call ``function``, from any thread; does nothing if it has closed."""
 
     @abstractmethod
     def spawn(
@@ -83,7 +71,7 @@ class Loop(Inbox):
         """Runs an async function, which must not raise, in the loop's own thread.
 
         The loop calls ``ended`` when the task has ended, also if it was cancelled before its
-        first step. It cannot if it closes before: then it drops both. asyncio does not keep the
+        first step. If the loop closes before that, it drops both. asyncio does not keep the
         task: what it waits for has to, or else it may be dropped.
         """
 
@@ -104,8 +92,11 @@ class Loop(Inbox):
         """Has the loop watch ``timer`` no more; does nothing if it does not, or has closed."""
 
     @abstractmethod
-    def call_later(self, seconds: float, function: Callable[[], object]) -> Handle:
+    def call_later(self, seconds: float, function: Callable[[], object]) -> Any:
         """Has the loop call ``function`` in so many seconds, by its own timers.
+
+        Returns:
+            What ``cancel()`` may be called on, and weak references may refer to.
 
         Raises:
             RuntimeError: The loop has closed.

@@ -9,8 +9,6 @@ from __future__ import annotations
 import threading
 from contextlib import suppress
 
-__all__ = ["ThreadWaiter"]
-
 
 class ThreadWaiter:
     """One wait of a thread."""
@@ -22,14 +20,9 @@ class ThreadWaiter:
         self._lock.acquire()
 
     def block(self, timeout: float | None) -> None:
-        """Blocks until it is woken, or for ``timeout`` seconds.
-
-        A timeout beyond what the platform can count, centuries, waits that long.
-        """
-        if timeout is None:
-            self._lock.acquire()
-        else:
-            self._lock.acquire(timeout=min(timeout, threading.TIMEOUT_MAX))
+        """Blocks until it is woken, or for ``timeout`` seconds, or as long as Python can wait."""
+        limit = threading.TIMEOUT_MAX  # centuries
+        self._lock.acquire(timeout=-1 if timeout is None else min(timeout, limit))
 
     def wake(self) -> None:
         with suppress(RuntimeError):  # it is woken once more

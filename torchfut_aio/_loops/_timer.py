@@ -4,8 +4,8 @@ The loops' own timers have the resolution of ``epoll_wait``, a millisecond. A Li
 becomes readable when its time has come, and wakes a loop within tens of microseconds.
 
 A descriptor that is closed while a loop watches it makes the loop deaf, or breaks whoever opens
-the next file. So nothing here closes one: the finaliser of its `TimerFd` does, and a loop that
-watches a `TimerFd` refers to it.
+the next file. So only the finaliser of a `TimerFd` closes one, and a loop that watches a
+`TimerFd` refers to it.
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 
-__all__ = ["TimerFd", "available"]
-
-_NONBLOCK, _CLOEXEC = os.O_NONBLOCK if hasattr(os, "O_NONBLOCK") else 0, 0o2000000
+_CLOEXEC = 0o2000000
 
 # struct itimerspec: the seconds and nanoseconds of the interval, and those of the first time.
 _Itimerspec = ctypes.c_long * 4
@@ -42,7 +40,7 @@ class TimerFd(ctypes.c_int):
         """
         libc = _libc()
         assert libc is not None
-        timer: TimerFd = libc.timerfd_create(time.CLOCK_MONOTONIC, _NONBLOCK | _CLOEXEC)
+        timer: TimerFd = libc.timerfd_create(time.CLOCK_MONOTONIC, os.O_NONBLOCK | _CLOEXEC)
         if timer.value < 0:
             raise OSError(ctypes.get_errno(), "timerfd_create: " + os.strerror(ctypes.get_errno()))
         return timer

@@ -14,11 +14,11 @@ import trio
 from ._loop import Loop
 from ._timer import TimerFd
 
-__all__ = ["TrioLoop", "current", "loop_in_this_thread"]
+_ALARM = "torchfut_aio alarm"  # the name of the tasks that stand for one
 
 
 class _Waiter:
-    """One wait; ``task`` is None unless the task sleeps, or is about to.
+    """One wait; `_task` is None unless the task sleeps, or is about to.
 
     A task that somebody else has rescheduled sleeps again.
     """
@@ -74,8 +74,8 @@ class TrioLoop(Loop):
         self._token = token
 
     def waiter(self) -> _Waiter:
-        if self._wake_up is not None:
-            self._renew_wake_up()
+        if self.wake_up is not None:
+            self.renew_wake_up()
         return _Waiter(self)
 
     def checkpoint(self) -> Iterable[Any]:
@@ -86,15 +86,18 @@ class TrioLoop(Loop):
         # Only while trio runs a task of this very run: in guest mode the host's callbacks
         # share the thread, and trio may be asleep. And not the waiting task itself, which
         # a signal handler or a finaliser may interrupt on its way to sleep.
-        if not trio.lowlevel.in_trio_task():
-            return False
-        if trio.lowlevel.current_trio_token() is not self._token:
-            return False
-        return trio.lowlevel.current_task() is not task
+        return (
+            trio.lowlevel.in_trio_task()
+            and trio.lowlevel.current_trio_token() is self._token
+            and trio.lowlevel.current_task() is not task
+        )
 
-    def call_soon(self, function: Callable[[], object]) -> None:
-        with suppress(trio.RunFinishedError):
+    def call_soon(self, function: Callable[[], object]) -> bool:
+        try:
             self._token.run_sync_soon(function)
+        except trio.RunFinishedError:
+            return False
+        return True
 
     def spawn(
         self,
@@ -111,7 +114,7 @@ class TrioLoop(Loop):
         trio.lowlevel.spawn_system_task(run, name=function)
 
     def watch(self, timer: TimerFd, function: Callable[[TimerFd], object]) -> None:
-        trio.lowlevel.spawn_system_task(self._watch, timer, function, name="torchfut_aio alarm")
+        trio.lowlevel.spawn_system_task(self._watch, timer, function, name=_ALARM)
 
     def unwatch(self, timer: TimerFd) -> None:
         # Outside of a run, it has ended, and its tasks with it.
@@ -120,34 +123,24 @@ class TrioLoop(Loop):
 
     def call_later(self, seconds: float, function: Callable[[], object]) -> trio.CancelScope:
         scope = trio.CancelScope()
-        trio.lowlevel.spawn_system_task(
-            _call_later, scope, seconds, function, name="torchfut_aio alarm"
-        )
+        trio.lowlevel.spawn_system_task(_call_later, scope, seconds, function, name=_ALARM)
         return scope
+
+    def resume(self, count: int) -> None:
+        for _ in range(count):
+            self.queue[0].resume()
+            del self.queue[0]
 
     async def _watch(self, timer: TimerFd, function: Callable[[TimerFd], object]) -> None:
         try:
             await _call_whenever_readable(timer, function)
         except trio.ClosedResourceError:
-            pass  # the loop is to watch it no more
+            pass  # from `unwatch`
         except trio.BusyResourceError:
             pass  # another task does: Ctrl-C struck when the loop had been told to watch it
         except trio.Cancelled:  # the run ends
             self.abandon()
             raise
-
-    def _schedule(self, serve: Callable[[], None]) -> bool:
-        try:
-            self._token.run_sync_soon(serve)
-        except trio.RunFinishedError:
-            return False
-        return True
-
-    def _resume(self, count: int) -> None:
-        waiters = self._queue
-        for _ in range(count):
-            waiters[0].resume()
-            del waiters[0]
 
 
 async def _call_whenever_readable(timer: TimerFd, function: Callable[[TimerFd], object]) -> None:
