@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from torchfut_aio._loops._inbox import Inbox
+from torchfut_aio._loops._loop import Loop
 
 
-class HandCrankedLoop(Inbox):
-    """A loop whose turns the test takes."""
+class HandCrankedLoop(Loop):
+    """A loop whose turns the test takes, and on which no task waits."""
+
+    waiter = checkpoint = spawn = watch = unwatch = call_later = None
 
     def __init__(self):
         super().__init__()

@@ -425,7 +425,7 @@ def test_a_thread_that_cannot_be_started_leaves_no_deadline_behind(timer):
         with pytest.raises(RuntimeError, match="can't start new thread"):
             with_timeout(Future(), LATER)
     assert not timer.work
-    assert not timer._new
+    assert not timer.new
 
 
 def test_who_relied_on_a_thread_that_cannot_be_started_times_out_or_is_told():
@@ -597,7 +597,7 @@ def test_any_number_of_completed_timeouts_do_not_pile_up(looked_after, timer):
         with_timeout(source, LATER)
         source.set_result(n)
     assert len(timer.work) == 1
-    until(lambda: len(timer._new) < 2_000 and timer._bell.empty())
+    until(lambda: len(timer.new) < 2_000 and timer._bell.empty())
     assert deadlines() < 4_000
 
 
@@ -606,7 +606,7 @@ def test_the_thread_does_not_keep_what_completed_while_it_slept(looked_after, ti
     for source in sources:
         with_timeout(source, LATER)
     with_timeout(Future(), SOON)
-    until(lambda: not timer._new)  # it knows of all
+    until(lambda: not timer.new)  # it knows of all
     for source in sources:
         source.set_result(None)
     late = with_timeout(Future(), SOON)  # it wakes

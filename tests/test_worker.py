@@ -141,7 +141,7 @@ def test_a_thread_that_cannot_be_started_is_the_error_of_one_submission(monkeypa
         with pytest.raises(RuntimeError, match="can't start new thread"):
             submits(worker)
     assert not worker.work
-    assert not worker._new
+    assert not worker.new
     assert submits(worker).wait(PATIENCE)
 
 

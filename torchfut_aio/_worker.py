@@ -1,7 +1,6 @@
 """A thread while there is work: the one primitive beneath all threads of this package.
 
-A `Worker` has a dict of the work that is to be done, and a thread while there is any. What it
-promises:
+What a `Worker` promises:
 
 - **One thread at a time serves.** Threads that start at the same moment agree under a lock which
   of them does, and the others end at once. Nobody but these threads takes that lock.
@@ -10,21 +9,17 @@ promises:
 - **Nobody relies on a thread that somebody else is still starting.** Whoever submits returns when
   a thread is running that will look at the work again, or raises.
 - **A start that fails, or is interrupted at any instruction, costs its own caller only.** That work
-  is withdrawn. The thread may run or not; either way the next submission finds out whether one is
-  running, and starts one if not. No flag has to be put back for that.
-- **Ctrl-C does not strike within `threading`**, whose locks might stay locked for ever, one of them
-  for all threads of the process. Signal handlers run in the main thread; so another thread, which
+  is withdrawn; the next submission starts a thread if none is running.
+- **Ctrl-C does not strike within** `threading`, whose locks might stay locked for ever, one of them
+  for all threads of the process. Signal handlers run in the main thread. So another thread, which
   C starts in one call, starts that of the worker.
-- **An item stays in `work` until somebody pops it, and whoever pops it deals with it.** A thread
-  that begins looks at all that is there, whatever became of the thread before it.
+- **An item stays in** ``work`` **until somebody pops it, and whoever pops it deals with it.** A
+  thread that begins looks at all that is there, whatever became of the thread before it.
 - **It ends when there is no work**, but not with work left: it says first that it will not look
   again, and then looks once more. Whoever submits does these in the opposite order.
-- **A fork leaves a worker that works** in the child, without the threads of the parent. What was
-  pending is dropped there, or, if the class says so, is looked after by a new thread.
+- **A fork leaves a worker that works** in the child, without the threads of the parent.
 - **At exit** the interpreter waits for threads that are no daemons; daemons are told to end and
-  waited for a moment, or left where they are, as the class says.
-
-Subclasses say what the thread does, in `serve`, and how it is woken, in `ring`.
+  waited for a moment, or left where they are.
 """
 
 from __future__ import annotations
@@ -57,21 +52,16 @@ def call_contained(function: Callable[..., object], *args: object) -> None:
 
 
 class WorkerThread(threading.Thread):
-    """A thread of a worker.
-
-    Attributes:
-        is_there: Whether it is being started, or runs.
-        will_look: Whether it runs, and will look at the work again.
-        is_to_end: Whether it is to end, whatever there is to do.
-        hands_over: Whether another thread then does what is left.
-        started: Where it says that it runs, by None, or why it could not be started.
-    """
+    """A thread of a worker: ``is_to_end`` tells whether it is to, whatever there is to do."""
 
     def __init__(self, worker: Worker) -> None:
         super().__init__(name=worker.name, daemon=worker.daemon)
         self._worker = worker
-        self.is_there = self.will_look = self.is_to_end = False
-        self.hands_over = True
+        self.is_there = False  # it is being started, or runs
+        self.will_look = False  # at the work again
+        self.is_to_end = False
+        self.hands_over = True  # another thread does what it leaves when it is to end
+        # None when it runs, or why it could not be started.
         self.started: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
 
     def launch(self) -> None:
@@ -121,60 +111,56 @@ class WorkerThread(threading.Thread):
 
 
 class Worker(ABC):
-    """A thread while there is work: see the module.
+    """A thread while there is work: see the module. Subclasses say what it does, in `serve`.
 
     Attributes:
         work: What is to be done: items, each with anything that belongs to it.
+        new: The items that the thread has not taken yet.
         name: The name of the thread.
+        daemon: Whether the interpreter exits without waiting for the thread. One that blocks in
+            torch must be waited for: if the interpreter ends it when it comes back from there,
+            C++ aborts the process.
+        patience_at_exit: For how many seconds a daemon that was told to end is waited for at
+            exit; 0 to leave it.
+        survives_fork: Whether what is pending when the process forks is done in the child, too,
+            and not dropped there.
     """
 
     daemon: ClassVar[bool] = True
-    """Whether the interpreter exits without waiting for the thread to run out of work.
-
-    A thread that blocks in torch must not be one: if the interpreter ends it when it comes back
-    from there, C++ aborts the process.
-    """
-
     patience_at_exit: ClassVar[float] = 0.0
-    """For how many seconds a daemon that was told to end is waited for at exit; 0 to leave it."""
-
     survives_fork: ClassVar[bool] = False
-    """Whether what is pending when the process forks is to be done in the child, too."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.work: dict[Any, Any] = {}
-        self._new: deque[Any] = deque()
+        self.new: deque[Any] = deque()
         self._reset()
         _workers[id(self)] = self
 
     def _reset(self) -> None:
         # The thread that serves, and the last that somebody began to start.
         self._server: WorkerThread | None = None
-        self._newest: WorkerThread | None = None
+        self.newest: WorkerThread | None = None
         self._claiming = threading.Lock()
         # A put may interrupt a put, or a get.
         self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
 
-    # ------------------------------------------------------------- for those who submit
-
     def submit(self, item: Any, value: Any = None) -> None:
-        """Has the thread see to ``item``; starts it if there is none.
+        """Has the thread see to ``item``, which is withdrawn if this raises.
 
         Raises:
-            RuntimeError: No thread could be started. The item is withdrawn then, and also if
-                Ctrl-C strikes.
+            RuntimeError: No thread could be started.
         """
         try:
             self.work[item] = value
-            self._new.append(item)
+            self.new.append(item)
             self.ensure_thread()
             if self.has_to_know(item):
                 self.ring()
         except BaseException:
             self.work.pop(item, None)
             with suppress(ValueError, IndexError):
-                self._new.remove(item)
+                self.new.remove(item)
             raise
 
     def ensure_thread(self) -> None:
@@ -183,10 +169,10 @@ class Worker(ABC):
         Raises:
             RuntimeError: No thread could be started.
         """
-        for thread in (self._server, self._newest):
+        for thread in (self._server, self.newest):
             if thread is not None and thread.will_look:
                 return
-        self._newest = thread = WorkerThread(self)
+        self.newest = thread = WorkerThread(self)
         _thread.start_new_thread(thread.launch, ())
         error = thread.started.get()
         if error is not None:
@@ -203,25 +189,20 @@ class Worker(ABC):
 
     def threads(self) -> list[WorkerThread]:
         """Returns the threads that run or are being started."""
-        return [t for t in self._known_threads() if t.is_there]
-
-    def _known_threads(self) -> list[WorkerThread]:
-        return [t for t in {self._server, self._newest} if t is not None]
+        return [t for t in {self._server, self.newest} if t is not None and t.is_there]
 
     def end(self, patience: float, *, hand_over: bool = True) -> bool:
         """Tells the thread to end, and waits for that; returns False if it takes too long.
 
-        What is still to be done then is done by another thread, or, without ``hand_over``, when
-        something more is submitted.
+        What is left is done by another thread, or else when something more is submitted.
         """
-        threads, give_up = self._known_threads(), time.monotonic() + patience
+        threads = [t for t in {self._server, self.newest} if t is not None]
+        give_up = time.monotonic() + patience
         for thread in threads:
             thread.hands_over = hand_over
             thread.is_to_end = True
         self.ring()
         return all(thread.has_ended(give_up) for thread in threads)
-
-    # ---------------------------------------------------------------------- for the thread
 
     @abstractmethod
     def serve(self, thread: WorkerThread) -> None:
@@ -240,7 +221,7 @@ class Worker(ABC):
         items = []
         with suppress(IndexError):
             while True:
-                items.append(self._new.popleft())
+                items.append(self.new.popleft())
         return items
 
     def rest(self, seconds: float) -> bool:
@@ -254,13 +235,13 @@ class Worker(ABC):
         return False
 
     def claim(self, thread: WorkerThread) -> bool:
-        """Makes ``thread`` the one that serves; returns False if another does."""
+        """Makes ``thread`` the one that serves, or returns False if another does."""
         with self._claiming:
             if self._server is not None and self._server.is_there:
                 return False
             self._server = thread
-        self._new.clear()
-        self._new.extend([*self.work])  # whatever became of the thread before
+        self.new.clear()
+        self.new.extend([*self.work])  # whatever became of the thread before
         return True
 
     def release(self, thread: WorkerThread) -> None:
@@ -269,19 +250,15 @@ class Worker(ABC):
             self._server = None
         thread.will_look = False
 
-    # -------------------------------------------------------------------- the process
-
     def after_fork(self) -> None:
-        """Works on in the child, without the threads of the parent."""
         self._reset()
-        self._new.clear()
+        self.new.clear()
         if not self.survives_fork:
             self.work.clear()
         elif self.has_work():
             self.ensure_thread()
 
     def at_exit(self) -> None:
-        """Ends the thread, or leaves it."""
         if self.patience_at_exit:
             self.end(self.patience_at_exit, hand_over=False)
 
@@ -289,20 +266,13 @@ class Worker(ABC):
 _workers: weakref.WeakValueDictionary[int, Worker] = weakref.WeakValueDictionary()  # by id
 
 
-def _alive() -> list[Worker]:
-    return [worker for ref in _workers.valuerefs() if (worker := ref()) is not None]
+def _for_each(function: Callable[[Worker], None]) -> None:
+    for ref in _workers.valuerefs():  # a list, as workers may come and go meanwhile
+        worker = ref()
+        if worker is not None:
+            function(worker)
 
 
-def _after_fork_in_child() -> None:
-    for worker in _alive():
-        worker.after_fork()
-
-
-@atexit.register
-def _at_exit() -> None:
-    for worker in _alive():
-        worker.at_exit()
-
-
+atexit.register(_for_each, Worker.at_exit)
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+    os.register_at_fork(after_in_child=lambda: _for_each(Worker.after_fork))

@@ -2,13 +2,13 @@
 
 One file a kind of loop, and one interface, `Loop`. A task that waits makes a *waiter*, leaves it
 where the completing thread will find it, and parks. The completing thread calls
-``waiter.wake()``; nothing else crosses threads. `_inbox` says how that wakes the loop, and
+``waiter.wake()``; nothing else crosses threads. `_loop` says how that wakes the loop, and
 `_asyncio` follows a completion to its task.
 
 What has to be done now and then gets an `Alarm`, so that the loop drives it.
 
-A further kind of loop is one more file, with a class derived from `Loop` and two functions,
-``current`` and ``loop_in_this_thread``; and a line in ``_KINDS``.
+A further kind of loop is one more file, with a class derived from `Loop` and a function
+``current``, which returns the loop that runs in this thread or None; and a line in ``_KINDS``.
 
 Nothing here knows what a future is, or a device.
 """
@@ -70,7 +70,7 @@ def current() -> Loop:
 def loop_in_this_thread() -> bool:
     """Tells whether blocking the calling thread would block an event loop."""
     _admit_imported()
-    return any(file.loop_in_this_thread() for file in _files)
+    return any(file.current() is not None for file in _files)
 
 
 def _admit_imported() -> None:

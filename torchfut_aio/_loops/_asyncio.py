@@ -8,7 +8,7 @@ The way of a completion, from the thread that completes to the task:
 
 1. `_Waiter.wake`, in any thread, posts the waiter to the inbox of its loop, and asks the loop for a
    wake-up unless one is under way.
-2. `Inbox.serve`, on the loop, counts the waiters that have been posted.
+2. `Loop.serve`, on the loop, counts the waiters that have been posted.
 3. `AsyncioLoop.resume` resumes one task after the other.
 """
 
@@ -18,21 +18,15 @@ import asyncio
 import contextvars
 import threading
 import weakref
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from threading import get_ident
 from typing import Any
 
-from .._cpython import (
-    ResumeCallback,
-    in_callback_of,
-    resume_callback,
-    running_loop,
-    still_waits,
-)
+from .. import _cpython
+from .._cpython import ResumeCallback, resume_callback, running_loop
+from ._alarm import TimerFd
 from ._burst import MANY, Burst
-from ._inbox import PAUSE
-from ._loop import Loop
-from ._timer import TimerFd
+from ._loop import PAUSE, AsyncFunction, Loop
 
 
 class _Waiter:
@@ -122,12 +116,7 @@ class AsyncioLoop(Loop):
             return False
         return True
 
-    def spawn(
-        self,
-        ended: Callable[[], None],
-        function: Callable[..., Coroutine[Any, Any, None]],
-        *args: object,
-    ) -> None:
+    def spawn(self, ended: Callable[[], None], function: AsyncFunction, *args: object) -> None:
         self._running().create_task(function(*args)).add_done_callback(lambda _: ended())
 
     def watch(self, timer: TimerFd, function: Callable[[TimerFd], object]) -> None:
@@ -141,8 +130,7 @@ class AsyncioLoop(Loop):
             event_loop.remove_reader(timer.value)
 
     def call_later(self, seconds: float, function: Callable[[], object]) -> asyncio.TimerHandle:
-        context = contextvars.Context()
-        return self._running().call_later(seconds, function, context=context)
+        return self._running().call_later(seconds, function, context=contextvars.Context())
 
     def abandon(self) -> None:
         super().abandon()
@@ -158,8 +146,8 @@ class AsyncioLoop(Loop):
                 return  # a task that ran its loop within this has seen to the others
             waiter = waiters[0]
             future = waiter.future
-            # In debug mode each task has a handle of its own, so that asyncio can tell who takes
-            # long. And tasks written in Python are what runs a loop within a loop, which then
+            # In debug mode each task has a handle of its own, so that asyncio can tell which takes
+            # long. So has one written in Python: it may run the loop within the loop, which then
             # has to find the others.
             if not debug and (taken := resume_callback(future)) is not None:
                 waiter.resume_callback = taken
@@ -177,7 +165,7 @@ class AsyncioLoop(Loop):
                 try:
                     taken[1].run(taken[0], future)
                 except BaseException:
-                    if still_waits(taken[0], future):  # the call has not got to the task
+                    if _cpython.still_waits(taken[0], future):  # the call has not got to the task
                         waiter.resume_callback = taken
                         waiters.appendleft(waiter)
                     raise
@@ -195,9 +183,9 @@ def _will_look_before_it_sleeps(event_loop: asyncio.AbstractEventLoop) -> bool:
     A signal handler, or a finaliser, may also run while asyncio's loop is about to sleep
     or asleep. Only a write to its pipe makes it notice what these schedule.
     """
-    if running_loop() is not event_loop:
-        return False
-    return asyncio.current_task(event_loop) is not None or in_callback_of(event_loop)
+    return running_loop() is event_loop and (
+        asyncio.current_task(event_loop) is not None or _cpython.in_callback_of(event_loop)
+    )
 
 
 class _LastUsed(threading.local):
@@ -207,9 +195,8 @@ class _LastUsed(threading.local):
 
 
 _last_used = _LastUsed()
-_loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncioLoop] = (
-    weakref.WeakKeyDictionary()
-)
+_Loops = weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncioLoop]
+_loops: _Loops = weakref.WeakKeyDictionary()
 
 
 def current() -> AsyncioLoop | None:
@@ -233,8 +220,3 @@ def _new(event_loop: asyncio.AbstractEventLoop) -> AsyncioLoop:
             _loops[other].abandon()
     loop = _loops[event_loop] = AsyncioLoop(event_loop)
     return loop
-
-
-def loop_in_this_thread() -> bool:
-    """Tells whether a loop of asyncio or uvloop runs in this thread."""
-    return running_loop() is not None

@@ -19,15 +19,11 @@ LONGEST_PAUSE = 1e-3
 
 
 class Burst:
-    """Has a loop look again after a pause, by ``alarm``, as long as looks find many.
-
-    Attributes:
-        goes_on: Whether the alarm may be set.
-    """
+    """Has a loop look again after a pause, by ``alarm``, as long as looks find many."""
 
     def __init__(self, alarm: Alarm) -> None:
         self._alarm = alarm
-        self.goes_on = False
+        self.goes_on = False  # False only if the alarm is not set
 
     def look_again(self, found: int) -> bool:
         """Has the loop look again in a moment if this look found many; returns whether it will.

@@ -5,14 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from contextlib import suppress
 from typing import Any
 
 import trio
 
-from ._loop import Loop
-from ._timer import TimerFd
+from ._alarm import TimerFd
+from ._loop import AsyncFunction, Loop
 
 _ALARM = "torchfut_aio alarm"  # the name of the tasks that stand for one
 
@@ -58,7 +58,7 @@ class _Waiter:
             trio.lowlevel.reschedule(task)
 
     def _abort(self, _raise_cancel: Callable[[], Any]) -> trio.lowlevel.Abort:
-        # A signal handler may have woken the task on the way here, and no longer can from here on.
+        # A signal handler may have woken the task by now; from here on, none can.
         task, self._task = self._task, None
         sleeps = task is not None and task.custom_sleep_data is self
         return trio.lowlevel.Abort.SUCCEEDED if sleeps else trio.lowlevel.Abort.FAILED
@@ -99,12 +99,7 @@ class TrioLoop(Loop):
             return False
         return True
 
-    def spawn(
-        self,
-        ended: Callable[[], None],
-        function: Callable[..., Coroutine[Any, Any, None]],
-        *args: object,
-    ) -> None:
+    def spawn(self, ended: Callable[[], None], function: AsyncFunction, *args: object) -> None:
         async def run() -> None:  # trio lets every task take its first step
             try:
                 await function(*args)
@@ -122,8 +117,13 @@ class TrioLoop(Loop):
             trio.lowlevel.notify_closing(timer.value)
 
     def call_later(self, seconds: float, function: Callable[[], object]) -> trio.CancelScope:
+        async def call() -> None:
+            with scope:
+                await trio.sleep(seconds)
+                function()
+
         scope = trio.CancelScope()
-        trio.lowlevel.spawn_system_task(_call_later, scope, seconds, function, name=_ALARM)
+        trio.lowlevel.spawn_system_task(call, name=_ALARM)
         return scope
 
     def resume(self, count: int) -> None:
@@ -134,10 +134,9 @@ class TrioLoop(Loop):
     async def _watch(self, timer: TimerFd, function: Callable[[TimerFd], object]) -> None:
         try:
             await _call_whenever_readable(timer, function)
-        except trio.ClosedResourceError:
-            pass  # from `unwatch`
-        except trio.BusyResourceError:
-            pass  # another task does: Ctrl-C struck when the loop had been told to watch it
+        except (trio.ClosedResourceError, trio.BusyResourceError):
+            # `unwatch` was called; or Ctrl-C struck `watch`, and another task watches it.
+            pass
         except trio.Cancelled:  # the run ends
             self.abandon()
             raise
@@ -147,14 +146,6 @@ async def _call_whenever_readable(timer: TimerFd, function: Callable[[TimerFd], 
     while True:
         await trio.lowlevel.wait_readable(timer.value)
         function(timer)
-
-
-async def _call_later(
-    scope: trio.CancelScope, seconds: float, function: Callable[[], object]
-) -> None:
-    with scope:
-        await trio.sleep(seconds)
-        function()
 
 
 _this_run: trio.lowlevel.RunVar[TrioLoop] = trio.lowlevel.RunVar("torchfut_aio")
@@ -170,6 +161,3 @@ def current() -> TrioLoop | None:
         loop = TrioLoop(trio.lowlevel.current_trio_token())
         _this_run.set(loop)
         return loop
-
-
-loop_in_this_thread = trio.lowlevel.in_trio_task
