@@ -103,11 +103,11 @@ class WorkerThread(threading.Thread):
         """
         if self is threading.current_thread():
             return True
-        while self.is_there and not self.is_alive() and time.monotonic() < give_up:
+        while self.is_there or self.is_alive():
+            if time.monotonic() > give_up:
+                return False
             time.sleep(0.0005)  # an event would have a lock, which a signal handler could meet
-        if self.is_alive():
-            self.join(max(give_up - time.monotonic(), 0))
-        return not self.is_there and not self.is_alive()
+        return True
 
 
 class Worker(ABC):

@@ -21,8 +21,7 @@ from typing import Any
 
 from . import _asyncio
 from ._alarm import Alarm
-from ._loop import Loop, Waiter
-from ._thread import ThreadWaiter
+from ._loop import Loop, ThreadWaiter, Waiter
 
 __all__ = [
     "Alarm",

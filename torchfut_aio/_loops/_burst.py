@@ -28,8 +28,7 @@ class Burst:
     def look_again(self, found: int) -> bool:
         """Has the loop look again in a moment if this look found many; returns whether it will.
 
-        A pause is much shorter than what the loops' own timers can do. Where there is no other
-        timer, the loop is woken as it is out of a burst.
+        It does not where there are only the loop's own timers: a pause is too short for these.
         """
         if found >= MANY and self._alarm.is_exact():
             # First of all, so that an alarm that is set will be stopped, even if Ctrl-C strikes.

@@ -22,10 +22,12 @@ clock to tell whether it is late.)
 
 from __future__ import annotations
 
+import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable
+from contextlib import suppress
 from typing import Any, Protocol
 
 from ._alarm import Alarm, TimerFd
@@ -44,6 +46,29 @@ class Waiter(Protocol):
 
 class TaskWaiter(Waiter, Iterable[Any], Protocol):
     """One wait of a task: ``yield from waiter`` suspends it until it is woken, or cancelled."""
+
+
+class ThreadWaiter:
+    """One wait of a thread that blocks, on a lock that is taken until it is woken.
+
+    To acquire a lock is the one wait that takes a timeout, lets other threads run, and is
+    interrupted by Ctrl-C, in every version of Python that is supported.
+    """
+
+    __slots__ = ("_lock",)
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def block(self, timeout: float | None) -> None:
+        """Blocks until it is woken, or for ``timeout`` seconds, or as long as Python can wait."""
+        limit = threading.TIMEOUT_MAX  # centuries
+        self._lock.acquire(timeout=-1 if timeout is None else min(timeout, limit))
+
+    def wake(self) -> None:
+        with suppress(RuntimeError):  # it is woken once more
+            self._lock.release()
 
 
 class Loop(ABC):
@@ -141,8 +166,9 @@ class Loop(ABC):
     def call_soon(self, function: Callable[[], object]) -> bool:
         """Has the loop call ``function``, from any thread; returns False if it has closed.
 
-        Ctrl-C that strikes the loop when it is about to call it loses the call. So something has
-        to make up for each that must not be lost.
+        Ctrl-C that strikes the loop when it is about to make the call loses it. Each caller has
+        something that makes up for that: there is another wake-up; the watcher polls by its alarm,
+        too, and closes it after the next wait; and the promise of an RPC fails when it is dropped.
         """
 
     @abstractmethod
