@@ -110,23 +110,12 @@ def calling_module() -> str | None:
     return None if caller is None else str(caller.f_globals.get("__name__", ""))
 
 
-def check_interpreter() -> None:
-    """Refuses an interpreter whose GIL is off if nobody knows that futures lose nothing on it.
-
-    They rely on deleting keys of dicts, which is safe even before CPython 3.14.5; but all else
-    that runs beneath them has not been shown to be.
-
-    Raises:
-        ImportError: This is such an interpreter.
-    """
-    has_gil: Callable[[], bool] = getattr(sys, "_is_gil_enabled", lambda: True)
-    if not has_gil() and sys.version_info < (3, 14, 5):
-        raise ImportError(
-            f"torchfut_aio does not run on Python {sys.version.split()[0]} with the GIL off: "
-            "before 3.14.5, two threads may both delete the same slot of an object (CPython issue "
-            "146270), and nobody knows that no callback is lost. Set PYTHON_GIL=1, or use Python "
-            "3.14.5 or newer"
-        )
-
-
-check_interpreter()  # when the package is imported
+# Futures rely on deleting keys of dicts, which is safe there, too; but all else that runs beneath
+# them has not been shown to be.
+_has_gil: Callable[[], bool] = getattr(sys, "_is_gil_enabled", lambda: True)
+if not _has_gil() and sys.version_info < (3, 14, 5):
+    raise ImportError(
+        f"torchfut_aio does not run on Python {sys.version.split()[0]} with the GIL off: before "
+        "3.14.5, two threads may both delete the same slot of an object (CPython issue 146270), "
+        "and nobody knows that no callback is lost. Set PYTHON_GIL=1, or use Python 3.14.5 or newer"
+    )

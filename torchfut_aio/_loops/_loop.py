@@ -84,7 +84,7 @@ class Loop(ABC):
 
     def __init__(self) -> None:
         self.queue: deque[Any] = deque()
-        self.wake_up: object | None = None
+        self.wake_up: object = None
         self.watcher: Any = None
         self._renewed = False
 
