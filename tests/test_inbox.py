@@ -1,4 +1,4 @@
-"""The inbox of a loop, on its own: no order of steps leaves a waiter behind."""
+"""What is posted to a loop: no order of steps leaves a waiter behind."""
 
 from __future__ import annotations
 

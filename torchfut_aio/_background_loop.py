@@ -111,7 +111,7 @@ class _Running:
 
     def ring(self) -> None:
         """Has the loop look at what there is to do, from any thread."""
-        # As an inbox: what is to be seen has been written before, and it is read after.
+        # As in Loop.post: what is to be seen has been written before, and it is read after.
         try:
             self.is_rung = True
             self._call_look_soon()

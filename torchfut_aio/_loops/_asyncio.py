@@ -1,13 +1,13 @@
 """Tasks on asyncio's loops and on uvloop's: each waits on an ``asyncio.Future``.
 
-Such a future would have the loop resume its task in the next turn, in a handle of its own. The
-inbox takes from it what resumes the task, and calls it for one after the other as soon as the
-loop looks: no turn more, and on asyncio, whose handles are written in Python, half the work.
+Such a future would have the loop resume its task in the next turn, in a handle of its own. We
+take from it what resumes the task, and call that as soon as the loop looks: no turn more, and on
+asyncio, whose handles are written in Python, half the work.
 
 The way of a completion, from the thread that completes to the task:
 
-1. `_Waiter.wake`, in any thread, posts the waiter to the inbox of its loop, and asks the loop for a
-   wake-up unless one is under way.
+1. `_Waiter.wake`, in any thread, posts the waiter to its loop, and asks the loop for a wake-up
+   unless one is under way.
 2. `Loop.serve`, on the loop, counts the waiters that have been posted.
 3. `AsyncioLoop.resume` resumes one task after the other.
 """
@@ -37,8 +37,7 @@ class _Waiter:
 
     Attributes:
         future: What the task waits on.
-        resume_callback: What takes the next step of the task, and in which context, once it
-            has been taken from the future.
+        resume_callback: What resumes the task, once it has been taken from the future.
     """
 
     __slots__ = ("_loop", "future", "resume_callback")
