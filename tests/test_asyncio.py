@@ -22,7 +22,7 @@ import uvloop
 
 from torchfut_aio import Future
 from torchfut_aio._loops import _asyncio, _burst
-from torchfut_aio._loops._inbox import Inbox
+from torchfut_aio._loops._loop import Loop
 
 from .loops import on_asyncio
 from .threads import PATIENCE, PATIENCE_WITH_PROCESSES, alongside, running, until
@@ -325,14 +325,14 @@ async def test_in_a_burst_the_loops_own_completions_do_not_wait(
 async def test_after_a_burst_the_loop_looks_no_more(monkeypatch, nothing_blocks_a_loop):
     nothing_blocks_a_loop.deactivate()
     looks = 0
-    real = Inbox.serve
+    real = Loop.serve
 
     def serve(inbox):
         nonlocal looks
         looks += 1
         real(inbox)
 
-    monkeypatch.setattr(Inbox, "serve", serve)
+    monkeypatch.setattr(Loop, "serve", serve)
     await asyncio.gather(*await burst())
     await eventually(lambda: looks > 1)  # the last look finds nothing, a millisecond later
     await asyncio.sleep(0.05)
