@@ -318,7 +318,7 @@ class OneTask(_loops.Loop):
         return True
 
     def waiter(self):
-        return OneWait(self)
+        return OneWait()
 
     def checkpoint(self):
         return ()
@@ -329,15 +329,10 @@ class OneTask(_loops.Loop):
 
 
 class OneWait:
-    def __init__(self, loop):
-        self.loop = loop
-        self.woken = False
+    woken = False
 
     def __iter__(self):
         yield self
-
-    def wake(self):
-        self.loop.post(self)
 
 
 def test_a_further_kind_of_loop_is_a_file_and_a_line(monkeypatch):

@@ -206,7 +206,7 @@ class Future(_core.Completable[T]):
             warn_that_wait_blocks_a_loop()
         waiter = _loops.ThreadWaiter()
         try:
-            if _core.add_waiter(self, waiter):
+            if _core.add_waiter(self, waiter, _loops.THREADS):
                 waiter.block(timeout)
         finally:
             try:  # noqa: SIM105  a call could be struck before it has begun; a statement cannot
@@ -230,7 +230,7 @@ class Future(_core.Completable[T]):
         if outcome is None:
             waiter = loop.waiter()
             try:
-                if _core.add_waiter(self, waiter):
+                if _core.add_waiter(self, waiter, loop):
                     yield from waiter
                 else:
                     yield from loop.checkpoint()
@@ -310,9 +310,9 @@ class Future(_core.Completable[T]):
         target: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         if OUTCOME not in self._state:
             waiter = loop.waiter()
-            waiter.future.add_done_callback(lambda _: self._copy_to(target))
+            waiter.add_done_callback(lambda _: self._copy_to(target))
             target.add_done_callback(lambda _: _core.remove(self, waiter))
-            _core.add_waiter(self, waiter)
+            _core.add_waiter(self, waiter, loop)
         self._copy_to(target)
         return target
 

@@ -22,11 +22,13 @@ from _thread import start_new_thread
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 from ._outcome import Outcome
 
 MAX_DEPTH = 32
+
+CALLBACK: Final = "callback"  # what a callback is stored with in the state of its future
 
 _logger = logging.getLogger("torchfut_aio")
 
@@ -169,7 +171,7 @@ def _run_each(
                     start_new_thread(callback.fail, (future, error))
                 except BaseException:
                     # Not one call is possible, so it has not begun. Whoever serves again runs it.
-                    state[callback] = None
+                    state[callback] = CALLBACK
                     raise
                 for one in (error, struck):
                     if isinstance(one, (KeyboardInterrupt, SystemExit)):

@@ -2,9 +2,9 @@
 
 All of it is one dict, in which each step is one operation that no other thread can divide:
 
-1. A *follower* is a waiter, which the completion wakes, or a callback, which it runs: a
-   `DoneCallback`. It follows from when it is stored as a key until somebody deletes that.
-   Whoever deletes a callback runs it, so none runs twice.
+1. A *follower* is a waiter, stored with its waker, which the completion has wake it; or a
+   `DoneCallback`, stored with ``CALLBACK``, which the completion runs. It follows from when it
+   is stored until somebody deletes it. Whoever deletes a callback runs it, so none runs twice.
 2. The future is done from when its outcome is stored under the key ``OUTCOME``. It is stored by
    ``dict.setdefault``: of any number that try, the one whose outcome is found there has won.
    That claims the future and publishes the outcome at once, and neither ever changes.
@@ -33,9 +33,9 @@ import torch
 
 from .._devices import HOST_ONLY
 from .._errors import InvalidStateError
-from .._loops import Waiter
+from .._loops import Waker
 from . import _callbacks
-from ._callbacks import DoneCallback
+from ._callbacks import CALLBACK, DoneCallback
 from ._outcome import Outcome, joined_outcome, outcome_of_error, outcome_of_value
 from ._torch_future import complete_in_torch, set_value_in_torch
 
@@ -125,12 +125,11 @@ def _wake_waiters(state: dict[Any, Any]) -> list[DoneCallback]:
     """Wakes the waiters that follow a future, which is done; returns the callbacks."""
     callbacks = []
     for follower in [*state]:
-        if follower is OUTCOME:
-            pass
-        elif isinstance(follower, DoneCallback):
+        waker = state.get(follower)
+        if waker is CALLBACK:
             callbacks.append(follower)
-        else:
-            follower.wake()
+        elif follower is not OUTCOME and waker is not None:
+            waker.wake(follower)
             state.pop(follower, None)  # a future that is done keeps no waiter, nor its loop
     return callbacks
 
@@ -146,14 +145,14 @@ def _serve_in_thread(future: Completable[Any], outcome: Outcome, state: dict[Any
         _serve_again(future, outcome, state)
 
 
-def add_waiter(future: Completable[Any], waiter: Waiter) -> bool:
-    """Has ``waiter`` woken when the future completes.
+def add_waiter(future: Completable[Any], waiter: object, waker: Waker) -> bool:
+    """Has ``waker.wake(waiter)`` called when the future completes.
 
     Returns:
         False if the future is done. The waiter follows no more then, and may have been woken.
     """
     state = future._state
-    state[waiter] = None
+    state[waiter] = waker
     if OUTCOME not in state:
         return True
     state.pop(waiter, None)
@@ -163,13 +162,13 @@ def add_waiter(future: Completable[Any], waiter: Waiter) -> bool:
 def add_callback(future: Completable[Any], callback: DoneCallback) -> None:
     """Has ``callback`` run when the future completes; here and now, if it is done."""
     state = future._state
-    state[callback] = None
+    state[callback] = CALLBACK
     outcome = state.get(OUTCOME)
     if outcome is not None:
         _callbacks.run_now(future, outcome, state, callback)
 
 
-def remove(future: Completable[Any], follower: Waiter | DoneCallback) -> bool:
+def remove(future: Completable[Any], follower: object) -> bool:
     """Removes a follower; returns False if it follows no more.
 
     That is: if a callback has been run, or is about to be.
@@ -177,7 +176,7 @@ def remove(future: Completable[Any], follower: Waiter | DoneCallback) -> bool:
     return future._state.pop(follower, _GONE) is not _GONE
 
 
-def followers(future: Completable[Any]) -> tuple[list[Waiter], list[DoneCallback]]:
+def followers(future: Completable[Any]) -> tuple[list[object], list[DoneCallback]]:
     """Returns the waiters and the callbacks that follow the future now."""
     all_of_them = [follower for follower in [*future._state] if follower is not OUTCOME]
     callbacks = [follower for follower in all_of_them if isinstance(follower, DoneCallback)]

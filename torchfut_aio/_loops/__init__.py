@@ -1,8 +1,8 @@
 """How a completion, in any thread, reaches a task that waits on an event loop.
 
-One file a kind of loop, and one interface, `Loop`. A task that waits makes a *waiter*, leaves it
-where the completing thread will find it, and parks. The completing thread calls
-``waiter.wake()``; nothing else crosses threads. `_loop` says how that wakes the loop, and
+One file a kind of loop, and one interface, `Loop`. A task that waits gets a *waiter* of its loop,
+leaves both where the completing thread will find them, and parks. The completing thread calls
+``loop.wake(waiter)``; nothing else crosses threads. `_loop` says how that wakes the loop, and
 `_asyncio` follows a completion to its task.
 
 What has to be done now and then gets an `Alarm`, so that the loop drives it.
@@ -21,13 +21,14 @@ from typing import Any
 
 from . import _asyncio
 from ._alarm import Alarm
-from ._loop import Loop, ThreadWaiter, Waiter
+from ._loop import THREADS, Loop, ThreadWaiter, Waker
 
 __all__ = [
+    "THREADS",
     "Alarm",
     "Loop",
     "ThreadWaiter",
-    "Waiter",
+    "Waker",
     "current",
     "current_asyncio",
     "loop_in_this_thread",

@@ -6,7 +6,7 @@ asyncio, whose handles are written in Python, half the work.
 
 The way of a completion, from the thread that completes to the task:
 
-1. `_Waiter.wake`, in any thread, posts the waiter to its loop, and asks the loop for a wake-up
+1. `AsyncioLoop.wake`, in any thread, posts the waiter to its loop, and asks the loop for a wake-up
    unless one is under way.
 2. `Loop.serve`, on the loop, counts the waiters that have been posted.
 3. `AsyncioLoop.resume` resumes one task after the other.
@@ -18,7 +18,7 @@ import asyncio
 import contextvars
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from threading import get_ident
 from typing import Any
 
@@ -29,64 +29,47 @@ from ._burst import MANY, Burst
 from ._loop import PAUSE, AsyncFunction, Loop
 
 
-class _Waiter:
-    """One wait of a task, on an ``asyncio.Future``.
-
-    That is one of asyncio's own, unless the loop makes others: tasks have a fast path for these.
-    And all that tasks call of it is C: Ctrl-C cannot strike while one parks, or wakes up.
-
-    Attributes:
-        future: What the task waits on.
-        resume_callback: What resumes the task, once it has been taken from the future.
-    """
-
-    __slots__ = ("_loop", "future", "resume_callback")
-
-    def __init__(self, loop: AsyncioLoop, future: asyncio.Future[None]) -> None:
-        self._loop = loop
-        self.future = future
-        self.resume_callback: ResumeCallback | None = None
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.future)
-
-    def wake(self) -> None:
-        loop = self._loop
-        # Which loop runs here takes a system call to find out, in Python 3.11.
-        if get_ident() == loop.thread and _will_look_before_it_sleeps(self.future.get_loop()):
-            # The loop may be in a step of another task, so it resumes this one later; but the
-            # future is done from here on, for whoever means to cancel what still waits.
-            if not self.future.done():
-                self.future.set_result(None)
-        else:
-            # As post() does; a thread that completes many futures feels each call.
-            loop.queue.append(self)
-            if loop.wake_up is None:
-                loop.ask_for_wake_up()
-
-
 class AsyncioLoop(Loop):
     """One loop of asyncio or uvloop. It does not keep the event loop alive; the waiters do.
+
+    A waiter is one of asyncio's own futures, unless the event loop makes others: tasks have a
+    fast path for these. All that a task calls of it is C: Ctrl-C cannot strike while the task
+    parks, or wakes up.
 
     Attributes:
         event_loop: Returns the event loop, or None if it has gone.
         thread: Where the event loop ran when a task last waited: only there may it run now.
     """
 
-    __slots__ = ("_burst", "event_loop", "thread")
+    __slots__ = ("_burst", "_taken", "event_loop", "thread")
 
     def __init__(self, event_loop: asyncio.AbstractEventLoop) -> None:
         super().__init__()
         self._burst = Burst(self.alarm(self.serve))
+        # What resumes a task, from when it is taken from the waiter until it is called.
+        self._taken: tuple[asyncio.Future[None], ResumeCallback] | None = None
         self.thread = 0
         self.event_loop = weakref.ref(event_loop, lambda _: self.abandon())
 
-    def waiter(self) -> _Waiter:
+    def waiter(self) -> asyncio.Future[None]:
         if self.wake_up is not None:
             self.renew_wake_up()
         event_loop = self.event_loop()
         assert event_loop is not None  # it is running the caller
-        return _Waiter(self, event_loop.create_future())
+        return event_loop.create_future()
+
+    def wake(self, waiter: asyncio.Future[None], /) -> None:
+        # Which loop runs here takes a system call to find out, in Python 3.11.
+        if get_ident() == self.thread and _will_look_before_it_sleeps(waiter.get_loop()):
+            # The loop may be in a step of another task, so it resumes this one later; but the
+            # waiter is done from here on, for whoever means to cancel what still waits.
+            if not waiter.done():
+                waiter.set_result(None)
+        else:
+            # As post() does; a thread that completes many futures feels each call.
+            self.queue.append(waiter)
+            if self.wake_up is None:
+                self.ask_for_wake_up()
 
     def checkpoint(self) -> Iterable[Any]:
         # As with an asyncio future that is done: the task goes on at once.
@@ -133,39 +116,40 @@ class AsyncioLoop(Loop):
 
     def abandon(self) -> None:
         super().abandon()
+        self._taken = None
         self._burst.close()
 
     def resume(self, count: int) -> None:
         if (count >= MANY or self._burst.goes_on) and self._burst.look_again(count):
             self.wake_up = PAUSE
         waiters = self.queue
-        debug = bool(waiters) and waiters[0].future.get_loop().get_debug()
+        debug = bool(waiters) and waiters[0].get_loop().get_debug()
         for _ in range(count):
             if not waiters:
                 return  # a task that ran its loop within this has seen to the others
             waiter = waiters[0]
-            future = waiter.future
-            # In debug mode each task has a handle of its own, so that asyncio can tell which takes
-            # long. So has one written in Python: it may run the loop within the loop, which then
+            # In debug mode each task has a handle of its own, so that asyncio can tell who takes
+            # long. And tasks written in Python are what runs a loop within a loop, which then
             # has to find the others.
-            if not debug and (taken := resume_callback(future)) is not None:
-                waiter.resume_callback = taken
-                future.remove_done_callback(taken[0])
+            if not debug and (callback := resume_callback(waiter)) is not None:
+                self._taken = (waiter, callback)
+                waiter.remove_done_callback(callback[0])
             try:  # noqa: SIM105  a context manager would cost as much as all the rest
-                future.set_result(None)
+                waiter.set_result(None)
             except asyncio.InvalidStateError:
                 pass  # it has been cancelled
             # There is no call from here to the task, so Ctrl-C, which strikes at calls,
-            # cannot. If it has before, what resumes the task is still with the waiter.
+            # cannot. If it has before, what resumes the task is still there.
             del waiters[0]
-            taken = waiter.resume_callback
+            taken = self._taken
             if taken is not None:
-                waiter.resume_callback = None
+                self._taken = None
+                function, context = taken[1]
                 try:
-                    taken[1].run(taken[0], future)
+                    context.run(function, waiter)
                 except BaseException:
-                    if _cpython.still_waits(taken[0], future):  # the call has not got to the task
-                        waiter.resume_callback = taken
+                    if _cpython.still_waits(function, waiter):  # the call has not got to the task
+                        self._taken = taken
                         waiters.appendleft(waiter)
                     raise
 

@@ -28,7 +28,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from ._alarm import Alarm, TimerFd
 
@@ -37,15 +37,11 @@ AsyncFunction = Callable[..., Coroutine[Any, Any, None]]
 PAUSE = object()  # stands for a wake-up that the loop has seen to itself
 
 
-class Waiter(Protocol):
-    """One wait of a task or a thread."""
+class Waker(Protocol):
+    """What wakes waiters: the loop of their tasks, or `THREADS`."""
 
-    def wake(self) -> None:
-        """Wakes it, from any thread; does nothing if it is awake, or has gone."""
-
-
-class TaskWaiter(Waiter, Iterable[Any], Protocol):
-    """One wait of a task: ``yield from waiter`` suspends it until it is woken, or cancelled."""
+    def wake(self, waiter: Any, /) -> None:
+        """Wakes ``waiter``, from any thread; does nothing if it is awake, or has gone."""
 
 
 class ThreadWaiter:
@@ -66,9 +62,18 @@ class ThreadWaiter:
         limit = threading.TIMEOUT_MAX  # centuries
         self._lock.acquire(timeout=-1 if timeout is None else min(timeout, limit))
 
-    def wake(self) -> None:
-        with suppress(RuntimeError):  # it is woken once more
+    def unblock(self) -> None:
+        """Ends the wait; does nothing if it has ended."""
+        with suppress(RuntimeError):
             self._lock.release()
+
+
+class _Threads:
+    def wake(self, waiter: ThreadWaiter, /) -> None:
+        waiter.unblock()
+
+
+THREADS: Final = _Threads()
 
 
 class Loop(ABC):
@@ -151,8 +156,15 @@ class Loop(ABC):
         return False
 
     @abstractmethod
-    def waiter(self) -> TaskWaiter:
-        """Returns a waiter, hashable, for one wait of the current task."""
+    def waiter(self) -> Iterable[Any]:
+        """Returns a waiter, hashable, for one wait of the current task.
+
+        ``yield from waiter`` suspends the task until `wake` is called, or it is cancelled.
+        """
+
+    def wake(self, waiter: Any, /) -> None:
+        """As `Waker.wake`. A kind of loop may know a shorter way in its own thread."""
+        self.post(waiter)
 
     @abstractmethod
     def checkpoint(self) -> Iterable[Any]:

@@ -18,16 +18,15 @@ _ALARM = "torchfut_aio alarm"  # the name of the tasks that stand for one
 
 
 class _Waiter:
-    """One wait; `_task` is None unless the task sleeps, or is about to.
+    """One wait; ``task`` is None unless the task sleeps, or is about to.
 
     A task that somebody else has rescheduled sleeps again.
     """
 
-    __slots__ = ("_loop", "_task", "_woken")
+    __slots__ = ("_woken", "task")
 
-    def __init__(self, loop: TrioLoop) -> None:
-        self._loop = loop
-        self._task: trio.lowlevel.Task | None = None
+    def __init__(self) -> None:
+        self.task: trio.lowlevel.Task | None = None
         self._woken = False
 
     def __iter__(self) -> Generator[Any, Any, None]:
@@ -38,28 +37,22 @@ class _Waiter:
     # may miss the ``finally`` around it.
     def _park(self) -> Generator[Any, Any, None]:
         try:
-            self._task = task = trio.lowlevel.current_task()
+            self.task = task = trio.lowlevel.current_task()
             task.custom_sleep_data = self  # trio resets it when the task is rescheduled
             yield from trio.lowlevel.wait_task_rescheduled(self._abort).__await__()  # noqa: ASYNC105
         finally:
-            self._task = None  # it goes on, perhaps to sleep elsewhere
-
-    def wake(self) -> None:
-        if self._task is not None and self._loop.can_resume(self._task):
-            self.resume()
-        else:
-            self._loop.post(self)
+            self.task = None  # it goes on, perhaps to sleep elsewhere
 
     def resume(self) -> None:
         """Resumes the task, in trio's thread; may be called again."""
         self._woken = True
-        task = self._task
+        task = self.task
         if task is not None and task.custom_sleep_data is self:
             trio.lowlevel.reschedule(task)
 
     def _abort(self, _raise_cancel: Callable[[], Any]) -> trio.lowlevel.Abort:
         # A signal handler may have woken the task by now; from here on, none can.
-        task, self._task = self._task, None
+        task, self.task = self.task, None
         sleeps = task is not None and task.custom_sleep_data is self
         return trio.lowlevel.Abort.SUCCEEDED if sleeps else trio.lowlevel.Abort.FAILED
 
@@ -76,12 +69,18 @@ class TrioLoop(Loop):
     def waiter(self) -> _Waiter:
         if self.wake_up is not None:
             self.renew_wake_up()
-        return _Waiter(self)
+        return _Waiter()
+
+    def wake(self, waiter: _Waiter, /) -> None:
+        if waiter.task is not None and self._can_resume(waiter.task):
+            waiter.resume()
+        else:
+            self.post(waiter)
 
     def checkpoint(self) -> Iterable[Any]:
         return trio.lowlevel.checkpoint().__await__()  # noqa: ASYNC105
 
-    def can_resume(self, task: trio.lowlevel.Task) -> bool:
+    def _can_resume(self, task: trio.lowlevel.Task) -> bool:
         """Tells whether the caller may reschedule ``task`` itself."""
         # Only while trio runs a task of this very run: in guest mode the host's callbacks
         # share the thread, and trio may be asleep. And not the waiting task itself, which
