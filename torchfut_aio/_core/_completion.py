@@ -125,10 +125,12 @@ def _wake_waiters(state: dict[Any, Any]) -> list[DoneCallback]:
     """Wakes the waiters that follow a future, which is done; returns the callbacks."""
     callbacks = []
     for follower in [*state]:
-        waker = state.get(follower)
+        if follower is OUTCOME:
+            continue
+        waker = state.get(follower)  # None if somebody has removed the follower meanwhile
         if waker is CALLBACK:
             callbacks.append(follower)
-        elif follower is not OUTCOME and waker is not None:
+        elif waker is not None:
             waker.wake(follower)
             state.pop(follower, None)  # a future that is done keeps no waiter, nor its loop
     return callbacks
