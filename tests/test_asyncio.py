@@ -583,6 +583,60 @@ async def test_debug_mode_tells_which_task_takes_long(caplog, nothing_blocks_a_l
     assert any(re.match(named, text) for text in slow), slow
 
 
+SLOW_STEP_MONITOR = """
+import asyncio
+
+original, slow = asyncio.Handle._run, []
+
+def watched(handle):
+    callback = handle._callback
+    begun = handle._loop.time()
+    try:
+        return original(handle)
+    finally:
+        if handle._loop.time() - begun > 0.05:
+            task = getattr(callback, "__self__", None)
+            slow.append(task.get_name() if isinstance(task, asyncio.Task) else repr(handle))
+
+asyncio.Handle._run = watched
+"""
+
+SLOW_STEPS = """
+async def wait(fut, is_slow):
+    await fut
+    if is_slow:
+        time.sleep(0.06)
+
+async def main(count):
+    futures = [torchfut_aio.Future() for _ in range(count)]
+    tasks = [asyncio.create_task(wait(f, n == 1), name=f"{n}") for n, f in enumerate(futures, 1)]
+    await asyncio.sleep(0)
+    thread = threading.Thread(target=lambda: [f.set_result(5) for f in futures])
+    thread.start()
+    await asyncio.gather(*tasks)
+    thread.join()
+
+asyncio.run(main(1))
+asyncio.run(main(30))
+print(slow)
+"""
+
+IMPORTS = "import asyncio, threading, time, torchfut_aio"
+
+
+@pytest.mark.parametrize("first", ["the monitor", "this package"])
+def test_what_watches_handles_finds_the_task_that_takes_long(first):
+    begin = [SLOW_STEP_MONITOR, IMPORTS] if first == "the monitor" else [IMPORTS, SLOW_STEP_MONITOR]
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join([*begin, SLOW_STEPS])],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_WITH_PROCESSES,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("'1'") >= 2, done.stdout  # more may be slow on a busy machine
+
+
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="new in Python 3.12")
 @on_asyncio
 async def test_eager_tasks():

@@ -90,6 +90,37 @@ _get_frame: Callable[[], FrameType | None] = getattr(sys, "_getframe", lambda: N
 _RUN_CALLBACK: object = getattr(asyncio.Handle._run, "__code__", None)
 
 
+def is_inner(coroutine: object, other: object) -> bool:
+    """Tells whether ``coroutine`` runs within ``other``, of which both are running here.
+
+    False, too, where the interpreter does not tell.
+    """
+    # A task of asyncio's may run a generator, as that of an object that can be awaited.
+    frames = [
+        getattr(each, "cr_frame", None) or getattr(each, "gi_frame", None)
+        for each in (coroutine, other)
+    ]
+    frame = _get_frame()
+    while frame is not None and frame not in frames:
+        frame = frame.f_back
+    return frame is not None and frame is frames[0]
+
+
+def handles_are_watched() -> bool:
+    """Tells whether the program has replaced what runs asyncio's handles, to see which are slow."""
+    return asyncio.Handle._run is not _run
+
+
+def _file_of(function: object) -> object:
+    return getattr(getattr(function, "__code__", None), "co_filename", None)
+
+
+# None if it was replaced before this package was imported.
+_run: object = asyncio.Handle._run
+if _file_of(_run) != _file_of(asyncio.Handle.cancel):
+    _run = None
+
+
 def laid_out_by_c(kind: type[Any]) -> bool:
     """Tells whether C code laid out the instances of ``kind``, as those of built-in types."""
     flags = getattr(kind, "__flags__", None)

@@ -123,15 +123,18 @@ class AsyncioLoop(Loop):
         if (count >= MANY or self._burst.goes_on) and self._burst.look_again(count):
             self.wake_up = PAUSE
         waiters = self.queue
-        debug = bool(waiters) and waiters[0].get_loop().get_debug()
+        # In debug mode, and for who watches handles, each task has a handle of its own, so that one
+        # can tell which takes long.
+        apart = _cpython.handles_are_watched() or (
+            bool(waiters) and waiters[0].get_loop().get_debug()
+        )
         for _ in range(count):
             if not waiters:
                 return  # a task that ran its loop within this has seen to the others
             waiter = waiters[0]
-            # In debug mode each task has a handle of its own, so that asyncio can tell who takes
-            # long. And tasks written in Python are what runs a loop within a loop, which then
+            # None for tasks written in Python: these are what runs a loop within a loop, which then
             # has to find the others.
-            if not debug and (callback := resume_callback(waiter)) is not None:
+            if not apart and (callback := resume_callback(waiter)) is not None:
                 self._taken = (waiter, callback)
                 waiter.remove_done_callback(callback[0])
             try:  # noqa: SIM105  a context manager would cost as much as all the rest

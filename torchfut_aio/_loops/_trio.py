@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Generator, Iterable
 from contextlib import suppress
 from typing import Any
 
 import trio
 
+from .._cpython import is_inner, running_loop
 from ._alarm import TimerFd
 from ._loop import AsyncFunction, Loop
 
@@ -147,12 +149,20 @@ async def _call_whenever_readable(timer: TimerFd, function: Callable[[TimerFd], 
         function(timer)
 
 
+def _in_asyncio_within_trio() -> bool:
+    """Tells whether a task of trio's runs a loop of asyncio, which runs the caller."""
+    if running_loop() is None:
+        return False
+    task = asyncio.current_task()
+    return task is not None and is_inner(task.get_coro(), trio.lowlevel.current_task().coro)
+
+
 _this_run: trio.lowlevel.RunVar[TrioLoop] = trio.lowlevel.RunVar("torchfut_aio")
 
 
 def current() -> TrioLoop | None:
     """Returns the trio run that runs the calling task, if one does."""
-    if not trio.lowlevel.in_trio_task():
+    if not trio.lowlevel.in_trio_task() or _in_asyncio_within_trio():
         return None
     try:
         return _this_run.get()
