@@ -73,11 +73,16 @@ class _Nesting:
 
 
 class _ThisThread(threading.local):
-    def __init__(self) -> None:
-        self.nesting = _Nesting()
+    nesting: _Nesting
 
 
 _this_thread = _ThisThread()
+
+
+def _nesting_here() -> _Nesting:
+    # A finaliser may complete a future in the middle of this, and be the first to make one.
+    nesting: _Nesting = _this_thread.__dict__.setdefault("nesting", _Nesting())
+    return nesting
 
 
 def run(future: Any, outcome: Outcome, state: _State, callbacks: _Callbacks) -> None:
@@ -86,7 +91,10 @@ def run(future: Any, outcome: Outcome, state: _State, callbacks: _Callbacks) -> 
     Raises:
         KeyboardInterrupt, SystemExit: A callback raised it. The others have run.
     """
-    here = _this_thread.nesting
+    try:
+        here = _this_thread.nesting
+    except AttributeError:
+        here = _nesting_here()
     depth = here.depth
     if depth >= MAX_DEPTH:
         here.deferred.append((future, outcome, state, callbacks))
@@ -112,7 +120,7 @@ def run_now(future: Any, outcome: Outcome, state: _State, callback: DoneCallback
 
 def run_deferred() -> None:
     """Runs the callbacks that completions in this thread have deferred."""
-    interrupt = _run_deferred(_this_thread.nesting)
+    interrupt = _run_deferred(_nesting_here())
     if interrupt is not None:
         raise interrupt
 
