@@ -80,6 +80,8 @@ LAYERS = [
     "_devices",
     "_core",
     "_rpc_errors",
+    "_settable",
+    "_to_stdlib",
     "_future",
     "_tasks",
     "_adopt",

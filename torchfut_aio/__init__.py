@@ -4,14 +4,15 @@
 `as_future` makes one of another kind of future, `start_soon` and `submit` of an async
 function; `gather`, `collect_all`, `wait_all` and `as_completed` take many.
 
-To read the package, follow a completion: ``_future.py`` (the public methods), ``_core/`` (a
-setter's outcome claims the future, all who follow it are served), ``_loops/`` (a waiting task is
-resumed by its loop, a thread by its lock). Beside these, ``_collect.py`` and
-``_as_completed.py`` take many futures, ``_adopt/`` adopts other kinds, ``_tasks.py`` makes
-futures of tasks, ``_timeouts.py`` gives futures a deadline. ``_worker.py`` is beneath every
-thread. ``_errors.py`` has the package's errors, and ``_rpc_errors.py`` translates errors for C++
-and from it. ``_devices/`` knows of accelerators: of the kernels that fill a value, and when they
-are done. ``_cpython.py`` has all that is private to CPython.
+To read the package, follow a completion: ``_future.py`` and ``_settable.py`` (the public
+methods), ``_core/`` (a setter's outcome claims the future, all who follow it are served),
+``_loops/`` (a waiting task is resumed by its loop, a thread by its lock). Beside these,
+``_to_stdlib.py`` makes copies for asyncio and concurrent.futures; ``_collect.py`` and
+``_as_completed.py`` take many futures, ``_adopt/`` adopts other kinds,
+``_tasks.py`` makes futures of tasks, ``_timeouts.py`` gives futures a deadline. ``_worker.py`` is
+beneath every thread. ``_errors.py`` has the package's errors, and ``_rpc_errors.py`` translates
+errors for C++ and from it. ``_devices/`` knows of accelerators: of the kernels that fill a value,
+and when they are done. ``_cpython.py`` has all that is private to CPython.
 
 ``distributed/`` is imported by those who use it: async functions as RPC handlers and as DDP hooks.
 """
@@ -23,6 +24,7 @@ from ._devices import PollPolicy, Statistics, set_poll_policy, statistics, synch
 from ._errors import (
     BlockingWaitWarning,
     CallbackError,
+    CancelledError,
     InvalidStateError,
     NotAFutureError,
     RpcError,
@@ -34,6 +36,7 @@ from ._timeouts import with_timeout
 __all__ = [
     "BlockingWaitWarning",
     "CallbackError",
+    "CancelledError",
     "Future",
     "InvalidStateError",
     "NotAFutureError",
