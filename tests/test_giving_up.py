@@ -145,6 +145,7 @@ def test_children_are_cancelled_with_it_and_it_not_with_them():
         lambda fut: gather([fut]),
         lambda fut: collect_all([fut]),
         lambda fut: with_timeout(fut, PATIENCE),
+        lambda fut: gather([fut], return_exceptions=True),
     ],
 )
 def test_whoever_completes_the_source_of_a_cancelled_child_hears_nothing_of_it(

@@ -86,6 +86,7 @@ LAYERS = [
     "_tasks",
     "_adopt",
     "_collect",
+    "_gather",
     "_as_completed",
     "_timeouts",
     "distributed",
