@@ -109,7 +109,7 @@ async def test_a_task_that_awaits_a_cancelled_future_is_cancelled_as_with_asynci
         await task
     assert task.cancelled()
     assert fut.as_asyncio().cancelled()
-    with pytest.raises(asyncio.CancelledError, match="enough"):
+    with pytest.raises(asyncio.CancelledError):
         await asyncio.gather(fut)
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 from collections.abc import Callable, Generator, Iterable
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
 
 from . import _core, _loops
+from ._annotations import FutureAlias
 from ._arguments import callback_checked, devices_checked, timeout_checked
 from ._core import OUTCOME
 from ._errors import InvalidStateError, warn_that_wait_blocks_a_loop
@@ -62,6 +63,13 @@ class Future(Settable[T]):
         self._devices = () if devices is None else devices_checked(devices)
         _core.init_in_torch(self, self._devices)
         self._state = {}
+
+    if not TYPE_CHECKING:
+
+        def __class_getitem__(cls, item: Any) -> Any:
+            # See _annotations.py, which is for this class alone.
+            alias = super().__class_getitem__(item)
+            return FutureAlias(cls, alias.__args__) if cls is Future else alias
 
     # --------------------------------------------------------------------- reading
 
