@@ -163,13 +163,30 @@ def test_it_completes_when_the_kernels_are_done(accelerator, producer, devices):
 
 @pytest.mark.device
 @pytest.mark.several_devices
-def test_it_completes_when_the_kernels_on_every_device_are_done(accelerator):
+@pytest.mark.parametrize("devices", [(FIRST, SECOND), (SECOND, FIRST)])
+def test_it_completes_when_the_kernels_on_every_device_are_done(accelerator, devices):
     fut = Future()
-    fut.set_result([being_filled(accelerator, device) for device in (FIRST, SECOND)])
+    early = being_filled(accelerator, devices[0])
+    accelerator.wake()
+    fut.set_result([early, being_filled(accelerator, devices[1])])
     copy = fut.as_concurrent()
-    assert not copy.done()
+    assert concurrent.futures.wait([copy], 0.02).done == set()
     accelerator.wake()
     assert [tensor.tolist() for tensor in copy.result(PATIENCE)] == [NEW, NEW]
+
+
+@pytest.mark.device
+@pytest.mark.usefixtures("accelerator")
+def test_a_kernel_that_fails_is_its_error(accelerator, producer):
+    fut = Future()
+    with producer:
+        value = being_filled(accelerator)
+        accelerator.fail("the kernel failed")
+        fut.set_result(value)
+    copy = fut.as_concurrent()
+    accelerator.wake()
+    with pytest.raises(RuntimeError, match="the kernel failed"):
+        copy.result(PATIENCE)
 
 
 @pytest.mark.device
@@ -199,3 +216,4 @@ def test_an_interrupt_of_the_completion_leaves_no_copy_pending(error, at):
         assert copy.done()
         assert copy.exception(0) is None or isinstance(copy.exception(0), error)
         assert other.done()
+        other.exception()  # or it is logged that nobody has retrieved it
