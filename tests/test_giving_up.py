@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import gc
+import pickle
 import threading
 
 import anyio
@@ -17,6 +18,7 @@ from torchfut_aio import (
     CancelledError,
     Future,
     InvalidStateError,
+    RpcError,
     as_completed,
     as_future,
     collect_all,
@@ -24,6 +26,7 @@ from torchfut_aio import (
     start_soon,
     with_timeout,
 )
+from torchfut_aio._errors import rpc_error
 
 from .loops import on_asyncio, on_every_loop
 from .test_documentation import ROOT, readme_blocks
@@ -200,6 +203,38 @@ async def test_cancelling_the_future_of_a_task_leaves_the_task():
         go_on.set()
     assert got == ["worked"]
     assert str(fut.exception()) == "nobody wants it"
+
+
+@on_every_loop
+async def test_a_task_that_awaits_a_cancelled_future_leaves_its_group_alone():
+    fut, go_on = Future(), anyio.Event()
+
+    async def work():
+        await fut
+
+    async def other():
+        await go_on.wait()
+        return 5
+
+    async with anyio.create_task_group() as group:
+        given_up, others = start_soon(group, work), start_soon(group, other)
+        await anyio.wait_all_tasks_blocked()
+        fut.cancel("enough")
+        await anyio.wait_all_tasks_blocked()
+        go_on.set()
+    assert given_up.cancelled()
+    assert "enough" in str(given_up.exception())
+    assert others.value() == 5
+
+
+def test_it_can_be_told_to_other_processes():
+    fut = Future()
+    fut.cancel("enough")
+    again = pickle.loads(pickle.dumps(fut.exception()))
+    assert (type(again), str(again)) == (CancelledError, "enough")
+    remote = rpc_error(CancelledError, "enough")
+    assert isinstance(remote, CancelledError)
+    assert isinstance(remote, RpcError)
 
 
 def test_c_consumers_of_a_cancelled_future_get_an_error_and_no_value():
