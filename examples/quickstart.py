@@ -50,7 +50,10 @@ class Batcher:
         self._worker.start()
 
     def submit(self, image: torch.Tensor) -> Future[int]:
-        """Returns a future of the digit in ``image``; callable from any thread."""
+        """Returns a future of the digit in ``image``; callable from any thread.
+
+        Whoever gives up cancels the future: the worker skips what it has not begun.
+        """
         future: Future[int] = Future()
         with self._lock:
             if self._closed:
@@ -77,6 +80,9 @@ class Batcher:
             self._answer(batch)
 
     def _answer(self, batch: list[Request]) -> None:
+        batch = [(image, future) for image, future in batch if not future.done()]
+        if not batch:  # all of these clients have given up
+            return
         self.batches += 1
         futures = [future for _, future in batch]
         try:
@@ -85,10 +91,10 @@ class Batcher:
             answers = list(zip(futures, logits.argmax(dim=1).tolist(), strict=True))
         except BaseException as error:  # the clients learn of it, and the worker goes on
             for future in futures:
-                future.set_exception(error)
+                future.try_set_exception(error)
         else:
             for future, digit in answers:
-                future.set_result(digit)
+                future.try_set_result(digit)  # does nothing if it was cancelled meanwhile
 
 
 def train(images: torch.Tensor, labels: torch.Tensor) -> nn.Module:

@@ -72,6 +72,7 @@ def test_public_names_are_what_is_documented():
 # From the bottom to the top: each imports from those before it only.
 LAYERS = [
     "_cpython",
+    "_annotations",
     "_arguments",
     "_errors",
     "_repr",
@@ -80,10 +81,13 @@ LAYERS = [
     "_devices",
     "_core",
     "_rpc_errors",
+    "_settable",
+    "_to_stdlib",
     "_future",
     "_tasks",
     "_adopt",
     "_collect",
+    "_gather",
     "_as_completed",
     "_timeouts",
     "distributed",

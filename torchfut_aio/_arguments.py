@@ -26,6 +26,15 @@ def callback_checked(callback: object) -> None:
         )
 
 
+def exception_checked(error: object, by: str) -> None:
+    """Raises TypeError unless ``error`` is an exception, as the method called ``by`` takes."""
+    if not isinstance(error, BaseException):
+        raise TypeError(
+            f"{by}() takes an exception instance, such as ValueError('...'), "
+            f"not {error!r} of type {type(error).__qualname__}"
+        )
+
+
 def devices_checked(devices: Iterable[int | str | torch.device]) -> tuple[torch.device, ...]:
     """Returns the devices as a tuple; raises TypeError for a single one that is in no list."""
     if isinstance(devices, (str, int, torch.device)):

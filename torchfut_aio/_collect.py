@@ -10,21 +10,17 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any, TypeVar, overload
 
-import torch
-
 from . import _core
-from ._adopt import as_future
+from ._adopt import Source, as_future
+from ._arguments import timeout_checked
 from ._errors import InvalidStateError, NotAFutureError
 from ._future import Future
 
 T = TypeVar("T")
+F = TypeVar("F")
 
 
-@overload
-def collect_all(futures: Iterable[torch.futures.Future[T]]) -> Future[list[Future[T]]]: ...
-@overload
-def collect_all(futures: Iterable[Any]) -> Future[list[Any]]: ...
-def collect_all(futures: Iterable[Any]) -> Future[list[Any]]:
+def collect_all(futures: Iterable[F]) -> Future[list[F]]:
     """Returns a future that completes when all of ``futures`` have.
 
     Args:
@@ -47,50 +43,22 @@ def collect_all(futures: Iterable[Any]) -> Future[list[Any]]:
         >>> [f.value() for f in fut.wait()]
         [0, 1]
     """
-    given: list[Any] = _listed(futures)
-
-    return _Collector(adopted(given), lambda _: given).start()
-
-
-@overload
-def gather(futures: Iterable[torch.futures.Future[T]]) -> Future[list[T]]: ...
-@overload
-def gather(futures: Iterable[Any]) -> Future[list[Any]]: ...
-def gather(futures: Iterable[Any]) -> Future[list[Any]]:
-    """Returns a future of the values of ``futures``, which fails as soon as one fails.
-
-    Args:
-        futures: As for `collect_all`.
-
-    Returns:
-        A future of the list of the values, in the order of ``futures``. When one
-        fails it fails with that error at once, and waits for none of the others, which
-        go on undisturbed. A caller who loses interest in it leaves it attached to those
-        until they complete.
-
-    Raises:
-        NotAFutureError: One of them is None, or cannot be adopted.
-
-    Example:
-        >>> fut0, fut1 = torchfut_aio.Future(), torchfut_aio.Future()
-        >>> both = torchfut_aio.gather([fut0, fut1])
-        >>> fut1.set_result("b")
-        >>> fut0.set_result("a")
-        >>> both.wait()
-        ['a', 'b']
-    """
-    return _Gatherer(adopted(futures), _values).start()
+    given = _listed(futures)
+    return Collector(adopted(given), lambda _: given).start()
 
 
 @overload
-def wait_all(futures: Iterable[torch.futures.Future[T]]) -> list[T]: ...
+def wait_all(futures: Iterable[Source[T]], *, timeout: float | None = None) -> list[T]: ...
 @overload
-def wait_all(futures: Iterable[Any]) -> list[Any]: ...
-def wait_all(futures: Iterable[Any]) -> list[Any]:
+def wait_all(futures: Iterable[Any], *, timeout: float | None = None) -> list[Any]: ...
+def wait_all(futures: Iterable[Any], *, timeout: float | None = None) -> list[Any]:
     """Blocks until all of ``futures`` are done, or one has failed.
 
+    A wait that times out or is interrupted leaves them as they were, and nothing behind.
+
     Args:
         futures: As for `collect_all`.
+        timeout: How long to wait at most, in seconds, as for `Future.wait`.
 
     Returns:
         The list of the values, in the order of ``futures``.
@@ -98,6 +66,8 @@ def wait_all(futures: Iterable[Any]) -> list[Any]:
     Raises:
         BaseException: The error of the first that failed; it waits for no others.
         NotAFutureError: One of them is None, or cannot be adopted.
+        TimeoutError: Not all were done in time.
+        TypeError, ValueError: ``timeout`` is not a number, or is NaN.
 
     Example:
         >>> fut0, fut1 = torchfut_aio.Future(), torchfut_aio.Future()
@@ -106,23 +76,31 @@ def wait_all(futures: Iterable[Any]) -> list[Any]:
         >>> torchfut_aio.wait_all([fut0, fut1])
         [0, 1]
     """
-    gatherer = _Gatherer(adopted(futures), _values)
+    if timeout is not None:
+        timeout = timeout_checked(timeout)
+    gatherer = Gatherer(adopted(futures), values)
+    combined = gatherer.start()
     try:
-        values: list[Any] = gatherer.start().wait()
-        return values
-    except BaseException:
+        result: list[Any] = combined.wait(timeout)
+        return result
+    except BaseException as error:
         gatherer.withdraw()
+        if isinstance(error, TimeoutError) and not combined.done():
+            pending = sum(not future.done() for future in gatherer.distinct)
+            raise TimeoutError(
+                f"{pending} futures were not done within {timeout:g} s; they stay pending"
+            ) from None
         raise
 
 
-class _Collector(_core.DoneCallback):
+class Collector(_core.DoneCallback):
     """Completes one future when the last of several has completed."""
 
     # ``result`` makes the combined result of the list of futures, of which none failed.
     __slots__ = ("combined", "distinct", "futures", "result", "tickets")
 
     def __init__(
-        self, futures: list[Future[Any]], result: Callable[[list[Future[Any]]], list[Any]]
+        self, futures: list[Future[Any]], result: Callable[[list[Future[Any]]], Any]
     ) -> None:
         self.result = result
         self.futures = futures
@@ -135,7 +113,7 @@ class _Collector(_core.DoneCallback):
         for future in self.distinct:
             _core.add_callback(future, self)
         if not self.distinct:
-            _core.complete_with_value(self.combined, [])
+            _core.complete_with_value(self.combined, self.result([]))
         return self.combined
 
     def run(self, future: Future[Any]) -> None:  # noqa: ARG002
@@ -150,22 +128,35 @@ class _Collector(_core.DoneCallback):
 
     def complete(self) -> None:
         with suppress(InvalidStateError):  # somebody has completed it instead
-            errors = [future.exception() for future in self.distinct]
-            error = next((error for error in errors if error is not None), None)
+            error = self.error()
             if error is not None:
                 _core.complete_with_error(self.combined, error)
             else:
                 result = self.result(self.futures)
                 _core.complete_with_parts(self.combined, result, self.distinct)
 
+    def error(self) -> BaseException | None:
+        """Returns the error to fail with, now that all are done; or None."""
+        errors = [future.exception() for future in self.distinct]
+        return next((error for error in errors if error is not None), None)
 
-class _Gatherer(_Collector):
+
+class Settler(Collector):
+    """Completes with the errors of those that fail among the values."""
+
+    __slots__ = ()
+
+    def error(self) -> None:
+        return None
+
+
+class Gatherer(Collector):
     """Completes at the first failure, too, and withdraws from the futures still pending."""
 
     __slots__ = ("failure",)
 
     def __init__(
-        self, futures: list[Future[Any]], result: Callable[[list[Future[Any]]], list[Any]]
+        self, futures: list[Future[Any]], result: Callable[[list[Future[Any]]], Any]
     ) -> None:
         super().__init__(futures, result)
         self.failure = [None]  # popped by the first to fail
@@ -194,8 +185,18 @@ class _Gatherer(_Collector):
             _core.remove(future, self)
 
 
-def _values(futures: list[Future[Any]]) -> list[Any]:
+def values(futures: list[Future[Any]]) -> list[Any]:
+    """Returns the values of futures that are done."""
     return [future.value() for future in futures]
+
+
+def values_or_errors(futures: list[Future[Any]]) -> list[Any]:
+    """Returns the values of futures that are done, or their errors in the places of these."""
+    errors = [future.exception() for future in futures]
+    return [
+        future.value() if error is None else error
+        for future, error in zip(futures, errors, strict=True)
+    ]
 
 
 def adopted(futures: Iterable[Any]) -> list[Future[Any]]:
@@ -203,7 +204,7 @@ def adopted(futures: Iterable[Any]) -> list[Future[Any]]:
     return [future if type(future) is Future else as_future(future) for future in _listed(futures)]
 
 
-def _listed(futures: Iterable[Any]) -> list[Any]:
+def _listed(futures: Iterable[F]) -> list[F]:
     try:
         return list(futures)
     except TypeError:

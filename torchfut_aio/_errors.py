@@ -18,12 +18,33 @@ from typing import Any
 
 from ._cpython import laid_out_by_c
 
+CANCELLATIONS = (asyncio.CancelledError, concurrent.futures.CancelledError)
+"""The errors of a future that was cancelled."""
+
 
 class InvalidStateError(RuntimeError, asyncio.InvalidStateError):
     """The operation does not fit the future's state.
 
     The outcome of a pending future was read, or a future that is done was to be completed again.
     It is a ``RuntimeError``, as in ``torch.futures``, and an ``asyncio.InvalidStateError``.
+    """
+
+
+class CancelledError(asyncio.CancelledError, concurrent.futures.CancelledError):
+    """The future was cancelled by `Future.cancel`.
+
+    On asyncio and uvloop it is an ``asyncio.CancelledError``, as tasks and timeouts expect. In
+    threads and on trio it is a ``concurrent.futures.CancelledError``, an ``Exception``: there it
+    ends nothing but what waited for the future.
+
+    Example:
+        >>> fut = torchfut_aio.Future()
+        >>> fut.cancel("the client has gone")
+        True
+        >>> fut.wait()
+        Traceback (most recent call last):
+        ...
+        torchfut_aio._errors.CancelledError: the client has gone
     """
 
 

@@ -8,6 +8,6 @@ control the source: through it, nobody can cancel or complete that.
 """
 
 from . import _anyio, _devices, _stdlib, _torch  # noqa: F401  they register what they adopt
-from ._registry import as_future
+from ._registry import Source, as_future
 
-__all__ = ["as_future"]
+__all__ = ["Source", "as_future"]

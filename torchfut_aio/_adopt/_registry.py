@@ -18,7 +18,8 @@ from .._future import Future
 
 T = TypeVar("T")
 Devices: TypeAlias = Iterable[int | str | torch.device] | None
-_Adapter = Callable[..., Future[Any]]
+Source: TypeAlias = torch.futures.Future[T] | asyncio.Future[T] | concurrent.futures.Future[T]
+_Adapter: TypeAlias = Callable[..., Future[Any]]
 _A = TypeVar("_A", bound=_Adapter)
 
 
@@ -60,7 +61,7 @@ class _AsFuture:
     @overload
     def __call__(
         self,
-        source: torch.futures.Future[T] | asyncio.Future[T] | concurrent.futures.Future[T],
+        source: Source[T],
         *,
         devices: Devices = None,
     ) -> Future[T]: ...
@@ -101,7 +102,7 @@ class _AsFuture:
         return _adapters.register(cls, func)
 
 
-as_future = _AsFuture()
+as_future: _AsFuture = _AsFuture()
 
 # The adapters of this package, by the names of the types that they adopt.
 _ours: dict[str, _Adapter] = {}
@@ -169,7 +170,7 @@ def once(adopt: Callable[[Any, Future[Any]], None]) -> _Adapter:
         key = () if devices is None else devices_checked(devices)
         made = _made.setdefault(source, weakref.WeakValueDictionary())
         future = made.get(key)
-        if future is None:
+        if future is None or future.cancelled():  # by somebody who adopted it before
             future = Future(devices=key)
             adopt(source, future)
             made[key] = future
@@ -183,10 +184,10 @@ def copy_outcome(
     future: Future[Any],
     translate: Callable[[BaseException], BaseException] = lambda error: error,
 ) -> None:
-    """Completes ``future`` with what ``read`` returns or raises; its source is done."""
+    """Completes ``future``, unless it is done, with what ``read`` returns or raises."""
     try:
         value = read()
     except BaseException as error:
-        future.set_exception(translate(drop_catching_frame(error)))
+        future.try_set_exception(translate(drop_catching_frame(error)))
     else:
-        future.set_result(value)
+        future.try_set_result(value)

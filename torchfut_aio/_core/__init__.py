@@ -18,8 +18,12 @@ from ._completion import (
     complete_with_value,
     devices_of,
     followers,
+    is_cancelled,
+    is_followed,
     outcome_of,
     remove,
+    try_complete_with_error,
+    try_complete_with_value,
 )
 from ._outcome import Outcome
 from ._then import ThenCallback
@@ -42,7 +46,11 @@ __all__ = [
     "followers",
     "init_in_torch",
     "install_stand_in",
+    "is_cancelled",
+    "is_followed",
     "outcome_of",
     "remove",
     "run_deferred",
+    "try_complete_with_error",
+    "try_complete_with_value",
 ]

@@ -31,7 +31,7 @@ from typing import Any, Final, NoReturn, TypeVar
 import torch
 
 from .._devices import HOST_ONLY
-from .._errors import InvalidStateError
+from .._errors import CANCELLATIONS, InvalidStateError
 from .._loops import Waker
 from . import _callbacks
 from ._callbacks import CALLBACK, DoneCallback
@@ -121,6 +121,28 @@ def complete_with_error(future: Completable[Any], error: BaseException) -> None:
     complete(future, outcome_of_error(error, future._devices))
 
 
+def try_complete_with_value(future: Completable[Any], value: object) -> bool:
+    """As `complete_with_value`; returns False if the future is done already."""
+    if OUTCOME in future._state:
+        return False
+    try:
+        complete_with_value(future, value)
+    except InvalidStateError:  # another thread was faster
+        return False
+    return True
+
+
+def try_complete_with_error(future: Completable[Any], error: BaseException) -> bool:
+    """As `complete_with_error`; returns False if the future is done already."""
+    if OUTCOME in future._state:
+        return False
+    try:
+        complete_with_error(future, error)
+    except InvalidStateError:  # another thread was faster
+        return False
+    return True
+
+
 def _wake_waiters(state: dict[Any, Any]) -> list[DoneCallback]:
     """Wakes the waiters of a future that is done; returns its callbacks."""
     callbacks = []
@@ -183,6 +205,19 @@ def followers(future: Completable[Any]) -> tuple[list[object], list[DoneCallback
     all_of_them = [follower for follower in [*future._state] if follower is not OUTCOME]
     callbacks = [follower for follower in all_of_them if isinstance(follower, DoneCallback)]
     return [follower for follower in all_of_them if follower not in callbacks], callbacks
+
+
+def is_cancelled(future: Completable[Any]) -> bool:
+    """Tells whether the future has failed with a cancellation."""
+    outcome = future._state.get(OUTCOME)
+    return outcome is not None and isinstance(outcome.error, CANCELLATIONS)
+
+
+def is_followed(future: Completable[Any]) -> bool:
+    """Tells whether the future is pending and somebody follows it."""
+    state = future._state
+    # In this order: a completion stores the outcome before it deletes a follower.
+    return bool(state) and OUTCOME not in state
 
 
 def _refuse_second(future: Completable[Any]) -> NoReturn:
