@@ -128,17 +128,22 @@ class Collector(_core.DoneCallback):
 
     def complete(self) -> None:
         with suppress(InvalidStateError):  # somebody has completed it instead
-            error = self.error()
-            if error is not None:
-                _core.complete_with_error(self.combined, error)
+            failed = self.failed()
+            if failed is not None:
+                self.fail_as(failed)
             else:
                 result = self.result(self.futures)
                 _core.complete_with_parts(self.combined, result, self.distinct)
 
-    def error(self) -> BaseException | None:
-        """Returns the error to fail with, now that all are done; or None."""
-        errors = [future.exception() for future in self.distinct]
-        return next((error for error in errors if error is not None), None)
+    def fail_as(self, failed: Future[Any]) -> None:
+        for future in self.distinct:
+            if future is not failed:
+                _core.ignore_error(future)  # one error is enough, as with asyncio.gather
+        _core.complete_as(self.combined, failed)
+
+    def failed(self) -> Future[Any] | None:
+        """Returns the future to fail as, now that all are done; or None."""
+        return next(filter(_core.has_failed, self.distinct), None)
 
 
 class Settler(Collector):
@@ -146,7 +151,7 @@ class Settler(Collector):
 
     __slots__ = ()
 
-    def error(self) -> None:
+    def failed(self) -> None:
         return None
 
 
@@ -168,8 +173,7 @@ class Gatherer(Collector):
         return combined
 
     def run(self, future: Future[Any]) -> None:
-        error = future.exception()
-        if error is None:
+        if not _core.has_failed(future):
             super().run(future)
             return
         try:
@@ -178,7 +182,7 @@ class Gatherer(Collector):
             return
         self.withdraw()
         with suppress(InvalidStateError):  # somebody has completed it instead
-            _core.complete_with_error(self.combined, error)
+            self.fail_as(future)
 
     def withdraw(self) -> None:
         for future in self.distinct:

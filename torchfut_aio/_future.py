@@ -233,8 +233,10 @@ class Future(Settable[T]):
     def as_asyncio(self) -> asyncio.Future[T]:
         """Returns an ``asyncio.Future`` of the running loop that completes as this one.
 
-        For what insists on one, such as ``asyncio.wait``. Cancelling it leaves this
-        future as it was, and nothing behind; so cancel it when you lose interest.
+        For what insists on one, such as ``asyncio.wait``, or ``asyncio.wait_for`` with a time
+        of 0. Cancelling it leaves this future as it was. A copy that was cancelled, or that
+        nobody refers to or waits for, leaves nothing behind. (``asyncio.shield`` is not needed:
+        cancelling a task that awaits this future itself does not cancel the future.)
 
         Raises:
             RuntimeError: No asyncio loop runs in this thread.
