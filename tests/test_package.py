@@ -72,9 +72,9 @@ def test_public_names_are_what_is_documented():
 # From the bottom to the top: each imports from those before it only.
 LAYERS = [
     "_cpython",
+    "_repr",
     "_arguments",
     "_errors",
-    "_repr",
     "_worker",
     "_loops",
     "_devices",

@@ -16,6 +16,7 @@ from . import _core
 from ._adopt import as_future
 from ._errors import InvalidStateError, NotAFutureError
 from ._future import Future
+from ._repr import described
 
 T = TypeVar("T")
 
@@ -211,6 +212,5 @@ def _listed(futures: Iterable[Any]) -> list[Any]:
         return list(futures)
     except TypeError:
         raise NotAFutureError(
-            f"expected an iterable of futures, such as [fut0, fut1], not {futures!r} "
-            f"of type {type(futures).__qualname__}"
+            f"expected an iterable of futures, such as [fut0, fut1], not {described(futures)}"
         ) from None

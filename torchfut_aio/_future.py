@@ -108,7 +108,7 @@ class Future(_core.Completable[T]):
         if not isinstance(result, BaseException):
             raise TypeError(
                 f"set_exception() takes an exception instance, such as ValueError('...'), "
-                f"not {result!r} of type {type(result).__qualname__}"
+                f"not {short(result)}"
             )
         _core.complete_with_error(self, result)
 
@@ -423,6 +423,15 @@ class Future(_core.Completable[T]):
         return removed
 
     # --------------------------------------------------------------------- the rest
+
+    @property
+    def _condition(self) -> NoReturn:
+        """What functions of ``concurrent.futures`` ask for; says what to give them instead."""
+        raise AttributeError(
+            "wait() and as_completed() of concurrent.futures take futures of that module only: "
+            "pass fut.as_concurrent() to them, or use those of torchfut_aio, as_completed() and "
+            "wait_all()"
+        )
 
     def __repr__(self) -> str:
         outcome: _core.Outcome | None = self._state.get(OUTCOME)

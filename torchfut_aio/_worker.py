@@ -39,6 +39,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, ClassVar
 
+from ._repr import function_name
+
 __all__ = ["Worker", "WorkerThread", "call_contained"]
 
 _logger = logging.getLogger("torchfut_aio")
@@ -51,7 +53,7 @@ def call_contained(function: Callable[..., object], *args: object) -> None:
         with suppress(KeyboardInterrupt, SystemExit):
             function(*args)
     except Exception:
-        _logger.exception("Got the following error when calling %r:", function)
+        _logger.exception("Got the following error when calling %s:", function_name(function))
 
 
 class WorkerThread(threading.Thread):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .. import _loops
+from .._repr import described
 from ._blocker import Blocker
 from ._events import RecordedEvent, already_recorded, record_event
 from ._reached import Reached
@@ -112,5 +113,5 @@ def synchronize(
         return _synchronize_device(device)
     raise TypeError(
         "synchronize() waits for a torch.Event, a torch.Stream, a device or None, for "
-        f"the current stream; not for {target!r} of type {type(target).__qualname__}"
+        f"the current stream; not for {described(target)}"
     )

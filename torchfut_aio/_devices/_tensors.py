@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from .._repr import described
+
 __all__ = ["HOST_ONLY", "device_of", "replaced", "tensors"]
 
 _HOST = torch.device("cpu")
@@ -146,7 +148,9 @@ def _holders(value: object, tensor_ids: Mapping[int, object]) -> dict[int, Any]:
 def _copy(thing: Any) -> Any:
     copy_of = copy.copy(thing)
     if copy_of is thing:
-        raise TypeError(f"{thing!r} holds a tensor to be replaced, and copies of it are itself")
+        raise TypeError(
+            f"{described(thing)} holds a tensor to be replaced, and copies of it are itself"
+        )
     return copy_of
 
 
@@ -171,5 +175,5 @@ def _fill(copy_of: Any, thing: Any, new: Callable[[Any], Any]) -> None:
             object.__setattr__(copy_of, name, fresh)
         except AttributeError:
             raise TypeError(
-                f"{name!r} of {type(thing).__qualname__} holds a tensor, and cannot be set"
+                f"{name!r} of {described(thing)} holds a tensor, and cannot be set"
             ) from None
