@@ -212,7 +212,7 @@ def test_what_cannot_be_adopted_is_a_type_error_that_lists_what_can():
         as_future("text")
     assert isinstance(caught.value, NotAFutureError)
     for name in (
-        "'text' of type str",
+        "a str is not a future",
         "torchfut_aio.Future",
         "torch.futures.Future",
         "torch.distributed.Work",

@@ -23,6 +23,7 @@ __all__ = [
     "resume_callback",
     "running_loop",
     "still_waits",
+    "thread_of",
 ]
 
 _ResumeCallback = tuple[Callable[[asyncio.Future[Any]], Any], contextvars.Context]
@@ -76,6 +77,15 @@ def still_waits(callback: Callable[..., Any], future: asyncio.Future[Any]) -> bo
 
 _Future: type[Any] = asyncio.Future  # written in C
 _Task: type[Any] = asyncio.Task
+
+
+def thread_of(loop: asyncio.AbstractEventLoop) -> int | None:
+    """Returns the identifier of the thread that runs ``loop``.
+
+    Returns:
+        None, too, where the loop does not tell, as uvloop's.
+    """
+    return getattr(loop, "_thread_id", None)
 
 
 def in_callback_of(loop: asyncio.AbstractEventLoop) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from typing import Any
 
 import torch
 
@@ -11,13 +12,21 @@ from .._errors import InvalidStateError
 from .._future import Future
 from ._registry import Devices, adopts
 
+_MODULES = ("torch", "torch.cuda", "torch.xpu")  # those of the devices may be classes of their own
 
-@adopts("torch.Event")
+
+@adopts(*(f"{module}.Event" for module in _MODULES))
 def _from_event(source: torch.Event, *, devices: Devices = None) -> Future[None]:
     return _from_recorded(already_recorded(source), devices)
 
 
-@adopts("torch.Stream")
+@adopts("torch.mps.Event")
+def _from_mps_event(source: Any, *, devices: Devices = None) -> Future[None]:
+    # It does not tell its device, of which there is one.
+    return _from_recorded(RecordedEvent(source, None, torch.device("mps", 0), None), devices)
+
+
+@adopts(*(f"{module}.Stream" for module in _MODULES))
 def _from_stream(source: torch.Stream, *, devices: Devices = None) -> Future[None]:
     return _from_recorded(record_event(source), devices)
 

@@ -8,13 +8,16 @@ import functools
 import sys
 import weakref
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any, TypeAlias, TypeVar, get_type_hints, overload
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .._arguments import devices_checked
-from .._errors import NotAFutureError, drop_catching_frame
+from .._errors import InvalidStateError, drop_catching_frame
 from .._future import Future
+from .._repr import described
 
 T = TypeVar("T")
 Devices: TypeAlias = Iterable[int | str | torch.device] | None
@@ -73,7 +76,7 @@ class _AsFuture:
         if not isinstance(future, Future):
             raise TypeError(
                 f"what is registered with as_future for {type(source).__qualname__} must "
-                f"return a torchfut_aio.Future, and returned {future!r}"
+                f"return a torchfut_aio.Future, and returned {described(future)}"
             )
         return future
 
@@ -139,38 +142,31 @@ def _adapters(source: object, *, devices: Devices = None) -> Future[Any]:
         return adapter(source, devices=devices)
     if asyncio.isfuture(source):  # written in Python, or of another loop
         return _ours["asyncio.Future"](source, devices=devices)
-    problem, cure = f"{source!r} of type {type(source).__qualname__} is not a future", ""
-    if source is None:
-        problem, cure = "Future can't be None", " A collective needs async_op=True."
-    elif asyncio.iscoroutine(source):
-        cure = " A coroutine must run first: pass asyncio.ensure_future(coroutine)."
+    from ._refusals import refusal
+
     registered = [
         f"{kind.__module__}.{kind.__qualname__}"
         for kind, adapter in _adapters.registry.items()
         if kind is not object and adapter not in _ours.values()
     ]
-    raise NotAFutureError(
-        f"{problem}; as_future() accepts {', '.join([*_ours, *registered])}, "
-        f"and what is added with as_future.register().{cure}"
-    )
+    raise refusal(source, [*_ours, *registered])
 
 
 # The futures of sources that may still be pending, each made once. A source holds its future
-# through the callback that it was given, not the other way.
-_made: weakref.WeakKeyDictionary[Any, weakref.WeakValueDictionary[Any, Future[Any]]] = (
-    weakref.WeakKeyDictionary()
-)
+# through the callback that it was given, not the other way. By identity, as comparing two sources
+# may wait for both.
+_made: Any = WeakIdKeyDictionary()
 
 
-def once(adopt: Callable[[Any, Future[Any]], None]) -> _Adapter:
+def once(adopt: Callable[[Any, Future[Any]], None], kind: type[Future[Any]] = Future) -> _Adapter:
     """Makes an adapter of ``adopt(source, future)``, which it calls once for a pending source."""
 
     def adapter(source: Any, *, devices: Devices = None) -> Future[Any]:
         key = () if devices is None else devices_checked(devices)
         made = _made.setdefault(source, weakref.WeakValueDictionary())
-        future = made.get(key)
+        future: Future[Any] | None = made.get(key)
         if future is None:
-            future = Future(devices=key)
+            future = kind(devices=key)
             adopt(source, future)
             made[key] = future
         return future
@@ -183,10 +179,41 @@ def copy_outcome(
     future: Future[Any],
     translate: Callable[[BaseException], BaseException] = lambda error: error,
 ) -> None:
-    """Completes ``future`` with what ``read`` returns or raises; its source is done."""
+    """Completes ``future``, if it is pending, with what ``read`` returns or raises."""
     try:
         value = read()
     except BaseException as error:
-        future.set_exception(translate(drop_catching_frame(error)))
+        outcome, complete = translate(drop_catching_frame(error)), future.set_exception
     else:
-        future.set_result(value)
+        outcome, complete = value, future.set_result
+    with suppress(InvalidStateError):  # somebody else has completed it
+        complete(outcome)
+
+
+class Adoption:
+    """The only reference from a source to the future that adopted it: a callback of the source.
+
+    A source that is collected while it is pending drops it, and it fails the future.
+    """
+
+    __slots__ = ("__weakref__", "_future")
+
+    def __init__(self, future: Future[Any]) -> None:
+        self._future: Future[Any] | None = future
+
+    def __call__(self, source: Any) -> None:
+        """Completes the future as ``source``, which is done."""
+        if self._future is not None:
+            copy_outcome(source.result, self._future)
+        self._future = None  # the traceback of an error may lead here
+
+    def end(self, why: str) -> None:
+        """Fails the future with CancelledError if it is pending."""
+        if self._future is not None and not self._future.done():
+            error = concurrent.futures.CancelledError(f"the adopted future was pending when {why}")
+            with suppress(InvalidStateError):
+                self._future.set_exception(error)
+        self._future = None
+
+    def __del__(self) -> None:
+        self.end("it was garbage-collected: nobody can complete it any more")
