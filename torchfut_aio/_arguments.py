@@ -29,10 +29,16 @@ def callback_checked(callback: object) -> None:
 
 
 def devices_checked(devices: Iterable[int | str | torch.device]) -> tuple[torch.device, ...]:
-    """Returns the devices as a tuple; raises TypeError for a single one that is in no list."""
+    """Returns the devices as a tuple; raises TypeError for one in no list, or what is none."""
     if isinstance(devices, (str, int, torch.device)):
         raise TypeError(f"devices must be a list of devices, such as [{short(devices)}]")
-    return tuple(torch.device(device) for device in devices)
+    return tuple(map(_device, devices))
+
+
+def _device(device: int | str | torch.device) -> torch.device:
+    if not isinstance(device, (str, int, torch.device)):
+        raise TypeError(f"a device is a torch.device, string or index, not {described(device)}")
+    return torch.device(device)
 
 
 def timeout_checked(

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from .. import _loops
 from .._cpython import running_loop, thread_of
 from .._future import Future
+from .._worker import call_contained
 from ._registry import Adoption, Devices, adopts, once
 
 T = TypeVar("T")
@@ -115,7 +116,7 @@ class _LoopEnd:
     def reach(self) -> None:
         """Fails all that is pending."""
         for adoption in [*self.adoptions]:
-            adoption.end("its event loop ended")
+            call_contained(adoption.end, "its event loop ended")
 
     __del__ = reach
 

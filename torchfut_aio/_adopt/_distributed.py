@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .._devices import finish_current_streams
 from .._future import Future
@@ -33,8 +35,9 @@ def _wait_for(work: torch.distributed.Work) -> None:
     finish_current_streams()
 
 
+# By identity: to compare two of these waits for both.
 @adopts("torch.distributed._functional_collectives.AsyncCollectiveTensor")
-@once
+@functools.partial(once, made_of=WeakIdKeyDictionary())
 def _from_tensor(source: AsyncCollectiveTensor, future: Future[Any]) -> None:
     # torch has the work in a registry of C++'s, and takes it out to wait for it.
     if source.completed:

@@ -7,12 +7,11 @@ import concurrent.futures
 import functools
 import sys
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, MutableMapping
 from contextlib import suppress
 from typing import Any, TypeAlias, TypeVar, get_type_hints, overload
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 
 from .._arguments import devices_checked
 from .._errors import InvalidStateError, drop_catching_frame
@@ -153,18 +152,25 @@ def _adapters(source: object, *, devices: Devices = None) -> Future[Any]:
 
 
 # The futures of sources that may still be pending, each made once. A source holds its future
-# through the callback that it was given, not the other way. By identity, as comparing two sources
-# may wait for both.
-_made: Any = WeakIdKeyDictionary()
+# through the callback that it was given, not the other way.
+_Made: TypeAlias = MutableMapping[Any, weakref.WeakValueDictionary[Any, Future[Any]]]
+_made: _Made = weakref.WeakKeyDictionary()
 
 
-def once(adopt: Callable[[Any, Future[Any]], None], kind: type[Future[Any]] = Future) -> _Adapter:
-    """Makes an adapter of ``adopt(source, future)``, which it calls once for a pending source."""
+def once(
+    adopt: Callable[[Any, Future[Any]], None],
+    kind: type[Future[Any]] = Future,
+    made_of: _Made = _made,
+) -> _Adapter:
+    """Makes an adapter of ``adopt(source, future)``, which it calls once for a pending source.
+
+    It makes futures of ``kind``, and notes them in ``made_of``.
+    """
 
     def adapter(source: Any, *, devices: Devices = None) -> Future[Any]:
         key = () if devices is None else devices_checked(devices)
-        made = _made.setdefault(source, weakref.WeakValueDictionary())
-        future: Future[Any] | None = made.get(key)
+        made = made_of.setdefault(source, weakref.WeakValueDictionary())
+        future = made.get(key)
         if future is None:
             future = kind(devices=key)
             adopt(source, future)
@@ -209,10 +215,11 @@ class Adoption:
 
     def end(self, why: str) -> None:
         """Fails the future with CancelledError if it is pending."""
-        if self._future is not None and not self._future.done():
+        future = getattr(self, "_future", None)  # unless an interrupt struck before it was whole
+        if future is not None and not future.done():
             error = concurrent.futures.CancelledError(f"the adopted future was pending when {why}")
             with suppress(InvalidStateError):
-                self._future.set_exception(error)
+                future.set_exception(error)
         self._future = None
 
     def __del__(self) -> None:
