@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from torchfut_aio import Future
-from torchfut_aio._devices._to_host import side_stream
+from torchfut_aio._devices._synchronize import side_stream
 
 from .threads import PATIENCE
 

@@ -11,6 +11,7 @@ import torch
 
 from torchfut_aio import (
     Future,
+    _future,
     as_completed,
     as_future,
     collect_all,
@@ -19,6 +20,7 @@ from torchfut_aio import (
     synchronize,
     to_host,
 )
+from torchfut_aio._devices import _readiness, _watcher
 
 from .accelerator import (
     FIRST,
@@ -30,6 +32,7 @@ from .accelerator import (
     several_devices,
     told_or_not,
 )
+from .explorer import strikes
 from .loops import on_asyncio, on_every_loop
 from .threads import PATIENCE, alongside, running, until
 from .waiting import Reader, pending, polled
@@ -380,6 +383,22 @@ async def test_a_cancelled_as_asyncio_leaves_nothing_with_the_watcher(accelerato
     target.cancel()
     await asyncio.sleep(0)
     assert statistics().pending == 0
+
+
+@on_asyncio
+async def test_an_interrupted_as_asyncio_leaves_nothing_with_the_watcher(accelerator, producer):
+    fut = completed_on(producer, accelerator, None)
+    await asyncio.sleep(0)
+    for strike in strikes(_future, _readiness, _watcher):
+        target = asyncio.get_running_loop().create_future()
+        with strike:
+            fut._copy_to(target)
+        if strike.where:
+            await asyncio.sleep(0)
+            assert statistics().pending == 0, strike
+    assert statistics().pending == 1
+    accelerator.wake()
+    assert (await target).tolist() == NEW
 
 
 # ------------------------------------------------------------------------------ failure

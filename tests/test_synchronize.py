@@ -419,7 +419,7 @@ def test_a_thread_that_cannot_be_started_leaves_no_notification_behind(
         with pytest.raises(RuntimeError, match="can't start new thread"):
             as_future(producer)
         with pytest.raises(RuntimeError, match="can't start new thread"):
-            blocker.block(accelerator.wake, print)
+            blocker.submit(print, accelerator.wake)
     assert not _background._watching.work
     assert not blocker.work
     accelerator.wake()
@@ -652,19 +652,19 @@ def blockers():
 def blocked(blocker, function=lambda: None):
     """Has the blocker call a function; returns the event that is set then."""
     event = threading.Event()
-    blocker.block(function, lambda error: event.set())
+    blocker.submit(lambda error: event.set(), function)
     return event
 
 
 def test_whoever_gives_up_at_any_step_of_the_blocking_thread_harms_nobody():
     def give_up():
-        blocker.forget(first)
+        blocker.work.pop(first, None)
 
     told = []
     for strike in explorer.strikes(_blocker, thread="torchfut_aio blocker", do=give_up):
         blocker, first = Blocker(), told.append
         with strike:
-            blocker.block(lambda: None, first)
+            blocker.submit(first, lambda: None)
             assert blocked(blocker).wait(PATIENCE), strike
         assert blocked(blocker).wait(PATIENCE), strike
         assert not blocker.work
@@ -693,7 +693,7 @@ def test_a_notification_that_raises_does_not_end_the_blocking_thread(error, capl
     blocker, release = Blocker(), threading.Event()
     event = blocked(blocker, lambda: release.wait(PATIENCE))
     for _ in range(3):
-        blocker.block(int, fails)
+        blocker.submit(fails, int)
     last = blocked(blocker)
     release.set()
     assert event.wait(PATIENCE)

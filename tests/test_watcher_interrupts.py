@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from torchfut_aio import Future, PollPolicy, set_poll_policy, statistics, synchronize
-from torchfut_aio._devices import _reached, _readiness, _schedule, _stream_queue, _watcher
+from torchfut_aio._devices import _readiness, _schedule, _stream_queue, _watcher
 
 from .accelerator import FIRST, being_filled
 from .explorer import strikes
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.device
 # 1 is every point.
 EVERY = int(os.environ.get("TORCHFUT_AIO_TEST_EVERY", "3"))
 
-WATCHER = (_reached, _readiness, _schedule, _stream_queue, _watcher)
+WATCHER = (_readiness, _schedule, _stream_queue, _watcher)
 
 
 @pytest.fixture

@@ -151,7 +151,8 @@ class _Collector(_core.DoneCallback):
 
     def complete(self) -> None:
         with suppress(InvalidStateError):  # somebody has completed it instead
-            error = next(filter(None, map(_error_of, self.distinct)), None)
+            errors = [future.exception() for future in self.distinct]
+            error = next((error for error in errors if error is not None), None)
             if error is not None:
                 _core.complete_with_error(self.combined, error)
             else:
@@ -192,10 +193,6 @@ class _Gatherer(_Collector):
     def withdraw(self) -> None:
         for future in self.distinct:
             _core.remove(future, self)
-
-
-def _error_of(future: Future[Any]) -> BaseException | None:
-    return future.exception()
 
 
 def _values(futures: list[Future[Any]]) -> list[Any]:

@@ -90,6 +90,9 @@ class Future(_core.Completable[T]):
         `wait`, `value` and ``await`` raise this very exception. (All but StopIteration:
         Python turns that into a RuntimeError where it leaves a coroutine.)
 
+        An error that nobody has retrieved when the future goes is logged, to the logger
+        ``torchfut_aio.unretrieved``, unless it is a cancellation.
+
         Args:
             result: The exception, an instance of any ``BaseException``.
 
@@ -154,7 +157,7 @@ class Future(_core.Completable[T]):
             raise InvalidStateError(
                 f"the exception of {self!r} was read while it is pending; wait() or await it first"
             )
-        return outcome.error and outcome.error.with_traceback(outcome.traceback)
+        return outcome.exception()
 
     def wait(self, timeout: float | None = None) -> T:
         """Blocks the calling thread until the future is done, and returns its value.
@@ -203,7 +206,7 @@ class Future(_core.Completable[T]):
             warn_that_wait_blocks_a_loop()
         waiter = _loops.ThreadWaiter()
         try:
-            if _core.add_waiter(self, waiter):
+            if _core.add_waiter(self, waiter, _loops.THREADS):
                 waiter.block(timeout)
         finally:
             try:  # noqa: SIM105  a call could be struck before it has begun; a statement cannot
@@ -227,7 +230,7 @@ class Future(_core.Completable[T]):
         if outcome is None:
             waiter = loop.waiter()
             try:
-                if _core.add_waiter(self, waiter):
+                if _core.add_waiter(self, waiter, loop):
                     yield from waiter
                 else:
                     yield from loop.checkpoint()
@@ -307,9 +310,9 @@ class Future(_core.Completable[T]):
         target: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         if OUTCOME not in self._state:
             waiter = loop.waiter()
-            waiter.future.add_done_callback(lambda _: self._copy_to(target))
+            waiter.add_done_callback(lambda _: self._copy_to(target))
             target.add_done_callback(lambda _: _core.remove(self, waiter))
-            _core.add_waiter(self, waiter)
+            _core.add_waiter(self, waiter, loop)
         self._copy_to(target)
         return target
 
@@ -319,13 +322,16 @@ class Future(_core.Completable[T]):
         if outcome is None or target.done():
             return
         if outcome.readiness is None or outcome.error is not None:
-            self._copy_ready_to(target, outcome, outcome.error)
+            self._copy_ready_to(target, outcome, outcome.exception())
             return
         loop = _loops.current_asyncio()  # which may be the host of the trio that runs this task
         assert loop is not None
         notify = partial(self._copy_ready_to, target, outcome)
-        withdraw = outcome.readiness.notify_when_ready(loop, notify)
-        target.add_done_callback(lambda _: withdraw())
+        try:
+            outcome.readiness.notify_when_ready(loop, notify, target.add_done_callback)
+        except BaseException:
+            target.cancel()  # which gives up the wait, if it has begun; nobody else would
+            raise
 
     def _copy_ready_to(
         self, target: asyncio.Future[T], outcome: _core.Outcome, error: BaseException | None

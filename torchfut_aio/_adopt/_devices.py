@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import Any
 
 import torch
 
@@ -15,15 +14,9 @@ from ._registry import Devices, adopts
 _MODULES = ("torch", "torch.cuda", "torch.xpu")  # those of the devices may be classes of their own
 
 
-@adopts(*(f"{module}.Event" for module in _MODULES))
+@adopts(*(f"{module}.Event" for module in _MODULES), "torch.mps.Event")
 def _from_event(source: torch.Event, *, devices: Devices = None) -> Future[None]:
     return _from_recorded(already_recorded(source), devices)
-
-
-@adopts("torch.mps.Event")
-def _from_mps_event(source: Any, *, devices: Devices = None) -> Future[None]:
-    # It does not tell its device, of which there is one.
-    return _from_recorded(RecordedEvent(source, None, torch.device("mps", 0), None), devices)
 
 
 @adopts(*(f"{module}.Stream" for module in _MODULES))

@@ -2,11 +2,16 @@
 
 Making an outcome may look at the value, ask devices for events, and fail; so it is made before
 the future is claimed, in the thread that completes the future, and never raises. From then on
-nothing about the outcome changes.
+nothing about the outcome changes, but that an error notes whether anybody has retrieved it: one
+that goes without is logged, as asyncio does.
 """
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
+import logging
+import sys
 from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any
@@ -14,6 +19,10 @@ from typing import Any
 import torch
 
 from .._devices import HOST_ONLY, Readiness, declared_readiness, found_readiness, joint_readiness
+
+_CANCELLED = (asyncio.CancelledError, concurrent.futures.CancelledError)
+
+_logger = logging.getLogger("torchfut_aio.unretrieved")
 
 
 class Outcome:
@@ -29,15 +38,18 @@ class Outcome:
     traceback: TracebackType | None = None  # that the error came with
     readiness: Readiness | None = None  # knows the kernels that may still fill the value
 
+    def exception(self) -> BaseException | None:
+        """Returns the error, which is retrieved then; or None if this is a value."""
+        return None
+
     def read(self) -> Any:
         """Returns the value, or raises the error."""
-        error = self.error
-        if error is None:
+        if self.error is None:
             return self.value
+        error = self.exception()
+        assert error is not None
         try:
-            # A raised exception collects the frames that it passes. Each reader starts from the
-            # traceback that it came with, so an error that is read often does not grow.
-            raise error.with_traceback(self.traceback)
+            raise error
         finally:
             # The traceback of the error refers to this frame. Let that not refer to what holds
             # the error, or neither would go without the garbage collector.
@@ -53,13 +65,27 @@ class _DeviceValue(Outcome):
 
 
 class _Error(Outcome):
-    """An error; the value is of no use."""
+    """An error, and no value."""
 
-    __slots__ = ("__weakref__", "error", "readiness", "traceback")
+    __slots__ = ("__weakref__", "error", "is_retrieved", "readiness", "traceback")
 
     error: BaseException | None
     traceback: TracebackType | None
     readiness: Readiness | None
+    is_retrieved: bool
+
+    def exception(self) -> BaseException | None:
+        self.is_retrieved = True
+        assert self.error is not None
+        # A raised exception collects the frames that it passes. Each reader starts from the
+        # traceback that it came with, so an error that is read often does not grow.
+        return self.error.with_traceback(self.traceback)
+
+    def __del__(self) -> None:
+        if getattr(self, "is_retrieved", True) or sys is None or sys.is_finalizing():
+            return  # or an interrupt struck before it was whole
+        if not isinstance(self.error, _CANCELLED):
+            _logger.error("A future failed, and nobody retrieved its error:", exc_info=self.error)
 
 
 def outcome_of_value(value: Any, devices: Sequence[torch.device] = ()) -> Outcome:
@@ -80,13 +106,15 @@ def outcome_of_value(value: Any, devices: Sequence[torch.device] = ()) -> Outcom
 
 
 def _outcome(value: Any, readiness: Readiness | None, error: BaseException | None) -> Outcome:
-    outcome: Outcome
     if error is not None:
-        outcome = _Error()
-        outcome.error = error
-        outcome.traceback = error.__traceback__
-        outcome.readiness = readiness
-    elif readiness is not None:
+        failure = _Error()
+        failure.error = error
+        failure.traceback = error.__traceback__
+        failure.readiness = readiness
+        failure.is_retrieved = False
+        return failure
+    outcome: Outcome
+    if readiness is not None:
         outcome = _DeviceValue()
         outcome.readiness = readiness
     else:

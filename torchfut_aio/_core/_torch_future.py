@@ -73,9 +73,8 @@ def _fail(future: Any, outcome: Outcome, error: BaseException) -> None:
 
 def _error_of(ref: weakref.ref[Outcome], kind: type[BaseException], text: str) -> BaseException:
     outcome = ref()
-    if outcome is None or outcome.error is None:
-        return rebuild_exception(kind, text)
-    return outcome.error.with_traceback(outcome.traceback)
+    error = None if outcome is None else outcome.exception()
+    return rebuild_exception(kind, text) if error is None else error
 
 
 def _raise_found(find: Callable[[], BaseException], _stand_in: object) -> NoReturn:

@@ -1,34 +1,27 @@
-"""Waits for recorded events by whoever is no task: a loop of their own, in one thread.
+"""Watches the events that futures are made of, on a loop of its own in one thread.
 
-A future of an event may be awaited on any loop, and outlive the one where it was made; it
-may be waited for in threads, and have callbacks. So no loop of the program watches it.
+Such a future may be awaited on any loop and outlive the one where it was made, so no loop of
+the program can watch its event.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 
 from .. import _loops
 from .._worker import Worker, WorkerThread, call_contained
+from ._blocker import Notify
 from ._events import RecordedEvent
 from ._watcher import watcher_of
 
-__all__ = ["when_reached"]
 
-_Notify = Callable[[Exception | None], object]
-
-
-def when_reached(recorded: RecordedEvent, notify: _Notify) -> None:
-    """Has ``notify(error or None)`` called when ``recorded`` is reached: in a thread, or at once.
-
-    Raises:
-        RuntimeError: No thread could be started; ``notify`` is not called.
-    """
+def when_reached(recorded: RecordedEvent, notify: Notify) -> None:
+    """Calls ``notify(error or None)`` when ``recorded`` is reached: in a thread, or now."""
     try:
-        if recorded.event.query():
+        recorded.is_reached = recorded.event.query()
+        if recorded.is_reached:
             notify(None)
             return
     except Exception as error:
@@ -38,12 +31,11 @@ def when_reached(recorded: RecordedEvent, notify: _Notify) -> None:
 
 
 class _Watching(Worker):
-    """Runs an event loop as long as there is an event to watch: who is to be notified, of which."""
+    """Runs an event loop while there is an event to watch. The work: whom to notify, of which."""
 
     # A daemon, as an interpreter that exits does not wait for kernels that may take long. But a
-    # query lets go of the GIL: whoever asks for it back from an interpreter that has ended is
-    # thrown out of C++, which aborts the process. So the thread is ended before, unless a
-    # callback takes long.
+    # query lets go of the GIL, and a thread that asks for it back once the interpreter has
+    # ended aborts the process. So the thread is told to end before that.
     patience_at_exit = 1.0
 
     def __init__(self) -> None:
@@ -83,7 +75,7 @@ class _Watching(Worker):
                 return
             await self._rung.wait()
 
-    def _notify(self, notify: _Notify, error: Exception | None) -> None:
+    def _notify(self, notify: Notify, error: Exception | None) -> None:
         self._rung.set()
         if self.work.pop(notify, None) is not None:
             call_contained(notify, error)

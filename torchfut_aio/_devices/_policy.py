@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from .._repr import short
 
-__all__ = ["PollPolicy", "policy", "set_poll_policy"]
-
 
 @dataclass(frozen=True)
 class PollPolicy:
@@ -19,13 +17,12 @@ class PollPolicy:
             by about this much where waits on the stream resemble each other.
         longest: The longest time between two polls, in seconds. A wait that is much
             shorter than those before it may be noticed this late.
-        blocking: Do not poll: for each stream with pending events a helper thread blocks in
-            ``event.synchronize()``, and wakes the loop. Costs no time of the loop while it
-            waits, but for one poll a second in case the wake-up was lost, and a thread switch
-            at the end. The thread ends soon after its last event, and the interpreter waits
-            for that when it exits. Events that the program has recorded itself are polled all
-            the same, as their streams are not known; and so is a stream for which no thread
-            can be started.
+        blocking: Do not poll. For each stream with pending events a helper thread blocks in
+            ``event.synchronize()``, and then wakes the loop. That costs a thread switch, and
+            one poll a second in case the wake-up was lost. The thread ends soon after its last
+            event, and an interpreter that exits waits for it. The loop still polls events that
+            the program has recorded itself, as their streams are not known, and streams for
+            which no thread can be started.
 
     Raises:
         TypeError, ValueError: Not numbers; not ``0 < shortest <= longest``.
@@ -64,11 +61,8 @@ def policy() -> PollPolicy:
 def set_poll_policy(policy: PollPolicy) -> PollPolicy:
     """Sets how all event loops of the process watch streams, from their next poll on.
 
-    Args:
-        policy: The policy.
-
     Returns:
-        The one that was in force before.
+        The policy that was in force before.
 
     Raises:
         TypeError: ``policy`` is not a `PollPolicy`.

@@ -1,19 +1,18 @@
 """What a future knows of the kernels that still fill its value.
 
-A future hands out tensors of an accelerator while kernels still write to them. What makes
-that safe is its *readiness*, made when it is completed, while the streams are current on which
-the kernels were enqueued, and before anybody can see that it is complete. It has two parts:
+A future hands out tensors of an accelerator while kernels still write to them. Its *readiness*
+makes that safe. It is made when the future is completed: while the streams are current on which
+the kernels were enqueued, and before anybody can see that the future is complete. It has:
 
-- A C++ future with the devices of these tensors, completed then, so that it has events of
+- A C++ future with the devices of these tensors, completed then, so that it records events of
   its own on these streams. Waiting for it orders the current streams after the kernels; a
   callback of it runs on dedicated streams.
-- Recorded events on these streams, for those who await that the kernels are done: the events
-  that C++ records cannot be queried from Python.
+- Recorded events on these streams, for those who await that the kernels are done: Python cannot
+  query the events of C++.
 
-For devices that were declared, torch tells which tensors count, by pickling. A
-``torch.futures.Future`` made without ``devices`` hands them out with no synchronisation
-at all; for ours, `found_readiness` looks for them. A process that uses no accelerator pays a
-glance at the type of the result.
+On devices that the program has declared, torch tells which tensors count, by pickling. For a
+future without ``devices``, `found_readiness` looks for them; torch's own would hand them out with
+no synchronisation at all. A process that uses no accelerator pays a glance at the result's type.
 """
 
 from __future__ import annotations
@@ -25,13 +24,10 @@ from typing import Any
 import torch
 
 from .._loops import Loop
-from ._events import RecordedEvent, record_event
-from ._reached import until_reached
-from ._streams import accelerator_in_use, current_stream, on_stream
+from ._blocker import Notify
+from ._events import RecordedEvent, accelerator_in_use, current_stream, on_stream, record_event
 from ._tensors import device_of, tensors
-from ._watcher import watcher_of
-
-__all__ = ["Readiness", "declared_readiness", "found_readiness", "joint_readiness"]
+from ._watcher import Attach, until_reached, watcher_of
 
 
 class Readiness:
@@ -41,62 +37,39 @@ class Readiness:
 
     def __init__(
         self,
-        devices: Iterable[torch.device],
         found: list[torch.Tensor],
+        devices: Sequence[torch.device] = (),
         events: Sequence[RecordedEvent] | None = None,
     ) -> None:
+        used = _devices_of(found)
         self.error: Exception | None = None
         """What the device said when streams could not be ordered for a callback."""
-        self._cpp: torch._C.Future[list[torch.Tensor]] = torch._C.Future(list(devices))
+        self._cpp: torch._C.Future[list[torch.Tensor]] = torch._C.Future(list(devices or used))
         self._cpp.set_result(found)
         if events is None:
-            used = {device for tensor in found if (device := device_of(tensor)).type != "cpu"}
             events = [record_event(current_stream(device)) for device in used]
         self._events = events
 
     def ready(self) -> Generator[Any, Any, None]:
-        """Suspends the current task until the kernels have finished; for ``yield from``.
-
-        Raises:
-            RuntimeError: What the device says of a kernel that failed.
-        """
+        """Suspends the current task until the kernels have finished, or one has failed."""
         if self._events:
             yield from until_reached(self._events)
             self._events = ()  # so that they go back to the pool
 
-    def notify_when_ready(
-        self, loop: Loop, notify: Callable[[Exception | None], object]
-    ) -> Callable[[], None]:
-        """Has ``notify(error or None)`` called once the kernels have finished, or one failed.
-
-        At once, if that is so now. If it raises later, it is called again, with what it raised.
-
-        Args:
-            loop: The loop that runs in this thread, and is to call it.
-            notify: What to call. If it was interrupted, it is called again.
-
-        Returns:
-            A function that withdraws this.
-        """
-        return watcher_of(loop).notify_when_reached(self._events, notify)
+    def notify_when_ready(self, loop: Loop, notify: Notify, attach: Attach) -> None:
+        """Does what `Watcher.notify_when_reached` does, on ``loop``, which runs in this thread."""
+        watcher_of(loop).notify_when_reached(self._events, notify, attach)
 
     def wait(self) -> None:
-        """Orders the current streams after the kernels.
-
-        Raises:
-            RuntimeError: The device cannot: its own error.
-        """
+        """Orders the current streams after the kernels; raises the device's error if it cannot."""
         self._cpp.wait()
 
     def run(self, callback: Callable[[], object]) -> None:
         """Calls ``callback``, once, on dedicated streams that are ordered after the kernels.
 
-        Where the device has no such streams, the current ones are ordered. Where nothing can be
-        ordered, as after a kernel's error, it is called all the same, and ``error`` tells why.
-
-        Raises:
-            BaseException: What the callback raised; or an interrupt, which may have struck
-                before the callback was called.
+        On the current streams, where the device has no others. If nothing can be ordered, as
+        after a kernel's error, it is called all the same, and ``error`` tells why. Raises what the
+        callback raised, or an interrupt that may have struck before the callback was called.
         """
         call = _Call(callback)
         failure: Exception | None = None
@@ -128,6 +101,18 @@ class Readiness:
         """Returns the tensors; raises if one is on a device that was not declared."""
         return self._cpp.value()
 
+    @staticmethod
+    def joint(parts: Sequence[Readiness]) -> Readiness:
+        """Returns the readiness of several values together."""
+        found = [tensor for part in parts for tensor in part.tensors()]
+        with ExitStack() as streams:
+            # On streams of its own, so as not to hold up those of whoever completes the last.
+            for device in _devices_of(found):
+                streams.enter_context(on_stream(torch.Stream(device)))
+            for part in parts:
+                part.wait()
+            return Readiness(found, events=[event for part in parts for event in part._events])
+
 
 class _Call:
     """A call that C++ makes. An exception cannot cross C++ as itself, so this carries it."""
@@ -158,7 +143,7 @@ def declared_readiness(
     except Exception as exception:  # what cannot be pickled
         error = exception.with_traceback(None)
     try:
-        readiness = Readiness(devices, found)
+        readiness = Readiness(found, devices)
         readiness.tensors()
     except Exception as exception:  # on other devices; or the devices take no more events
         error = error or exception.with_traceback(None)
@@ -166,11 +151,7 @@ def declared_readiness(
 
 
 def found_readiness(value: object) -> tuple[Readiness | None, Exception | None]:
-    """Returns the readiness of a value that holds something on an accelerator; or the error.
-
-    There is an error if the accelerator, because a kernel has failed, takes no more events. A
-    value that cannot be searched, whatever it raises, counts as one that holds nothing.
-    """
+    """Returns the readiness of a value that holds something on an accelerator; or the error."""
     if type(value) is torch.Tensor and value.is_cpu:
         return None, None
     accelerator = accelerator_in_use()
@@ -178,19 +159,21 @@ def found_readiness(value: object) -> tuple[Readiness | None, Exception | None]:
         return None, None
     try:
         found = _tensors_on(accelerator.type, value)
-    except Exception:
+    except Exception:  # it cannot be searched, so it counts as one that holds nothing
         found = []
-    if not found:
-        return None, None
     try:
-        return Readiness(set(map(device_of, found)), found), None
-    except Exception as error:
+        return (Readiness(found) if found else None), None
+    except Exception as error:  # after a failed kernel, the accelerator takes no more events
         return None, error.with_traceback(None)
 
 
 # A function of its own: see tests/test_backward_jumps.py.
 def _tensors_on(kind: str, value: object) -> list[torch.Tensor]:
     return [tensor for tensor in tensors(value) if device_of(tensor).type == kind]
+
+
+def _devices_of(found: Iterable[torch.Tensor]) -> set[torch.device]:
+    return {device for tensor in found if (device := device_of(tensor)).type != "cpu"}
 
 
 def joint_readiness(
@@ -201,18 +184,6 @@ def joint_readiness(
     if len(some) < 2:
         return (some[0] if some else None), None
     try:
-        return _joint_readiness(some), None
+        return Readiness.joint(some), None
     except Exception as error:
         return None, error.with_traceback(None)
-
-
-def _joint_readiness(parts: Sequence[Readiness]) -> Readiness:
-    found = [tensor for part in parts for tensor in part.tensors()]
-    devices = {device for tensor in found if (device := device_of(tensor)).type != "cpu"}
-    with ExitStack() as streams:
-        # On streams of its own, so as not to hold up those of whoever completes the last.
-        for device in devices:
-            streams.enter_context(on_stream(torch.Stream(device)))
-        for part in parts:
-            part.wait()
-        return Readiness(devices, found, [event for part in parts for event in part._events])

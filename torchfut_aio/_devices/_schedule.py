@@ -1,14 +1,12 @@
 """When to poll a stream again, and what its last waits tell about the next.
 
-A poll costs some tens of microseconds of the loop's time, so polling often wastes it, and
-polling seldom wakes late. Waits on a stream resemble the waits before them. So the
-shortest and the longest of the last few, but for an outlier on either side, tell when to
-poll: hardly at all while each of them was still waiting; then, where they are close
-together, a few times within what lies between them; where they are not, at intervals that
-grow with the time already waited.
+A poll costs some tens of microseconds of the loop's time: polling often wastes it, polling
+seldom wakes late. Waits on a stream resemble the waits before them. So the shortest and the
+longest of the last few, but for an outlier on either side, tell when to poll: hardly at all
+before the shortest; then, if the two are close together, a few times between them; if they are
+not, at intervals that grow with the time already waited.
 
-A schedule is told of every poll by ``observe``; ``next_poll`` is a question, and changes
-nothing. To try another, write a class with these and give it to `Watcher`.
+To try another schedule, write a class that has what `Schedule` has, and give it to `Watcher`.
 """
 
 from __future__ import annotations
@@ -18,20 +16,14 @@ from typing import NamedTuple, Protocol
 
 from ._policy import policy
 
-__all__ = ["LearnedSchedule", "Poll", "Schedule"]
-
 
 class Poll(NamedTuple):
     """A poll of a stream. All times are seconds since the wait began."""
 
-    before: float
-    """When the work was last known to be pending: at the poll before, or at the start."""
-    due: float
-    """When this poll was due: what ``next_poll(before)`` returned."""
-    at: float
-    """When it took place."""
-    reached: bool
-    """Whether the work was done."""
+    before: float  # when the work was last known to be pending: at the last poll, or the start
+    due: float  # when this poll was due: what ``next_poll(before)`` returned
+    at: float  # when it took place
+    reached: bool  # whether the work was done
 
 
 class Schedule(Protocol):
@@ -44,11 +36,11 @@ class Schedule(Protocol):
     def next_poll(self, waited: float) -> float:
         """Returns when to poll next if the work is pending ``waited`` seconds into the wait.
 
-        In seconds since the wait began, and later than ``waited``.
+        In seconds since the wait began, and later than ``waited``. Changes nothing.
         """
 
     def observe(self, poll: Poll) -> None:
-        """Learns from a poll."""
+        """Learns from a poll. Is called after each."""
 
 
 class LearnedSchedule:
@@ -93,17 +85,17 @@ class LearnedSchedule:
         """Returns until when none of the last waits was over."""
         if not self._regular:
             return min(self._least - self._late, waited + 4 * _longest_pause(waited))
-        # Late wake-ups are made up for, and more so where they are very late: the longer
-        # a machine sleeps, the less does it keep to a time.
+        # Poll earlier to make up for late wake-ups, and more so where they are very late:
+        # the longer a machine sleeps, the less it keeps to a time.
         shortest = policy().shortest
         late = self._late + 2 * max(self._late - shortest, 0)
         return self._low + min((self._high - self._low) / 2, shortest) - late
 
     def _learn(self, wait: float, longest: float, slept: bool) -> None:
         if slept:
-            # It was over before the first poll, perhaps long before. Had it to count as
+            # It was over before the first poll, perhaps long before. If it counted as
             # ``longest``, the next poll would come no earlier, and so for ever. The more
-            # waits in a row are slept through, the further it moves forward.
+            # waits in a row were slept through, the earlier the next poll.
             self._slept_through += 1
             wait = max(wait, longest - 2**self._slept_through * policy().shortest)
         else:

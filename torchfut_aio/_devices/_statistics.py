@@ -1,15 +1,12 @@
-"""What event watchers count, and the sums of those whose loops have gone."""
+"""What event watchers count."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
-
-__all__ = ["EndedWatchers", "Statistics", "total"]
 
 
 class Statistics(NamedTuple):
@@ -33,36 +30,13 @@ class Statistics(NamedTuple):
 
 def total(parts: Iterable[Statistics]) -> Statistics:
     """Returns the sums, and the intervals of all."""
-    parts = list(parts)
-    intervals: dict[tuple[torch.device, int], float] = {}
+    result = Statistics()
     for part in parts:
-        intervals.update(part.intervals)
-    return Statistics(
-        sum(part.pending for part in parts),
-        sum(part.polls for part in parts),
-        sum(part.queries for part in parts),
-        sum(part.hits for part in parts),
-        intervals,
-    )
-
-
-class EndedWatchers:
-    """The statistics of watchers that are gone; summed up now and then, to stay short."""
-
-    def __init__(self) -> None:
-        self._parts: list[Statistics] = []
-        self._summing = threading.Lock()
-
-    def add(self, part: Statistics) -> None:
-        """Adds a part. A finaliser may call this, in the middle of anything."""
-        self._parts.append(part)
-        if len(self._parts) > 50 and self._summing.acquire(blocking=False):
-            try:
-                count = len(self._parts)
-                self._parts[:count] = [total(self._parts[:count])]
-            finally:
-                self._summing.release()
-
-    def parts(self) -> list[Statistics]:
-        """Returns the parts."""
-        return list(self._parts)
+        result = Statistics(
+            result.pending + part.pending,
+            result.polls + part.polls,
+            result.queries + part.queries,
+            result.hits + part.hits,
+            {**result.intervals, **part.intervals},
+        )
+    return result

@@ -1,36 +1,29 @@
 """The events of one stream that somebody waits for, and which of them have been reached.
 
-Events on one stream are reached in order. So the queue keeps them in that order, and a poll
-is one query, of the oldest; further ones only when that turns out to be reached, and then as
-few as it takes to find how many are.
+A stream reaches its events in order. So its queue keeps them in that order, and a poll is one
+query, of the oldest; more only when that is reached, and then as few as it takes to find how
+many are.
 
-The watcher alone knows which waits are pending. A queue does not: an awaited event of a wait
-that is over, or was given up, stays until it comes to the front or there are many of them.
+Only the watcher knows which waits are pending. Events of waits that are over, or were given up,
+stay in the queue until they come to the front, or there are many of them.
 """
 
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable, Container, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Container, Hashable, Sequence
 
-from ._blocker import Blocker
+from ._blocker import Blocker, Notify
 from ._events import RecordedEvent
 from ._schedule import Schedule
 
-__all__ = ["AwaitedEvent", "Search", "StreamQueue", "Wait", "search"]
-
 
 class Wait:
-    """Somebody who waits for some events."""
+    """One wait for some events."""
 
     __slots__ = ("error", "missing", "notify")
 
-    def __init__(
-        self,
-        events: Sequence[RecordedEvent],
-        notify: Callable[[Exception | None], object],
-    ) -> None:
+    def __init__(self, events: Sequence[RecordedEvent], notify: Notify) -> None:
         self.notify = notify
         self.missing = set(events)  # those that are not known to be reached
         self.error: Exception | None = None
@@ -49,18 +42,18 @@ class AwaitedEvent:
 class StreamQueue:
     """The awaited events of one stream, in the order in which they will be reached."""
 
-    def __init__(self, key: object, schedule: Schedule) -> None:
+    def __init__(self, key: Hashable, schedule: Schedule) -> None:
         self.key = key
         self.schedule = schedule
         self.events: list[AwaitedEvent] = []
         self._tidy_at = 16
         self.reached = -1  # all events that ended before this tick are reached
-        self.since = 0.0  # since when, as far as is known, the stream has done what it does now
+        self.since = 0.0  # when, as far as is known, the stream began what it does now
         self.polled_at = 0.0  # when it was last known not to be done
         self.next_poll = 0.0
-        self.scheduled = True  # the next poll is when the schedule says
+        self.scheduled = True  # whether ``next_poll`` is the schedule's
         self.blocker: Blocker | None = None
-        self.blocked = False  # a thread blocks until the oldest event is reached
+        self.blocked = False  # whether a thread blocks until the oldest event is reached
 
     def oldest(self, pending: Container[Wait]) -> RecordedEvent | None:
         """Returns the oldest event that one of the ``pending`` waits is for."""
@@ -71,11 +64,6 @@ class StreamQueue:
         if stale:
             del events[:stale]
         return events[0].event if events else None
-
-    def knows_pending(self, event: RecordedEvent, pending: Container[Wait]) -> bool:
-        """Tells whether an older event had not been reached when the queue was last polled."""
-        oldest = self.oldest(pending)
-        return oldest is not None and oldest.ended < event.begun
 
     def add(self, awaited: AwaitedEvent, pending: Container[Wait]) -> None:
         """Adds an awaited event in its place."""
@@ -94,19 +82,10 @@ def _begun(awaited: AwaitedEvent) -> int:
     return awaited.event.begun
 
 
-class Search(NamedTuple):
-    """What queries tell about a queue."""
-
-    reached: int
-    """So many events, from the oldest on, are reached."""
-    failed: int
-    """The events from this one on have failed."""
-    error: Exception | None
-    """With which."""
-
-
-def search(events: Sequence[AwaitedEvent], query: Callable[[RecordedEvent], bool]) -> Search:
-    """Finds out how many of the events of a queue are reached, in few queries."""
+def search(
+    events: Sequence[AwaitedEvent], query: Callable[[RecordedEvent], bool]
+) -> tuple[int, int, Exception | None]:
+    """Returns how many events are reached, from which on they have failed, and the error."""
     reached, unreached = 0, len(events)  # those in between are to be found out about
     failed, error = unreached, None
     at, step = 0, 1
@@ -123,4 +102,4 @@ def search(events: Sequence[AwaitedEvent], query: Callable[[RecordedEvent], bool
         # As long as every query was a hit, ever further; then halfway.
         galloping = unreached == len(events)
         at = min(reached + step, unreached) - 1 if galloping else (reached + unreached) // 2
-    return Search(reached, failed, error)
+    return reached, failed, error

@@ -1,68 +1,22 @@
-"""Awaiting devices themselves: the async counterparts of ``synchronize()``."""
+"""What a program awaits of a device: the async ``synchronize()`` and ``.cpu()``."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Coroutine, Generator, Iterable, Sequence
-from functools import partial
-from typing import Any
+import types
+from collections.abc import Callable, Coroutine, Generator
+from typing import Any, TypeVar
 
 import torch
 
-from .. import _loops
+from .._loops import current
 from .._repr import described
 from ._blocker import Blocker
-from ._events import RecordedEvent, already_recorded, record_event
-from ._reached import Reached
+from ._events import RecordedEvent, already_recorded, current_stream, on_stream, record_event
+from ._tensors import device_of, replaced, tensors
+from ._watcher import reached
 
-__all__ = ["synchronize"]
-
-
-async def _synchronize(events: Sequence[RecordedEvent]) -> None:
-    await Reached(events)
-
-
-# One for each device, so that any number of tasks cost one thread.
-_blockers: dict[torch.device, Blocker] = {}
-
-
-@functools.cache
-def _blocking(device: torch.device) -> Callable[[], None]:
-    return partial(torch.accelerator.synchronize, device)
-
-
-async def _synchronize_device(device: torch.device) -> None:
-    await Reached([])  # a checkpoint, also if it is idle
-    loop = _loops.current()
-    waiter = loop.waiter()
-    errors: list[Exception | None] = []
-
-    def notify(error: Exception | None) -> None:
-        errors.append(error)
-        waiter.wake()
-
-    blocker = _blockers.get(device) or _blockers.setdefault(device, Blocker())
-    try:
-        blocker.block(_blocking(device), notify)
-        await _Woken(waiter)
-    finally:
-        blocker.forget(notify)
-    if not errors:  # somebody else has woken the task
-        await _synchronize_device(device)
-    elif errors[0] is not None:
-        raise errors[0].with_traceback(None)
-
-
-class _Woken:
-    """Makes an awaitable of a waiter."""
-
-    __slots__ = ("_waiter",)
-
-    def __init__(self, waiter: Iterable[Any]) -> None:
-        self._waiter = waiter
-
-    def __await__(self) -> Generator[Any, Any, None]:
-        yield from self._waiter
+T = TypeVar("T")
 
 
 def synchronize(
@@ -70,17 +24,17 @@ def synchronize(
 ) -> Coroutine[Any, Any, None]:
     """Waits until a device has done its work, while the event loop runs; for ``await``.
 
-    The async counterpart of ``torch.accelerator.synchronize``, of ``stream.synchronize()``
-    and of ``event.synchronize()``. Only work that is enqueued when this is called is waited
-    for (on a whole device: when it is awaited). If the task is cancelled, the work goes on.
+    The async counterpart of ``torch.accelerator.synchronize``, ``stream.synchronize()`` and
+    ``event.synchronize()``. Waits for the work that is enqueued when this is called (on a whole
+    device: when it is awaited). If the task is cancelled, the work goes on.
 
     Args:
-        target: An event that has been recorded (one that has not been is done, and one that
+        target: An event that has been recorded (one that has not been is done; one that
             is recorded again meanwhile is waited for as it is then); a stream;
             a device, as ``torch.device``, string or index, for all of its streams; or
-            None, for the current stream of the current device. Devices have no event: one
-            helper thread a device blocks for all tasks, until the device is idle even if
-            these are cancelled, and an interpreter that exits waits for it.
+            None, for the current stream of the current device. For a device, one helper
+            thread blocks for all tasks, until the device is idle even if these are
+            cancelled, and an interpreter that exits waits for it.
 
     Raises:
         TypeError: ``target`` is none of these.
@@ -102,8 +56,8 @@ def synchronize(
         return _synchronize([] if target.device.type == "cpu" else [record_event(target)])
     if target is None:
         accelerator = torch.accelerator.current_accelerator(check_available=True)
-        current = [] if accelerator is None else [torch.accelerator.current_stream()]
-        return _synchronize([record_event(stream) for stream in current])
+        streams = [] if accelerator is None else [torch.accelerator.current_stream()]
+        return _synchronize([record_event(stream) for stream in streams])
     if isinstance(target, (torch.device, str, int)) and not isinstance(target, bool):
         device = torch.device(target)
         if device.type == "cpu":  # which has nothing pending
@@ -115,3 +69,118 @@ def synchronize(
         "synchronize() waits for a torch.Event, a torch.Stream, a device or None, for "
         f"the current stream; not for {described(target)}"
     )
+
+
+async def _synchronize(events: list[RecordedEvent]) -> None:
+    await reached(events)
+
+
+# One for each device, so that any number of tasks cost one thread; and what that calls.
+_blockers: dict[torch.device, tuple[Blocker, Callable[[], None]]] = {}
+
+
+async def _synchronize_device(device: torch.device) -> None:
+    await reached([])  # a checkpoint, also if it is idle
+    call = _blockers.get(device)
+    if call is None:
+        function = functools.partial(torch.accelerator.synchronize, device)
+        call = _blockers.setdefault(device, (Blocker(), function))
+    await _called(*call)
+
+
+@types.coroutine
+def _called(blocker: Blocker, function: Callable[[], object]) -> Generator[Any, Any, None]:
+    """Waits until the thread of ``blocker`` has called ``function``; raises what that raised."""
+    loop = current()
+    waiter = loop.waiter()
+    errors: list[Exception | None] = []
+
+    def notify(error: Exception | None) -> None:
+        errors.append(error)
+        loop.wake(waiter)
+
+    try:
+        blocker.submit(notify, function)
+        yield from waiter
+    finally:
+        blocker.work.pop(notify, None)
+    if not errors:  # somebody else has woken the task
+        yield from _called(blocker, function)
+    elif errors[0] is not None:
+        raise errors[0].with_traceback(None)
+
+
+def to_host(value: T) -> Coroutine[Any, Any, T]:
+    """Copies tensors of the accelerator to the host, while the event loop runs; for ``await``.
+
+    The async counterpart of ``tensor.cpu()``. The tensors may be anywhere in ``value``: in
+    containers, dataclasses and objects, however nested. They are copied to pinned memory on
+    a side stream, once the kernels are done that are enqueued on the current streams when
+    this is called; later kernels on these do not wait for the copies. (The first calls, which
+    allocate the pinned memory, may take milliseconds.)
+
+    Args:
+        value: Any object. Leave its tensors as they are until the copy has been awaited.
+
+    Returns:
+        ``value`` with host tensors in the place of those of the accelerator. What holds one
+        of them is copied, shallowly; all else is the very same object.
+
+    Raises:
+        RuntimeError: A kernel or a copy failed: the device's own error.
+        TypeError: An object that holds a tensor cannot be copied with ``copy.copy``, or
+            its attribute cannot be set.
+
+    Example:
+        >>> import asyncio, torch
+        >>> accelerator = torch.accelerator.current_accelerator() or "cpu"
+        >>> async def main():
+        ...     batch = {"name": "first", "scores": [torch.ones(2, device=accelerator)]}
+        ...     return await torchfut_aio.to_host(batch)
+        >>> asyncio.run(main())
+        {'name': 'first', 'scores': [tensor([1., 1.])]}
+    """
+    accelerator = torch.accelerator.current_accelerator()
+    found = [t for t in tensors(value) if accelerator and device_of(t).type == accelerator.type]
+    starts = [record_event(current_stream(device)) for device in set(map(device_of, found))]
+    return _to_host(value, found, starts)
+
+
+async def _to_host(value: T, found: list[torch.Tensor], starts: list[RecordedEvent]) -> T:
+    # The copies could wait on the side stream instead. But then those of one slow stream
+    # would hold up all others, even when nobody wants them any more.
+    await reached(starts)
+    copies: dict[int, torch.Tensor] = {}
+    for tensor in found:
+        if (host := _pinned_like(tensor)) is not None:
+            with on_stream(side_stream(tensor.device)):
+                copies[id(tensor)] = host.copy_(tensor, non_blocking=True)
+        else:
+            copies[id(tensor)] = await _in_thread(tensor.cpu)
+    sides = [side_stream(device) for device in set(map(device_of, found))]
+    await reached([record_event(side) for side in sides])
+    copied: T = replaced(value, copies)
+    return copied
+
+
+def _pinned_like(tensor: torch.Tensor) -> torch.Tensor | None:
+    """Returns pinned memory for a copy; None if the copy has to block, and needs a thread."""
+    # Sparse tensors and subclasses take several steps, of which some block.
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout != torch.strided:
+        return None
+    try:
+        return torch.empty_like(tensor, device="cpu", pin_memory=True)
+    except RuntimeError:  # the accelerator, or the memory of the host, has none
+        return None
+
+
+@functools.cache
+def side_stream(device: torch.device) -> torch.Stream:
+    return torch.Stream(device)
+
+
+async def _in_thread(function: Any) -> Any:
+    # Imported here, as only this needs it.
+    from anyio.to_thread import run_sync
+
+    return await run_sync(function, abandon_on_cancel=True)

@@ -1,9 +1,8 @@
 """Tensors in values: in containers, dataclasses and objects, however nested.
 
 A value may be any object, and what it says of itself may raise: a proxy has a ``__class__`` of
-its own, an object a ``__getattribute__``, a tensor a ``__torch_function__``. So things are told
-by their true type where that will do, and where code of theirs has to run, what it raises means
-that nothing is found.
+its own, an object a ``__getattribute__``, a tensor a ``__torch_function__``. So its true type
+decides where that will do; where the value's own code has to run and raises, nothing is found.
 """
 
 from __future__ import annotations
@@ -19,22 +18,12 @@ import torch
 
 from .._repr import described
 
-__all__ = ["HOST_ONLY", "device_of", "replaced", "tensors"]
-
-_HOST = torch.device("cpu")
-
 # Types whose instances hold no tensor: most results, told by a glance.
 HOST_ONLY = frozenset({type(None), bool, int, float, complex, str, bytes})
 
-# What offers a way to tensors, and does not contain them; and what only code refers to.
-_OPAQUE = (
-    torch._C.Future,
-    type,
-    types.ModuleType,
-    types.FunctionType,
-    types.BuiltinFunctionType,
-    types.MethodType,
-)
+# What leads to tensors that are no part of the value.
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType)
+_OPAQUE = (torch._C.Future, type, types.ModuleType, *_FUNCTIONS)
 
 
 def tensors(value: object) -> Iterator[torch.Tensor]:
@@ -50,11 +39,11 @@ def device_of(tensor: torch.Tensor) -> torch.device:
         with torch._C.DisableTorchFunctionSubclass():
             return tensor.device
     except Exception:
-        return _HOST
+        return torch.device("cpu")
 
 
 def _is(thing: object, kind: type | tuple[type, ...]) -> bool:
-    """As ``isinstance``, which asks the thing what it is: it may be a proxy."""
+    """As ``isinstance``, but does not ask the thing itself, which may be a proxy."""
     return issubclass(type(thing), kind)
 
 
@@ -72,22 +61,17 @@ def _walk(value: object) -> Iterator[tuple[Any, list[Any]]]:
         found.extend(parts)
 
 
-def _parts(thing: object) -> list[Any]:
+def _parts(thing: Any) -> list[Any]:
     parts: list[Any] = []
     # What cannot be read, such as a mapping whose file is closed, holds nothing.
     with suppress(Exception):
-        parts += _items(thing)
+        if _is(thing, Mapping):
+            parts += [*thing.values()]
+        elif _is(thing, (list, tuple, set, frozenset, deque)):
+            parts += [*thing]
     with suppress(Exception):
         parts += [part for _, part in _attributes(thing)]
     return parts
-
-
-def _items(thing: Any) -> list[Any]:
-    if _is(thing, Mapping):
-        return [*thing.values()]
-    if _is(thing, (list, tuple, set, frozenset, deque)):
-        return [*thing]
-    return []
 
 
 def _attributes(thing: object) -> Iterator[tuple[str, object]]:
@@ -113,7 +97,10 @@ def replaced(value: Any, substitutes: Mapping[int, torch.Tensor]) -> Any:
     # All but tuples are there before they are filled, as what they hold may lead back.
     for key, thing in holders.items():
         if not _is(thing, (tuple, frozenset)):
-            copies[key] = _copy(thing)
+            copies[key] = copy.copy(thing)
+            if copies[key] is thing:
+                name = described(thing)
+                raise TypeError(f"{name} holds a tensor, and copies of it are itself")
 
     def new(thing: Any) -> Any:
         if id(thing) in holders and id(thing) not in copies:
@@ -122,8 +109,8 @@ def replaced(value: Any, substitutes: Mapping[int, torch.Tensor]) -> Any:
             copies.setdefault(id(thing), make(parts))
         return copies.get(id(thing), thing)
 
-    for key, thing in holders.items():
-        _fill(new(thing) if key not in copies else copies[key], thing, new)
+    for thing in holders.values():
+        _fill(new(thing), thing, new)
     return new(value)
 
 
@@ -145,28 +132,15 @@ def _holders(value: object, tensor_ids: Mapping[int, object]) -> dict[int, Any]:
     return holders
 
 
-def _copy(thing: Any) -> Any:
-    copy_of = copy.copy(thing)
-    if copy_of is thing:
-        raise TypeError(
-            f"{described(thing)} holds a tensor to be replaced, and copies of it are itself"
-        )
-    return copy_of
-
-
 def _fill(copy_of: Any, thing: Any, new: Callable[[Any], Any]) -> None:
     """Puts ``new(part)`` in the place of each part of ``thing``, in a shallow copy of it."""
     if _is(thing, Mapping):
         for key, part in thing.items():
             copy_of[key] = new(part)
-    elif _is(thing, list):
-        copy_of[:] = [new(part) for part in thing]
-    elif _is(thing, deque):
+    elif _is(thing, (list, deque, set)):
+        parts = [new(part) for part in thing]
         copy_of.clear()
-        copy_of.extend([new(part) for part in thing])
-    elif _is(thing, set):
-        copy_of.clear()
-        copy_of.update([new(part) for part in thing])
+        (copy_of.update if _is(thing, set) else copy_of.extend)(parts)
     for name, part in list(_attributes(thing)):
         fresh = new(part)
         if fresh is part or getattr(copy_of, name, None) is fresh:

@@ -1,54 +1,57 @@
 """The event watcher: one a loop, and driven by it.
 
 Each stream has a queue of the events that somebody waits for. The first sets an alarm with the
-loop, and when the last wait is over the alarm is closed. When it goes off is for the queue's
-schedule to tell. Where the policy is to block, a thread tells the loop when to poll instead.
+loop, at the time that the queue's schedule says; after the last wait the alarm is closed. Where
+the policy is to block, a thread tells the loop instead when to poll.
 
-An interrupt may strike anywhere, so the watcher keeps no counts that could go wrong, and
-whatever was left half done is done again at the next poll:
+An interrupt may strike anywhere, so the watcher keeps no counts that could go wrong, and the
+next poll does again whatever was left half done:
 
 - A wait is pending exactly as long as it is a key of ``waits``. To give it up is to delete it
   there, which takes no call: nothing can strike half-way. Queues find out by themselves.
-- A poll takes events out of a queue only after their waits were put into ``_over``, and a wait
-  out of ``_over`` only after it was notified. A wait may be notified twice, never zero times.
+- A poll takes events out of a queue only after it has put their waits into ``_over``, and a wait
+  out of ``_over`` only after it has notified it. It may notify a wait twice, never zero times.
 - The alarm keeps going off until it is set anew, and a poll does that last: a poll that was
-  struck is repeated. ``_alarm_at`` is never earlier than what the alarm is set to, so that
-  whoever waits next sets it if there is any doubt.
+  struck is repeated. ``_alarm_at`` is never earlier than what the alarm is set to, so the next
+  wait sets it if there is any doubt.
 
-All of this runs in the thread of the loop; but a finaliser may close a coroutine, and so give
-up a wait, in the middle of any step.
+All of this runs in the thread of the loop. But a finaliser may close a coroutine, and so give up
+a wait, in the middle of any step.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
+import threading
+import types
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Hashable, Sequence
 from functools import partial
 from math import inf
 from time import monotonic
+from typing import Any
 
 import torch
 
 from .._loops import Alarm, Loop, current, loop_in_this_thread
 from .._repr import function_name
-from ._blocker import Blocker
+from ._blocker import Blocker, Notify
 from ._events import RecordedEvent
 from ._policy import policy
 from ._schedule import LearnedSchedule, Poll, Schedule
-from ._statistics import EndedWatchers, Statistics, total
+from ._statistics import Statistics, total
 from ._stream_queue import AwaitedEvent, StreamQueue, Wait, search
 
-__all__ = ["Watcher", "statistics", "watcher_of"]
-
-# Streams come and go. What was learned of those at rest is kept for so many.
+# Streams come and go. This many may be at rest before what was learned of these is dropped.
 _QUEUES_AT_REST = 256
 
 # Where a thread blocks for a stream, the stream is polled all the same after so many seconds,
 # in case an interrupt struck the wake-up.
 _FALLBACK = 1.0
+
+Attach = Callable[[Callable[..., None]], object]
 
 _logger = logging.getLogger("torchfut_aio")
 
@@ -63,43 +66,30 @@ class Watcher:
         self._new_schedule = new_schedule
         self._alarm: Alarm | None = None
         self._alarm_at = inf
-        self._queues: dict[tuple[torch.device, int], StreamQueue] = {}
-        # The streams of events that the program has recorded itself are unknown. These have a
-        # queue each, by id, while they are waited for; and a schedule for each device.
-        self._own_events: dict[object, StreamQueue] = {}
+        self._queues: dict[tuple[torch.device, int], StreamQueue] = {}  # by stream
+        self._active: dict[Hashable, StreamQueue] = {}  # those in which somebody may wait, by key
+        # The stream of an event that the program has recorded itself is unknown. Each of these
+        # events has a queue while somebody waits for it; all on a device share a schedule.
         self._own_schedules: dict[torch.device, Schedule] = {}
-        self._active: dict[StreamQueue, None] = {}  # those in which somebody may wait
         self._over: deque[Wait] = deque()  # still to be notified
-
-    @property
-    def pending(self) -> int:
-        """How many waits are pending."""
-        return len(self.waits)
 
     def statistics(self) -> Statistics:
         """Returns what this watcher has done."""
         learned = {s: queue.schedule.interval for s, queue in list(self._queues.items())}
         intervals = {stream: interval for stream, interval in learned.items() if interval}
-        return Statistics(self.pending, self.polls, self.queries, self.hits, intervals)
-
-    # --------------------------------------------------------------------- waiting
+        return Statistics(len(self.waits), self.polls, self.queries, self.hits, intervals)
 
     def watch(self, wait: Wait) -> bool:
-        """Has ``wait`` notified, on the loop, when its events are reached, or one has failed.
+        """Notifies ``wait``, on the loop, when all its events are reached or one has failed.
 
-        Whoever stops waiting deletes the wait from ``waits``, also if this raises.
-
-        Returns:
-            False if they are reached now: then it is not notified.
-
-        Raises:
-            RuntimeError: What the device says of a kernel that failed.
+        Returns False if they are reached now: then it is not notified. To stop waiting, also if
+        this raises, delete the wait from ``waits``.
         """
         missing = [(event, q) for event in wait.missing if (q := self._queue_if_pending(event))]
         if not missing:
             return False
         wait.missing = {event for event, _ in missing}
-        # First of all, or else the queues would take what is added for given up.
+        # First of all, or else the queues would take the events for given up.
         self.waits[wait] = None
         for event, queue in missing:
             self._add(AwaitedEvent(event, wait), queue)
@@ -107,51 +97,47 @@ class Watcher:
         return True
 
     def notify_when_reached(
-        self, events: Sequence[RecordedEvent], notify: Callable[[Exception | None], object]
-    ) -> Callable[[], None]:
-        """Has ``notify(error or None)`` called, on the loop, when all ``events`` are reached.
+        self, events: Sequence[RecordedEvent], notify: Notify, attach: Attach = lambda _: None
+    ) -> None:
+        """Calls ``notify(error or None)``, on the loop, when all ``events`` are reached.
 
-        At once, if they are now. If it raises, it is called again, with what it raised; and if
-        it was interrupted, with the same, so perhaps twice.
-
-        Returns:
-            A function that withdraws this.
+        At once, if they are now. If it raises, it is called again, with what it raised; if it
+        was interrupted, with the same. First of all, ``attach`` gets a function that gives up the
+        wait, for whoever is interrupted later.
         """
         wait, error = Wait(events, notify), None
+        attach(partial(self.forget, wait))
         try:
-            pending = self.watch(wait)
-        except Exception as exception:
+            if self.watch(wait):
+                return
+        except BaseException as exception:
             self.forget(wait)
-            pending, error = False, exception
-        except BaseException:
-            self.forget(wait)
-            raise
-        if not pending:
-            notify(error)
-        return partial(self.forget, wait)
+            if not isinstance(exception, Exception):
+                raise
+            error = exception.with_traceback(None)
+        notify(error)
 
-    def forget(self, wait: Wait) -> None:
+    def forget(self, wait: Wait, _done: object = None) -> None:
         """Gives up ``wait``; does nothing if it is over."""
         if wait in self.waits:
             del self.waits[wait]
             self.close_if_idle()
 
     def _add(self, awaited: AwaitedEvent, queue: StreamQueue) -> None:
-        event = awaited.event
-        self._active[queue] = None
-        if event.stream is None:
-            self._own_events[id(event.event)] = queue
+        queue = self._active.setdefault(queue.key, queue)
         if queue.oldest(self.waits) is None:
-            now = monotonic()
-            queue.since = max(queue.since, now if event.stream is None else event.recorded_at)
-            self._set_next_poll(queue, event, now)
+            queue.since = max(queue.since, awaited.event.recorded_at)
+            self._set_next_poll(queue, awaited.event, monotonic())
         queue.add(awaited, self.waits)
 
     def _queue_if_pending(self, event: RecordedEvent) -> StreamQueue | None:
         queue = self._queue_of(event)
         if event.ended < queue.reached:
+            event.is_reached = True
             return None
-        if not queue.knows_pending(event, self.waits) and self._query(event):
+        oldest = queue.oldest(self.waits)
+        known_pending = oldest is not None and oldest.ended < event.begun
+        if not known_pending and self._query(event):
             queue.reached = max(queue.reached, event.begun)
             return None
         return queue
@@ -159,28 +145,23 @@ class Watcher:
     def _queue_of(self, event: RecordedEvent) -> StreamQueue:
         stream = event.stream
         if stream is None:
+            device = event.event.device
+            if device not in self._own_schedules:
+                self._own_schedules[device] = self._new_schedule()
             key = id(event.event)
-            queue = self._own_events.get(key)
-            if queue is None:
-                schedule = self._own_schedules.get(event.device)
-                if schedule is None:
-                    schedule = self._own_schedules[event.device] = self._new_schedule()
-                queue = StreamQueue(key, schedule)
-            return queue
+            return self._active.get(key) or StreamQueue(key, self._own_schedules[device])
         queue = self._queues.get(stream)
         if queue is None:
             if len(self._queues) >= _QUEUES_AT_REST:
-                self._queues = {s: q for s, q in self._queues.items() if q in self._active}
+                self._queues = {s: q for s, q in self._queues.items() if s in self._active}
             queue = self._queues[stream] = StreamQueue(stream, self._new_schedule())
         return queue
 
     def _query(self, event: RecordedEvent) -> bool:
         self.queries += 1
-        reached = event.event.query()
-        self.hits += reached
-        return reached
-
-    # --------------------------------------------------------------------- polling
+        event.is_reached = is_reached = event.event.query()
+        self.hits += is_reached
+        return is_reached
 
     def poll(self) -> None:
         """Polls the queues that are due, and notifies those whose wait is over."""
@@ -189,7 +170,7 @@ class Watcher:
             self._poll_due()
             self._notify_over()
         if not self.waits:
-            # Not at once: who has been woken may well be about to wait again.
+            # Not at once: a task that has just been woken often waits again.
             self._loop.call_soon(self.close_if_idle)
         # Last of all: up to here it keeps going off.
         self._alarm_at = inf
@@ -198,20 +179,19 @@ class Watcher:
     def _poll_due(self) -> None:
         now = monotonic()
         early = 10 * policy().shortest
-        for queue in list(self._active):
-            # One wake-up serves those, too, that are half-way to their own.
+        for queue in list(self._active.values()):
+            # This wake-up also serves queues that are half-way to their own next poll.
             if queue.next_poll - min(queue.next_poll - queue.polled_at, early) / 2 <= now:
                 oldest = queue.oldest(self.waits)
                 if oldest is not None:
                     try:
                         oldest = self._poll(queue, now)
                     except Exception as error:
-                        # Not one of the device's, which are found in the search.
+                        # Not the device's error: the search catches those.
                         self._settle(queue.events, error)
                         oldest = None
                 if oldest is None:
-                    self._own_events.pop(queue.key, None)
-                    self._active.pop(queue, None)
+                    self._active.pop(queue.key, None)
 
     def _poll(self, queue: StreamQueue, now: float) -> RecordedEvent | None:
         """Polls ``queue``; returns the oldest event that somebody still waits for."""
@@ -220,7 +200,7 @@ class Watcher:
         if reached:
             newest = events[reached - 1].event
             queue.reached = max(queue.reached, newest.begun)
-            # Of those recorded at the same time as the newest, nobody knows.
+            # Those recorded at the same time as the newest may be later on the stream.
             self._settle(
                 [e for e in events[:reached] if e.event is newest or e.event.ended < newest.begun]
             )
@@ -243,6 +223,7 @@ class Watcher:
         for awaited in events:
             wait = awaited.wait
             if error is None:
+                awaited.event.is_reached = True
                 wait.missing.discard(awaited.event)
             else:
                 wait.error = error
@@ -261,7 +242,7 @@ class Watcher:
         if queue.scheduled:
             due = queue.next_poll - since
             queue.schedule.observe(Poll(queue.polled_at - since, due, at, reached))
-        elif reached:  # which the thread has told at once
+        elif reached:  # and the thread has said so at once
             queue.schedule.observe(Poll(at, at, at, reached))
         if reached:
             queue.since = now
@@ -281,7 +262,7 @@ class Watcher:
         queue.blocker = blocker = queue.blocker or Blocker()
         queue.blocked = True
         try:
-            blocker.block(oldest.event.synchronize, partial(self._unblock, queue))
+            blocker.submit(partial(self._unblock, queue), oldest.synchronize)
         except BaseException as error:
             queue.blocked = False
             if isinstance(error, Exception):
@@ -295,15 +276,11 @@ class Watcher:
         queue.next_poll = queue.polled_at
         self._loop.call_soon(self.poll)
 
-    # ---------------------------------------------------------------------- alarm
-
     def _set_alarm(self) -> None:
-        at = 0.0 if self._over else min([q.next_poll for q in list(self._active)], default=inf)
-        alarm = self._alarm
-        if at == inf:
-            if alarm is not None:
-                alarm.set(inf)
-        elif at < self._alarm_at:
+        queues = list(self._active.values())
+        at = 0.0 if self._over else min([q.next_poll for q in queues], default=inf)
+        if at < self._alarm_at:
+            alarm = self._alarm  # which a finaliser may close, and drop, meanwhile
             if alarm is None:
                 alarm = self._alarm = self._loop.alarm(self.poll)
             self._alarm_at = inf  # unknown, until it is set
@@ -312,21 +289,15 @@ class Watcher:
 
     def close_if_idle(self) -> None:
         """Leaves nothing with the loop if nobody waits."""
-        if not self.waits and not self._over:
-            self._own_events.clear()
-            for queue in list(self._active):
-                queue.events.clear()
-            self._active.clear()
-            self._close_alarm()
-
-    def _close_alarm(self) -> None:
-        alarm = self._alarm
+        if self.waits or self._over:
+            return
+        for queue in list(self._active.values()):
+            queue.events.clear()
+        self._active.clear()
         self._alarm_at = inf
-        if alarm is not None:
-            alarm.close()  # if an interrupt strikes now, whoever waits next sets it again
+        if self._alarm is not None:
+            self._alarm.close()  # if an interrupt strikes now, the next wait sets it again
             self._alarm = None
-
-    # ------------------------------------------------------------------- the end
 
     def abandon(self) -> None:
         """Gives up all waits: the loop has gone, with the tasks that waited."""
@@ -338,14 +309,14 @@ class Watcher:
         if hasattr(self, "_over"):  # unless an interrupt struck before it was whole
             self.abandon()
             if not sys.is_finalizing():
-                _ended.add(self.statistics())
+                _ended.append(self.statistics())
 
 
 def _notify(wait: Wait) -> None:
     try:
         wait.notify(wait.error)
     except Exception as error:
-        # What it was to tell cannot be told. That concerns this wait only.
+        # Whoever waits cannot be told. That concerns this wait only.
         try:
             wait.notify(error)
         except Exception:
@@ -354,24 +325,60 @@ def _notify(wait: Wait) -> None:
 
 
 _watchers: weakref.WeakValueDictionary[int, Watcher] = weakref.WeakValueDictionary()  # by id
-_ended = EndedWatchers()
+_ended: list[Statistics] = []  # of watchers that are gone: finalisers append to it
+_summing = threading.Lock()
 
 
 def watcher_of(loop: Loop) -> Watcher:
     """Returns the watcher of ``loop``, for its own thread."""
     watcher = loop.watcher
     if watcher is None:
-        watcher = loop.watcher = Watcher(loop)
+        _sum_up_ended()
+        watcher = Watcher(loop)
         _watchers[id(watcher)] = watcher
+        loop.watcher = watcher
     assert isinstance(watcher, Watcher)
     return watcher
+
+
+def until_reached(events: Sequence[RecordedEvent]) -> Generator[Any, Any, None]:
+    """Suspends the current task until all ``events`` are reached, or one has failed."""
+    loop = current()
+    watcher = watcher_of(loop)
+    waits = watcher.waits
+    waiter = loop.waiter()
+    wait = Wait(events, lambda _: loop.wake(waiter))
+    try:
+        if not watcher.watch(wait):
+            return
+        yield from waiter
+    except BaseException:
+        if wait in waits:
+            del waits[wait]  # no call, so no interrupt can come before it
+        watcher.close_if_idle()
+        raise
+    if wait in waits:  # somebody else has woken the task
+        del waits[wait]
+        yield from until_reached(events)
+    elif wait.error is not None:
+        try:
+            # Others may raise the same one: each starts from an empty traceback.
+            raise wait.error.with_traceback(None)
+        finally:
+            del wait
+
+
+@types.coroutine
+def reached(events: Sequence[RecordedEvent]) -> Generator[Any, Any, None]:
+    """Waits for recorded events, with a checkpoint even if all are reached; for ``await``."""
+    yield from current().checkpoint()
+    yield from until_reached(events)
 
 
 def statistics() -> Statistics:
     """Tells what the event watcher of the running loop has done, and is doing.
 
-    Where no event loop runs: what those of all loops of the process have, ended ones
-    included.
+    Where no event loop runs: what those of all loops of the process have, ended ones included.
 
     Example:
         >>> torchfut_aio.statistics().pending
@@ -381,4 +388,13 @@ def statistics() -> Statistics:
         return watcher_of(current()).statistics()
     # Of a list, as other threads may start and end loops meanwhile.
     watchers = [ref() for ref in _watchers.valuerefs()]
-    return total([w.statistics() for w in watchers if w is not None] + _ended.parts())
+    return total([w.statistics() for w in watchers if w is not None] + _ended)
+
+
+def _sum_up_ended() -> None:
+    if len(_ended) > 1 and _summing.acquire(blocking=False):
+        try:
+            count = len(_ended)
+            _ended[:count] = [total(_ended[:count])]
+        finally:
+            _summing.release()

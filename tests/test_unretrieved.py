@@ -1,0 +1,209 @@
+"""An error that nobody has retrieved when its future goes is logged, through ``logging``."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import gc
+import logging
+import subprocess
+import sys
+
+import anyio
+import pytest
+
+from torchfut_aio import (
+    Future,
+    InvalidStateError,
+    as_completed,
+    as_future,
+    collect_all,
+    gather,
+    start_soon,
+    wait_all,
+    with_timeout,
+)
+
+from .loops import on_every_loop
+from .threads import PATIENCE, PATIENCE_WITH_PROCESSES
+
+LOGGER = "torchfut_aio.unretrieved"
+
+
+def failed(error=None):
+    fut = Future()
+    fut.set_exception(error or ValueError("foo"))
+    return fut
+
+
+@pytest.fixture
+def logged(caplog):
+    """What has been logged of unretrieved errors since it was last called."""
+
+    def logged():
+        gc.collect()
+        errors = [r.exc_info[1] for r in caplog.records if r.name == LOGGER]
+        caplog.clear()
+        return errors
+
+    yield logged
+    assert logged() == []
+
+
+def test_an_error_that_nobody_retrieves_is_logged_with_its_traceback(logged):
+    fut = Future()
+    try:
+        raise ValueError("foo")
+    except ValueError as error:
+        fut.set_exception(error)
+    del fut
+    [error] = logged()
+    assert str(error) == "foo"
+    assert error.__traceback__ is not None
+
+
+def test_so_is_that_of_a_child_whose_callback_raised(logged):
+    fut = Future()
+    fut.then(lambda _: 1 / 0)
+    fut.set_result(1)
+    [error] = logged()
+    assert isinstance(error.__cause__, ZeroDivisionError)
+
+
+def test_so_is_that_of_an_adopted_future(logged):
+    source = concurrent.futures.Future()
+    adopted = as_future(source)
+    source.set_exception(ValueError("foo"))
+    del adopted, source
+    [error] = logged()
+    assert str(error) == "foo"
+
+
+def test_so_is_that_of_a_task_and_only_once(logged):
+    async def bad():
+        raise ValueError("foo")
+
+    async def main():
+        async with anyio.create_task_group() as group:
+            start_soon(group, bad)
+
+    asyncio.run(main())
+    [error] = logged()
+    assert str(error) == "foo"
+
+
+def test_a_chain_logs_the_error_of_its_end_only(logged):
+    fut = Future()
+    fut.then(lambda f: f.value()).then(lambda f: f.value())
+    fut.set_exception(ValueError("foo"))
+    del fut
+    assert len(logged()) == 1
+
+
+def wait(fut):
+    with contextlib.suppress(ValueError):
+        fut.wait()
+
+
+def value(fut):
+    with contextlib.suppress(ValueError):
+        fut.value()
+
+
+def await_(fut):
+    async def main():
+        with pytest.raises(ValueError, match="foo"):
+            await fut
+
+    asyncio.run(main())
+
+
+def as_asyncio(fut):
+    async def main():
+        with pytest.raises(ValueError, match="foo"):
+            await fut.as_asyncio()
+
+    asyncio.run(main())
+
+
+def wait_in_cpp(fut):
+    with pytest.raises(ValueError, match="foo"):
+        super(Future, fut).wait()
+
+
+def wait_for_all(fut):
+    with pytest.raises(ValueError, match="foo"):
+        wait_all([fut])
+
+
+RETRIEVALS = [
+    wait,
+    value,
+    Future.exception,
+    await_,
+    as_asyncio,
+    wait_in_cpp,
+    lambda fut: fut.then(lambda fut: fut.exception()).wait(),
+    lambda fut: gather([fut]).exception(),
+    lambda fut: collect_all([fut]).exception(),
+    lambda fut: with_timeout(fut, PATIENCE).exception(),
+    wait_for_all,
+    lambda fut: [done.exception() for done in as_completed([fut])],
+]
+
+
+@pytest.mark.parametrize("retrieve", RETRIEVALS)
+def test_an_error_that_somebody_retrieved_is_not_logged(retrieve, logged):
+    retrieve(failed())
+    assert logged() == []
+
+
+@on_every_loop
+async def test_an_error_that_a_task_gets_is_not_logged(logged):
+    with pytest.raises(ValueError, match="foo"):
+        await failed()
+    assert logged() == []
+
+
+def test_collecting_several_retrieves_the_errors_of_all(logged):
+    both = collect_all([failed(), failed()])
+    assert both.exception() is not None
+    del both
+    assert logged() == []
+
+
+def test_a_refused_error_is_not_logged_as_its_setter_has_it(logged):
+    fut = Future()
+    fut.set_result(5)
+    with pytest.raises(InvalidStateError):
+        fut.set_exception(ValueError("foo"))
+    assert logged() == []
+
+
+@pytest.mark.parametrize("kind", [asyncio.CancelledError, concurrent.futures.CancelledError])
+def test_a_cancellation_is_not_logged(kind, logged):
+    failed(kind())
+    assert logged() == []
+
+
+def test_showing_a_future_does_not_retrieve_its_error(logged):
+    assert "foo" in repr(failed())
+    assert len(logged()) == 1
+
+
+def test_a_logger_of_its_own_switches_it_off(logged, caplog):
+    caplog.set_level(logging.CRITICAL, LOGGER)
+    failed()
+    assert logged() == []
+
+
+def test_nothing_is_logged_while_the_interpreter_exits():
+    program = "import torchfut_aio; f = torchfut_aio.Future(); f.set_exception(ValueError())"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_WITH_PROCESSES,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
