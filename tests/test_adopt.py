@@ -253,6 +253,22 @@ async def test_results_of_a_pool_are_awaited(nothing_blocks_a_loop):
         await anyio.to_thread.run_sync(pool.join)
 
 
+def test_an_event_of_mps_is_adopted_though_it_is_no_event_of_torchs(monkeypatch):
+    assert not issubclass(torch.mps.Event, torch.Event)
+    reached = threading.Event()
+
+    class Event:  # there is no such device here
+        query, synchronize = reached.is_set, reached.wait
+
+    monkeypatch.setattr(torch.mps, "Event", Event)
+    fut = as_future(Event())
+    with pytest.raises(TimeoutError):
+        fut.wait(0.01)
+    reached.set()
+    assert fut.wait(PATIENCE) is None
+    assert as_future(Event()).done()
+
+
 def test_a_checkpoint_is_saved_when_it_has_been_uploaded():
     if not hasattr(state_dict_saver, "AsyncSaveResponse"):
         pytest.skip("this torch has no saves that are staged")

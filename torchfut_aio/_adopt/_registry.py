@@ -31,26 +31,39 @@ class _AsFuture:
     ``concurrent.futures`` is not asyncio's. Only what RPC delivers as a text becomes an
     `RpcError`, of the original's own type, too.
 
+    A future of asyncio or ``concurrent.futures`` that nobody can complete any more, because it was
+    garbage-collected or its event loop has closed, arrives as cancelled.
+
     For a source that is still pending, it returns the same future each time, so that asking again
     after a timeout leaves nothing behind. For an event or a stream, it makes one each time, and
-    one thread watches them all until the work is done; to wait once, use `synchronize`.
+    one thread watches them all until the work is done; to wait once, use `synchronize`. A source
+    that tells only who blocks costs a thread until it is done: an RRef, an AsyncCollectiveTensor,
+    the result of a pool, and some works of gloo.
 
     Other libraries add sources with ``@as_future.register``.
 
     Args:
-        source: A `Future`, which is returned as it is; a ``torch.futures.Future``; a
-            ``torch.distributed`` ``Work``; a ``concurrent.futures.Future``; an
-            ``asyncio.Future`` or ``Task``, of any loop; a ``TaskHandle`` or ``Future`` of anyio,
-            of the loop that runs in this thread; a ``torch.Event`` that has been recorded, or a
-            ``torch.Stream``: its future completes with None when the work enqueued so far is
-            done; or an instance of a registered type.
+        source: One of these, or an instance of a registered type:
+
+            - a `Future`, which is returned as it is, or a ``torch.futures.Future``;
+            - a ``concurrent.futures.Future``; an ``asyncio.Future`` or ``Task``, of any loop; a
+              ``TaskHandle`` or ``Future`` of anyio, of the loop that runs in this thread; an
+              ``AsyncResult`` of a ``multiprocessing`` pool;
+            - a ``torch.distributed`` ``Work``; an ``AsyncCollectiveTensor``, for the reduced
+              tensor: leave the source alone until then; an ``RRef``, for what its ``to_here``
+              returns; an ``AsyncSaveResponse``, for the end of the upload;
+            - a ``torch.Event`` that has been recorded, or one of ``torch.cuda``, ``torch.xpu`` or
+              ``torch.mps``; a ``torch.Stream``, for the work enqueued on it so far. These give
+              None;
+            - an ``ObjectRef`` of Ray; a ``Future`` of ``dask.distributed``; a ``grpc.Future``.
         devices: The devices of the future, as for `Future`. With devices, ``source`` is never
             returned itself.
 
     Raises:
         NotAFutureError: ``source`` is none of these; a TypeError.
         TypeError: The function registered for it does not return a `Future`.
-        RuntimeError: ``source`` is a pending asyncio future of a loop that has closed.
+        RuntimeError: ``source`` is a pending asyncio future of a loop that has closed, or that
+            cannot run because this thread runs another. Awaiting it on that other raises it, too.
 
     Example:
         >>> import concurrent.futures
