@@ -32,7 +32,7 @@ def _from_asyncio(source: asyncio.Future[Any], *, devices: Devices = None) -> Fu
     return _adopt_once(source, devices=devices)
 
 
-class _FutureOfLoop(Future[T]):
+class FutureOfLoop(Future[T]):
     """A future that a certain event loop has to complete."""
 
     __slots__ = ("source_loop",)
@@ -42,13 +42,17 @@ class _FutureOfLoop(Future[T]):
         self.source_loop: asyncio.AbstractEventLoop | None = None
 
     def __await__(self, ready: bool = True) -> Generator[Any, Any, T]:
+        self.check_that_it_can_complete()
+        return super().__await__(ready)
+
+    def check_that_it_can_complete(self) -> None:
+        """Raises RuntimeError if it is pending, and its loop cannot run while this thread waits."""
         if self.source_loop is not None and not self.done():
             _check_that_it_can_run(self.source_loop)
-        return super().__await__(ready)
 
 
 def _adopt(source: asyncio.Future[Any], future: Future[Any]) -> None:
-    assert isinstance(future, _FutureOfLoop)
+    assert isinstance(future, FutureOfLoop)
     adoption, loop = Adoption(future), source.get_loop()
     if source.done():
         adoption(source)
@@ -67,7 +71,7 @@ def _adopt(source: asyncio.Future[Any], future: Future[Any]) -> None:
         adoption(source)
 
 
-_adopt_once = once(_adopt, _FutureOfLoop)
+_adopt_once = once(_adopt, FutureOfLoop)
 
 
 def _follow(source: asyncio.Future[Any], adoption: Adoption) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from .._future import Future
 from .._rpc_errors import error_in, parse_remote_error
+from ._asyncio import FutureOfLoop
 from ._registry import Devices, adopts, copy_outcome, once
 
 T = TypeVar("T")
@@ -15,6 +16,8 @@ T = TypeVar("T")
 
 @adopts("torchfut_aio.Future", kind=Future)
 def _from_ours(source: Future[T], *, devices: Devices = None) -> Future[T]:
+    if isinstance(source, FutureOfLoop):
+        source.check_that_it_can_complete()
     return source if devices is None else _from_torch(source, devices=devices)
 
 
