@@ -248,7 +248,7 @@ def test_what_is_no_future_is_refused_before_anything_is_attached(combine):
     fut = Future()
     with pytest.raises(RuntimeError, match="Future can't be None"):
         combine([fut, None])
-    with pytest.raises(TypeError, match="5 of type int"):
+    with pytest.raises(TypeError, match="an int is not a future"):
         combine([fut, 5])
     with pytest.raises(TypeError, match="iterable of futures"):
         combine(fut)

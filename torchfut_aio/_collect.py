@@ -15,6 +15,7 @@ from ._adopt import Source, as_future
 from ._arguments import timeout_checked
 from ._errors import InvalidStateError, NotAFutureError
 from ._future import Future
+from ._repr import described
 
 T = TypeVar("T")
 F = TypeVar("F")
@@ -213,6 +214,5 @@ def _listed(futures: Iterable[F]) -> list[F]:
         return list(futures)
     except TypeError:
         raise NotAFutureError(
-            f"expected an iterable of futures, such as [fut0, fut1], not {futures!r} "
-            f"of type {type(futures).__qualname__}"
+            f"expected an iterable of futures, such as [fut0, fut1], not {described(futures)}"
         ) from None

@@ -273,13 +273,6 @@ class Future(Settable[T]):
         """
         return copy_to_concurrent(self)
 
-    @property
-    def _condition(self) -> NoReturn:
-        # The first that functions of concurrent.futures ask of what they take for their own.
-        raise AttributeError(
-            "concurrent.futures takes futures of its own only: pass fut.as_concurrent()"
-        )
-
     # ------------------------------------------------------------------- callbacks
 
     def add_done_callback(self, callback: Callable[[Future[T]], object]) -> None:
@@ -356,6 +349,15 @@ class Future(Settable[T]):
         return removed
 
     # --------------------------------------------------------------------- the rest
+
+    @property
+    def _condition(self) -> NoReturn:
+        """What functions of ``concurrent.futures`` ask for; says what to give them instead."""
+        raise AttributeError(
+            "wait() and as_completed() of concurrent.futures take futures of that module only: "
+            "pass fut.as_concurrent() to them, or use those of torchfut_aio, as_completed() and "
+            "wait_all()"
+        )
 
     def __repr__(self) -> str:
         outcome: _core.Outcome | None = self._state.get(OUTCOME)
