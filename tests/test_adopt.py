@@ -173,7 +173,7 @@ def waits_in_a_fork(fut: torch.futures.Future[torch.Tensor]) -> torch.futures.Fu
 @pytest.fixture
 def script():
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore")  # it is deprecated
         yield torch.jit.script
 
 

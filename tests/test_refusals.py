@@ -7,6 +7,7 @@ import concurrent.futures
 import functools
 import multiprocessing.pool
 import time
+import traceback
 
 import pytest
 import torch
@@ -18,12 +19,22 @@ from torchfut_aio.distributed import async_comm_hook, async_rpc, serve_on
 
 from .accelerator import FIRST
 
+formatted = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_formatted():
+    formatted.clear()
+    yield
+    assert formatted == []
+
 
 class Silent:
     """To format it would wait for a kernel, or for a peer."""
 
-    def __repr__(self):
-        raise AssertionError("it was formatted")
+    def __repr__(self, _format=""):
+        formatted.append(traceback.format_stack())
+        return "formatted"
 
     __str__ = __format__ = __repr__
 
@@ -75,6 +86,10 @@ def test_what_a_registered_function_returns_is_not_formatted():
         as_future(Careless())
 
 
+def raises(error):
+    raise error
+
+
 @pytest.mark.parametrize(
     "value",
     [
@@ -97,9 +112,16 @@ def test_the_repr_of_a_future_formats_nothing_but_what_python_makes(value):
     assert len(repr(fut)) < 1000
     with pytest.raises(torchfut_aio.InvalidStateError):
         fut.set_result(None)
-    failed = Future()
-    failed.set_exception(RuntimeError(value))
-    assert len(repr(failed)) < 1000
+    for error in RuntimeError(value), KeyError(value), RuntimeError("foo", value):
+        failed = Future()
+        failed.set_exception(error)
+        assert failed.exception() is error  # or it would be logged
+        assert len(repr(failed)) < 1000
+        child = Future()
+        failed = child.then(lambda fut, error=error: raises(error))
+        child.set_result(None)
+        assert len(repr(failed)) < 1000
+        assert failed.exception().__cause__ is error or failed.exception() is error
 
 
 def test_what_a_callback_raises_is_logged_with_its_name_only(caplog):

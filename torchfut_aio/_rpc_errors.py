@@ -131,7 +131,8 @@ def parse_fetched_error(error: BaseException) -> BaseException:
 def error_in(value: object) -> BaseException | None:
     """Returns the error of a failed future whose `StandIn` is in ``value``, if one is there.
 
-    C++ hands it on as a value: TorchScript alone or in a container, others alone.
+    C++ hands it on as a value: TorchScript alone or in a container, others alone. What is longer
+    than any script returns is not searched: it would take too long on somebody's loop.
     """
     if not StandIn.was_made:
         return None
@@ -141,7 +142,8 @@ def error_in(value: object) -> BaseException | None:
         thing: Any = found.pop()
         if type(thing) is StandIn:
             return thing.find()
-        if type(thing) in (dict, list, tuple) and id(thing) not in seen:
+        is_container = type(thing) in (dict, list, tuple) and len(thing) <= 1000
+        if is_container and id(thing) not in seen:
             seen.add(id(thing))
             found += thing.values() if type(thing) is dict else thing
     return None

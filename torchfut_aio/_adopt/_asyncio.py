@@ -22,7 +22,7 @@ from ._registry import Adoption, Devices, adopts, once
 
 T = TypeVar("T")
 
-_YEARS = 50 * 365.25 * 86400.0
+_SECONDS = 20 * 86400.0  # which any loop's timers can count
 
 
 @adopts("asyncio.Future", "asyncio.Task")
@@ -113,9 +113,13 @@ class _LoopEnd:
         end = None if ref is None else ref()
         if end is None:
             end = cls()
-            loop.call_later(_YEARS, end.reach, context=contextvars.Context())
+            end.set_timer(loop)
             _ends[loop] = weakref.ref(end)
         return end
+
+    def set_timer(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Has ``loop`` refer to this."""
+        loop.call_later(_SECONDS, self.set_timer, loop, context=contextvars.Context())
 
     def reach(self) -> None:
         """Fails all that is pending."""
