@@ -22,7 +22,7 @@ import uvloop
 
 from torchfut_aio import Future
 from torchfut_aio._loops import _asyncio, _burst
-from torchfut_aio._loops._inbox import Inbox
+from torchfut_aio._loops._loop import Loop
 
 from .loops import on_asyncio
 from .threads import PATIENCE, PATIENCE_WITH_PROCESSES, alongside, running, until
@@ -325,14 +325,14 @@ async def test_in_a_burst_the_loops_own_completions_do_not_wait(
 async def test_after_a_burst_the_loop_looks_no_more(monkeypatch, nothing_blocks_a_loop):
     nothing_blocks_a_loop.deactivate()
     looks = 0
-    real = Inbox.serve
+    real = Loop.serve
 
     def serve(inbox):
         nonlocal looks
         looks += 1
         real(inbox)
 
-    monkeypatch.setattr(Inbox, "serve", serve)
+    monkeypatch.setattr(Loop, "serve", serve)
     await asyncio.gather(*await burst())
     await eventually(lambda: looks > 1)  # the last look finds nothing, a millisecond later
     await asyncio.sleep(0.05)
@@ -581,6 +581,60 @@ async def test_debug_mode_tells_which_task_takes_long(caplog, nothing_blocks_a_l
     slow = [record.getMessage() for record in caplog.records]
     named = r"Executing <Task \w+ name='the slow one'"
     assert any(re.match(named, text) for text in slow), slow
+
+
+SLOW_STEP_MONITOR = """
+import asyncio
+
+original, slow = asyncio.Handle._run, []
+
+def watched(handle):
+    callback = handle._callback
+    begun = handle._loop.time()
+    try:
+        return original(handle)
+    finally:
+        if handle._loop.time() - begun > 0.05:
+            task = getattr(callback, "__self__", None)
+            slow.append(task.get_name() if isinstance(task, asyncio.Task) else repr(handle))
+
+asyncio.Handle._run = watched
+"""
+
+SLOW_STEPS = """
+async def wait(fut, is_slow):
+    await fut
+    if is_slow:
+        time.sleep(0.06)
+
+async def main(count):
+    futures = [torchfut_aio.Future() for _ in range(count)]
+    tasks = [asyncio.create_task(wait(f, n == 1), name=f"{n}") for n, f in enumerate(futures, 1)]
+    await asyncio.sleep(0)
+    thread = threading.Thread(target=lambda: [f.set_result(5) for f in futures])
+    thread.start()
+    await asyncio.gather(*tasks)
+    thread.join()
+
+asyncio.run(main(1))
+asyncio.run(main(30))
+print(slow)
+"""
+
+IMPORTS = "import asyncio, threading, time, torchfut_aio"
+
+
+@pytest.mark.parametrize("first", ["the monitor", "this package"])
+def test_what_watches_handles_finds_the_task_that_takes_long(first):
+    begin = [SLOW_STEP_MONITOR, IMPORTS] if first == "the monitor" else [IMPORTS, SLOW_STEP_MONITOR]
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join([*begin, SLOW_STEPS])],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_WITH_PROCESSES,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("'1'") >= 2, done.stdout  # more may be slow on a busy machine
 
 
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="new in Python 3.12")

@@ -48,7 +48,7 @@ def quiet(caplog):
 class Waiter:
     woken = 0
 
-    def wake(self):
+    def wake(self, _waiter):
         self.woken += 1
 
 
@@ -57,7 +57,7 @@ class Followers:
 
     def __init__(self, fut):
         self.waiter, self.ran = Waiter(), []
-        if not _core.add_waiter(fut, self.waiter):
+        if not _core.add_waiter(fut, self.waiter, self.waiter):
             self.waiter.woken = True  # there is no need to
         fut.add_done_callback(self.ran.append)
         self.child = fut.then(lambda fut: "child")

@@ -1,14 +1,16 @@
-"""The inbox of a loop, on its own: no order of steps leaves a waiter behind."""
+"""What is posted to a loop: no order of steps leaves a waiter behind."""
 
 from __future__ import annotations
 
 import pytest
 
-from torchfut_aio._loops._inbox import Inbox
+from torchfut_aio._loops._loop import Loop
 
 
-class HandCrankedLoop(Inbox):
-    """A loop whose turns the test takes."""
+class HandCrankedLoop(Loop):
+    """A loop whose turns the test takes, and on which no task waits."""
+
+    waiter = checkpoint = spawn = watch = unwatch = call_later = None
 
     def __init__(self):
         super().__init__()
@@ -18,14 +20,14 @@ class HandCrankedLoop(Inbox):
         self.interrupt_at = None
         self.scheduled = []
 
-    def _schedule(self, serve):
+    def call_soon(self, function):
         if not self.closed:
             self.wake_ups += 1
-            self.scheduled.append(serve)
+            self.scheduled.append(function)
         return not self.closed
 
-    def _resume(self, count):
-        waiters = self._queue
+    def resume(self, count):
+        waiters = self.queue
         for _ in range(count):
             if waiters[0] == self.interrupt_at:
                 self.interrupt_at = None
@@ -53,16 +55,16 @@ def test_any_number_of_posts_are_one_wake_up_until_the_loop_has_looked():
 def test_a_post_that_arrives_during_a_turn_is_seen_in_another():
     loop = HandCrankedLoop()
     loop.post("first")
-    real = loop._resume
+    real = loop.resume
 
     def resume(count):
         loop.post("second")
         real(count)
 
-    loop._resume = resume
+    loop.resume = resume
     loop.turn()
     assert (loop.resumed, loop.wake_ups) == (["first"], 2)
-    loop._resume = real
+    loop.resume = real
     loop.turn()
     assert loop.resumed == ["first", "second"]
 
@@ -81,15 +83,15 @@ def test_a_turn_that_ctrl_c_cuts_short_goes_on_in_another():
 
 def test_ctrl_c_while_the_loop_is_being_woken_lets_the_next_post_wake_it():
     loop = HandCrankedLoop()
-    real = loop._schedule
+    real = loop.call_soon
 
-    def struck(serve):
+    def struck(function):
         raise KeyboardInterrupt
 
-    loop._schedule = struck
+    loop.call_soon = struck
     with pytest.raises(KeyboardInterrupt):
         loop.post(0)
-    loop._schedule = real
+    loop.call_soon = real
     loop.post(1)
     loop.turn()
     assert loop.resumed == [0, 1]
@@ -100,9 +102,9 @@ def test_a_closed_loop_keeps_nothing():
     loop.post(0)
     loop.closed = True
     loop.scheduled.clear()
-    assert not loop._queue
+    assert not loop.queue
     loop.post(1)
-    assert not loop._queue
+    assert not loop.queue
 
 
 def test_a_loop_that_drops_the_call_it_was_to_make_is_asked_for_another():
@@ -122,7 +124,7 @@ def test_who_is_about_to_wait_renews_a_wake_up_that_a_traceback_keeps_but_once()
     loop.post(0)
     kept = loop.scheduled.pop()
     for _ in range(3):
-        loop._renew_wake_up()
+        loop.renew_wake_up()
     assert loop.wake_ups == 2
     loop.turn()
     assert loop.resumed == [0]

@@ -60,11 +60,11 @@ class Alarm:
 
 
 class Waiter:
-    """Counts how often it is woken."""
+    """Counts how often it is woken; its own waker, too."""
 
     woken = 0
 
-    def wake(self):
+    def wake(self, _waiter):
         self.woken += 1
 
 
@@ -105,7 +105,7 @@ def test_ctrl_c_in_a_setter_leaves_a_future_untouched_or_everybody_served(outcom
         for _ in rounds(60_000, lambda: strikes > untouched > 0):
             fut, waiter, ran = Future(), Waiter(), []
             enter = [
-                lambda fut=fut, waiter=waiter: _core.add_waiter(fut, waiter),
+                lambda fut=fut, waiter=waiter: _core.add_waiter(fut, waiter, waiter),
                 lambda fut=fut, ran=ran: fut.add_done_callback(ran.append),
             ]
             for step in enter if first == "waiter" else reversed(enter):

@@ -6,10 +6,12 @@ import asyncio
 import gc
 import logging
 import os
+import queue
 import signal
 import socket
 import sys
 import threading
+import types
 from contextlib import suppress
 
 import pytest
@@ -18,7 +20,7 @@ import trio.testing
 import uvloop
 
 from torchfut_aio import Future, _loops
-from torchfut_aio._loops import _alarm, _timer
+from torchfut_aio._loops import _alarm
 
 from . import explorer
 from .test_interrupts import Alarm
@@ -262,7 +264,7 @@ def test_what_strikes_while_a_closed_loop_is_cleared_up_leaves_others_served_and
 
 @whatever_strikes
 def test_a_task_that_waits_renews_what_a_traceback_keeps(error, at):
-    for strike in explorer.strikes(_loops._inbox, error=error, at=at):
+    for strike in explorer.strikes(_loops._loop, error=error, at=at):
         loop = new(asyncio.SelectorEventLoop)
         waits = Waits(loop, 2).park().complete()
         with strike:  # which keeps the traceback, with the call that the loop was to make
@@ -270,6 +272,86 @@ def test_a_task_that_waits_renews_what_a_traceback_keeps(error, at):
         Waits(loop, 1).park().complete().end().check()
         waits.end().check()
         loop.close()
+
+
+@on_asyncios_loops
+def test_a_loop_that_sleeps_makes_a_call_that_a_signal_handler_asks_for(new_loop):
+    async def main():
+        ours, called = _loops.current(), asyncio.Event()
+        before = signal.signal(signal.SIGALRM, lambda *_: ours.call_soon(called.set))
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            await asyncio.wait_for(called.wait(), PATIENCE)
+        finally:
+            signal.signal(signal.SIGALRM, before)
+
+    loop = new(new_loop)
+    begun = loop.time()
+    loop.run_until_complete(main())
+    assert loop.time() - begun < PATIENCE / 2
+    loop.close()
+
+
+# ------------------------------------------------------------------ a further kind of loop
+
+
+class OneTask(_loops.Loop):
+    """A loop that runs one task, which it resumes when somebody has posted its waiter."""
+
+    spawn = watch = unwatch = call_later = None  # for devices and background tasks
+
+    def __init__(self):
+        super().__init__()
+        self.calls = queue.SimpleQueue()
+
+    def run(self, coroutine):
+        try:
+            while True:
+                waiter = coroutine.send(None)
+                while not waiter.woken:
+                    self.calls.get(timeout=PATIENCE)()
+        except StopIteration as ended:
+            return ended.value
+
+    def call_soon(self, function):
+        self.calls.put(function)
+        return True
+
+    def waiter(self):
+        return OneWait()
+
+    def checkpoint(self):
+        return ()
+
+    def resume(self, count):
+        for _ in range(count):
+            self.queue.popleft().woken = True
+
+
+class OneWait:
+    woken = False
+
+    def __iter__(self):
+        yield self
+
+
+def test_a_further_kind_of_loop_is_a_file_and_a_line(monkeypatch):
+    loop = OneTask()
+    monkeypatch.setattr(_loops, "_KINDS", (("one_task", "run", "_one_task"), *_loops._KINDS))
+    monkeypatch.setattr(_loops, "_not_imported", ("one_task",))
+    monkeypatch.setattr(_loops, "_files", _loops._files)
+    file = types.SimpleNamespace(current=lambda: loop)
+    monkeypatch.setitem(sys.modules, "torchfut_aio._loops._one_task", file)
+    with pytest.raises(RuntimeError, match="no asyncio, uvloop or trio event loop runs here"):
+        loop.run(value_of(Future()))
+    monkeypatch.setitem(sys.modules, "one_task", types.SimpleNamespace(run=loop.run))
+
+    async def main():
+        return [await fut for fut in (first, second)]
+
+    first, second = Future(), Future()
+    with running(lambda: first.set_result(1), lambda: second.set_result(2)):
+        assert loop.run(main()) == [1, 2]
 
 
 # ------------------------------------------------------------------------------ trio
@@ -296,7 +378,7 @@ def what_is_raised_by(function):
 @finalisers_may_be_struck
 def test_trio_resumes_everybody_or_ends_with_what_struck(error, at, where, timers, monkeypatch):
     if timers == "of the loop":
-        monkeypatch.setattr(_timer, "available", lambda: False)
+        monkeypatch.setattr(_alarm, "new_timer", lambda: None)
 
     async def wait(fut, got, struck):
         try:
@@ -368,7 +450,7 @@ def test_a_task_of_trio_that_somebody_else_has_rescheduled_waits_again():
 @whatever_strikes
 @finalisers_may_be_struck
 def test_what_strikes_an_alarm_leaves_it_working_and_other_files_alone(new_loop, error, at):
-    for strike in strikes(_alarm, _timer, error=error, at=at):
+    for strike in strikes(_alarm, error=error, at=at):
         loop = new(new_loop)
         rang = asyncio.Event()
 

@@ -123,7 +123,7 @@ def test_a_thread_may_be_woken_by_two_at_once(switch_interval):
 
     def wake_all():
         for waiter in waiters:
-            waiter.wake()
+            waiter.unblock()
         woken.append(len(waiters))
 
     with running(wake_all, wake_all):

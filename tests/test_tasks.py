@@ -577,15 +577,67 @@ def test_a_portal_that_is_not_running_refuses_and_leaves_no_future_pending(loop)
 
 
 @each_loop
-def test_submit_is_refused_in_the_thread_of_the_portals_loop(loop):
+def test_a_loop_may_submit_to_itself(loop):
     with start_blocking_portal(**loop) as portal:
 
         async def main():
-            with pytest.raises(RuntimeError, match=r"use start_soon"):
-                submit(portal, double, 1)
-            return True
+            return await submit(portal, double, 1)
 
-        assert portal.call(main)
+        assert portal.call(main) == 2
+
+
+@each_loop
+def test_loops_that_submit_to_each_other_at_once_both_get_their_answers(
+    loop, nothing_blocks_a_loop
+):
+    nothing_blocks_a_loop.deactivate()
+    both = threading.Barrier(2)
+
+    async def ask(other):
+        both.wait(PATIENCE)  # both stand still until each is about to submit to the other
+        return await gather([submit(other, double, n) for n in range(20)])
+
+    with start_blocking_portal(**loop) as first, start_blocking_portal(**loop) as second:
+        answers = [submit(first, ask, second), submit(second, ask, first)]
+        for answer in answers:
+            assert answer.wait(PATIENCE) == [2 * n for n in range(20)]
+
+
+@each_loop
+def test_a_loop_that_stands_still_does_not_hold_up_what_is_submitted_to_another(
+    loop, nothing_blocks_a_loop
+):
+    nothing_blocks_a_loop.deactivate()
+
+    async def stand_still():
+        assert released.wait(PATIENCE)
+
+    async def main(busy, idle):
+        held = submit(busy, stand_still)
+        late = submit(busy, double, 1)
+        assert await submit(idle, double, 2) == 4
+        released.set()
+        await held
+        return await late
+
+    released = threading.Event()
+    with start_blocking_portal(**loop) as busy, start_blocking_portal(**loop) as idle:
+        with start_blocking_portal(**loop) as portal:
+            assert portal.call(main, busy, idle) == 2
+
+
+@each_loop
+def test_what_a_loop_submits_to_a_portal_that_is_not_running_fails(loop):
+    with start_blocking_portal(**loop) as portal:
+        pass
+
+    async def main():
+        with pytest.raises(RuntimeError, match="not running"):
+            await submit(portal, double, 1)
+        return True
+
+    with start_blocking_portal(**loop) as running:
+        assert running.call(main)
 
 
 @each_loop

@@ -136,6 +136,45 @@ def test_a_guests_task_is_trios_and_its_hosts_task_is_asyncios():
     assert sorted(map(str, got)) == sorted(["('host', 5)", "5", "host", "callback"])
 
 
+async def awaited_late(wrap=lambda fut: fut):
+    """Awaits a future that a thread completes when its task sleeps."""
+    fut = Future()
+    threading.Timer(0.01, fut.set_result, ("late",)).start()
+    return await wrap(fut)
+
+
+@pytest.mark.parametrize("wrap", [lambda fut: fut, asyncio.ensure_future], ids=["plain", "task"])
+def test_an_asyncio_loop_that_a_trio_task_runs_awaits_as_asyncio(wrap):
+    async def main():
+        inner = asyncio.run(awaited_late(wrap))
+        return inner, await awaited_late()
+
+    assert trio.run(main) == ("late", "late")
+
+
+def test_a_trio_run_within_an_asyncio_task_awaits_as_trio():
+    async def main():
+        inner = trio.run(awaited_late)
+        return inner, await awaited_late()
+
+    assert asyncio.run(main()) == ("late", "late")
+
+
+def test_loops_nested_to_any_depth_await_each_on_their_own():
+    async def on_trio(depth):
+        got = [await awaited_late()]
+        return got + (asyncio.run(on_asyncio(depth - 1)) if depth else [])
+
+    async def on_asyncio(depth):
+        got = [await awaited_late()]
+        got += trio.run(on_trio, depth - 1) if depth else []
+        return [*got, await awaited_late()]
+
+    assert asyncio.run(on_asyncio(1)) == ["late"] * 3
+    with pytest.raises(RuntimeError):  # trio's own rule: one run in a thread
+        trio.run(on_trio, 2)
+
+
 def test_a_signal_handler_may_complete_what_trio_awaits():
     fut = Future()
     before = signal.signal(signal.SIGUSR1, lambda *args: fut.set_result("signal"))

@@ -40,6 +40,7 @@ def failed(error=None):
 @pytest.fixture
 def logged(caplog):
     """What has been logged of unretrieved errors since it was last called."""
+    gc.collect()  # what other tests have left
 
     def logged():
         gc.collect()

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from torchfut_aio import Future, PollPolicy, _loops, set_poll_policy, statistics, synchronize
 from torchfut_aio._devices import RecordedEvent, _watcher, record_event
 from torchfut_aio._devices._watcher import Watcher, watcher_of
-from torchfut_aio._loops import _timer
+from torchfut_aio._loops import _alarm
 
 from .accelerator import DEVICE, FIRST, NEW, completed_on
 from .loops import on_asyncio, on_every_loop
@@ -400,7 +400,7 @@ async def test_a_policy_may_be_set_while_waits_are_pending(accelerator, producer
 async def test_where_there_is_no_timerfd_the_timers_of_the_loop_serve(
     accelerator, producer, monkeypatch
 ):
-    monkeypatch.setattr(_timer, "available", lambda: False)
+    monkeypatch.setattr(_alarm, "new_timer", lambda: None)
     for _ in range(3):
         fut = completed_on(producer, accelerator, None)
         reader = Reader(fut)

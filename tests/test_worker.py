@@ -141,7 +141,7 @@ def test_a_thread_that_cannot_be_started_is_the_error_of_one_submission(monkeypa
         with pytest.raises(RuntimeError, match="can't start new thread"):
             submits(worker)
     assert not worker.work
-    assert not worker._new
+    assert not worker.new
     assert submits(worker).wait(PATIENCE)
 
 
@@ -161,8 +161,7 @@ def test_nobody_relies_on_a_thread_that_another_cannot_start(monkeypatch):
 
 
 # ------------------------------------------------------------------ struck at every point
-# Not within CPython's threading: an interrupt there may leave a condition locked, and the thread
-# that was being started then hangs before its first line. The next submission starts another.
+# Not within CPython's threading, where no signal handler runs: see test_timeouts.py for real ones.
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
@@ -330,14 +329,20 @@ def test_at_exit_a_daemon_is_ended_or_left_and_another_is_waited_for():
     assert sorted(printed.splitlines()) == ["ended True", "work"]
 
 
-def test_what_is_submitted_while_the_interpreter_exits_is_done():
+def test_what_is_submitted_while_the_interpreter_exits_is_done_or_refused():
     printed = python("""
         def late():
-            worker.submit("late")
+            try:
+                worker.submit("late")
+            except RuntimeError as error:
+                print(f"{error}: {worker.work}")
             for thread in worker.threads():
                 thread.join(30)
 
         worker = Prints()
         atexit.register(late)
     """)
-    assert printed == "late\n"
+    if sys.version_info[:2] == (3, 12):  # the one that starts no thread at exit
+        assert printed == "can't create new thread at interpreter shutdown: {}\n"
+    else:
+        assert printed == "late\n"

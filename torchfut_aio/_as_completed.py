@@ -79,7 +79,7 @@ class _Arrivals(_core.DoneCallback):
         self.pending = dict.fromkeys(futures)
         self.left = self.pending.copy()  # those that have not been yielded
         self.arrived: deque[Future[Any]] = deque()
-        self.waiters: dict[_loops.Waiter, None] = {}
+        self.waiters: dict[object, _loops.Waker] = {}
         # How many were yielded since somebody last had to wait.
         self.streak = 0
 
@@ -98,15 +98,17 @@ class _Arrivals(_core.DoneCallback):
     def wake(self) -> None:
         # A list of them, as that locks the dict where there is no GIL: see `worth_waiting`.
         for waiter in [*self.waiters]:
-            waiter.wake()
+            waker = self.waiters.get(waiter)
+            if waker is not None:
+                waker.wake(waiter)
 
-    def worth_waiting(self, waiter: _loops.Waiter) -> bool:
+    def worth_waiting(self, waiter: object, waker: _loops.Waker) -> bool:
         """Has ``waiter`` woken by the next arrival; False if there is no need to wait for one.
 
         First it is stored, then this looks whether a future has arrived. Whoever brings one does
         these in the opposite order.
         """
-        self.waiters[waiter] = None
+        self.waiters[waiter] = waker
         # A copy, as that locks the deque where there is no GIL.
         return not self.arrived.copy() and bool(self.pending)
 
@@ -149,7 +151,7 @@ class _Arrivals(_core.DoneCallback):
             warn_that_wait_blocks_a_loop()
         waiter = _loops.ThreadWaiter()
         try:
-            if self.worth_waiting(waiter):
+            if self.worth_waiting(waiter, _loops.THREADS):
                 waiter.block(seconds)
         finally:
             self.waiters.pop(waiter, None)
@@ -168,7 +170,7 @@ class _Arrivals(_core.DoneCallback):
         try:
             if seconds is not None:
                 alarm = loop.call_later(seconds, self.expire)
-            if self.worth_waiting(waiter):
+            if self.worth_waiting(waiter, loop):
                 yield from waiter
         finally:
             self.waiters.pop(waiter, None)

@@ -15,17 +15,7 @@ from collections.abc import Callable
 from types import BuiltinMethodType, FrameType
 from typing import Any
 
-__all__ = [
-    "calling_module",
-    "check_interpreter",
-    "in_callback_of",
-    "laid_out_by_c",
-    "resume_callback",
-    "running_loop",
-    "still_waits",
-]
-
-_ResumeCallback = tuple[Callable[[asyncio.Future[Any]], Any], contextvars.Context]
+ResumeCallback = tuple[Callable[[asyncio.Future[Any]], Any], contextvars.Context]
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:
@@ -35,23 +25,20 @@ def _running_loop() -> asyncio.AbstractEventLoop | None:
         return None
 
 
-# Exported for those who write event loops, and documented in its own docstring only. It saves
-# the exception, which takes most of the time where no loop runs.
-running_loop: Callable[[], asyncio.AbstractEventLoop | None] = getattr(
-    asyncio, "_get_running_loop", _running_loop
-)
+# asyncio exports it to those who write event loops. It saves the time of the exception.
+_RunningLoop = Callable[[], asyncio.AbstractEventLoop | None]
+running_loop: _RunningLoop = getattr(asyncio, "_get_running_loop", _running_loop)
 
 
-def resume_callback(future: asyncio.Future[Any]) -> _ResumeCallback | None:
+def resume_callback(future: asyncio.Future[Any]) -> ResumeCallback | None:
     """Returns what resumes the asyncio task that waits for a future, and the context to do it in.
 
     A pending future of asyncio's own, written in C, lists its callbacks in ``_callbacks``: pairs
     of a callback and a context. A task of asyncio's own, or of a subclass, adds a built-in
     method of itself, with which it takes its next step.
 
-    Returns:
-        None if the future or the task is not asyncio's own, if nobody waits, or if the list is
-        not as expected: complete the future then, and its loop resumes who waits.
+    Returns None if anything is not like that: complete the future then, and its loop resumes
+    the task.
     """
     if type(future) is not _Future:
         return None
@@ -65,11 +52,7 @@ def resume_callback(future: asyncio.Future[Any]) -> _ResumeCallback | None:
 
 
 def still_waits(callback: Callable[..., Any], future: asyncio.Future[Any]) -> bool:
-    """Tells whether the task that a `resume_callback` resumes is still to be resumed.
-
-    Returns:
-        False, too, where tasks do not tell what they wait for.
-    """
+    """Tells whether the task of a `resume_callback` says that it waits for ``future``."""
     task = getattr(callback, "__self__", None)
     return getattr(task, "_fut_waiter", None) is future
 
@@ -84,9 +67,7 @@ def in_callback_of(loop: asyncio.AbstractEventLoop) -> bool:
     asyncio's loop takes a turn in a method called ``_run_once``, whoever wrote that, and calls
     each callback in `asyncio.Handle._run`. uvloop calls them in C; it sees to signals there too,
     and looks again at what is scheduled before it sleeps, so within it the answer is always yes.
-
-    Returns:
-        False, too, where the interpreter or the loop does not tell.
+    Where the interpreter or the loop does not tell, it is no.
     """
     frame = _get_frame()
     while frame is not None:
@@ -109,26 +90,49 @@ _get_frame: Callable[[], FrameType | None] = getattr(sys, "_getframe", lambda: N
 _RUN_CALLBACK: object = getattr(asyncio.Handle._run, "__code__", None)
 
 
-def laid_out_by_c(kind: type[Any]) -> bool:
-    """Tells whether instances of ``kind`` have a layout that C code gave them, as built-in types.
+def is_inner(coroutine: object, other: object) -> bool:
+    """Tells whether ``coroutine`` runs within ``other``, of which both are running here.
 
-    CPython allocates other types on the heap, and tells so in the flags of the type.
+    False, too, where the interpreter does not tell.
     """
+    # A task of asyncio's may run a generator, as that of an object that can be awaited.
+    frames = [
+        getattr(each, "cr_frame", None) or getattr(each, "gi_frame", None)
+        for each in (coroutine, other)
+    ]
+    frame = _get_frame()
+    while frame is not None and frame not in frames:
+        frame = frame.f_back
+    return frame is not None and frame is frames[0]
+
+
+def handles_are_watched() -> bool:
+    """Tells whether the program has replaced what runs asyncio's handles, to see which are slow."""
+    return asyncio.Handle._run is not _run
+
+
+def _file_of(function: object) -> object:
+    return getattr(getattr(function, "__code__", None), "co_filename", None)
+
+
+# None if it was replaced before this package was imported.
+_run: object = asyncio.Handle._run
+if _file_of(_run) != _file_of(asyncio.Handle.cancel):
+    _run = None
+
+
+def laid_out_by_c(kind: type[Any]) -> bool:
+    """Tells whether C code laid out the instances of ``kind``, as those of built-in types."""
     flags = getattr(kind, "__flags__", None)
     if type(flags) is int:
-        return not flags & _ALLOCATED_ON_THE_HEAP
+        return not flags & 1 << 9  # Py_TPFLAGS_HEAPTYPE, which all other types have
     return kind.__module__ == "builtins"
-
-
-_ALLOCATED_ON_THE_HEAP = 1 << 9  # Py_TPFLAGS_HEAPTYPE
 
 
 def calling_module() -> str | None:
     """Returns the name of the module from which the function that asks was called.
 
-    Returns:
-        None if a C++ thread called it that runs no Python code; "" if the interpreter does not
-        tell.
+    None if a C++ thread called it that runs no Python code; "" if the interpreter does not tell.
     """
     frame = _get_frame()
     if frame is None or frame.f_back is None:
@@ -137,24 +141,12 @@ def calling_module() -> str | None:
     return None if caller is None else str(caller.f_globals.get("__name__", ""))
 
 
-def check_interpreter() -> None:
-    """Refuses an interpreter on which nobody knows that futures lose nothing.
-
-    Without the GIL, before CPython 3.14.5, two threads may both delete the same slot of an object
-    (CPython issue 146270). Futures rely on deleting keys of dicts, which is safe there; but all
-    else that runs beneath them has not been shown to be.
-
-    Raises:
-        ImportError: This is such an interpreter, and its GIL is off.
-    """
-    has_gil: Callable[[], bool] = getattr(sys, "_is_gil_enabled", lambda: True)
-    if not has_gil() and sys.version_info < (3, 14, 5):
-        raise ImportError(
-            f"torchfut_aio does not run on Python {sys.version.split()[0]} with the GIL off: "
-            "before 3.14.5, two threads may both delete the same slot of an object (CPython issue "
-            "146270), and nobody knows that no callback is lost. Set PYTHON_GIL=1, or use Python "
-            "3.14.5 or newer"
-        )
-
-
-check_interpreter()  # when the package is imported
+# Futures rely on deleting keys of dicts, which is safe there, too; but all else that runs beneath
+# them has not been shown to be.
+_has_gil: Callable[[], bool] = getattr(sys, "_is_gil_enabled", lambda: True)
+if not _has_gil() and sys.version_info < (3, 14, 5):
+    raise ImportError(
+        f"torchfut_aio does not run on Python {sys.version.split()[0]} with the GIL off: before "
+        "3.14.5, two threads may both delete the same slot of an object (CPython issue 146270), "
+        "and nobody knows that no callback is lost. Set PYTHON_GIL=1, or use Python 3.14.5 or newer"
+    )

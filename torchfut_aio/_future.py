@@ -154,7 +154,7 @@ class Future(Settable[T]):
             warn_that_wait_blocks_a_loop()
         waiter = _loops.ThreadWaiter()
         try:
-            if _core.add_waiter(self, waiter):
+            if _core.add_waiter(self, waiter, _loops.THREADS):
                 waiter.block(timeout)
         finally:
             try:  # noqa: SIM105  a call could be struck before it has begun; a statement cannot
@@ -178,7 +178,7 @@ class Future(Settable[T]):
         if outcome is None:
             waiter = loop.waiter()
             try:
-                if _core.add_waiter(self, waiter):
+                if _core.add_waiter(self, waiter, loop):
                     yield from waiter
                 else:
                     yield from loop.checkpoint()

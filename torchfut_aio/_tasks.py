@@ -11,6 +11,7 @@ import asyncio
 import concurrent.futures
 import inspect
 import sys
+import weakref
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from . import _loops
 from ._errors import InvalidStateError, drop_catching_frame
 from ._future import Future
+from ._worker import Worker, WorkerThread
 
 if TYPE_CHECKING:
     import anyio.abc
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
         _TaskGroup = anyio.abc.TaskGroup | trio.Nursery
 
 T = TypeVar("T")
+
+# A thread that has nothing to do waits for so long, in seconds, for more to come.
+_LINGER = 0.1
 
 
 def start_soon(
@@ -109,7 +114,8 @@ def submit(
 ) -> Future[T]:
     """Runs ``func(*args)`` on a portal's loop, from another thread; else as `start_soon`.
 
-    It blocks until the loop has made the task.
+    A thread without an event loop blocks until the portal's loop has made the task. One that
+    runs a loop does not: a thread beside it hands the call over, in order for each portal.
 
     Args:
         portal: An ``anyio.from_thread.BlockingPortal``.
@@ -119,7 +125,8 @@ def submit(
 
     Raises:
         TypeError: ``portal`` or ``func`` is not one.
-        RuntimeError: The portal is not running, or its loop runs in this thread: use `start_soon`.
+        RuntimeError: The portal is not running. In a thread that runs a loop, the future fails
+            with it instead.
 
     Example:
         >>> import anyio.from_thread
@@ -134,20 +141,36 @@ def submit(
         raise TypeError(f"submit() takes a BlockingPortal of anyio.from_thread, not {portal!r}")
     future: Future[T] = Future()
     promise = Promise(future, task_name(func, name))
-    try:
+    # The loop's own thread, too: a portal refuses that, as it would wait for itself.
+    if _loops.loop_in_this_thread():
+        hand_over = _hand_overs.get(portal) or _hand_overs.setdefault(portal, _HandOver())
+        hand_over.submit(promise, (portal, func, args))
+    else:
         portal.start_task_soon(_run, promise, func, args, name=promise.name)
-    except RuntimeError as error:
-        if is_portals_own_thread(error):
-            raise RuntimeError(
-                "on the portal's own loop, use start_soon(), not submit()"
-            ) from error
-        raise
     return future
 
 
-def is_portals_own_thread(error: RuntimeError) -> bool:
-    """Tells whether a portal refused a call because its own loop's thread made it."""
-    return "event loop thread" in str(error)
+class _HandOver(Worker):
+    """Hands calls to one portal, for threads that must not wait for its loop."""
+
+    def __init__(self) -> None:
+        super().__init__("torchfut_aio submit")
+
+    def serve(self, thread: WorkerThread) -> None:
+        while not thread.is_to_end:
+            for promise in self.take():
+                self._hand_over(promise, *self.work.pop(promise))
+            if not self.rest(_LINGER):
+                return
+
+    def _hand_over(self, promise: Promise, portal: Any, func: Any, args: Any) -> None:
+        try:
+            portal.start_task_soon(_run, promise, func, args, name=promise.name)
+        except Exception as error:
+            promise.fail(drop_catching_frame(error))
+
+
+_hand_overs: weakref.WeakKeyDictionary[Any, _HandOver] = weakref.WeakKeyDictionary()
 
 
 def _function_checked(func: object) -> None:

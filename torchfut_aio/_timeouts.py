@@ -1,16 +1,15 @@
 """Futures with a deadline: one thread looks after all of them, while there are any.
 
-The thread keeps the deadlines in order of time. Whoever brings one rings for the thread only if it
-would wake too late, or if much has piled up; whoever takes the last one away, so that it can end.
+The thread keeps the deadlines in order of time. Submitting one rings for the thread only if it
+would wake too late, or if much has piled up. Forgetting the last one does, so that it can end.
 """
 
 from __future__ import annotations
 
 import heapq
-import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TypeVar, overload
 
@@ -20,8 +19,6 @@ from ._arguments import timeout_checked
 from ._errors import InvalidStateError
 from ._future import Future
 from ._worker import Worker, WorkerThread, call_contained
-
-__all__ = ["with_timeout"]
 
 T = TypeVar("T")
 
@@ -33,10 +30,10 @@ def with_timeout(future: object, seconds: float) -> Future[Any]: ...
 def with_timeout(future: object, seconds: float) -> Future[Any]:
     """Returns a future that completes as ``future`` does, or in time with TimeoutError.
 
-    For those who chain and never await; who awaits may use the loop's own timeouts. What
-    has timed out leaves nothing behind with ``future``, which goes on undisturbed. One
-    thread looks after all timeouts, and there is none while nothing is pending. Callbacks
-    of a future that has timed out run in that thread, and hold up other timeouts.
+    For chains that nobody awaits; a task may use its loop's own timeouts. A timeout leaves
+    nothing behind with ``future``, which goes on undisturbed. One thread looks after all
+    timeouts, while any is pending. Callbacks of a future that has timed out run in that
+    thread, and hold up other timeouts.
 
     Args:
         future: A future, or anything that `as_future` adopts.
@@ -61,7 +58,7 @@ def with_timeout(future: object, seconds: float) -> Future[Any]:
     try:
         _core.add_callback(source, deadline)
         if seconds <= 0:
-            deadline.expire(_too_late(seconds))
+            deadline.expire()
         elif seconds < math.inf and not source.done():
             _timer.submit(deadline)
             if source.done():  # perhaps before it was submitted
@@ -74,9 +71,9 @@ def with_timeout(future: object, seconds: float) -> Future[Any]:
 
 
 class _Deadline(_core.DoneCallback):
-    """Stays with the source, and with the timer, until one of them has it.
+    """Waits with the source and with the timer, which may keep it when it is over.
 
-    The timer may keep it for longer, so it lets go of both futures then.
+    So it lets go of both futures then.
     """
 
     __slots__ = ("child", "is_late", "seconds", "source", "when")
@@ -88,6 +85,9 @@ class _Deadline(_core.DoneCallback):
         self.seconds = seconds
         self.when = time.monotonic() + seconds
 
+    def __lt__(self, other: _Deadline) -> bool:
+        return self.when < other.when
+
     def run(self, source: Future[Any]) -> None:
         error = source.exception()
         if error is None:
@@ -98,12 +98,13 @@ class _Deadline(_core.DoneCallback):
     def fail(self, _source: Future[Any], error: BaseException) -> None:
         self._complete(_core.complete_with_error, error)
 
-    def expire(self, error: BaseException) -> None:
+    def expire(self) -> None:
         """Fails the child, unless the source has been faster; may be repeated if it raises."""
         source = self.source
         if source is not None and (self.is_late or _core.remove(source, self)):
             self.is_late = True
-            self._complete(_core.complete_with_error, error)
+            text = f"the future was not done within {self.seconds:g} s; it stays pending"
+            self._complete(_core.complete_with_error, TimeoutError(text))
 
     def _complete(self, complete: Callable[..., None], *outcome: object) -> None:
         child = self.child
@@ -114,12 +115,8 @@ class _Deadline(_core.DoneCallback):
             self.source = self.child = None
 
 
-def _too_late(seconds: float) -> TimeoutError:
-    return TimeoutError(f"the future was not done within {seconds:g} s; it stays pending")
-
-
 class _Timer(Worker):
-    """The deadlines that are looked after, and the thread that does."""
+    """Has the deadlines for its work."""
 
     patience_at_exit = 1.0
     survives_fork = True
@@ -129,10 +126,9 @@ class _Timer(Worker):
         self._wakes_at = math.inf
 
     def has_to_know(self, deadline: _Deadline) -> bool:
-        return deadline.when < self._wakes_at or len(self._new) > 2 * len(self.work) + 1000
+        return deadline.when < self._wakes_at or len(self.new) > 2 * len(self.work) + 1000
 
     def forget(self, deadline: _Deadline) -> None:
-        """Lets go of a deadline; does nothing if that is over."""
         self.work.pop(deadline, None)
         if not self.work:
             self.ring()
@@ -144,36 +140,35 @@ class _Timer(Worker):
             self._wakes_at = math.inf
 
     def _expire_all(self, thread: WorkerThread) -> None:
-        number = itertools.count()
-        heap: list[tuple[float, int, _Deadline]] = []
+        heap: list[_Deadline] = []
         while True:
-            self._take_in(heap, number)
-            while heap and (heap[0][0] <= time.monotonic() or heap[0][2] not in self.work):
-                self._expire(heapq.heappop(heap)[2])
+            self._take_in(heap)
+            while heap and (heap[0].when <= time.monotonic() or heap[0] not in self.work):
+                self._expire(heapq.heappop(heap))
             if thread.is_to_end or not self.work:
                 return
-            self._wakes_at = heap[0][0] if heap else math.inf
-            # Whoever came before that has seen another time, and may not have rung.
-            if not self._take_in(heap, number):
+            self._wakes_at = heap[0].when if heap else math.inf
+            # Whoever submitted before that saw another time, and may not have rung.
+            if not self._take_in(heap):
                 self.rest(self._wakes_at - time.monotonic())
 
-    def _take_in(self, heap: list[tuple[float, int, _Deadline]], number: Iterator[int]) -> bool:
-        """Puts what is new into the heap; tells whether there was anything."""
+    def _take_in(self, heap: list[_Deadline]) -> bool:
+        """Puts what is new into the heap; tells whether anything was."""
         new = self.take()
         for deadline in new:
             if deadline in self.work:
-                heapq.heappush(heap, (deadline.when, next(number), deadline))
+                heapq.heappush(heap, deadline)
         if len(heap) > 2 * len(self.work) + 1000:  # the rest has been forgotten
-            heap[:] = [entry for entry in heap if entry[2] in self.work]
+            heap[:] = [deadline for deadline in heap if deadline in self.work]
             heapq.heapify(heap)
         return bool(new)
 
     def _expire(self, deadline: _Deadline) -> None:
         if deadline in self.work:
             try:
-                call_contained(deadline.expire, _too_late(deadline.seconds))
+                call_contained(deadline.expire)
             finally:  # again, in case there was no memory
-                call_contained(deadline.expire, _too_late(deadline.seconds))
+                call_contained(deadline.expire)
             self.work.pop(deadline, None)
 
 

@@ -33,9 +33,9 @@ def copy_to_asyncio(source: _core.Completable[T]) -> asyncio.Future[T]:
     target: asyncio.Future[T] = asyncio.get_running_loop().create_future()
     if _core.outcome_of(source) is None:
         waiter = loop.waiter()
-        waiter.future.add_done_callback(lambda _: copy_when_ready(source, target))
+        waiter.add_done_callback(lambda _: copy_when_ready(source, target))
         target.add_done_callback(lambda _: _core.remove(source, waiter))
-        _core.add_waiter(source, waiter)
+        _core.add_waiter(source, waiter, loop)
     copy_when_ready(source, target)
     return target
 

@@ -1,25 +1,24 @@
-"""The state of a future: who follows it, and its outcome. Every change of state is here.
+"""The state of a future: its followers and its outcome. Every change of state is in this file.
 
-All of it is one dict, in which each step is one operation that no other thread can divide:
+The state is one dict. Each step below is one operation on it that no other thread can divide.
 
-1. A *follower* is a waiter, which the completion wakes, or a callback, which it runs: a
-   `DoneCallback`. It follows from when it is stored as a key until somebody deletes that.
-   Whoever deletes a callback runs it, so none runs twice.
-2. The future is done from when its outcome is stored under the key ``OUTCOME``. It is stored by
-   ``dict.setdefault``: of any number that try, the one whose outcome is found there has won.
-   That claims the future and publishes the outcome at once, and neither ever changes.
-3. Who follows stores itself, then looks whether there is an outcome. Who completes stores the
-   outcome, then lists the followers. So one of them sees the other, or both do: a follower may
-   be served twice, never not at all. (To wake a waiter twice does nothing.)
-4. A completion serves: it wakes all waiters, completes the C++ future, runs all callbacks. Each
-   step can be repeated. If an exception strikes in between, such as KeyboardInterrupt or
-   MemoryError, the completion serves once more, then raises it; if that fails too, as where the
-   stack is full, a new thread serves.
-5. No lock is taken, so nothing here can deadlock with a signal handler, a finaliser or a C++
-   callback that uses the same future in the middle of a step: each is as good as one more
-   thread.
+1. A *follower* is a key of the dict: a waiter, stored with the waker that wakes it, or a
+   `DoneCallback`, stored with ``CALLBACK``. A completion wakes the waiters and runs the
+   callbacks. A thread deletes a callback before it runs it, so no callback runs twice.
+2. The outcome is stored under the key ``OUTCOME``, by ``dict.setdefault``. If several threads
+   try, the dict keeps the first outcome, and the thread that finds its own there has won. So one
+   step both claims the future and publishes the outcome. Neither changes again.
+3. A follower is stored first; then its thread checks whether there is an outcome. A completion
+   stores the outcome first, then lists the followers. So at least one of the two sees the other:
+   a follower may be served twice, never zero times. (Waking a waiter twice does nothing.)
+4. A completion serves the followers in three steps: it wakes the waiters, completes the C++
+   future, and runs the callbacks. Each step can be repeated. If an exception interrupts them,
+   such as KeyboardInterrupt or MemoryError, the completion repeats them all, then raises the
+   exception. If the repetition fails, too, for instance on a full stack, a new thread serves.
+5. There is no lock, so nothing here can deadlock. A signal handler, a finaliser or a C++ callback
+   may use the same future in the middle of any step; it is no different from another thread.
 
-Where there is no GIL, storing to a dict and listing it lock it; see also ``_cpython.py``.
+Without a GIL, storing to a dict and listing it lock the dict; see also ``_cpython.py``.
 """
 
 from __future__ import annotations
@@ -33,9 +32,9 @@ import torch
 
 from .._devices import HOST_ONLY
 from .._errors import CANCELLATIONS, InvalidStateError
-from .._loops import Waiter
+from .._loops import Waker
 from . import _callbacks
-from ._callbacks import DoneCallback
+from ._callbacks import CALLBACK, DoneCallback
 from ._outcome import Outcome, joined_outcome, outcome_of_error, outcome_of_value
 from ._torch_future import complete_in_torch, set_value_in_torch
 
@@ -66,7 +65,7 @@ def outcome_of(future: Completable[Any]) -> Outcome | None:
 
 
 def complete(future: Completable[Any], outcome: Outcome) -> None:
-    """Completes a pending future, and serves all who follow it.
+    """Completes a pending future, and serves its followers.
 
     Raises:
         InvalidStateError: It is done already.
@@ -74,7 +73,7 @@ def complete(future: Completable[Any], outcome: Outcome) -> None:
     state = future._state
     try:
         if state.setdefault(OUTCOME, outcome) is outcome:
-            # Whoever follows from here on sees the outcome: all stores to a dict are in one order.
+            # A follower that is stored from here on sees the outcome: stores are in one order.
             callbacks = _wake_waiters(state) if len(state) > 1 else ()
             if outcome.error is None:
                 set_value_in_torch(future, outcome.value)
@@ -84,8 +83,9 @@ def complete(future: Completable[Any], outcome: Outcome) -> None:
                 _callbacks.run(future, outcome, state, callbacks)
             return
     except BaseException:
-        # Statements, where a call might find no stack left.
-        if OUTCOME in state and state[OUTCOME] is outcome:  # struck after it had won
+        # This thread may have won before it was interrupted. No call is made to find out, as
+        # the stack may be full.
+        if OUTCOME in state and state[OUTCOME] is outcome:
             try:
                 _serve_again(future, outcome, state)
             except BaseException:
@@ -108,9 +108,9 @@ def complete_with_value(future: Completable[Any], value: object) -> None:
 def complete_with_parts(
     future: Completable[Any], value: object, parts: Iterable[Completable[Any]]
 ) -> None:
-    """As `complete`, with a value made of those of other futures, which are done.
+    """As `complete`, with a value made of the values of other futures, which are done.
 
-    It is ready when theirs are.
+    The value is ready when theirs are.
     """
     outcomes = [part._state[OUTCOME] for part in parts]
     complete(future, joined_outcome(value, outcomes))
@@ -144,15 +144,16 @@ def try_complete_with_error(future: Completable[Any], error: BaseException) -> b
 
 
 def _wake_waiters(state: dict[Any, Any]) -> list[DoneCallback]:
-    """Wakes the waiters that follow a future, which is done; returns the callbacks."""
+    """Wakes the waiters of a future that is done; returns its callbacks."""
     callbacks = []
     for follower in [*state]:
         if follower is OUTCOME:
-            pass
-        elif isinstance(follower, DoneCallback):
+            continue
+        waker = state.get(follower)  # None if somebody has removed the follower meanwhile
+        if waker is CALLBACK:
             callbacks.append(follower)
-        else:
-            follower.wake()
+        elif waker is not None:
+            waker.wake(follower)
             state.pop(follower, None)  # a future that is done keeps no waiter, nor its loop
     return callbacks
 
@@ -164,18 +165,18 @@ def _serve_again(future: Completable[Any], outcome: Outcome, state: dict[Any, An
 
 
 def _serve_in_thread(future: Completable[Any], outcome: Outcome, state: dict[Any, Any]) -> None:
-    with suppress(KeyboardInterrupt, SystemExit):  # nobody is above to take what a callback raises
+    with suppress(KeyboardInterrupt, SystemExit):  # of a callback; this thread has no caller
         _serve_again(future, outcome, state)
 
 
-def add_waiter(future: Completable[Any], waiter: Waiter) -> bool:
-    """Has ``waiter`` woken when the future completes.
+def add_waiter(future: Completable[Any], waiter: object, waker: Waker) -> bool:
+    """Has ``waker.wake(waiter)`` called when the future completes.
 
     Returns:
-        False if the future is done. The waiter follows no more then, and may have been woken.
+        False if the future is done. The waiter is removed then, and may have been woken.
     """
     state = future._state
-    state[waiter] = None
+    state[waiter] = waker
     if OUTCOME not in state:
         return True
     state.pop(waiter, None)
@@ -183,24 +184,24 @@ def add_waiter(future: Completable[Any], waiter: Waiter) -> bool:
 
 
 def add_callback(future: Completable[Any], callback: DoneCallback) -> None:
-    """Has ``callback`` run when the future completes; here and now, if it is done."""
+    """Has ``callback`` run when the future completes, or at once if it is done."""
     state = future._state
-    state[callback] = None
+    state[callback] = CALLBACK
     outcome = state.get(OUTCOME)
     if outcome is not None:
         _callbacks.run_now(future, outcome, state, callback)
 
 
-def remove(future: Completable[Any], follower: Waiter | DoneCallback) -> bool:
-    """Removes a follower; returns False if it follows no more.
+def remove(future: Completable[Any], follower: object) -> bool:
+    """Removes a follower; returns False if it was not there.
 
-    That is: if a callback has been run, or is about to be.
+    A callback is no longer there if it has run, or is about to.
     """
     return future._state.pop(follower, _GONE) is not _GONE
 
 
-def followers(future: Completable[Any]) -> tuple[list[Waiter], list[DoneCallback]]:
-    """Returns the waiters and the callbacks that follow the future now."""
+def followers(future: Completable[Any]) -> tuple[list[object], list[DoneCallback]]:
+    """Returns the waiters and the callbacks of the future, as of now."""
     all_of_them = [follower for follower in [*future._state] if follower is not OUTCOME]
     callbacks = [follower for follower in all_of_them if isinstance(follower, DoneCallback)]
     return [follower for follower in all_of_them if follower not in callbacks], callbacks

@@ -90,12 +90,13 @@ async def _synchronize_device(device: torch.device) -> None:
 @types.coroutine
 def _called(blocker: Blocker, function: Callable[[], object]) -> Generator[Any, Any, None]:
     """Waits until the thread of ``blocker`` has called ``function``; raises what that raised."""
-    waiter = current().waiter()
+    loop = current()
+    waiter = loop.waiter()
     errors: list[Exception | None] = []
 
     def notify(error: Exception | None) -> None:
         errors.append(error)
-        waiter.wake()
+        loop.wake(waiter)
 
     try:
         blocker.submit(notify, function)

@@ -345,7 +345,7 @@ def until_reached(events: Sequence[RecordedEvent]) -> Generator[Any, Any, None]:
     watcher = watcher_of(loop)
     waits = watcher.waits
     waiter = loop.waiter()
-    wait = Wait(events, lambda _: waiter.wake())
+    wait = Wait(events, lambda _: loop.wake(waiter))
     try:
         if not watcher.watch(wait):
             return

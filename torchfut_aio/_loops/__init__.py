@@ -1,14 +1,14 @@
 """How a completion, in any thread, reaches a task that waits on an event loop.
 
-One file a kind of loop, and one interface, `Loop`. A task that waits makes a *waiter*, leaves it
-where the completing thread will find it, and parks. The completing thread calls
-``waiter.wake()``; nothing else crosses threads. `_inbox` says how that wakes the loop, and
+One file a kind of loop, and one interface, `Loop`. A task that waits gets a *waiter* of its loop,
+leaves both where the completing thread will find them, and parks. The completing thread calls
+``loop.wake(waiter)``; nothing else crosses threads. `_loop` says how that wakes the loop, and
 `_asyncio` follows a completion to its task.
 
 What has to be done now and then gets an `Alarm`, so that the loop drives it.
 
-A further kind of loop is one more file, with a class derived from `Loop` and two functions,
-``current`` and ``loop_in_this_thread``; and a line in ``_KINDS``.
+A further kind of loop is one more file, with a class derived from `Loop` and a function
+``current``, which returns the loop that runs in this thread or None; and a line in ``_KINDS``.
 
 Nothing here knows what a future is, or a device.
 """
@@ -17,19 +17,18 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable
 from typing import Any
 
 from . import _asyncio
 from ._alarm import Alarm
-from ._loop import Loop, Waiter
-from ._thread import ThreadWaiter
+from ._loop import THREADS, Loop, ThreadWaiter, Waker
 
 __all__ = [
+    "THREADS",
     "Alarm",
     "Loop",
     "ThreadWaiter",
-    "Waiter",
+    "Waker",
     "current",
     "current_asyncio",
     "loop_in_this_thread",
@@ -46,7 +45,6 @@ _KINDS = (
 current_asyncio = _asyncio.current
 
 _files: tuple[Any, ...] = (_asyncio,)
-_currents: tuple[Callable[[], Loop | None], ...] = (_asyncio.current,)
 _not_imported = tuple(library for library, _, _ in _KINDS if library != "asyncio")
 
 
@@ -59,8 +57,8 @@ def current() -> Loop:
     for library in _not_imported:
         if library in sys.modules:
             _admit_imported()
-    for find in _currents:
-        loop = find()
+    for file in _files:
+        loop: Loop | None = file.current()
         if loop is not None:
             return loop
     raise RuntimeError(
@@ -72,13 +70,12 @@ def current() -> Loop:
 def loop_in_this_thread() -> bool:
     """Tells whether blocking the calling thread would block an event loop."""
     _admit_imported()
-    return any(file.loop_in_this_thread() for file in _files)
+    return any(file.current() is not None for file in _files)
 
 
 def _admit_imported() -> None:
     """Imports the files of the kinds whose library the program has imported meanwhile."""
-    global _files, _currents, _not_imported
+    global _files, _not_imported
     here = [kind for kind in _KINDS if hasattr(sys.modules.get(kind[0]), kind[1])]
     _files = tuple(importlib.import_module("." + file, __name__) for _, _, file in here)
-    _currents = tuple(file.current for file in _files)
     _not_imported = tuple(kind[0] for kind in _KINDS if kind not in here)

@@ -1,12 +1,15 @@
 """The alarm: calls a function on a loop, at a time that is set again and again.
 
-Where the loop can watch files, and the platform has timers that are files, it is one of these,
-exact to microseconds. Otherwise the loop's own timers serve, a call for each time.
+The loops' own timers have the resolution of ``epoll_wait``, a millisecond. A Linux timerfd is a
+file that becomes readable when its time has come, and wakes a loop within tens of microseconds.
+Where the platform has none, or the loop cannot watch files, the loop's own timers serve, with a
+call for each time.
 
 Whatever interrupts a step of it:
 
-- A descriptor is never closed while a loop watches it. The loop refers to the timer that it
-  watches, and only the timer's finaliser closes the descriptor.
+- A descriptor that is closed while a loop watches it makes the loop deaf, or breaks whoever opens
+  the next file. So only the finaliser of a `TimerFd` closes one, and a loop that watches a
+  `TimerFd` refers to it.
 - A timer stays readable until it is set again. So when Ctrl-C keeps the loop from calling the
   function, the loop finds the timer in its next turn.
 - A timer counts as watched only once `Loop.watch` has returned. Until then the next use begins
@@ -16,20 +19,64 @@ Whatever interrupts a step of it:
 
 from __future__ import annotations
 
+import ctypes
 import math
+import os
+import sys
+import time
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from . import _timer
-
 if TYPE_CHECKING:
     from ._loop import Loop
 
-__all__ = ["Alarm"]
-
 _RETRY = 1e-3  # seconds, after the function has raised
+
+
+class TimerFd(ctypes.c_int):
+    """A timer; readable from when its time has come until it is set again.
+
+    ``value`` is the descriptor. C makes the instance of what timerfd_create returns, so Ctrl-C
+    cannot strike between the descriptor and the object that will close it.
+    """
+
+    def set(self, seconds: float) -> None:
+        """Starts the timer anew, or, for infinity, stops it; either way it is not readable."""
+        # All zero stops it.
+        nanoseconds = 0 if seconds == math.inf else max(int(seconds * 1e9), 1)
+        _libc.timerfd_settime(self, 0, _Itimerspec(0, 0, *divmod(nanoseconds, 10**9)), None)
+
+    # At exit, modules may have been emptied by the time that this is called.
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        if self.value >= 0:
+            close(self.value)
+
+
+# struct itimerspec: the seconds and nanoseconds of the interval, and those of the first time.
+_Itimerspec = ctypes.c_long * 4
+
+# Python itself has these functions from version 3.13 on. They never block, so they are called
+# without letting go of the GIL.
+_libc: Any = ctypes.PyDLL(None, use_errno=True) if sys.platform.startswith("linux") else None
+if hasattr(_libc, "timerfd_create"):
+    _libc.timerfd_create.restype = TimerFd
+
+
+def new_timer() -> TimerFd | None:
+    """Returns a timer that is not set, or None where the platform has none.
+
+    Raises:
+        OSError: Too many files are open.
+    """
+    if not hasattr(_libc, "timerfd_create"):
+        return None
+    close_on_exec = 0o2000000
+    timer: TimerFd = _libc.timerfd_create(time.CLOCK_MONOTONIC, os.O_NONBLOCK | close_on_exec)
+    if timer.value < 0:
+        raise OSError(ctypes.get_errno(), "timerfd_create: " + os.strerror(ctypes.get_errno()))
+    return timer
 
 
 class Alarm:
@@ -40,22 +87,11 @@ class Alarm:
     again in a moment.
     """
 
-    __slots__ = (
-        "__weakref__",
-        "_call",
-        "_can_watch",
-        "_function",
-        "_loop",
-        "_set_anew",
-        "_timer",
-        "_watched",
-    )
-
     def __init__(self, loop: Loop, function: Callable[[], object]) -> None:
         self._loop = loop
         self._function = function
         self._can_watch = True
-        self._timer: _timer.TimerFd | None = None
+        self._timer: TimerFd | None = None
         self._watched = False
         self._set_anew = False
         self._call: weakref.ref[Any] | None = None  # where the loop's own timers serve
@@ -73,23 +109,25 @@ class Alarm:
 
     def is_exact(self) -> bool:
         """Tells whether the alarm is exact to microseconds; has the loop watch it, if so."""
-        if self._watched:
-            return True
-        if not self._can_watch or not _timer.available():
-            return False
-        try:
-            timer = self._timer = self._timer or _timer.TimerFd.make()
+        if self._can_watch and not self._watched:
+            try:
+                self._watch()
+            except OSError:  # too many open files, now
+                return False
+            except RecursionError:
+                raise
+            except RuntimeError:  # the loop cannot watch files
+                self._can_watch = False
+        return self._watched
+
+    def _watch(self) -> None:
+        timer = self._timer = self._timer or new_timer()
+        if timer is None:
+            self._can_watch = False
+        else:
             self._loop.unwatch(timer)
             self._loop.watch(timer, self._ring)
-        except OSError:  # too many open files, now
-            return False
-        except RecursionError:
-            raise
-        except RuntimeError:  # the loop cannot watch files
-            self._can_watch = False
-            return False
-        self._watched = True
-        return True
+            self._watched = True
 
     def close(self) -> None:
         """Calls nothing any more, and leaves nothing with the loop; may be called again."""
@@ -101,7 +139,7 @@ class Alarm:
             self._loop.unwatch(timer)
             self._timer = None
 
-    def _ring(self, timer: _timer.TimerFd | None = None) -> None:
+    def _ring(self, timer: TimerFd | None = None) -> None:
         self._call = None
         if timer is not self._timer and timer is not None:
             # The loop still watches it, as Ctrl-C struck whoever closed the alarm.

@@ -1,15 +1,15 @@
 """Tasks on asyncio's loops and on uvloop's: each waits on an ``asyncio.Future``.
 
-Such a future would have the loop resume its task in the next turn, in a handle of its own. The
-inbox takes from it what resumes the task, and calls it for one after the other as soon as the
-loop looks: no turn more, and on asyncio, whose handles are written in Python, half the work.
+Such a future would have the loop resume its task in the next turn, in a handle of its own. We
+take from it what resumes the task, and call that as soon as the loop looks: no turn more, and on
+asyncio, whose handles are written in Python, half the work.
 
 The way of a completion, from the thread that completes to the task:
 
-1. `_Waiter.wake`, in any thread, posts the waiter to the inbox of its loop, which is asked for a
-   wake-up unless one is under way.
-2. `Inbox.serve`, on the loop, counts who has come.
-3. `AsyncioLoop._resume` resumes one task after the other.
+1. `AsyncioLoop.wake`, in any thread, posts the waiter to its loop, and asks the loop for a wake-up
+   unless one is under way.
+2. `Loop.serve`, on the loop, counts the waiters that have been posted.
+3. `AsyncioLoop.resume` resumes one task after the other.
 """
 
 from __future__ import annotations
@@ -18,77 +18,58 @@ import asyncio
 import contextvars
 import threading
 import weakref
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from threading import get_ident
 from typing import Any
 
-from .._cpython import in_callback_of, resume_callback, running_loop, still_waits
+from .. import _cpython
+from .._cpython import ResumeCallback, resume_callback, running_loop
+from ._alarm import TimerFd
 from ._burst import MANY, Burst
-from ._loop import Handle, Loop
-from ._timer import TimerFd
-
-__all__ = ["AsyncioLoop", "current", "loop_in_this_thread"]
-
-
-class _Waiter:
-    """One wait of a task, on an ``asyncio.Future``.
-
-    That is one of asyncio's own, unless the loop makes others: tasks have a fast path for these.
-    And all that tasks call of it is C: Ctrl-C cannot strike while one parks, or wakes up.
-    """
-
-    __slots__ = ("_loop", "future", "resume_callback")
-
-    resume_callback: tuple[Callable[[asyncio.Future[None]], Any], contextvars.Context] | None
-    """Once it is taken from the future: what takes the next step of the task, and where."""
-
-    def __init__(self, loop: AsyncioLoop, future: asyncio.Future[None]) -> None:
-        self._loop = loop
-        self.future = future
-        self.resume_callback = None
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.future)
-
-    def wake(self) -> None:
-        loop = self._loop
-        # Which loop runs here takes a system call to find out, in Python 3.11.
-        if get_ident() == loop.thread and _will_look_before_it_sleeps(self.future.get_loop()):
-            # It may be in the middle of a step of a task, so this one is resumed later; but is
-            # done from here on, for whoever means to cancel what still waits.
-            if not self.future.done():
-                self.future.set_result(None)
-        else:
-            # As post() does; a thread that completes many futures feels each call.
-            loop._queue.append(self)
-            if loop._wake_up is None:
-                loop._ask_for_wake_up()
+from ._loop import PAUSE, AsyncFunction, Loop
 
 
 class AsyncioLoop(Loop):
-    """One loop of asyncio or uvloop. It does not keep the event loop alive; the waiters do."""
+    """One loop of asyncio or uvloop. It does not keep the event loop alive; the waiters do.
 
-    __slots__ = ("_burst", "_event_loop", "thread")
+    A waiter is one of asyncio's own futures, unless the event loop makes others: tasks have a
+    fast path for these. All that a task calls of it is C: Ctrl-C cannot strike while the task
+    parks, or wakes up.
 
-    thread: int
-    """Where the event loop ran when a task last waited: only there may it run now."""
+    Attributes:
+        event_loop: Returns the event loop, or None if it has gone.
+        thread: Where the event loop ran when a task last waited: only there may it run now.
+    """
+
+    __slots__ = ("_burst", "_taken", "event_loop", "thread")
 
     def __init__(self, event_loop: asyncio.AbstractEventLoop) -> None:
         super().__init__()
-        self._burst = Burst()
+        self._burst = Burst(self.alarm(self.serve))
+        # What resumes a task, from when it is taken from the waiter until it is called.
+        self._taken: tuple[asyncio.Future[None], ResumeCallback] | None = None
         self.thread = 0
-        self._event_loop = weakref.ref(event_loop, lambda _: self.abandon())
+        self.event_loop = weakref.ref(event_loop, lambda _: self.abandon())
 
-    def is_of(self, event_loop: asyncio.AbstractEventLoop) -> bool:
-        """Tells whether it stands for ``event_loop``."""
-        return self._event_loop() is event_loop
-
-    def waiter(self) -> _Waiter:
-        if self._wake_up is not None:
-            self._renew_wake_up()
-        event_loop = self._event_loop()
+    def waiter(self) -> asyncio.Future[None]:
+        if self.wake_up is not None:
+            self.renew_wake_up()
+        event_loop = self.event_loop()
         assert event_loop is not None  # it is running the caller
-        return _Waiter(self, event_loop.create_future())
+        return event_loop.create_future()
+
+    def wake(self, waiter: asyncio.Future[None], /) -> None:
+        # Which loop runs here takes a system call to find out, in Python 3.11.
+        if get_ident() == self.thread and _will_look_before_it_sleeps(waiter.get_loop()):
+            # The loop may be in a step of another task, so it resumes this one later; but the
+            # waiter is done from here on, for whoever means to cancel what still waits.
+            if not waiter.done():
+                waiter.set_result(None)
+        else:
+            # As post() does; a thread that completes many futures feels each call.
+            self.queue.append(waiter)
+            if self.wake_up is None:
+                self.ask_for_wake_up()
 
     def checkpoint(self) -> Iterable[Any]:
         # As with an asyncio future that is done: the task goes on at once.
@@ -97,29 +78,27 @@ class AsyncioLoop(Loop):
     def wake_later(self, waiter: Any, found: int) -> bool:
         if found < MANY:
             return False
-        if self._wake_up is None and self._burst.look_again(self, found):
-            self._pause()
+        if self.wake_up is None and self._burst.look_again(found):
+            self.wake_up = PAUSE
         self.post(waiter)
         return True
 
-    def call_soon(self, function: Callable[[], object]) -> None:
-        event_loop = self._event_loop()
-        if event_loop is not None:
-            try:
-                if running_loop() is event_loop:
-                    event_loop.call_soon(function)
-                else:
-                    event_loop.call_soon_threadsafe(function)
-            except RuntimeError:
-                if not event_loop.is_closed():
-                    raise
+    def call_soon(self, function: Callable[[], object]) -> bool:
+        event_loop = self.event_loop()
+        if event_loop is None:
+            return False
+        try:
+            if get_ident() == self.thread and _will_look_before_it_sleeps(event_loop):
+                event_loop.call_soon(function)
+            else:
+                event_loop.call_soon_threadsafe(function)
+        except RuntimeError:
+            if not event_loop.is_closed():
+                raise
+            return False
+        return True
 
-    def spawn(
-        self,
-        ended: Callable[[], None],
-        function: Callable[..., Coroutine[Any, Any, None]],
-        *args: object,
-    ) -> None:
+    def spawn(self, ended: Callable[[], None], function: AsyncFunction, *args: object) -> None:
         self._running().create_task(function(*args)).add_done_callback(lambda _: ended())
 
     def watch(self, timer: TimerFd, function: Callable[[TimerFd], object]) -> None:
@@ -128,80 +107,71 @@ class AsyncioLoop(Loop):
         contextvars.Context().run(add_reader, timer.value, function, timer)
 
     def unwatch(self, timer: TimerFd) -> None:
-        event_loop = self._event_loop()
+        event_loop = self.event_loop()
         if event_loop is not None and not event_loop.is_closed():
             event_loop.remove_reader(timer.value)
 
-    def call_later(self, seconds: float, function: Callable[[], object]) -> Handle:
-        context = contextvars.Context()
-        return self._running().call_later(seconds, function, context=context)
+    def call_later(self, seconds: float, function: Callable[[], object]) -> asyncio.TimerHandle:
+        return self._running().call_later(seconds, function, context=contextvars.Context())
 
     def abandon(self) -> None:
         super().abandon()
+        self._taken = None
         self._burst.close()
 
-    def _running(self) -> asyncio.AbstractEventLoop:
-        event_loop = self._event_loop()
-        if event_loop is None:
-            raise RuntimeError("the event loop has gone")
-        return event_loop
-
-    def _schedule(self, serve: Callable[[], None]) -> bool:
-        event_loop = self._event_loop()
-        if event_loop is None:
-            return False
-        try:
-            event_loop.call_soon_threadsafe(serve)
-        except RuntimeError:
-            if not event_loop.is_closed():
-                raise
-            return False
-        return True
-
-    def _resume(self, count: int) -> None:
-        if (count >= MANY or self._burst.goes_on) and self._burst.look_again(self, count):
-            self._pause()
-        waiters = self._queue
-        debug = bool(waiters) and waiters[0].future.get_loop().get_debug()
+    def resume(self, count: int) -> None:
+        if (count >= MANY or self._burst.goes_on) and self._burst.look_again(count):
+            self.wake_up = PAUSE
+        waiters = self.queue
+        # In debug mode, and for who watches handles, each task has a handle of its own, so that one
+        # can tell which takes long.
+        apart = _cpython.handles_are_watched() or (
+            bool(waiters) and waiters[0].get_loop().get_debug()
+        )
         for _ in range(count):
             if not waiters:
                 return  # a task that ran its loop within this has seen to the others
             waiter = waiters[0]
-            future = waiter.future
-            # In debug mode each task has a handle of its own, so that asyncio can tell who takes
-            # long. And tasks written in Python are what runs a loop within a loop, which then
+            # None for tasks written in Python: these are what runs a loop within a loop, which then
             # has to find the others.
-            if not debug and (taken := resume_callback(future)) is not None:
-                waiter.resume_callback = taken
-                future.remove_done_callback(taken[0])
+            if not apart and (callback := resume_callback(waiter)) is not None:
+                self._taken = (waiter, callback)
+                waiter.remove_done_callback(callback[0])
             try:  # noqa: SIM105  a context manager would cost as much as all the rest
-                future.set_result(None)
+                waiter.set_result(None)
             except asyncio.InvalidStateError:
                 pass  # it has been cancelled
             # There is no call from here to the task, so Ctrl-C, which strikes at calls,
-            # cannot. If it has before, what resumes the task is still with the waiter.
+            # cannot. If it has before, what resumes the task is still there.
             del waiters[0]
-            taken = waiter.resume_callback
+            taken = self._taken
             if taken is not None:
-                waiter.resume_callback = None
+                self._taken = None
+                function, context = taken[1]
                 try:
-                    taken[1].run(taken[0], future)
+                    context.run(function, waiter)
                 except BaseException:
-                    if still_waits(taken[0], future):  # the call has not got to the task
-                        waiter.resume_callback = taken
+                    if _cpython.still_waits(function, waiter):  # the call has not got to the task
+                        self._taken = taken
                         waiters.appendleft(waiter)
                     raise
+
+    def _running(self) -> asyncio.AbstractEventLoop:
+        event_loop = self.event_loop()
+        if event_loop is None:
+            raise RuntimeError("the event loop has gone")
+        return event_loop
 
 
 def _will_look_before_it_sleeps(event_loop: asyncio.AbstractEventLoop) -> bool:
     """Tells whether ``event_loop`` runs in this thread, and is in a task or a callback.
 
     A signal handler, or a finaliser, may also run while asyncio's loop is about to sleep
-    or asleep. It would not notice what these schedule: it takes a write to its pipe.
+    or asleep. Only a write to its pipe makes it notice what these schedule.
     """
-    if running_loop() is not event_loop:
-        return False
-    return asyncio.current_task(event_loop) is not None or in_callback_of(event_loop)
+    return running_loop() is event_loop and (
+        asyncio.current_task(event_loop) is not None or _cpython.in_callback_of(event_loop)
+    )
 
 
 class _LastUsed(threading.local):
@@ -211,9 +181,8 @@ class _LastUsed(threading.local):
 
 
 _last_used = _LastUsed()
-_loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncioLoop] = (
-    weakref.WeakKeyDictionary()
-)
+_Loops = weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncioLoop]
+_loops: _Loops = weakref.WeakKeyDictionary()
 
 
 def current() -> AsyncioLoop | None:
@@ -222,7 +191,7 @@ def current() -> AsyncioLoop | None:
     if event_loop is None:
         return None
     loop = _last_used.loop
-    if loop is None or not loop.is_of(event_loop):
+    if loop is None or loop.event_loop() is not event_loop:
         loop = _loops.get(event_loop) or _new(event_loop)
         _last_used.loop = loop
         loop.thread = get_ident()
@@ -237,8 +206,3 @@ def _new(event_loop: asyncio.AbstractEventLoop) -> AsyncioLoop:
             _loops[other].abandon()
     loop = _loops[event_loop] = AsyncioLoop(event_loop)
     return loop
-
-
-def loop_in_this_thread() -> bool:
-    """Tells whether a loop of asyncio or uvloop runs in this thread."""
-    return running_loop() is not None

@@ -10,14 +10,8 @@ as many again, up to a millisecond. A burst of few is not put off.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 from ._alarm import Alarm
-
-if TYPE_CHECKING:
-    from ._loop import Loop
-
-__all__ = ["MANY", "Burst"]
 
 MANY = 16  # found in one look
 PAUSE_FOR_EACH = 8e-6  # seconds until the next look, for each that was found in this one
@@ -25,37 +19,27 @@ LONGEST_PAUSE = 1e-3
 
 
 class Burst:
-    """Has one loop look again after a pause, as long as looks find many."""
+    """Has a loop look again after a pause, by ``alarm``, as long as looks find many."""
 
-    __slots__ = ("_alarm", "goes_on")
+    def __init__(self, alarm: Alarm) -> None:
+        self._alarm = alarm
+        self.goes_on = False  # False only if the alarm is not set
 
-    def __init__(self) -> None:
-        self._alarm: Alarm | None = None
-        self.goes_on = False
+    def look_again(self, found: int) -> bool:
+        """Has the loop look again in a moment if this look found many; returns whether it will.
 
-    def look_again(self, loop: Loop, found: int) -> bool:
-        """Has ``loop`` serve again in a moment if this look found many; returns whether it will.
-
-        A pause is much shorter than what the loops' own timers can do. Where there is no other
-        timer, the loop is woken as it is out of a burst.
+        It does not where there are only the loop's own timers: a pause is too short for these.
         """
-        if found < MANY:
-            if self.goes_on:
-                assert self._alarm is not None
-                self._alarm.set(math.inf)
-                self.goes_on = False
-            return False
-        if self._alarm is None:
-            self._alarm = Alarm(loop, loop.serve)
-        if not self._alarm.is_exact():
-            return False
-        # First of all, so that an alarm that is set will be stopped, even if Ctrl-C strikes.
-        self.goes_on = True
-        self._alarm.set(min(found * PAUSE_FOR_EACH, LONGEST_PAUSE))
-        return True
+        if found >= MANY and self._alarm.is_exact():
+            # First of all, so that an alarm that is set will be stopped, even if Ctrl-C strikes.
+            self.goes_on = True
+            self._alarm.set(min(found * PAUSE_FOR_EACH, LONGEST_PAUSE))
+            return True
+        if self.goes_on:
+            self._alarm.set(math.inf)
+            self.goes_on = False
+        return False
 
     def close(self) -> None:
         """Leaves nothing with the loop, which has closed or gone; may be called again."""
-        if self._alarm is not None:
-            self._alarm.close()
-            self._alarm = None
+        self._alarm.close()

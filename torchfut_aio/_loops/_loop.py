@@ -1,47 +1,148 @@
-"""What every kind of loop offers to the tasks that wait on it. One file a kind implements it."""
+"""What every kind of loop offers to the tasks that wait on it. One file a kind implements it.
+
+Waking a loop from another thread takes a write to its pipe, a system call that also hands the GIL
+over: it costs more than all else on the way. So a waiter is posted to the queue of its loop.
+Whoever finds no wake-up under way asks the loop for one, and the loop then serves all who have
+been posted by the time it looks. A loop that has just found many may look again of its own
+accord, in a moment: that counts as a wake-up under way, too.
+
+No lock is held, so a signal handler or a finaliser may post. What makes that right is the order
+of two steps on either side. A poster appends the waiter, then reads ``wake_up``. The loop sets
+``wake_up`` to None, then reads the queue. Whichever way they interleave, either the poster sees
+None and wakes the loop, or the loop sees the waiter. (Where there is no GIL, appending to a deque
+and copying it lock it; asking for its length does not. So the loop copies it.)
+
+Ctrl-C may strike in the loop when it has taken the call of `Loop.serve` from its list, and has
+not made it. If posters went on to count on this call, the loop would be deaf for ever. So
+``wake_up`` is a weak reference to the call, which tells when the loop drops it. A traceback may
+keep the call for longer. So a task that is about to wait, and finds a wake-up under way, asks for
+another. (A poster does not. Most posters find one under way, and each would have to look at the
+clock to tell whether it is late.)
+"""
 
 from __future__ import annotations
 
-from abc import abstractmethod
+import threading
+import weakref
+from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Coroutine, Iterable
-from typing import Any, Protocol
+from contextlib import suppress
+from typing import Any, Final, Protocol
 
-from ._alarm import Alarm
-from ._inbox import Inbox
-from ._timer import TimerFd
+from ._alarm import Alarm, TimerFd
 
-__all__ = ["Handle", "Loop", "TaskWaiter", "Waiter"]
+AsyncFunction = Callable[..., Coroutine[Any, Any, None]]
 
-
-class Waiter(Protocol):
-    """One wait of a task or a thread."""
-
-    def wake(self) -> None:
-        """Wakes it, from any thread; does nothing if it is awake, or has gone."""
+PAUSE = object()  # stands for a wake-up that the loop has seen to itself
 
 
-class TaskWaiter(Waiter, Iterable[Any], Protocol):
-    """One wait of a task: ``yield from waiter`` suspends it until it is woken, or cancelled."""
+class Waker(Protocol):
+    """What wakes waiters: the loop of their tasks, or `THREADS`."""
+
+    def wake(self, waiter: Any, /) -> None:
+        """Wakes ``waiter``, from any thread; does nothing if it is awake, or has gone."""
 
 
-class Handle(Protocol):
-    """A call that a loop is going to make, which weak references may refer to."""
+class ThreadWaiter:
+    """One wait of a thread that blocks, on a lock that is taken until it is woken.
 
-    def cancel(self) -> object:
-        """Makes it not be made; does nothing if it has been."""
+    To acquire a lock is the one wait that takes a timeout, lets other threads run, and is
+    interrupted by Ctrl-C, in every version of Python that is supported.
+    """
 
-
-class Loop(Inbox):
-    """A running event loop, as the tasks that wait on it see it."""
-
-    __slots__ = ("watcher",)
-
-    watcher: Any
-    """What the device side keeps for this loop."""
+    __slots__ = ("_lock",)
 
     def __init__(self) -> None:
-        super().__init__()
-        self.watcher = None
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def block(self, timeout: float | None) -> None:
+        """Blocks until it is woken, or for ``timeout`` seconds, or as long as Python can wait."""
+        limit = threading.TIMEOUT_MAX  # centuries
+        self._lock.acquire(timeout=-1 if timeout is None else min(timeout, limit))
+
+    def unblock(self) -> None:
+        """Ends the wait; does nothing if it has ended."""
+        with suppress(RuntimeError):
+            self._lock.release()
+
+
+class _Threads:
+    def wake(self, waiter: ThreadWaiter, /) -> None:
+        waiter.unblock()
+
+
+THREADS: Final = _Threads()
+
+
+class Loop(ABC):
+    """A running event loop, as the tasks that wait on it see it.
+
+    Attributes:
+        queue: Those that were completed elsewhere and await their wake-up.
+        wake_up: What stands for the wake-up under way; None if there is none.
+        watcher: What the device side keeps for this loop.
+    """
+
+    __slots__ = ("__weakref__", "_renewed", "queue", "wake_up", "watcher")
+
+    def __init__(self) -> None:
+        self.queue: deque[Any] = deque()
+        self.wake_up: object = None
+        self.watcher: Any = None
+        self._renewed = False
+
+    def post(self, waiter: Any) -> None:
+        """Has the loop resume ``waiter``, from any thread."""
+        self.queue.append(waiter)
+        if self.wake_up is None:
+            self.ask_for_wake_up()
+
+    def serve(self) -> None:
+        """Resumes, on the loop, all who have been posted when it starts."""
+        self.wake_up = None
+        try:
+            self._renewed = False
+            self.resume(len(self.queue.copy()))
+        except BaseException:  # Ctrl-C cut it short
+            if self.queue:
+                self.ask_for_wake_up()
+            raise
+
+    def ask_for_wake_up(self) -> None:
+        """Has the loop call `serve`; if this is interrupted, the next poster does."""
+        try:
+            serve = self.serve  # a method object that only this call refers to
+            self.wake_up = weakref.ref(serve, self._wake_up_lost)
+            is_open = self.call_soon(serve)
+        except BaseException:
+            self.wake_up = None  # if the loop was told, it will find nothing to do
+            raise
+        if not is_open:
+            # Nobody is left to resume, here or in the queue.
+            self.wake_up = None
+            self.queue.clear()
+
+    def renew_wake_up(self) -> None:
+        """Asks for another wake-up, once, as that under way may be lost; for a task of the loop."""
+        if not self._renewed and self.wake_up is not PAUSE:
+            self._renewed = True
+            self.ask_for_wake_up()
+
+    def _wake_up_lost(self, wake_up: object) -> None:
+        # The loop has dropped the call. Had it made it, another would be under way, or none.
+        if self.wake_up is wake_up:
+            self.wake_up = None
+            if self.queue.copy():
+                self.ask_for_wake_up()
+
+    def abandon(self) -> None:
+        """Forgets who waits, as the loop has closed or gone; may be called again."""
+        self.queue.clear()
+        watcher, self.watcher = self.watcher, None
+        if watcher is not None:
+            watcher.abandon()
 
     def alarm(self, function: Callable[[], object]) -> Alarm:
         """Returns an alarm that is not set; for the loop's own thread."""
@@ -50,40 +151,44 @@ class Loop(Inbox):
     def wake_later(self, _waiter: Any, _found: int) -> bool:
         """Wakes ``waiter`` in a moment, if after ``found`` arrivals that is best; or returns False.
 
-        It is where arrivals come faster than tasks can be woken for each. For the loop's own
-        thread.
+        It is best if they come faster than tasks can be woken for each. For the loop's own thread.
         """
         return False
 
-    def abandon(self) -> None:
-        super().abandon()
-        watcher, self.watcher = self.watcher, None
-        if watcher is not None:
-            watcher.abandon()
-
     @abstractmethod
-    def waiter(self) -> TaskWaiter:
-        """Returns a waiter, hashable, for one wait of the current task."""
+    def waiter(self) -> Iterable[Any]:
+        """Returns a waiter, hashable, for one wait of the current task.
+
+        ``yield from waiter`` suspends the task until `wake` is called, or it is cancelled.
+        """
+
+    def wake(self, waiter: Any, /) -> None:
+        """As `Waker.wake`. A kind of loop may know a shorter way in its own thread."""
+        self.post(waiter)
 
     @abstractmethod
     def checkpoint(self) -> Iterable[Any]:
         """Does what an await that need not wait does on this loop; for ``yield from``."""
 
     @abstractmethod
-    def call_soon(self, function: Callable[[], object]) -> None:
-        """Has the loop call ``function``, from any thread; does nothing if it has closed."""
+    def resume(self, count: int) -> None:
+        """Resumes the first ``count`` in the queue, if there are, and then takes each out."""
 
     @abstractmethod
-    def spawn(
-        self,
-        ended: Callable[[], None],
-        function: Callable[..., Coroutine[Any, Any, None]],
-        *args: object,
-    ) -> None:
+    def call_soon(self, function: Callable[[], object]) -> bool:
+        """Has the loop call ``function``, from any thread; returns False if it has closed.
+
+        Ctrl-C that strikes the loop when it is about to make the call loses it. Each caller has
+        something that makes up for that: there is another wake-up; the watcher polls by its alarm,
+        too, and closes it after the next wait; and the promise of an RPC fails when it is dropped.
+        """
+
+    @abstractmethod
+    def spawn(self, ended: Callable[[], None], function: AsyncFunction, *args: object) -> None:
         """Runs an async function, which must not raise, in the loop's own thread.
 
         The loop calls ``ended`` when the task has ended, also if it was cancelled before its
-        first step. It cannot if it closes before: then it drops both. asyncio does not keep the
+        first step. If the loop closes before that, it drops both. asyncio does not keep the
         task: what it waits for has to, or else it may be dropped.
         """
 
@@ -91,9 +196,7 @@ class Loop(Inbox):
 
     @abstractmethod
     def watch(self, timer: TimerFd, function: Callable[[TimerFd], object]) -> None:
-        """Has the loop call ``function(timer)`` whenever ``timer`` is readable.
-
-        The loop has to refer to ``timer`` for as long as it watches it.
+        """Has the loop, which must refer to ``timer``, call ``function(timer)`` if it is readable.
 
         Raises:
             RuntimeError: The loop cannot watch files.
@@ -104,8 +207,10 @@ class Loop(Inbox):
         """Has the loop watch ``timer`` no more; does nothing if it does not, or has closed."""
 
     @abstractmethod
-    def call_later(self, seconds: float, function: Callable[[], object]) -> Handle:
+    def call_later(self, seconds: float, function: Callable[[], object]) -> Any:
         """Has the loop call ``function`` in so many seconds, by its own timers.
+
+        Returns an object with ``cancel()``, to which weak references can be made.
 
         Raises:
             RuntimeError: The loop has closed.

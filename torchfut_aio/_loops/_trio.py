@@ -5,16 +5,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Generator, Iterable
+import asyncio
+from collections.abc import Callable, Generator, Iterable
 from contextlib import suppress
 from typing import Any
 
 import trio
 
-from ._loop import Loop
-from ._timer import TimerFd
+from .._cpython import is_inner, running_loop
+from ._alarm import TimerFd
+from ._loop import AsyncFunction, Loop
 
-__all__ = ["TrioLoop", "current", "loop_in_this_thread"]
+_ALARM = "torchfut_aio alarm"  # the name of the tasks that stand for one
 
 
 class _Waiter:
@@ -23,11 +25,10 @@ class _Waiter:
     A task that somebody else has rescheduled sleeps again.
     """
 
-    __slots__ = ("_loop", "_task", "_woken")
+    __slots__ = ("_woken", "task")
 
-    def __init__(self, loop: TrioLoop) -> None:
-        self._loop = loop
-        self._task: trio.lowlevel.Task | None = None
+    def __init__(self) -> None:
+        self.task: trio.lowlevel.Task | None = None
         self._woken = False
 
     def __iter__(self) -> Generator[Any, Any, None]:
@@ -38,28 +39,22 @@ class _Waiter:
     # may miss the ``finally`` around it.
     def _park(self) -> Generator[Any, Any, None]:
         try:
-            self._task = task = trio.lowlevel.current_task()
+            self.task = task = trio.lowlevel.current_task()
             task.custom_sleep_data = self  # trio resets it when the task is rescheduled
             yield from trio.lowlevel.wait_task_rescheduled(self._abort).__await__()  # noqa: ASYNC105
         finally:
-            self._task = None  # it goes on, perhaps to sleep elsewhere
-
-    def wake(self) -> None:
-        if self._task is not None and self._loop.can_resume(self._task):
-            self.resume()
-        else:
-            self._loop.post(self)
+            self.task = None  # it goes on, perhaps to sleep elsewhere
 
     def resume(self) -> None:
         """Resumes the task, in trio's thread; may be called again."""
         self._woken = True
-        task = self._task
+        task = self.task
         if task is not None and task.custom_sleep_data is self:
             trio.lowlevel.reschedule(task)
 
     def _abort(self, _raise_cancel: Callable[[], Any]) -> trio.lowlevel.Abort:
-        # A signal handler may have woken the task on the way here, and no longer can from here on.
-        task, self._task = self._task, None
+        # A signal handler may have woken the task by now; from here on, none can.
+        task, self.task = self.task, None
         sleeps = task is not None and task.custom_sleep_data is self
         return trio.lowlevel.Abort.SUCCEEDED if sleeps else trio.lowlevel.Abort.FAILED
 
@@ -74,34 +69,38 @@ class TrioLoop(Loop):
         self._token = token
 
     def waiter(self) -> _Waiter:
-        if self._wake_up is not None:
-            self._renew_wake_up()
-        return _Waiter(self)
+        if self.wake_up is not None:
+            self.renew_wake_up()
+        return _Waiter()
+
+    def wake(self, waiter: _Waiter, /) -> None:
+        if waiter.task is not None and self._can_resume(waiter.task):
+            waiter.resume()
+        else:
+            self.post(waiter)
 
     def checkpoint(self) -> Iterable[Any]:
         return trio.lowlevel.checkpoint().__await__()  # noqa: ASYNC105
 
-    def can_resume(self, task: trio.lowlevel.Task) -> bool:
+    def _can_resume(self, task: trio.lowlevel.Task) -> bool:
         """Tells whether the caller may reschedule ``task`` itself."""
         # Only while trio runs a task of this very run: in guest mode the host's callbacks
         # share the thread, and trio may be asleep. And not the waiting task itself, which
         # a signal handler or a finaliser may interrupt on its way to sleep.
-        if not trio.lowlevel.in_trio_task():
-            return False
-        if trio.lowlevel.current_trio_token() is not self._token:
-            return False
-        return trio.lowlevel.current_task() is not task
+        return (
+            trio.lowlevel.in_trio_task()
+            and trio.lowlevel.current_trio_token() is self._token
+            and trio.lowlevel.current_task() is not task
+        )
 
-    def call_soon(self, function: Callable[[], object]) -> None:
-        with suppress(trio.RunFinishedError):
+    def call_soon(self, function: Callable[[], object]) -> bool:
+        try:
             self._token.run_sync_soon(function)
+        except trio.RunFinishedError:
+            return False
+        return True
 
-    def spawn(
-        self,
-        ended: Callable[[], None],
-        function: Callable[..., Coroutine[Any, Any, None]],
-        *args: object,
-    ) -> None:
+    def spawn(self, ended: Callable[[], None], function: AsyncFunction, *args: object) -> None:
         async def run() -> None:  # trio lets every task take its first step
             try:
                 await function(*args)
@@ -111,7 +110,7 @@ class TrioLoop(Loop):
         trio.lowlevel.spawn_system_task(run, name=function)
 
     def watch(self, timer: TimerFd, function: Callable[[TimerFd], object]) -> None:
-        trio.lowlevel.spawn_system_task(self._watch, timer, function, name="torchfut_aio alarm")
+        trio.lowlevel.spawn_system_task(self._watch, timer, function, name=_ALARM)
 
     def unwatch(self, timer: TimerFd) -> None:
         # Outside of a run, it has ended, and its tasks with it.
@@ -119,35 +118,29 @@ class TrioLoop(Loop):
             trio.lowlevel.notify_closing(timer.value)
 
     def call_later(self, seconds: float, function: Callable[[], object]) -> trio.CancelScope:
+        async def call() -> None:
+            with scope:
+                await trio.sleep(seconds)
+                function()
+
         scope = trio.CancelScope()
-        trio.lowlevel.spawn_system_task(
-            _call_later, scope, seconds, function, name="torchfut_aio alarm"
-        )
+        trio.lowlevel.spawn_system_task(call, name=_ALARM)
         return scope
+
+    def resume(self, count: int) -> None:
+        for _ in range(count):
+            self.queue[0].resume()
+            del self.queue[0]
 
     async def _watch(self, timer: TimerFd, function: Callable[[TimerFd], object]) -> None:
         try:
             await _call_whenever_readable(timer, function)
-        except trio.ClosedResourceError:
-            pass  # the loop is to watch it no more
-        except trio.BusyResourceError:
-            pass  # another task does: Ctrl-C struck when the loop had been told to watch it
+        except (trio.ClosedResourceError, trio.BusyResourceError):
+            # `unwatch` was called; or Ctrl-C struck `watch`, and another task watches it.
+            pass
         except trio.Cancelled:  # the run ends
             self.abandon()
             raise
-
-    def _schedule(self, serve: Callable[[], None]) -> bool:
-        try:
-            self._token.run_sync_soon(serve)
-        except trio.RunFinishedError:
-            return False
-        return True
-
-    def _resume(self, count: int) -> None:
-        waiters = self._queue
-        for _ in range(count):
-            waiters[0].resume()
-            del waiters[0]
 
 
 async def _call_whenever_readable(timer: TimerFd, function: Callable[[TimerFd], object]) -> None:
@@ -156,12 +149,12 @@ async def _call_whenever_readable(timer: TimerFd, function: Callable[[TimerFd], 
         function(timer)
 
 
-async def _call_later(
-    scope: trio.CancelScope, seconds: float, function: Callable[[], object]
-) -> None:
-    with scope:
-        await trio.sleep(seconds)
-        function()
+def _in_asyncio_within_trio() -> bool:
+    """Tells whether a task of trio's runs a loop of asyncio, which runs the caller."""
+    if running_loop() is None:
+        return False
+    task = asyncio.current_task()
+    return task is not None and is_inner(task.get_coro(), trio.lowlevel.current_task().coro)
 
 
 _this_run: trio.lowlevel.RunVar[TrioLoop] = trio.lowlevel.RunVar("torchfut_aio")
@@ -169,7 +162,7 @@ _this_run: trio.lowlevel.RunVar[TrioLoop] = trio.lowlevel.RunVar("torchfut_aio")
 
 def current() -> TrioLoop | None:
     """Returns the trio run that runs the calling task, if one does."""
-    if not trio.lowlevel.in_trio_task():
+    if not trio.lowlevel.in_trio_task() or _in_asyncio_within_trio():
         return None
     try:
         return _this_run.get()
@@ -177,6 +170,3 @@ def current() -> TrioLoop | None:
         loop = TrioLoop(trio.lowlevel.current_trio_token())
         _this_run.set(loop)
         return loop
-
-
-loop_in_this_thread = trio.lowlevel.in_trio_task

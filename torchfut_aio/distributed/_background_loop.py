@@ -104,7 +104,7 @@ class _Running:
 
     def ring(self) -> None:
         """Has the loop call `make_tasks`, from any thread."""
-        # As with an Inbox: the caller has written its call before, and the loop reads it after.
+        # As in Loop.post: the caller has written its call before, and the loop reads it after.
         try:
             self.is_rung = True
             self._call_soon()

@@ -19,7 +19,7 @@ from .._devices import devices_in_use
 from .._errors import warn_that_wait_blocks_a_loop
 from .._future import Future
 from .._rpc_errors import this_worker
-from .._tasks import Promise, is_portals_own_thread, run_contained, task_name
+from .._tasks import Promise, run_contained, task_name
 from . import _background_loop
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ def serve_on(portal: anyio.from_thread.BlockingPortal) -> AbstractContextManager
     try:
         loop = portal.call(_loops.current)
     except RuntimeError as error:
-        if not is_portals_own_thread(error):
+        if "event loop thread" not in str(error):  # the portal's own, which it refuses
             raise
         loop = _loops.current()
     host = _Host(loop)
