@@ -31,7 +31,7 @@ def exception_checked(error: object, by: str) -> None:
     if not isinstance(error, BaseException):
         raise TypeError(
             f"{by}() takes an exception instance, such as ValueError('...'), "
-            f"not {error!r} of type {type(error).__qualname__}"
+            f"not one of type {type(error).__qualname__}"
         )
 
 
