@@ -130,13 +130,13 @@ def test_gather_of_a_failed_future_attaches_nothing_that_stays():
         assert "callbacks=0" in repr(never)
 
 
-def test_gather_of_a_tuple_gives_a_tuple():
+def test_gather_of_a_tuple_gives_a_list_as_of_any_iterable():
     futures = (Future(), torch.futures.Future())
     combined, settled = gather(futures), gather(futures, return_exceptions=True)
     for n, fut in enumerate(futures):
         fut.set_result(n)
-    assert combined.wait() == settled.wait() == (0, 1)
-    assert gather(()).wait() == gather((), return_exceptions=True).wait() == ()
+    assert combined.wait() == settled.wait() == [0, 1]
+    assert gather(()).wait() == gather((), return_exceptions=True).wait() == []
 
 
 def test_gather_gives_errors_among_the_values_once_all_are_done_if_asked_to():
@@ -250,7 +250,7 @@ def test_what_is_no_future_is_refused_before_anything_is_attached(combine):
     fut = Future()
     with pytest.raises(RuntimeError, match="Future can't be None"):
         combine([fut, None])
-    with pytest.raises(TypeError, match="5 of type int"):
+    with pytest.raises(TypeError, match="an int is not a future"):
         combine([fut, 5])
     with pytest.raises(TypeError, match="iterable of futures"):
         combine(fut)

@@ -73,9 +73,9 @@ def test_public_names_are_what_is_documented():
 LAYERS = [
     "_cpython",
     "_annotations",
+    "_repr",
     "_arguments",
     "_errors",
-    "_repr",
     "_worker",
     "_loops",
     "_devices",

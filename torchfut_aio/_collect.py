@@ -15,6 +15,7 @@ from ._adopt import Source, as_future
 from ._arguments import timeout_checked
 from ._errors import InvalidStateError, NotAFutureError
 from ._future import Future
+from ._repr import described
 
 T = TypeVar("T")
 F = TypeVar("F")
@@ -125,17 +126,22 @@ class Collector(_core.DoneCallback):
 
     def complete(self) -> None:
         with suppress(InvalidStateError):  # somebody has completed it instead
-            error = self.error()
-            if error is not None:
-                _core.complete_with_error(self.combined, error)
+            failed = self.failed()
+            if failed is not None:
+                self.fail_as(failed)
             else:
                 result = self.result(self.futures)
                 _core.complete_with_parts(self.combined, result, self.distinct)
 
-    def error(self) -> BaseException | None:
-        """Returns the error to fail with, now that all are done; or None."""
-        errors = [future.exception() for future in self.distinct]
-        return next((error for error in errors if error is not None), None)
+    def fail_as(self, failed: Future[Any]) -> None:
+        for future in self.distinct:
+            if future is not failed:
+                _core.ignore_error(future)  # one error is enough, as with asyncio.gather
+        _core.complete_as(self.combined, failed)
+
+    def failed(self) -> Future[Any] | None:
+        """Returns the future to fail as, now that all are done; or None."""
+        return next(filter(_core.has_failed, self.distinct), None)
 
 
 class Settler(Collector):
@@ -143,7 +149,7 @@ class Settler(Collector):
 
     __slots__ = ()
 
-    def error(self) -> None:
+    def failed(self) -> None:
         return None
 
 
@@ -165,8 +171,7 @@ class Gatherer(Collector):
         return combined
 
     def run(self, future: Future[Any]) -> None:
-        error = future.exception()
-        if error is None:
+        if not _core.has_failed(future):
             super().run(future)
             return
         try:
@@ -175,7 +180,7 @@ class Gatherer(Collector):
             return
         self.withdraw()
         with suppress(InvalidStateError):  # somebody has completed it instead
-            _core.complete_with_error(self.combined, error)
+            self.fail_as(future)
 
     def withdraw(self) -> None:
         for future in self.distinct:
@@ -211,6 +216,5 @@ def _listed(futures: Iterable[F]) -> list[F]:
         return list(futures)
     except TypeError:
         raise NotAFutureError(
-            f"expected an iterable of futures, such as [fut0, fut1], not {futures!r} "
-            f"of type {type(futures).__qualname__}"
+            f"expected an iterable of futures, such as [fut0, fut1], not {described(futures)}"
         ) from None

@@ -233,8 +233,10 @@ class Future(Settable[T]):
     def as_asyncio(self) -> asyncio.Future[T]:
         """Returns an ``asyncio.Future`` of the running loop that completes as this one.
 
-        For what insists on one, such as ``asyncio.wait``. Cancelling it leaves this
-        future as it was, and nothing behind; so cancel it when you lose interest.
+        For what insists on one, such as ``asyncio.wait``, or ``asyncio.wait_for`` with a time
+        of 0. Cancelling it leaves this future as it was. A copy that was cancelled, or that
+        nobody refers to or waits for, leaves nothing behind. (``asyncio.shield`` is not needed:
+        cancelling a task that awaits this future itself does not cancel the future.)
 
         Raises:
             RuntimeError: No asyncio loop runs in this thread.
@@ -270,13 +272,6 @@ class Future(Settable[T]):
             5
         """
         return copy_to_concurrent(self)
-
-    @property
-    def _condition(self) -> NoReturn:
-        # The first that functions of concurrent.futures ask of what they take for their own.
-        raise AttributeError(
-            "concurrent.futures takes futures of its own only: pass fut.as_concurrent()"
-        )
 
     # ------------------------------------------------------------------- callbacks
 
@@ -354,6 +349,15 @@ class Future(Settable[T]):
         return removed
 
     # --------------------------------------------------------------------- the rest
+
+    @property
+    def _condition(self) -> NoReturn:
+        """What functions of ``concurrent.futures`` ask for; says what to give them instead."""
+        raise AttributeError(
+            "wait() and as_completed() of concurrent.futures take futures of that module only: "
+            "pass fut.as_concurrent() to them, or use those of torchfut_aio, as_completed() and "
+            "wait_all()"
+        )
 
     def __repr__(self) -> str:
         outcome: _core.Outcome | None = self._state.get(OUTCOME)

@@ -1,11 +1,11 @@
 """`gather`, whose overloads keep the types of a few values apart."""
 
-# A tuple is an iterable too, and gives a tuple where other iterables give a list.
+# A tuple is an iterable too, and has overloads of its own.
 # mypy: disable-error-code="overload-overlap"
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, Literal, TypeAlias, TypeVar, overload
 
 from ._adopt import Source
@@ -120,8 +120,9 @@ def gather(futures: Iterable[Any], *, return_exceptions: bool = False) -> Future
             fails in the place of its value.
 
     Returns:
-        A future of the list of the values, in the order of ``futures``; or of the tuple, if
-        that is a tuple. When one fails it fails with that error at once, and waits for none of
+        A future of the list of the values, in the order of ``futures``. (For type checkers, that
+        of a tuple is a tuple, as with ``asyncio.gather``, so that each value keeps its type.)
+        When one fails it fails with that error at once, and waits for none of
         the others, which go on undisturbed. A caller who loses interest in it leaves it attached
         to those until they complete.
 
@@ -136,7 +137,6 @@ def gather(futures: Iterable[Any], *, return_exceptions: bool = False) -> Future
         >>> both.wait()
         ['a', 'b']
     """
-    kind: Callable[[Iterable[Any]], Any] = tuple if isinstance(futures, tuple) else list
     if return_exceptions:
-        return Settler(adopted(futures), lambda done: kind(values_or_errors(done))).start()
-    return Gatherer(adopted(futures), lambda done: kind(values(done))).start()
+        return Settler(adopted(futures), values_or_errors).start()
+    return Gatherer(adopted(futures), values).start()

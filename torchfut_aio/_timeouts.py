@@ -89,11 +89,10 @@ class _Deadline(_core.DoneCallback):
         return self.when < other.when
 
     def run(self, source: Future[Any]) -> None:
-        error = source.exception()
-        if error is None:
-            self._complete(_core.complete_with_parts, source.value(), (source,))
+        if _core.has_failed(source):
+            self._complete(_core.complete_as, source)
         else:
-            self._complete(_core.complete_with_error, error)
+            self._complete(_core.complete_with_parts, source.value(), (source,))
 
     def fail(self, _source: Future[Any], error: BaseException) -> None:
         self._complete(_core.complete_with_error, error)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import weakref
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
@@ -30,14 +32,59 @@ def copy_to_asyncio(source: _core.Completable[T]) -> asyncio.Future[T]:
             "as_asyncio() makes a future of the running asyncio loop, and none runs in "
             "this thread; await the future itself on trio, use wait() in a script"
         )
-    target: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+    target: _AsyncioCopy[T] = _AsyncioCopy()
     if _core.outcome_of(source) is None:
-        waiter = loop.waiter()
-        waiter.add_done_callback(lambda _: copy_when_ready(source, target))
-        target.add_done_callback(lambda _: _core.remove(source, waiter))
+        waiter: asyncio.Future[None] = loop.waiter()
+
+        def withdraw(_: object) -> None:
+            link.target = None
+            _core.remove(source, waiter)
+
+        target.link = link = _Link(target, withdraw)
+        waiter.add_done_callback(lambda _: link.copy_from(source))
+        asyncio.Future.add_done_callback(target, withdraw)
         _core.add_waiter(source, waiter, loop)
     copy_when_ready(source, target)
     return target
+
+
+class _Link:
+    """What the source has of its copy: all of it, or a weak reference while nobody waits for it.
+
+    So a copy goes when whoever asked for it has lost interest, without a word: ``asyncio.shield``
+    does not cancel what it shields.
+    """
+
+    __slots__ = ("_ref", "target")
+
+    def __init__(self, target: _AsyncioCopy[Any], withdraw: Callable[[object], None]) -> None:
+        self._ref = weakref.ref(target, withdraw)
+        self.target: _AsyncioCopy[Any] | None = None
+
+    def copy_from(self, source: _core.Completable[Any]) -> None:
+        target = self._ref()
+        if target is not None:
+            copy_when_ready(source, target)
+
+
+class _AsyncioCopy(asyncio.Future[T]):
+    """A future of asyncio's that has its source keep it while somebody waits for it."""
+
+    link: _Link | None = None
+    _waiting = 0
+
+    def add_done_callback(self, *args: Any, **kwargs: Any) -> None:
+        super().add_done_callback(*args, **kwargs)
+        self._waiting += 1
+        if self.link is not None:
+            self.link.target = self
+
+    def remove_done_callback(self, *args: Any) -> int:
+        removed = super().remove_done_callback(*args)
+        self._waiting -= removed
+        if self.link is not None and not self._waiting:
+            self.link.target = None
+        return removed
 
 
 def copy_when_ready(source: _core.Completable[T], target: asyncio.Future[T]) -> None:

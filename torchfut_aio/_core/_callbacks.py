@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Final
 
+from .._repr import function_name
 from ._outcome import Outcome
 
 MAX_DEPTH = 32
@@ -189,8 +190,8 @@ def _fail(future: Any, callback: DoneCallback, error: BaseException) -> BaseExce
     if isinstance(error, (KeyboardInterrupt, SystemExit)):
         return error
     _logger.error(
-        "Got the following error when running the callback %r of %r:",
-        callback.run,
+        "Got the following error when running the callback %s of %r:",
+        function_name(callback.run),
         future,
         exc_info=error,
     )

@@ -41,6 +41,7 @@ from ._torch_future import complete_in_torch, set_value_in_torch
 T = TypeVar("T")
 
 OUTCOME: Final = "outcome"
+IGNORED: Final = "ignored"  # stored by `ignore_error`; no follower either
 
 _GONE: Any = object()
 
@@ -78,6 +79,8 @@ def complete(future: Completable[Any], outcome: Outcome) -> None:
             if outcome.error is None:
                 set_value_in_torch(future, outcome.value)
             else:
+                if IGNORED in state:
+                    outcome.exception()
                 complete_in_torch(future, outcome)
             if callbacks:
                 _callbacks.run(future, outcome, state, callbacks)
@@ -143,6 +146,14 @@ def try_complete_with_error(future: Completable[Any], error: BaseException) -> b
     return True
 
 
+def complete_as(future: Completable[Any], source: Completable[Any]) -> None:
+    """As `complete`, with the very outcome of another future, which is done.
+
+    So an error that somebody retrieves from one of them is retrieved from both.
+    """
+    complete(future, source._state[OUTCOME])
+
+
 def _wake_waiters(state: dict[Any, Any]) -> list[DoneCallback]:
     """Wakes the waiters of a future that is done; returns its callbacks."""
     callbacks = []
@@ -202,9 +213,27 @@ def remove(future: Completable[Any], follower: object) -> bool:
 
 def followers(future: Completable[Any]) -> tuple[list[object], list[DoneCallback]]:
     """Returns the waiters and the callbacks of the future, as of now."""
-    all_of_them = [follower for follower in [*future._state] if follower is not OUTCOME]
+    all_of_them = [f for f in [*future._state] if f is not OUTCOME and f is not IGNORED]
     callbacks = [follower for follower in all_of_them if isinstance(follower, DoneCallback)]
     return [follower for follower in all_of_them if follower not in callbacks], callbacks
+
+
+def ignore_error(future: Completable[Any]) -> None:
+    """Has nothing logged if the future fails, or has, and nobody retrieves the error.
+
+    For whoever has reported another error already, and expects more.
+    """
+    state = future._state
+    state[IGNORED] = None
+    outcome = state.get(OUTCOME)
+    if outcome is not None:
+        outcome.exception()
+
+
+def has_failed(future: Completable[Any]) -> bool:
+    """Tells whether the future has failed. Does not count as retrieving its error."""
+    outcome = future._state.get(OUTCOME)
+    return outcome is not None and outcome.error is not None
 
 
 def is_cancelled(future: Completable[Any]) -> bool:
@@ -217,7 +246,7 @@ def is_followed(future: Completable[Any]) -> bool:
     """Tells whether the future is pending and somebody follows it."""
     state = future._state
     # In this order: a completion stores the outcome before it deletes a follower.
-    return bool(state) and OUTCOME not in state
+    return bool(state) and state.keys() != {IGNORED} and OUTCOME not in state
 
 
 def _refuse_second(future: Completable[Any]) -> NoReturn:
