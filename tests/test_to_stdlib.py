@@ -15,7 +15,7 @@ from torchfut_aio import Future, _core, _to_stdlib, as_future
 from .accelerator import FIRST, NEW, SECOND, being_filled, completed_on, told_or_not
 from .explorer import strikes
 from .loops import on_asyncio
-from .threads import PATIENCE, running, until
+from .threads import PATIENCE, alongside, running, until
 
 
 def test_it_completes_as_its_source_does():
@@ -56,21 +56,8 @@ def test_they_refuse_the_future_itself_with_a_cure(function):
 async def test_asyncio_wraps_it():
     fut = Future()
     wrapped = asyncio.wrap_future(fut.as_concurrent())
-    with running_later(fut):
+    async with alongside(lambda: fut.set_result(5)):
         assert await wrapped == 5
-
-
-def running_later(fut):
-    timer = threading.Timer(0.001, fut.set_result, (5,))
-
-    class Joined:
-        def __enter__(self):
-            timer.start()
-
-        def __exit__(self, *error):
-            timer.join()
-
-    return Joined()
 
 
 def test_it_is_adopted_back():

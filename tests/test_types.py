@@ -53,7 +53,7 @@ def test_pyright_accepts_typical_code(tmp_path):
     config.write_text(
         json.dumps(
             {
-                "include": [str(USER_CODE)],
+                "include": [os.path.relpath(USER_CODE, tmp_path)],
                 "extraPaths": [str(ROOT)],
                 "typeCheckingMode": "strict",
             }

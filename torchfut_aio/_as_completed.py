@@ -18,7 +18,7 @@ from typing import Any, TypeVar, overload
 from . import _core, _loops
 from ._adopt import Source
 from ._arguments import timeout_checked
-from ._collect import adopted
+from ._collect import adopted, not_done_within
 from ._errors import warn_that_wait_blocks_a_loop
 from ._future import Future
 
@@ -26,12 +26,10 @@ T = TypeVar("T")
 
 
 @overload
-def as_completed(
-    futures: Iterable[Source[T]], *, timeout: float | None = None
-) -> _AsCompleted[T]: ...
+def as_completed(futures: Iterable[Source[T]], timeout: float | None = None) -> _AsCompleted[T]: ...
 @overload
-def as_completed(futures: Iterable[Any], *, timeout: float | None = None) -> _AsCompleted[Any]: ...
-def as_completed(futures: Iterable[Any], *, timeout: float | None = None) -> _AsCompleted[Any]:
+def as_completed(futures: Iterable[Any], timeout: float | None = None) -> _AsCompleted[Any]: ...
+def as_completed(futures: Iterable[Any], timeout: float | None = None) -> _AsCompleted[Any]:
     """Iterates over ``futures`` in the order in which they complete.
 
     Use it with ``async for`` on an event loop, with ``for`` in a thread. It may be
@@ -134,10 +132,7 @@ class _Arrivals(_core.DoneCallback):
         if seconds <= 0:
             self.expire()
             if self.pending and not self.arrived:
-                raise TimeoutError(
-                    f"{len(self.pending)} futures were not done within {self.timeout:g} s; "
-                    "they stay pending"
-                )
+                raise not_done_within(self.timeout, len(self.pending))
         return max(seconds, 0.0)
 
     def block(self) -> None:

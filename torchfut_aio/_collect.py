@@ -49,10 +49,10 @@ def collect_all(futures: Iterable[F]) -> Future[list[F]]:
 
 
 @overload
-def wait_all(futures: Iterable[Source[T]], *, timeout: float | None = None) -> list[T]: ...
+def wait_all(futures: Iterable[Source[T]], timeout: float | None = None) -> list[T]: ...
 @overload
-def wait_all(futures: Iterable[Any], *, timeout: float | None = None) -> list[Any]: ...
-def wait_all(futures: Iterable[Any], *, timeout: float | None = None) -> list[Any]:
+def wait_all(futures: Iterable[Any], timeout: float | None = None) -> list[Any]: ...
+def wait_all(futures: Iterable[Any], timeout: float | None = None) -> list[Any]:
     """Blocks until all of ``futures`` are done, or one has failed.
 
     A wait that times out or is interrupted leaves them as they were, and nothing behind.
@@ -80,17 +80,14 @@ def wait_all(futures: Iterable[Any], *, timeout: float | None = None) -> list[An
     if timeout is not None:
         timeout = timeout_checked(timeout)
     gatherer = Gatherer(adopted(futures), values)
-    combined = gatherer.start()
     try:
-        result: list[Any] = combined.wait(timeout)
+        result: list[Any] = gatherer.start().wait(timeout)
         return result
     except BaseException as error:
         gatherer.withdraw()
-        if isinstance(error, TimeoutError) and not combined.done():
+        if isinstance(error, TimeoutError) and not gatherer.combined.done():
             pending = sum(not future.done() for future in gatherer.distinct)
-            raise TimeoutError(
-                f"{pending} futures were not done within {timeout:g} s; they stay pending"
-            ) from None
+            raise not_done_within(timeout, pending) from None
         raise
 
 
@@ -188,6 +185,11 @@ class Gatherer(Collector):
     def withdraw(self) -> None:
         for future in self.distinct:
             _core.remove(future, self)
+
+
+def not_done_within(timeout: float | None, pending: int) -> TimeoutError:
+    """Returns the error of who waited for several futures, of which some are pending still."""
+    return TimeoutError(f"futures not done within {timeout:g} s: {pending}; they stay pending")
 
 
 def values(futures: list[Future[Any]]) -> list[Any]:

@@ -52,7 +52,8 @@ def start_soon(
     it is lost with the future. KeyboardInterrupt, SystemExit and cancellation also act on the
     group, as from any of its tasks. A task that is cancelled, or that ends with its loop, fails
     the future with ``concurrent.futures.CancelledError``; so a future of a group that has exited
-    is done. If you complete the future yourself, the task goes on, and its result is dropped.
+    is done. If you cancel or complete the future yourself, the task goes on, and its result is
+    dropped.
 
     Args:
         task_group: A task group of anyio, an ``asyncio.TaskGroup`` or a ``trio.Nursery``,
