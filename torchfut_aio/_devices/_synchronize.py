@@ -104,9 +104,7 @@ def _called(blocker: Blocker, function: Callable[[], object]) -> Generator[Any, 
         yield from waiter
     finally:
         blocker.work.pop(notify, None)
-    if not errors:  # somebody else has woken the task
-        yield from _called(blocker, function)
-    elif errors[0] is not None:
+    if errors[0] is not None:
         raise errors[0].with_traceback(None)
 
 

@@ -357,10 +357,7 @@ def until_reached(events: Sequence[RecordedEvent]) -> Generator[Any, Any, None]:
             del waits[wait]  # no call, so no interrupt can come before it
         watcher.close_if_idle()
         raise
-    if wait in waits:  # somebody else has woken the task
-        del waits[wait]
-        yield from until_reached(events)
-    elif wait.error is not None:
+    if wait.error is not None:
         try:
             # Others may raise the same one: each starts from an empty traceback.
             raise wait.error.with_traceback(None)
