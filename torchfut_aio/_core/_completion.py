@@ -73,29 +73,36 @@ def complete(future: Completable[Any], outcome: Outcome) -> None:
     """
     state = future._state
     try:
-        if state.setdefault(OUTCOME, outcome) is outcome:
-            # A follower that is stored from here on sees the outcome: stores are in one order.
-            callbacks = _wake_waiters(state) if len(state) > 1 else ()
-            if outcome.error is None:
-                set_value_in_torch(future, outcome.value)
-            else:
-                if IGNORED in state:
-                    outcome.exception()
-                complete_in_torch(future, outcome)
-            if callbacks:
-                _callbacks.run(future, outcome, state, callbacks)
-            return
+        won = _claim_and_serve(future, outcome, state)
     except BaseException:
-        # This thread may have won before it was interrupted. No call is made to find out, as
-        # the stack may be full.
+        # This thread may have won before it was interrupted.
         if OUTCOME in state and state[OUTCOME] is outcome:
             try:
                 _serve_again(future, outcome, state)
             except BaseException:
+                # The stack has room for this: what was interrupted was a frame further down.
                 start_new_thread(_serve_in_thread, (future, outcome, state))
         raise
-    outcome.exception()  # which the caller still has
-    _refuse_second(future)
+    if not won:
+        outcome.exception()  # which the caller still has
+        _refuse_second(future)
+
+
+def _claim_and_serve(future: Completable[Any], outcome: Outcome, state: dict[Any, Any]) -> bool:
+    """Tells whether the future has this outcome; if so, its followers have been served."""
+    if state.setdefault(OUTCOME, outcome) is not outcome:
+        return False
+    # A follower that is stored from here on sees the outcome: stores are in one order.
+    callbacks = _wake_waiters(state) if len(state) > 1 else ()
+    if outcome.error is None:
+        set_value_in_torch(future, outcome.value)
+    else:
+        if IGNORED in state:
+            outcome.exception()
+        complete_in_torch(future, outcome)
+    if callbacks:
+        _callbacks.run(future, outcome, state, callbacks)
+    return True
 
 
 def complete_with_value(future: Completable[Any], value: object) -> None:
