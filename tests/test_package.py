@@ -82,6 +82,8 @@ LAYERS = [
     "_rpc_errors",
     "_future",
     "_tasks",
+    "_batch_worker",
+    "_batcher",
     "_adopt",
     "_collect",
     "_as_completed",
