@@ -298,7 +298,7 @@ def test_what_has_been_given_up_makes_room_while_the_function_hangs(gated):
     with pytest.raises(QueueFullError):
         batcher.submit(5)
     give_up(queued[1])
-    until(lambda: batcher._worker.has_room(4))
+    until(lambda: batcher._worker.make_room(4))
     last = batcher.submit(5)
     with pytest.raises(QueueFullError):
         batcher.submit(6)

@@ -61,10 +61,8 @@ class BatchWorker(Worker):
 
     # ------------------------------------------------------------ for those who submit and close
 
-    def has_room(self, max_queue: int) -> bool:
-        """Tells whether fewer than ``max_queue`` wait, some of which may have been given up."""
-        if len(self.work) < max_queue:
-            return True
+    def make_room(self, max_queue: int) -> bool:
+        """Drops what has been given up; tells whether fewer than ``max_queue`` wait then."""
         start = time.monotonic()
         if start < self._may_purge_at:
             return False
@@ -209,16 +207,21 @@ def _results_of(function: Callable[[list[Any]], Any], items: list[Any]) -> list[
 def complete_all(futures: list[Future[Any]], results: list[Any]) -> None:
     """Completes each future with its result, or its error if that is an exception."""
     for future, result in zip(futures, results, strict=True):
-        call_contained(_complete_somehow, future, result)
+        try:
+            if isinstance(result, BaseException):
+                future.set_exception(result)
+            else:
+                future.set_result(result)
+        except InvalidStateError:
+            pass  # it was given up while the batch ran
+        except BaseException as error:
+            call_contained(_complete_or_log, future, error)
 
 
-def _complete_somehow(future: Future[Any], result: object) -> None:
-    try:
-        complete(future, result)
-    except BaseException as error:
-        if future.done():  # a callback raised
-            raise
-        complete(future, drop_catching_frame(error))
+def _complete_or_log(future: Future[Any], error: BaseException) -> None:
+    if future.done():
+        raise error  # a callback raised it
+    complete(future, drop_catching_frame(error))
 
 
 def complete(future: Future[Any], result: object) -> None:

@@ -146,7 +146,7 @@ class Batcher(Generic[T, R]):
             raise BatcherClosedError("the batcher is closed and takes no more items")
         if self._needs_loop and self._loop is None:
             raise RuntimeError("the function is async: enter the batcher first, by async with")
-        if not worker.has_room(self._max_queue):
+        if len(worker.work) >= self._max_queue and not worker.make_room(self._max_queue):
             worker.rejected += 1
             raise QueueFullError(f"the queue is full: {self._max_queue} items wait")
         future: Future[R] = Future()
