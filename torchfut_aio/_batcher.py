@@ -32,6 +32,7 @@ class BatcherStatistics(NamedTuple):
 
     Attributes:
         queued: How many items wait now.
+        running: How many are in the batch that runs now.
         batches: How many times the function has run.
         items: On how many items in all.
         rejected: How many items were refused because the queue was full.
@@ -41,6 +42,7 @@ class BatcherStatistics(NamedTuple):
     """
 
     queued: int
+    running: int
     batches: int
     items: int
     rejected: int
@@ -160,6 +162,7 @@ class Batcher(Generic[T, R]):
         worker = self._worker
         return BatcherStatistics(
             len(worker.work),
+            len(worker.batch),
             worker.batches,
             worker.items,
             worker.rejected,
