@@ -58,7 +58,8 @@ MAX_LENGTH = 1000  # tokens of a text
 MAX_AHEAD = 16  # tokens that a client has yet to read
 MAX_BODY = 10_000  # bytes
 MAX_CONNECTIONS = 900  # as most systems let a process have 1,024 files
-SECONDS = 5.0  # for a digit, from when its image has come; and for that to come
+BODY_SECONDS = 5.0  # for an image to come
+SECONDS = 5.0  # for its digit, from then on
 TEXT_SECONDS = 60.0  # for a text
 NOTICE = 1.0  # seconds for which clients are told that the server is about to end
 GRACE = 10.0  # seconds for what has come by then
@@ -224,7 +225,7 @@ def give_up(future: Future[int], error: BaseException) -> None:
 async def read_image(request: Request) -> torch.Tensor:
     body = b""
     try:
-        with anyio.fail_after(SECONDS):
+        with anyio.fail_after(BODY_SECONDS):
             async for chunk in request.stream():
                 body += chunk
                 if len(body) > MAX_BODY:
