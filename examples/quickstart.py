@@ -5,24 +5,23 @@
 
 Trains a small classifier of handwritten digits, then serves the images that were held
 out. Hundreds of clients on an event loop each submit an image and await the answer. A
-worker thread runs the model on all the images that are waiting, and completes the future
-of each. At the end a plain script, with no event loop, makes the same request.
+batcher runs the model, in a thread of its own, on all the images that are waiting, and
+completes the future of each. At the end a plain script, with no event loop, makes the same
+request.
 """
 
 import asyncio
 import statistics
 import sys
-import threading
 from collections.abc import Coroutine
-from contextlib import closing
-from queue import SimpleQueue
+from functools import partial
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import nn
 
-from torchfut_aio import Future
+from torchfut_aio import Batcher
 
 try:
     from sklearn.datasets import load_digits  # type: ignore[import-untyped]
@@ -34,67 +33,14 @@ CLIENTS = 256
 REPEATS = 80  # of each held-out image
 MAX_BATCH = 64
 
-Request = tuple[torch.Tensor, Future[int]]  # an image, and the future of its digit
+Classifier = Batcher[torch.Tensor, int]
 
 
-class Batcher:
-    """Runs a model in a worker thread, on all the images that wait, at most MAX_BATCH."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.batches = 0
-        self._model = model
-        self._requests: SimpleQueue[Request | None] = SimpleQueue()
-        self._lock = threading.Lock()  # so that no request follows the None that is the last
-        self._closed = False
-        self._worker = threading.Thread(target=self._work, name="batcher")
-        self._worker.start()
-
-    def submit(self, image: torch.Tensor) -> Future[int]:
-        """Returns a future of the digit in ``image``; callable from any thread.
-
-        Whoever gives up cancels the future: the worker skips what it has not begun.
-        """
-        future: Future[int] = Future()
-        with self._lock:
-            if self._closed:
-                raise RuntimeError("the batcher is closed and takes no more requests")
-            self._requests.put((image, future))
-        return future
-
-    def close(self) -> None:
-        """Returns when all that was submitted is answered and the worker has ended."""
-        with self._lock:
-            if not self._closed:
-                self._requests.put(None)
-                self._closed = True
-        self._worker.join()
-
-    def _work(self) -> None:
-        batch: list[Request] = []
-        while (request := self._requests.get()) is not None:
-            batch.append(request)
-            if len(batch) == MAX_BATCH or self._requests.empty():
-                self._answer(batch)
-                batch = []
-        if batch:
-            self._answer(batch)
-
-    def _answer(self, batch: list[Request]) -> None:
-        batch = [(image, future) for image, future in batch if not future.done()]
-        if not batch:  # all of these clients have given up
-            return
-        self.batches += 1
-        futures = [future for _, future in batch]
-        try:
-            with torch.inference_mode():
-                logits = self._model(torch.stack([image for image, _ in batch]))
-            answers = list(zip(futures, logits.argmax(dim=1).tolist(), strict=True))
-        except BaseException as error:  # the clients learn of it, and the worker goes on
-            for future in futures:
-                future.try_set_exception(error)
-        else:
-            for future, digit in answers:
-                future.try_set_result(digit)  # does nothing if it was cancelled meanwhile
+def classify(model: nn.Module, images: list[torch.Tensor]) -> list[int]:
+    """Returns the digit in each image; the batcher runs it in its thread."""
+    with torch.inference_mode():
+        digits: list[int] = model(torch.stack(images)).argmax(dim=1).tolist()
+    return digits
 
 
 def train(images: torch.Tensor, labels: torch.Tensor) -> nn.Module:
@@ -118,7 +64,7 @@ def train(images: torch.Tensor, labels: torch.Tensor) -> nn.Module:
     return model
 
 
-async def load_test(batcher: Batcher, samples: list[tuple[torch.Tensor, int]]) -> None:
+async def load_test(batcher: Classifier, samples: list[tuple[torch.Tensor, int]]) -> None:
     latencies: list[float] = []
     correct = 0
     total = REPEATS * len(samples)
@@ -140,7 +86,8 @@ async def load_test(batcher: Batcher, samples: list[tuple[torch.Tensor, int]]) -
     percentiles = statistics.quantiles(latencies, n=100)
     loop = type(asyncio.get_running_loop()).__module__.partition(".")[0]
     print(f"  event loop  {loop}, {CLIENTS} clients at once")
-    print(f"  batches     {batcher.batches:,}, {total / batcher.batches:.1f} images on average")
+    ran = batcher.statistics()
+    print(f"  batches     {ran.batches:,}, {ran.mean_batch_size:.1f} images on average")
     print(f"  accuracy    {correct / total:.1%} on {len(samples)} held-out images")
     print(f"  throughput  {total / seconds:,.0f} requests/s")
     print(f"  latency     p50 {percentiles[49] * 1e3:.1f} ms, p99 {percentiles[98] * 1e3:.1f} ms")
@@ -176,14 +123,17 @@ def main() -> None:
     model = train(images[rest], labels[rest])
     samples = list(zip(images[held_out], labels[held_out].tolist(), strict=True))
 
-    with closing(Batcher(model)) as batcher:
+    batcher: Classifier = Batcher(
+        partial(classify, model), max_batch=MAX_BATCH, max_wait=0, max_queue=CLIENTS
+    )
+    with batcher:
         run(load_test(batcher, samples))
 
         image, label = samples[0]
         digit = batcher.submit(image).wait(timeout=5)
         print(f"  wait()      a plain script asks for one image: answer {digit}, label {label}")
 
-    print("You saw a worker thread complete a Future per request: tasks await it, a script waits.")
+    print("You saw a batcher complete a Future per request: tasks await it, a script waits.")
 
 
 if __name__ == "__main__":

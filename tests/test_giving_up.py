@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import functools
 import gc
 import pickle
 import threading
@@ -14,6 +15,7 @@ import torch
 
 import torchfut_aio
 from torchfut_aio import (
+    Batcher,
     CallbackError,
     CancelledError,
     Future,
@@ -419,7 +421,9 @@ def quickstart(monkeypatch):
 @pytest.mark.parametrize("error", [None, ValueError("of the model")])
 def test_the_worker_outlives_clients_that_give_up(client, quickstart, error):
     model = Model(error)
-    batcher = quickstart.Batcher(model)
+    batcher = Batcher(
+        functools.partial(quickstart.classify, model), max_batch=64, max_wait=0, max_queue=64
+    )
     began = batcher.submit(torch.tensor(1))  # is in the model when its client gives up
     assert model.begun.wait(PATIENCE)
     waits = batcher.submit(torch.tensor(2))  # is still in the queue then
@@ -432,7 +436,7 @@ def test_the_worker_outlives_clients_that_give_up(client, quickstart, error):
     assert asyncio.run(client(stays, PATIENCE)) == 3
     batcher.close()
     assert model.batches == [[1], [3]]
-    assert batcher.batches == 2
+    assert batcher.statistics().batches == 2
 
 
 @on_asyncio

@@ -85,6 +85,8 @@ LAYERS = [
     "_to_stdlib",
     "_future",
     "_tasks",
+    "_batch_worker",
+    "_batcher",
     "_adopt",
     "_collect",
     "_gather",

@@ -109,6 +109,14 @@ class CallbackError(RuntimeError):
         return callback_error, (self.__cause__,)
 
 
+class QueueFullError(RuntimeError):
+    """The queue of a `Batcher` is full, and takes no more items: a server answers 503."""
+
+
+class BatcherClosedError(RuntimeError):
+    """A `Batcher` has been closed: it takes no more items, or has dropped this one."""
+
+
 class RpcError(RuntimeError):
     """A remote procedure call failed: what `as_future` makes of its error.
 

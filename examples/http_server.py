@@ -1,0 +1,442 @@
+"""An HTTP server that holds: digits in batches, tokens as they are generated.
+
+    pip install 'torchfut-aio[examples]'
+    python examples/http_server.py [port]
+
+    curl -d "[$(seq -s, 0 63)]" http://127.0.0.1:8000/digit
+    curl -N 'http://127.0.0.1:8000/text?prompt=The&length=200'
+
+Starlette on uvicorn, with uvloop. ``POST /digit`` takes the 64 pixels of an image, 0 to 16, and
+answers with the digit, by the classifier of quickstart.py behind a `Batcher`. ``GET /text``
+continues a text: one thread takes a token for every text at a time, and each goes to its client
+as a server-sent event. What a server has to stand:
+
+- Too many requests: they are answered 503 at once, those in the queue in their turn.
+- A request that takes too long: it is answered 504, and its image is skipped.
+- A client that leaves: its image is skipped, its text ends.
+- A client that reads slowly: its text waits for it, for a while, and the other texts do not.
+- A function that raises: these requests are answered 500. One that hangs: 504, then 503.
+- SIGTERM, or Ctrl-C: no more connections are accepted. For a second, those that there are may
+  send requests, and each answer tells its client to connect anew, elsewhere. What has come by
+  then is answered.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from itertools import pairwise
+from queue import Empty, SimpleQueue
+from threading import Thread
+
+import anyio
+import anyio.to_thread
+import torch
+import uvicorn
+from quickstart import classify, train
+from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from torchfut_aio import Batcher, BatcherClosedError, Future, InvalidStateError, QueueFullError
+
+MAX_BATCH = 64
+MAX_QUEUE = 256  # images that wait
+MAX_TEXTS = 100  # at a time
+MAX_LENGTH = 1000  # tokens of a text
+MAX_AHEAD = 16  # tokens that a client has yet to read
+MAX_BODY = 10_000  # bytes
+MAX_CONNECTIONS = 900  # as most systems let a process have 1,024 files
+BODY_SECONDS = 5.0  # for an image to come
+SECONDS = 5.0  # for its digit, from then on
+TEXT_SECONDS = 60.0  # for a text
+NOTICE = 1.0  # seconds for which clients are told that the server is about to end
+GRACE = 10.0  # seconds for what has come by then
+
+logger = logging.getLogger("http_server")
+
+Classify = Callable[[list[torch.Tensor]], list[int]]
+Continue = Callable[[list[str]], list[str]]  # the next token of each text
+
+
+class TokenStream:
+    """Tokens from a thread to a task of an asyncio loop, at most MAX_AHEAD ahead of it."""
+
+    def __init__(self) -> None:
+        self.listening = True
+        self._tokens: deque[str] = deque()
+        self._end: list[BaseException | None] = []
+        self._loop = asyncio.get_running_loop()
+        self._came = asyncio.Event()
+
+    def try_push(self, token: str) -> bool:
+        """Adds a token, unless the client has yet to read too many; from the thread."""
+        if len(self._tokens) >= MAX_AHEAD:
+            return False
+        self._tokens.append(token)
+        self._wake()
+        return True
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Ends the stream behind what was pushed; from the thread."""
+        self._end.append(error)
+        self._wake()
+
+    def stop_listening(self) -> None:
+        """Tells the thread that nobody reads any more."""
+        self.listening = False
+
+    def _wake(self) -> None:
+        with suppress(RuntimeError):  # the loop has closed
+            self._loop.call_soon_threadsafe(self._came.set)
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        while True:
+            await self._came.wait()
+            self._came.clear()
+            end = self._end[:1]
+            while self._tokens:
+                yield self._tokens.popleft()
+            for error in end:
+                if error is not None:
+                    raise error
+                return
+
+
+class Text:
+    """A text that grows."""
+
+    def __init__(self, prompt: str, length: int) -> None:
+        self.text = prompt
+        self.left = length
+        self.token: str | None = None  # what the stream had no room for
+        self.stream = TokenStream()
+
+    def push(self) -> bool:
+        """Tells whether the text can go on: its client listens, and has read enough."""
+        if self.token is not None and self.stream.listening:
+            if not self.stream.try_push(self.token):
+                return False
+            self.text += self.token
+            self.token = None
+            self.left -= 1
+            if self.left == 0:
+                self.stream.close()
+        return self.left > 0 and self.stream.listening
+
+
+class Writer:
+    """Continues all texts at once, in a thread: each step takes one token of each."""
+
+    def __init__(self, next_tokens: Continue) -> None:
+        self.texts: list[Text] = []
+        self._next_tokens = next_tokens
+        self._new: SimpleQueue[Text | None] = SimpleQueue()
+        self._is_closing = False
+        self._thread = Thread(target=self._run, name="writer")
+        self._thread.start()
+
+    def write(self, prompt: str, length: int) -> TokenStream:
+        """Returns the tokens that follow the prompt, as they come."""
+        text = Text(prompt, length)
+        self._new.put(text)
+        return text.stream
+
+    def close(self, timeout: float) -> None:
+        """Returns when all texts have ended.
+
+        Raises:
+            TimeoutError: The thread goes on.
+        """
+        self._new.put(None)
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            raise TimeoutError("the writer's function did not return in time")
+
+    def _run(self) -> None:
+        while self.texts or not self._is_closing:
+            able = [text for text in self.texts if text.push()]
+            self.texts = [text for text in self.texts if text.left and text.stream.listening]
+            self._take_in(may_wait=not able)
+            try:
+                tokens = self._next_tokens([text.text for text in able]) if able else []
+                for text, token in zip(able, tokens, strict=True):
+                    text.token = token
+            except BaseException as error:
+                logger.exception("the texts failed")
+                for text in able:
+                    text.left = 0
+                    text.stream.close(error)
+
+    def _take_in(self, may_wait: bool) -> None:
+        """Takes in new texts; waits for one if no other can go on, or for a client to read."""
+        timeout = 0.01 if self.texts else None
+        with suppress(Empty):
+            while True:
+                text = self._new.get(may_wait, timeout) if may_wait else self._new.get_nowait()
+                may_wait = False
+                if text is None:
+                    self._is_closing = True
+                else:
+                    self.texts.append(text)
+
+
+class ClientLeftError(Exception):
+    """The client closed the connection before it had its answer."""
+
+
+async def answer_to(request: Request, future: Future[int]) -> int:
+    """Awaits the future, and gives it up when the time is over or the client leaves."""
+    loop = asyncio.get_running_loop()
+    timer = loop.call_later(SECONDS, give_up, future, TimeoutError())
+    watch = loop.create_task(disconnected(request.receive))
+    watch.add_done_callback(lambda _: give_up(future, ClientLeftError()))
+    try:
+        return await future
+    finally:
+        timer.cancel()
+        watch.cancel()
+        give_up(future, asyncio.CancelledError())  # as this task was
+
+
+async def disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def give_up(future: Future[int], error: BaseException) -> None:
+    """Has the batcher skip it, and whoever awaits it raise the error."""
+    if not future.done():
+        with suppress(InvalidStateError):  # it has just been completed
+            future.set_exception(error)
+
+
+async def read_image(request: Request) -> torch.Tensor:
+    body = b""
+    try:
+        with anyio.fail_after(BODY_SECONDS):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > MAX_BODY:
+                    raise HTTPException(413)
+        return torch.tensor(json.loads(body), dtype=torch.float32).reshape(1, 8, 8) / 16
+    except TimeoutError:
+        raise HTTPException(408) from None
+    except (ArithmeticError, RuntimeError, TypeError, ValueError):
+        raise HTTPException(400, "the body must be a list of 64 numbers") from None
+
+
+class TextResponse(StreamingResponse):
+    """Server-sent events, a token each, and ``end`` or ``error`` as the last."""
+
+    def __init__(self, tokens: TokenStream) -> None:
+        super().__init__(self._events(tokens), media_type="text/event-stream")
+        self._tokens = tokens
+
+    async def _events(self, tokens: TokenStream) -> AsyncIterator[str]:
+        try:
+            async for token in tokens:
+                yield f"data: {json.dumps(token)}\n\n"
+        except Exception as error:
+            yield f"event: error\ndata: {json.dumps(type(error).__name__)}\n\n"
+        else:
+            yield "event: end\ndata:\n\n"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends the tokens until they end, the client leaves, or the time is over."""
+        try:
+            with anyio.move_on_after(TEXT_SECONDS):
+                await super().__call__(scope, receive, send)
+        finally:
+            self._tokens.stop_listening()
+
+
+class Service:
+    """The application: what it serves, and whether it is about to end."""
+
+    def __init__(self, classify: Classify, next_tokens: Continue) -> None:
+        self.is_ending = False
+        self.hangs = False
+        self._texts: list[TokenStream] = []
+        self._classify = classify
+        self._next_tokens = next_tokens
+        routes = [
+            Route("/digit", self.digit, methods=["POST"]),
+            Route("/text", self.text),
+            Route("/statistics", self.statistics),
+        ]
+        self._app: ASGIApp = Starlette(routes=routes, lifespan=self._lifespan)
+
+    @asynccontextmanager
+    async def _lifespan(self, _app: Starlette) -> AsyncIterator[None]:
+        self._batcher: Batcher[torch.Tensor, int] = Batcher(
+            self._classify, max_batch=MAX_BATCH, max_wait=0.002, max_queue=MAX_QUEUE
+        )
+        self._writer = Writer(self._next_tokens)
+        yield
+        try:
+            await self._batcher.aclose(timeout=GRACE)
+        except TimeoutError:
+            self.hangs = True
+        try:
+            await anyio.to_thread.run_sync(self._writer.close, GRACE)
+        except TimeoutError:
+            self.hangs = True
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves a request, after which the client is to connect anew if the server ends."""
+
+        async def send_close(message: Message) -> None:
+            if message["type"] == "http.response.start" and self.is_ending:
+                message["headers"] = [*message["headers"], (b"connection", b"close")]
+            await send(message)
+
+        await self._app(scope, receive, send_close if scope["type"] == "http" else send)
+
+    async def digit(self, request: Request) -> Response:
+        """Tells which digit an image shows."""
+        try:
+            image = await read_image(request)
+            digit = await answer_to(request, self._batcher.submit(image))
+        except (QueueFullError, BatcherClosedError):
+            return JSONResponse({"error": "too many requests"}, 503, {"Retry-After": "1"})
+        except TimeoutError:
+            return JSONResponse({"error": "it took too long"}, 504)
+        except (ClientDisconnect, ClientLeftError):
+            return Response(status_code=499)  # which nobody reads
+        except HTTPException:
+            raise
+        except Exception as error:
+            logger.error("the classifier failed: %s", type(error).__name__)
+            return JSONResponse({"error": type(error).__name__}, 500)
+        return JSONResponse({"digit": digit})
+
+    async def text(self, request: Request) -> Response:
+        """Continues a text."""
+        prompt = request.query_params.get("prompt") or "T"
+        try:
+            length = int(request.query_params.get("length", 100))
+        except ValueError:
+            length = 0
+        if not 0 < length <= MAX_LENGTH or len(prompt) > MAX_BODY:
+            raise HTTPException(400, f"the length must be from 1 to {MAX_LENGTH}")
+        self._texts = [tokens for tokens in self._texts if tokens.listening]
+        if len(self._texts) >= MAX_TEXTS:
+            return JSONResponse({"error": "too many requests"}, 503, {"Retry-After": "1"})
+        tokens = self._writer.write(prompt, length)
+        self._texts.append(tokens)
+        return TextResponse(tokens)
+
+    async def statistics(self, _request: Request) -> Response:
+        """Tells what the batcher has done, and how many texts are being written."""
+        texts = len(self._writer.texts)
+        return JSONResponse({**self._batcher.statistics()._asdict(), "texts": texts})
+
+
+class Server(uvicorn.Server):
+    """Tells its clients when it is about to end."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Says where it serves."""
+        await super().startup(sockets)
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        print(f"serving on http://{host}:{port}", flush=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accepts no more connections, and answers what comes by those that there are."""
+        self._service.is_ending = True
+        for connected in self._stop_listening():
+            await asyncio.get_running_loop().connect_accepted_socket(self._protocol, connected)
+        # A connection that is closed while its client sends a request drops that. So those in
+        # use are closed by agreement with their clients. uvicorn closes the idle ones then.
+        await asyncio.sleep(NOTICE)
+        await super().shutdown(sockets)
+
+    def _stop_listening(self) -> list[socket.socket]:
+        """Closes the listeners; returns the connections that the loop has not accepted yet.
+
+        Closing a listener drops these. Its duplicate keeps it open until there are none.
+        """
+        files = [each.fileno() for server in self.servers for each in server.sockets]
+        listeners = [socket.socket(fileno=os.dup(file)) for file in files]
+        for server in self.servers:
+            server.close()
+        connected = []
+        for listener in listeners:
+            listener.setblocking(False)
+            with listener, suppress(BlockingIOError):
+                while True:
+                    connected.append(listener.accept()[0])
+        return connected
+
+    def _protocol(self) -> asyncio.Protocol:
+        protocol = self.config.http_protocol_class
+        state = self.lifespan.state
+        return protocol(config=self.config, server_state=self.server_state, app_state=state)  # type: ignore[call-arg]
+
+
+def serve(service: Service, port: int) -> None:
+    """Serves until SIGTERM or Ctrl-C, and what has been accepted then."""
+    config = uvicorn.Config(
+        service,
+        port=port,
+        loop="uvloop",
+        ws="none",
+        lifespan="on",
+        log_level="warning",
+        limit_concurrency=MAX_CONNECTIONS,
+        timeout_graceful_shutdown=int(GRACE),
+    )
+    # uvicorn has its own handlers while it serves, and repeats the signal afterwards.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    with suppress(KeyboardInterrupt):
+        Server(config, service).run()
+    print("the server has ended", flush=True)
+    if service.hangs:
+        logger.error("a function hangs: what waited for it has failed")
+        os._exit(1)  # the interpreter would wait for it
+
+
+def bigrams(text: str) -> Continue:
+    """Returns a model of ``text`` that knows which character follows which, and how often."""
+    characters = sorted({*text})
+    place = {character: n for n, character in enumerate(characters)}
+    counts = torch.zeros(len(characters), len(characters))
+    for before, after in pairwise(text):
+        counts[place[before], place[after]] += 1
+    counts[counts.sum(dim=1) == 0] = 1  # the last one may have no other after it
+
+    def next_tokens(texts: list[str]) -> list[str]:
+        rows = counts[[place.get(text[-1], 0) for text in texts]]
+        return [characters[n] for n in torch.multinomial(rows, 1).flatten().tolist()]
+
+    return next_tokens
+
+
+def main() -> None:
+    port = int(sys.argv[1]) if len(sys.argv) > 1 else 8000
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
+    model = train(images, torch.tensor(digits.target))
+    serve(Service(partial(classify, model), bigrams(__doc__)), port)
+
+
+if __name__ == "__main__":
+    main()

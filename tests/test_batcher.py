@@ -1,0 +1,783 @@
+"""Batches: every future completes, whatever function, thread, loop and caller do."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import gc
+import math
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import weakref
+from contextlib import suppress
+
+import anyio
+import anyio.lowlevel
+import pytest
+import torch
+
+from torchfut_aio import (
+    Batcher,
+    BatcherClosedError,
+    BlockingWaitWarning,
+    Future,
+    QueueFullError,
+    _batch_worker,
+    _batcher,
+    _worker,
+    gather,
+)
+
+from . import explorer
+from .loops import on_asyncio, on_every_loop
+from .threads import PATIENCE, PATIENCE_WITH_PROCESSES, alongside, running, until
+from .waiting import eventually
+
+NAME = "torchfut_aio batcher in a test"
+
+
+def double(items):
+    return [2 * item for item in items]
+
+
+async def double_soon(items):
+    await anyio.sleep(0.001)
+    return double(items)
+
+
+def batcher_of(function=double, *, max_batch=8, max_wait=0.0, max_queue=100):
+    return Batcher(function, max_batch=max_batch, max_wait=max_wait, max_queue=max_queue, name=NAME)
+
+
+def threads():
+    return [thread for thread in threading.enumerate() if thread.name == NAME]
+
+
+def give_up(fut):
+    fut.set_exception(asyncio.CancelledError())
+
+
+class Gated:
+    """A function that returns when it may, or raises what it is given; keeps its batches."""
+
+    def __init__(self, error=None):
+        self.batches = []
+        self.error = error
+        self.began, self.may_return = threading.Event(), threading.Event()
+
+    def __call__(self, items):
+        self.batches.append(items)
+        self.began.set()
+        assert self.may_return.wait(PATIENCE)
+        if self.error is not None:
+            raise self.error
+        return double(items)
+
+
+@pytest.fixture
+def gated():
+    gated = Gated()
+    yield gated
+    gated.may_return.set()
+
+
+def running_batcher(gated, **options):
+    """A batcher whose function runs on the item 0 until it may return."""
+    batcher = batcher_of(gated, **options)
+    first = batcher.submit(0)
+    assert gated.began.wait(PATIENCE)
+    return batcher, first
+
+
+# --------------------------------------------------------------------------------- batches
+
+
+@on_every_loop
+@pytest.mark.parametrize("function", [double, double_soon])
+async def test_each_item_gets_its_own_result_whatever_batch_it_is_in(function):
+    with anyio.fail_after(PATIENCE):
+        async with batcher_of(function, max_batch=7) as batcher:
+            futures = [batcher.submit(n) for n in range(100)]
+            assert await gather(futures) == [2 * n for n in range(100)]
+            statistics = batcher.statistics()
+    assert statistics.items == 100
+    assert 100 / 7 <= statistics.batches <= 100
+    assert statistics.mean_batch_size == 100 / statistics.batches
+
+
+@on_every_loop
+async def test_many_tasks_and_threads_submit_to_one_batcher():
+    def submit_and_wait():
+        for n in range(50):
+            assert batcher.submit(n).wait(PATIENCE) == 2 * n
+
+    async def submit_and_await():
+        for n in range(50):
+            assert await batcher.submit(n) == 2 * n
+
+    with anyio.fail_after(PATIENCE):
+        async with batcher_of() as batcher:
+            async with alongside(submit_and_wait, submit_and_wait):
+                async with anyio.create_task_group() as group:
+                    for _ in range(10):
+                        group.start_soon(submit_and_await)
+            assert batcher.statistics().items == 600
+
+
+def test_a_batch_begins_as_soon_as_it_is_full():
+    with batcher_of(max_batch=3, max_wait=math.inf) as batcher:
+        futures = [batcher.submit(n) for n in range(3)]
+        assert [fut.wait(PATIENCE) for fut in futures] == [0, 2, 4]
+        futures = [batcher.submit(n) for n in range(6)]
+        assert [fut.wait(PATIENCE) for fut in futures] == [0, 2, 4, 6, 8, 10]
+        last = batcher.submit(1)
+        assert not last.done()  # for lack of others
+    assert last.value() == 2
+    assert batcher.statistics().batches == 4
+
+
+def test_a_batch_that_is_not_full_begins_when_its_first_item_has_waited_for_max_wait():
+    with batcher_of(max_wait=0.05) as batcher:
+        start = time.monotonic()
+        first, second = batcher.submit(1), batcher.submit(2)
+        assert (first.wait(PATIENCE), second.wait(PATIENCE)) == (2, 4)
+        assert time.monotonic() - start >= 0.05
+        statistics = batcher.statistics()
+    assert statistics.batches == 1
+    assert statistics.waited >= 0.05
+
+
+def test_what_comes_while_a_batch_runs_is_the_next_batch(gated):
+    batcher, first = running_batcher(gated)
+    with batcher:
+        others = [batcher.submit(n) for n in range(1, 6)]
+        assert batcher.statistics()[:2] == (5, 1)
+        gated.may_return.set()
+        assert gather([first, *others]).wait(PATIENCE) == [0, 2, 4, 6, 8, 10]
+    assert gated.batches == [[0], [1, 2, 3, 4, 5]]
+    assert batcher.statistics()[:4] == (0, 0, 2, 6)
+    assert batcher.statistics().ran > 0
+
+
+def test_the_thread_ends_when_it_has_had_nothing_to_do_and_another_begins(monkeypatch):
+    monkeypatch.setattr(_batch_worker, "_LINGER", 0.0)
+    with batcher_of() as batcher:
+        for n in range(3):
+            assert batcher.submit(n).wait(PATIENCE) == 2 * n
+            until(lambda: not threads())
+
+
+def test_rows_of_a_tensor_are_results():
+    with batcher_of(lambda items: 2 * torch.tensor(items)) as batcher:
+        results = gather([batcher.submit(n) for n in range(3)]).wait(PATIENCE)
+    assert torch.equal(torch.stack(results), torch.tensor([0, 2, 4]))
+
+
+def test_nothing_keeps_an_item_or_its_result_once_it_is_delivered():
+    class Thing:
+        pass
+
+    with batcher_of(lambda items: [Thing() for _ in items]) as batcher:
+        item = Thing()
+        kept = [weakref.ref(item)]
+        fut = batcher.submit(item)
+        kept += [weakref.ref(fut.wait(PATIENCE)), weakref.ref(fut)]
+        del item, fut
+        gc.collect()
+        until(lambda: [ref() for ref in kept] == [None] * 3)
+
+
+# ---------------------------------------------------------------------------------- errors
+
+
+@on_every_loop
+async def test_what_the_function_raises_is_the_error_of_the_whole_batch_and_of_no_other(gated):
+    gated.error = ValueError("no such model")
+    batcher, first = running_batcher(gated)
+    async with batcher:
+        others = [batcher.submit(n) for n in range(3)]
+        gated.may_return.set()
+        for fut in [first, *others]:
+            with pytest.raises(ValueError, match="no such model"):
+                await fut
+        gated.error = None
+        assert await batcher.submit(5) == 10
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, MemoryError, StopIteration])
+def test_no_error_of_the_function_ends_the_batcher(error):
+    def fails_first(items):
+        if items == ["first"]:
+            raise error
+        return items
+
+    with batcher_of(fails_first) as batcher:
+        first = batcher.submit("first")
+        with pytest.raises(error):
+            first.wait(PATIENCE)
+        assert batcher.submit("second").wait(PATIENCE) == "second"
+
+
+def test_an_exception_among_the_results_is_the_error_of_that_item():
+    def inverse(items):
+        return [1 / item if item else ZeroDivisionError("of 0") for item in items]
+
+    with batcher_of(inverse, max_batch=3, max_wait=math.inf) as batcher:
+        one, zero, two = (batcher.submit(n) for n in (1, 0, 2))
+        assert (one.wait(PATIENCE), two.wait(PATIENCE)) == (1, 0.5)
+        with pytest.raises(ZeroDivisionError, match="of 0"):
+            zero.wait(PATIENCE)
+
+
+@pytest.mark.parametrize(
+    ("result", "error", "text"),
+    [
+        ([1], ValueError, "returned 1 results for 2 items"),
+        ([1, 2, 3], ValueError, "returned 3 results for 2 items"),
+        (None, TypeError, "must return a list, not NoneType"),
+        (5, TypeError, "must return a list, not int"),
+    ],
+)
+def test_other_results_than_one_an_item_fail_the_batch(result, error, text):
+    with batcher_of(lambda items: result, max_batch=2, max_wait=math.inf) as batcher:
+        for fut in [batcher.submit(n) for n in range(2)]:
+            with pytest.raises(error, match=text):
+                fut.wait(PATIENCE)
+
+
+def test_callbacks_that_raise_take_nothing_from_other_items(gated, caplog):
+    def raises(fut):
+        raise KeyboardInterrupt
+
+    batcher, first = running_batcher(gated)
+    first.add_done_callback(raises)
+    others = [batcher.submit(n) for n in range(1, 4)]
+    others[0].add_done_callback(raises)
+    gated.may_return.set()
+    assert gather([first, *others]).wait(PATIENCE) == [0, 2, 4, 6]
+    batcher.close()
+
+
+# --------------------------------------------------------------- too many, and given up
+
+
+@on_every_loop
+async def test_a_full_queue_refuses_more_and_tells_so(gated):
+    batcher, first = running_batcher(gated, max_batch=2, max_queue=4)
+    async with batcher:
+        queued = [batcher.submit(n) for n in range(4)]
+        for _ in range(3):
+            with pytest.raises(QueueFullError, match="4 items wait"):
+                batcher.submit(5)
+        gated.may_return.set()
+        assert await gather([first, *queued]) == [0, 0, 2, 4, 6]
+        assert await batcher.submit(7) == 14
+    assert batcher.statistics().rejected == 3
+    assert batcher.statistics().items == 6
+
+
+def test_what_has_been_given_up_is_not_run(gated):
+    batcher, first = running_batcher(gated, max_batch=2)
+    queued = [batcher.submit(n) for n in range(1, 7)]
+    for fut in queued[::2]:
+        give_up(fut)
+    give_up(first)  # too late for the function, which runs
+    gated.may_return.set()
+    batcher.close()
+    assert [fut.wait(PATIENCE) for fut in queued[1::2]] == [4, 8, 12]
+    assert gated.batches == [[0], [2, 4], [6]]
+    assert batcher.statistics().skipped == 3
+
+
+def test_what_has_been_given_up_makes_room_while_the_function_hangs(gated):
+    batcher, _first = running_batcher(gated, max_batch=2, max_queue=4)
+    queued = [batcher.submit(n) for n in range(4)]
+    with pytest.raises(QueueFullError):
+        batcher.submit(5)
+    give_up(queued[1])
+    until(lambda: batcher._worker.make_room(4))
+    last = batcher.submit(5)
+    with pytest.raises(QueueFullError):
+        batcher.submit(6)
+    gated.may_return.set()
+    batcher.close()
+    assert last.value() == 10
+    assert gated.batches == [[0], [0, 2], [3, 5]]
+
+
+def test_no_batch_is_run_of_given_up_items_alone(gated):
+    batcher, _first = running_batcher(gated)
+    for n in range(20):
+        give_up(batcher.submit(n))
+    gated.may_return.set()
+    batcher.close()
+    assert gated.batches == [[0]]
+    assert batcher.statistics().skipped == 20
+
+
+@on_every_loop
+async def test_a_client_that_leaves_takes_nothing_from_the_others(gated):
+    batcher, _first = running_batcher(gated)
+    async with batcher:
+        stays, leaves = batcher.submit(1), batcher.submit(2)
+        with anyio.move_on_after(0.01):
+            await leaves
+        give_up(leaves)
+        gated.may_return.set()
+        assert await stays == 2
+
+
+# ---------------------------------------------------------------------------------- closing
+
+
+@on_every_loop
+@pytest.mark.parametrize("function", [double, double_soon])
+async def test_leaving_drains_what_is_queued(function):
+    async with batcher_of(function, max_batch=4, max_wait=math.inf, max_queue=200) as batcher:
+        futures = [batcher.submit(n) for n in range(101)]
+    assert [fut.value() for fut in futures] == [2 * n for n in range(101)]
+    with pytest.raises(BatcherClosedError):
+        batcher.submit(5)
+
+
+@on_every_loop
+async def test_closing_without_draining_fails_what_is_queued_and_waits_for_what_runs(gated):
+    batcher, first = running_batcher(gated)
+    queued = [batcher.submit(n) for n in range(3)]
+    async with anyio.create_task_group() as group:
+        group.start_soon(functools.partial(batcher.aclose, drain=False))
+        for fut in queued:
+            with pytest.raises(BatcherClosedError):
+                await fut
+        assert not first.done()
+        gated.may_return.set()
+    assert first.value() == 0
+    assert gated.batches == [[0]]
+
+
+def test_an_error_in_the_block_closes_without_draining(gated):
+    batcher, first = running_batcher(gated)
+    queued = batcher.submit(1)
+    queued.add_done_callback(lambda fut: gated.may_return.set())
+    with pytest.raises(ZeroDivisionError), batcher:
+        raise ZeroDivisionError
+    assert first.value() == 0
+    with pytest.raises(BatcherClosedError):
+        queued.value()
+
+
+def test_after_the_timeout_of_close_nothing_is_pending_though_the_function_hangs(gated):
+    batcher, first = running_batcher(gated)
+    queued = batcher.submit(1)
+    with pytest.raises(TimeoutError):
+        batcher.close(timeout=0.01)
+    for fut in (first, queued):
+        with pytest.raises(BatcherClosedError, match="did not return in time"):
+            fut.value()
+    batcher.close()  # nothing is left to wait for
+    gated.may_return.set()
+    until(lambda: not threads())
+    assert gated.batches == [[0]]
+
+
+@on_every_loop
+async def test_after_the_timeout_of_aclose_nothing_is_pending_though_the_function_hangs(gated):
+    batcher, first = running_batcher(gated)
+    queued = batcher.submit(1)
+    with pytest.raises(TimeoutError):
+        await batcher.aclose(timeout=0.01)
+    for fut in (first, queued):
+        with pytest.raises(BatcherClosedError, match="did not return in time"):
+            await fut
+
+
+@on_every_loop
+async def test_a_cancelled_close_can_be_repeated(gated):
+    batcher, first = running_batcher(gated)
+    with anyio.move_on_after(0.01):
+        await batcher.aclose()
+    with pytest.raises(BatcherClosedError):
+        batcher.submit(1)
+    gated.may_return.set()
+    await batcher.aclose()
+    assert first.value() == 0
+
+
+def test_closing_a_batcher_that_has_not_begun_or_has_ended_returns_at_once():
+    batcher = batcher_of()
+    for _ in range(3):
+        batcher.close()
+    with batcher_of() as batcher:
+        batcher.submit(1)
+        batcher.close()
+    until(lambda: not threads())
+
+
+def test_the_function_and_callbacks_may_close_the_batcher():
+    def closes(items):
+        batcher.close()
+        return items
+
+    batcher = batcher_of(closes)
+    assert batcher.submit(1).wait(PATIENCE) == 1
+    until(lambda: not threads())
+
+    batcher = batcher_of()
+    child = batcher.submit(1).then(lambda fut: batcher.close())
+    assert child.wait(PATIENCE) is None
+    until(lambda: not threads())
+
+
+@on_every_loop
+async def test_closing_blocks_a_loop_not_without_a_warning(gated, nothing_blocks_a_loop):
+    nothing_blocks_a_loop.deactivate()
+    batcher, first = running_batcher(gated)
+    with pytest.warns(BlockingWaitWarning):
+        async with alongside(lambda: gated.may_return.set()):
+            batcher.close()
+    assert first.value() == 0
+
+
+def test_what_is_submitted_while_another_thread_closes_is_served_or_refused():
+    for _ in range(50):
+        batcher = batcher_of()
+        futures = []
+
+        def submit(batcher=batcher, futures=futures):
+            try:
+                while True:
+                    futures.append(batcher.submit(1))
+            except (BatcherClosedError, QueueFullError):
+                pass
+
+        with running(submit, submit):
+            until(lambda futures=futures: len(futures) > 2)
+            batcher.close(drain=False)
+        for fut in futures:
+            with suppress(BatcherClosedError):
+                assert fut.wait(PATIENCE) == 2
+        until(lambda: not threads())
+
+
+def test_a_batcher_that_is_dropped_serves_what_is_queued_and_its_thread_ends(gated):
+    batcher, first = running_batcher(gated)
+    queued = [batcher.submit(n) for n in range(20)]
+    del batcher
+    gc.collect()
+    gated.may_return.set()
+    assert first.wait(PATIENCE) == 0
+    assert [fut.wait(PATIENCE) for fut in queued] == [2 * n for n in range(20)]
+    until(lambda: not threads())
+
+
+# ---------------------------------------------------------------------------- async functions
+
+
+@on_every_loop
+async def test_an_async_function_runs_on_the_loop_that_entered():
+    async def who(items):
+        await anyio.lowlevel.checkpoint()
+        return [threading.get_ident() for _ in items]
+
+    async with batcher_of(who) as batcher:
+        assert await batcher.submit(1) == threading.get_ident()
+
+
+@on_every_loop
+@pytest.mark.parametrize("kind", ["partial", "method", "callable"])
+async def test_every_kind_of_async_function_is_recognised(kind):
+    class Doubles:
+        async def double(self, items):
+            return double(items)
+
+        async def __call__(self, items):
+            return double(items)
+
+    doubles = Doubles()
+    function = {
+        "partial": functools.partial(double_soon),
+        "method": doubles.double,
+        "callable": doubles,
+    }[kind]
+    async with batcher_of(function) as batcher:
+        assert await batcher.submit(4) == 8
+
+
+@on_every_loop
+async def test_what_an_async_function_raises_is_the_error_of_its_batch():
+    async def fails(items):
+        await anyio.lowlevel.checkpoint()
+        raise OSError("no such peer")
+
+    async with batcher_of(fails) as batcher:
+        for _ in range(2):
+            with pytest.raises(OSError, match="no such peer"):
+                await batcher.submit(1)
+
+
+@on_every_loop
+async def test_an_async_function_needs_a_loop_that_enters_once():
+    batcher = batcher_of(double_soon)
+    with pytest.raises(RuntimeError, match="async with"):
+        batcher.submit(1)
+    with pytest.raises(RuntimeError, match="async with"):
+        batcher.__enter__()
+    async with batcher:
+        with pytest.raises(RuntimeError, match="already"):
+            await batcher.__aenter__()
+        with pytest.raises(RuntimeError, match="aclose"):
+            batcher.close()
+        assert await batcher.submit(1) == 2
+
+
+@on_asyncio
+async def test_a_cancelled_task_of_an_async_function_fails_its_batch_only():
+    tasks = []
+
+    async def hangs(items):
+        tasks.append(asyncio.current_task())
+        if items == ["hang"]:
+            await asyncio.sleep(PATIENCE)
+        return items
+
+    async with batcher_of(hangs) as batcher:
+        fut = batcher.submit("hang")
+        await eventually(lambda: bool(tasks))
+        tasks[0].cancel()
+        with pytest.raises(BaseException, match="cancelled"):
+            await asyncio.wait_for(asyncio.shield(fut.as_asyncio()), PATIENCE)
+        assert await batcher.submit("go on") == "go on"
+
+
+def runs_on(backend, main):
+    options = {"asyncio": {}, "uvloop": {"backend_options": {"use_uvloop": True}}}
+    name = "trio" if backend == "trio" else "asyncio"
+    return anyio.run(main, backend=name, **options.get(backend, {}))
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "uvloop", "trio"])
+def test_what_is_pending_when_the_loop_ends_fails(backend):
+    began = threading.Event()
+
+    async def hangs(items):
+        began.set()
+        await anyio.sleep_forever()
+
+    batcher = batcher_of(hangs)
+
+    async def main():
+        await batcher.__aenter__()
+        fut = batcher.submit(1)
+        await eventually(began.is_set)
+        return fut, batcher.submit(2)
+
+    for fut in runs_on(backend, main):
+        with pytest.raises((BaseException, RuntimeError), match=r"cancelled|ended|closed"):
+            fut.wait(PATIENCE)
+    with pytest.raises((BaseException, RuntimeError), match=r"cancelled|ended|closed"):
+        batcher.submit(3).wait(PATIENCE)
+    batcher._loop = None  # it is closed, and close() need not fear for it
+    batcher.close()
+
+
+# ------------------------------------------------------------------- threads and processes
+
+
+def test_a_thread_that_cannot_start_is_the_error_of_submit(monkeypatch):
+    def cannot_start(thread):
+        raise RuntimeError("can't start new thread")
+
+    batcher = batcher_of()
+    with monkeypatch.context() as patch:
+        patch.setattr(_worker.WorkerThread, "start", cannot_start)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            batcher.submit(1)
+        assert batcher.statistics().queued == 0
+    assert batcher.submit(2).wait(PATIENCE) == 4
+    batcher.close()
+
+
+def test_close_returns_though_no_thread_can_start(monkeypatch):
+    def cannot_start(thread):
+        raise RuntimeError("can't start new thread")
+
+    batcher = batcher_of()
+    monkeypatch.setattr(_worker.WorkerThread, "start", cannot_start)
+    batcher.close()
+
+
+def python(program):
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", PRELUDE + textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_WITH_PROCESSES,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+PRELUDE = """
+import os, sys, threading, time, warnings
+from torchfut_aio import Batcher
+
+def double(items):
+    time.sleep(0.01)
+    return [2 * item for item in items]
+
+batcher = Batcher(double, max_batch=2, max_wait=3600, max_queue=100)
+"""
+
+
+def test_an_interpreter_that_exits_completes_what_is_queued_first():
+    printed = python("""
+        for n in range(5):
+            batcher.submit(n).add_done_callback(lambda fut: print(fut.value(), flush=True))
+    """)
+    assert printed.split() == ["0", "2", "4", "6", "8"]
+
+
+def test_an_idle_batcher_does_not_keep_the_interpreter_from_exiting():
+    start = time.monotonic()
+    python("")
+    alone = time.monotonic() - start
+    start = time.monotonic()
+    python("assert [batcher.submit(n) for n in range(2)][1].wait(30) == 2")
+    assert time.monotonic() - start < 2 * alone + _batch_worker._LINGER / 2
+
+
+def test_a_child_process_begins_with_nothing_queued_and_a_batcher_that_works():
+    printed = python("""
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads
+        pending = batcher.submit(1)
+        if child := os.fork():
+            assert os.waitpid(child, 0)[1] == 0
+            batcher.submit(5)
+            print(pending.wait(30))
+        else:
+            print(batcher.statistics().queued)
+            print([batcher.submit(n) for n in (6, 7)][1].wait(30))
+        sys.stdout.flush()
+        os._exit(0)
+    """)
+    assert printed.split() == ["0", "14", "2"]
+
+
+# ------------------------------------------------------------------ struck at every point
+
+
+@pytest.mark.parametrize(
+    ("error", "at"), [(KeyboardInterrupt, "signals"), (MemoryError, "calls")], ids=["^C", "memory"]
+)
+def test_whoever_is_struck_while_submitting_loses_that_item_only(error, at):
+    for strike in explorer.strikes(_batcher, _batch_worker, _worker, error=error, at=at):
+        batcher = batcher_of()
+        before = batcher.submit(1)
+        with strike:
+            batcher.submit(2)
+        assert before.wait(PATIENCE) == 2, strike
+        assert batcher.submit(3).wait(PATIENCE) == 6, strike
+        batcher.close()
+        assert batcher.statistics().queued == 0, strike
+        until(lambda: not threads())
+
+
+@pytest.mark.parametrize("drain", [True, False])
+def test_whoever_is_struck_while_closing_can_close_again(drain):
+    for strike in explorer.strikes(_batcher, _batch_worker, _worker):
+        batcher = batcher_of(max_wait=math.inf)
+        futures = [batcher.submit(n) for n in range(3)]
+        with strike:
+            batcher.close(drain)
+        batcher.close(drain)
+        assert all(fut.done() for fut in futures), strike
+        assert not drain or [fut.value() for fut in futures] == [0, 2, 4], strike
+        until(lambda: not threads())
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_wherever_its_thread_lacks_memory_every_future_completes():
+    for strike in explorer.strikes(
+        _batcher, _batch_worker, error=MemoryError, at="calls", thread=NAME
+    ):
+        with strike:
+            batcher = batcher_of(max_batch=2)
+            futures = [batcher.submit(n) for n in range(4)]
+            give_up(batcher.submit("given up"))
+            until(lambda futures=futures: all(fut.done() for fut in futures))
+            futures.append(batcher.submit(4))
+            batcher.close()
+            until(lambda: not threads())
+        for n, fut in enumerate(futures):
+            assert isinstance(fut.exception(), (MemoryError, RuntimeError)) or fut.value() == 2 * n
+
+
+@pytest.mark.parametrize("closes", [False, True])
+def test_an_item_that_comes_at_any_step_of_the_thread_is_served(closes, monkeypatch):
+    monkeypatch.setattr(_batch_worker, "_LINGER", 0.0)
+
+    def submit():
+        late.append(batcher.submit(5))
+        if closes:
+            batcher.close()
+
+    def submit_beside():
+        if closes:  # which waits for the thread that is struck
+            beside.append(threading.Thread(target=submit))
+            beside[0].start()
+            until(lambda: batcher._worker.closing)
+        else:
+            with running(submit):
+                pass
+
+    for strike in explorer.strikes(_batch_worker, thread=NAME, do=submit_beside):
+        batcher, late, beside = batcher_of(), [], []
+        with strike:
+            assert batcher.submit(1).wait(PATIENCE) == 2, strike
+            until(lambda: not threads())
+        for thread in beside:
+            thread.join(PATIENCE)
+            assert not thread.is_alive(), strike
+        assert len(late) == (strike.where is not None)
+        assert [fut.wait(PATIENCE) for fut in late] == [10] * len(late), strike
+        batcher.close()
+        until(lambda: not threads())
+
+
+# ------------------------------------------------------------------------------- arguments
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"max_batch": 0}, ValueError, "max_batch must be at least 1"),
+        ({"max_batch": 2.0}, TypeError, "max_batch must be an int, not float"),
+        ({"max_queue": 7}, ValueError, "max_queue must be at least 8"),
+        ({"max_queue": None}, TypeError, "max_queue must be an int, not NoneType"),
+        ({"max_wait": "1"}, TypeError, "max_wait must be a number of seconds"),
+        ({"function": None}, TypeError, "takes a function of a list of items, not NoneType"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(options, error, text):
+    with pytest.raises(error, match=text):
+        batcher_of(**options)
+
+
+def test_the_thread_is_named_after_the_function_unless_told_otherwise():
+    def name(items):
+        return [threading.current_thread().name for _ in items]
+
+    with Batcher(name, max_batch=1, max_wait=0, max_queue=1) as batcher:
+        assert batcher.submit(1).wait(PATIENCE).startswith("torchfut_aio batcher of test_the_")
+    with batcher_of(name) as batcher:
+        assert batcher.submit(1).wait(PATIENCE) == NAME
+
+
+def test_a_future_of_a_batcher_is_one_as_any_other():
+    with batcher_of() as batcher:
+        fut = batcher.submit(2)
+        assert isinstance(fut, Future)
+        assert fut.then(lambda fut: fut.value() + 1).wait(PATIENCE) == 5

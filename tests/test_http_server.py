@@ -1,0 +1,497 @@
+"""The HTTP server among the examples, as a process of its own, under the clients that it fears."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import pathlib
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from contextlib import contextmanager, suppress
+from queue import SimpleQueue
+from typing import ClassVar
+
+import pytest
+
+from .threads import PATIENCE, PATIENCE_WITH_PROCESSES, until
+
+for module in ("starlette", "uvicorn", "httpx", "sklearn"):
+    pytest.importorskip(module, reason="the HTTP server needs it: see the extra examples")
+
+import httpx  # noqa: E402
+
+EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
+
+# A server whose classifier answers with the first pixel, once the file `gate` is there. It raises
+# if the second pixel is 1, and hangs if that is 2. Its tokens are large enough to fill buffers.
+PRELUDE = """
+import os, sys, time
+sys.path.insert(0, {examples!r})
+import http_server
+
+def classify(images):
+    while not os.path.exists({gate!r}):
+        time.sleep(0.001)
+    numbers = [(image.flatten()[:2] * 16).tolist() for image in images]
+    if any(second == 1 for _, second in numbers):
+        raise OSError("the model is broken")
+    if any(second == 2 for _, second in numbers):
+        time.sleep(3600)
+    return [round(first) for first, _ in numbers]
+
+def next_tokens(texts):
+    if any(text.startswith("raise") for text in texts):
+        raise OSError("the model is broken")
+    time.sleep(0.0005)
+    return [text[0] * int(text[1:].partition(".")[0]) + "." for text in texts]
+"""
+
+
+class Served:
+    """A server that runs: where, and how to end it."""
+
+    def __init__(self, process, gate):
+        self.process = process
+        self.gate = gate
+        self.port = None
+        self.lines = SimpleQueue()
+        self.reader = threading.Thread(target=self.read)
+        self.reader.start()
+
+    def read(self):
+        for line in self.process.stdout:
+            if found := re.match(r"serving on http://127.0.0.1:(\d+)", line):
+                self.port = int(found[1])
+                self.lines.put(None)
+        self.lines.put(None)
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.port}"
+
+    def open_gate(self):
+        self.gate.touch()
+
+    def terminate(self):
+        self.process.send_signal(signal.SIGTERM)
+
+    def ended(self):
+        return self.process.wait(PATIENCE_WITH_PROCESSES)
+
+    def files(self):
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
+
+@contextmanager
+def served(command, gate, log):
+    with open(log, "w") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+    server = Served(process, gate)
+    try:
+        server.lines.get(timeout=PATIENCE_WITH_PROCESSES)
+        assert server.port, log.read_text()
+        yield server
+    finally:
+        process.kill()
+        process.wait(PATIENCE)
+        server.reader.join(PATIENCE)
+        process.stdout.close()
+
+
+@pytest.fixture(autouse=True)
+def clients_are_quick(nothing_blocks_a_loop):
+    nothing_blocks_a_loop.deactivate()  # only clients run on a loop of this process
+
+
+@pytest.fixture
+def serve(tmp_path):
+    """Starts a server, with some of its constants changed; its gate is open unless told."""
+
+    @contextmanager
+    def serve(*, is_open=True, **constants):
+        gate = tmp_path / "gate"
+        if is_open:
+            gate.touch()
+        program = PRELUDE.format(examples=str(EXAMPLES), gate=str(gate))
+        program += "".join(f"http_server.{name} = {value}\n" for name, value in constants.items())
+        program += "http_server.serve(http_server.Service(classify, next_tokens), 0)\n"
+        command = [sys.executable, "-W", "error", "-c", textwrap.dedent(program)]
+        with served(command, gate, tmp_path / "log") as server:
+            yield server
+
+    return serve
+
+
+# ----------------------------------------------------------------------- a client
+
+
+def request(number=0, what=0, *, close=False):
+    body = json.dumps([number, what] + [0] * 62).encode()
+    head = f"POST /digit HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+    return (head + ("Connection: close\r\n" if close else "") + "\r\n").encode() + body
+
+
+def text_request(prompt, length):
+    return f"GET /text?prompt={prompt}.&length={length} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+
+
+class Connection:
+    """A connection that speaks HTTP/1.1, and knows whether a response was whole."""
+
+    opened: ClassVar[list] = []
+
+    def __init__(self, reader, writer):
+        self.reader, self.writer = reader, writer
+        self.opened.append(self)
+
+    @classmethod
+    async def open(cls, server, **options):
+        return cls(*await asyncio.open_connection("127.0.0.1", server.port, **options))
+
+    async def ask(self, data):
+        """Returns the status, the headers and the body; None if not one byte came."""
+        self.writer.write(data)
+        return await self.response()
+
+    async def response(self):
+        try:
+            head = await self.reader.readuntil(b"\r\n\r\n")
+        except asyncio.IncompleteReadError as error:
+            if error.partial:
+                raise
+            return None
+        except ConnectionResetError:
+            return None
+        first, *lines = head.decode().split("\r\n")
+        headers = dict(line.lower().split(": ", 1) for line in lines if line)
+        status = int(first.split()[1])
+        if headers.get("transfer-encoding") == "chunked":
+            return status, headers, await self.chunks()
+        return status, headers, await self.reader.readexactly(int(headers["content-length"]))
+
+    async def chunks(self):
+        body = b""
+        while size := int(await self.reader.readline(), 16):
+            body += await self.reader.readexactly(size)
+            assert await self.reader.readexactly(2) == b"\r\n"
+        await self.reader.readexactly(2)
+        return body
+
+    async def close(self):
+        self.writer.close()
+        with suppress(ConnectionError):
+            await self.writer.wait_closed()
+
+
+def tokens(body):
+    """The tokens in an event stream, and how it ended."""
+    *events, last = body.decode().strip().split("\n\n")
+    return [json.loads(event.removeprefix("data: ")) for event in events], last
+
+
+async def ask(server, data):
+    connection = await Connection.open(server)
+    try:
+        return await connection.ask(data)
+    finally:
+        await connection.close()
+
+
+async def statistics(server):
+    _, _, body = await ask(server, b"GET /statistics HTTP/1.1\r\nHost: x\r\n\r\n")
+    return json.loads(body)
+
+
+async def eventually(server, condition):
+    give_up = time.monotonic() + PATIENCE
+    while not condition(found := await statistics(server)):
+        assert time.monotonic() < give_up, found
+        await asyncio.sleep(0.01)
+    return found
+
+
+def run(main):
+    async def run_and_close():
+        try:
+            await asyncio.wait_for(main, PATIENCE_WITH_PROCESSES)
+        finally:
+            while Connection.opened:
+                Connection.opened.pop().writer.transport.abort()
+
+    asyncio.run(run_and_close())
+
+
+# ---------------------------------------------------------------------------- the example
+
+
+def test_the_example_tells_digits_and_writes_texts(tmp_path):
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    command = [sys.executable, "-W", "error", EXAMPLES / "http_server.py", "0"]
+    with served(command, None, tmp_path / "log") as server:
+        with httpx.Client(base_url=server.url, timeout=PATIENCE) as client:
+            images = list(zip(digits.images[:50], digits.target[:50], strict=True))
+            answers = [
+                (client.post("/digit", json=image.flatten().tolist()).json()["digit"], digit)
+                for image, digit in images
+            ]
+            assert sum(answer == digit for answer, digit in answers) >= 45
+            with client.stream("GET", "/text", params={"prompt": "The", "length": 30}) as response:
+                assert response.headers["content-type"].startswith("text/event-stream")
+                written, last = tokens(response.read())
+            assert (len(written), last) == (30, "event: end\ndata:")
+            assert client.post("/digit", json=[1, 2, 3]).status_code == 400
+            assert client.post("/digit", content=b"[" * 9000).status_code == 400
+            assert client.post("/digit", content=b"0" * 99_999).status_code == 413
+            assert client.get("/text", params={"length": "many"}).status_code == 400
+            assert client.get("/statistics").json()["items"] == 50
+        server.terminate()
+        assert server.ended() == 0
+    assert (tmp_path / "log").read_text() == ""
+
+
+# ------------------------------------------------------------------------------- overload
+
+
+def test_a_full_queue_answers_503_at_once_and_the_queued_in_their_turn(serve):
+    clients, queue = 600, 256
+
+    async def main(server):
+        asked = [asyncio.ensure_future(ask(server, request(n % 10))) for n in range(clients)]
+        full = await eventually(
+            server, lambda s: s["queued"] + s["running"] + s["rejected"] == clients
+        )
+        assert full["queued"] == queue
+        server.open_gate()
+        responses = await asyncio.gather(*asked)
+        statuses = [status for status, _, _ in responses]
+        assert set(statuses) == {200, 503}
+        assert statuses.count(503) == full["rejected"]
+        for n, (status, headers, body) in enumerate(responses):
+            if status == 503:
+                assert headers["retry-after"] == "1"
+            else:
+                assert json.loads(body) == {"digit": n % 10}
+        status, _, _ = await ask(server, request(7))
+        assert status == 200
+
+    with serve(is_open=False, SECONDS=PATIENCE_WITH_PROCESSES) as server:
+        run(main(server))
+
+
+def test_a_request_that_takes_too_long_is_answered_504_and_skipped(serve):
+    async def main(server):
+        asked = [asyncio.ensure_future(ask(server, request(0)))]
+        await eventually(server, lambda s: s["running"] == 1)
+        asked += [asyncio.ensure_future(ask(server, request(n))) for n in range(10)]
+        assert {status for status, _, _ in await asyncio.gather(*asked)} == {504}
+        server.open_gate()
+        await eventually(server, lambda s: (s["items"], s["skipped"]) == (1, 10))
+
+    with serve(is_open=False, SECONDS=0.5) as server:
+        run(main(server))
+
+
+def test_texts_beyond_the_limit_are_answered_503(serve):
+    async def main(server):
+        connections = [await Connection.open(server) for _ in range(6)]
+        for connection in connections[:5]:  # which do not read
+            connection.writer.write(text_request("a50000", 1000))
+            await connection.reader.readuntil(b"data: ")
+        assert (await connections[5].ask(text_request("b1", 5)))[0] == 503
+        await connections[0].close()
+        give_up = time.monotonic() + PATIENCE
+        while (await connections[5].ask(text_request("b1", 5)))[0] == 503:
+            assert time.monotonic() < give_up
+        for connection in connections[1:]:
+            await connection.close()
+
+    with serve(MAX_TEXTS=5) as server:
+        run(main(server))
+
+
+# ------------------------------------------------------------------ clients that leave
+
+
+def test_300_clients_that_leave_take_nothing_with_them_and_leave_nothing_behind(serve):
+    async def main(server):
+        await statistics(server)
+        before = server.files()
+        stay = [asyncio.ensure_future(ask(server, request(n))) for n in range(10)]
+        await eventually(server, lambda s: s["queued"] + s["running"] == 10)
+        connections = [await Connection.open(server) for _ in range(300)]
+        for n, connection in enumerate(connections):
+            connection.writer.write(request(1) if n % 3 else text_request("a10000", 1000))
+        await eventually(server, lambda s: s["queued"] + s["running"] == 210 and s["texts"] == 100)
+        for connection in connections:
+            await connection.close()
+        await eventually(server, lambda s: s["texts"] == 0)
+        until(lambda: server.files() <= before + 10)
+        server.open_gate()
+        for n, (status, _, body) in enumerate(await asyncio.gather(*stay)):
+            assert (status, json.loads(body)) == (200, {"digit": n})
+        found = await eventually(server, lambda s: not s["queued"] + s["running"])
+        assert found["skipped"] == 200
+        assert found["rejected"] == 0
+        assert (await ask(server, request(5)))[0] == 200
+
+    with serve(is_open=False, SECONDS=PATIENCE_WITH_PROCESSES, TEXT_SECONDS=3600) as server:
+        run(main(server))
+
+
+# ----------------------------------------------------------------------------- slow ones
+
+
+def test_a_client_that_reads_slowly_gets_its_whole_text_and_holds_up_nobody(serve):
+    async def main(server):
+        narrow = socket.socket()
+        narrow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        narrow.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(narrow, ("127.0.0.1", server.port))
+        slow = Connection(*await asyncio.open_connection(sock=narrow))
+        slow.writer.write(text_request("a50000", 120))
+        await slow.reader.readuntil(b"\r\n\r\n")
+        for _ in range(3):
+            status, _, body = await ask(server, text_request("b1", 1000))
+            assert (status, tokens(body)) == (200, (["b."] * 1000, "event: end\ndata:"))
+        assert (await statistics(server))["texts"] == 1  # which is far from its end
+        written, last = tokens(await slow.chunks())
+        assert written == ["a" * 50000 + "."] * 120
+        assert last == "event: end\ndata:"
+        await slow.close()
+
+    with serve(TEXT_SECONDS=PATIENCE_WITH_PROCESSES) as server:
+        run(main(server))
+
+
+def test_a_client_that_reads_nothing_or_sends_half_is_given_up_in_time(serve):
+    async def main(server):
+        deaf, half = await Connection.open(server), await Connection.open(server)
+        deaf.writer.write(text_request("a50000", 1000))
+        await deaf.reader.readuntil(b"\r\n\r\n")
+        half.writer.write(request(5)[:-3])
+        status, _, _ = await half.response()
+        assert status == 408
+        await eventually(server, lambda s: s["texts"] == 0)
+        await deaf.close()
+        await half.close()
+
+    with serve(BODY_SECONDS=0.5, TEXT_SECONDS=3) as server:
+        run(main(server))
+
+
+# ----------------------------------------------------------------- functions that fail
+
+
+def test_a_function_that_raises_fails_its_batch_and_no_more(serve):
+    async def main(server):
+        for _ in range(3):
+            status, _, body = await ask(server, request(1, 1))
+            assert (status, json.loads(body)) == (500, {"error": "OSError"})
+            status, _, body = await ask(server, request(4))
+            assert (status, json.loads(body)) == (200, {"digit": 4})
+        status, _, body = await ask(server, text_request("raise", 5))
+        assert (status, body) == (200, b'event: error\ndata: "OSError"\n\n')
+        status, _, body = await ask(server, text_request("b1", 5))
+        assert tokens(body) == (["b."] * 5, "event: end\ndata:")
+
+    with serve() as server:
+        run(main(server))
+        server.terminate()
+        assert server.ended() == 0
+
+
+def test_while_the_function_hangs_everybody_is_answered_and_the_server_can_be_ended(serve):
+    async def main(server):
+        hangs = asyncio.ensure_future(ask(server, request(1, 2)))
+        await eventually(server, lambda s: s["running"] == 1)
+        asked = [asyncio.ensure_future(ask(server, request(1))) for _ in range(100)]
+        statuses = [status for status, _, _ in await asyncio.gather(*asked)]
+        assert set(statuses) == {504, 503}
+        assert (await hangs)[0] == 504
+        status, _, body = await ask(server, text_request("b1", 5))
+        assert (status, tokens(body)[0]) == (200, ["b."] * 5)
+
+    constants = {"SECONDS": 1, "NOTICE": 0.1, "GRACE": 1, "MAX_QUEUE": 30, "MAX_BATCH": 20}
+    with serve(**constants) as server:
+        run(main(server))
+        server.terminate()
+        assert server.ended() == 1
+
+
+# ------------------------------------------------------------------------------ shutdown
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
+def test_a_shutdown_under_load_drops_no_response(serve, signal_number, tmp_path):
+    answered, refused, dropped, texts = [], [], [], []
+    enough = asyncio.Event()
+
+    def note_answer(n):
+        answered.append(n)
+        if len(answered) == 1000:
+            enough.set()
+
+    async def keeps_its_connection(server, n):
+        connection = await Connection.open(server)
+        while True:
+            response = await connection.ask(request(n))
+            if response is None:
+                dropped.append("on a connection that was to stay open")
+                break
+            status, headers, body = response
+            assert (status, json.loads(body)) == (200, {"digit": n})
+            note_answer(n)
+            if headers.get("connection") == "close":
+                refused.append(n)
+                break
+            await asyncio.sleep(0.2 * random.random())  # it thinks, and its connection is idle
+        await connection.close()
+
+    async def connects_anew(server, n):
+        while True:
+            try:
+                connection = await Connection.open(server)
+            except ConnectionError:
+                refused.append(n)
+                return
+            response = await connection.ask(request(n, close=True))
+            await connection.close()
+            if response is None:
+                dropped.append("on a new connection")
+            else:
+                note_answer(n)
+
+    async def reads_a_text(server):
+        connection = await Connection.open(server)
+        status, _, body = await connection.ask(text_request("b100", 500))
+        texts.append(status)
+        assert tokens(body) == (["b" * 100 + "."] * 500, "event: end\ndata:")
+        await connection.close()
+
+    async def main(server):
+        clients = [keeps_its_connection(server, n % 10) for n in range(64)]
+        clients += [connects_anew(server, n % 10) for n in range(16)]
+        clients += [reads_a_text(server) for _ in range(20)]
+        load = asyncio.ensure_future(asyncio.gather(*clients))
+        await enough.wait()
+        server.process.send_signal(signal_number)
+        await load
+
+    patience = PATIENCE_WITH_PROCESSES
+    with serve(SECONDS=patience, TEXT_SECONDS=patience, GRACE=patience, NOTICE=4) as server:
+        run(main(server))
+        assert server.ended() == 0
+    assert dropped == []
+    assert len(refused) == 64 + 16
+    assert texts == [200] * 20
+    assert (tmp_path / "log").read_text() == ""
