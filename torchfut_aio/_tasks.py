@@ -48,12 +48,12 @@ def start_soon(
 ) -> Future[T]:
     """Runs ``func(*args)`` as a task of a task group; returns a future of its result.
 
-    What the function raises goes to the future and leaves the group alone; if nobody reads it,
-    it is lost with the future. KeyboardInterrupt, SystemExit and cancellation also act on the
-    group, as from any of its tasks. A task that is cancelled, or that ends with its loop, fails
-    the future with ``concurrent.futures.CancelledError``; so a future of a group that has exited
-    is done. If you cancel or complete the future yourself, the task goes on, and its result is
-    dropped.
+    What the function raises goes to the future and leaves the group alone; if nobody retrieves
+    it, it is logged when the future goes. KeyboardInterrupt, SystemExit and cancellation also
+    act on the group, as from any of its tasks. A task that is cancelled, or that ends with its
+    loop, fails the future with ``concurrent.futures.CancelledError``; so a future of a group
+    that has exited is done. If you cancel or complete the future yourself, the task goes on, and
+    its result is dropped.
 
     Args:
         task_group: A task group of anyio, an ``asyncio.TaskGroup`` or a ``trio.Nursery``,
