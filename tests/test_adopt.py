@@ -235,7 +235,7 @@ async def test_a_task_that_completes_too_late_is_silent(caplog):
 @on_every_loop
 async def test_results_of_a_pool_are_awaited(nothing_blocks_a_loop):
     release = threading.Event()
-    pool = ThreadPool(2)
+    pool = await anyio.to_thread.run_sync(ThreadPool, 2)  # which may start a process, and block
     try:
         late, failed = pool.apply_async(release.wait), pool.apply_async(int, ["x"])
         many = pool.map_async(abs, [-1, 2])

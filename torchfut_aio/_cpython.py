@@ -107,6 +107,11 @@ _get_frame: Callable[[], FrameType | None] = getattr(sys, "_getframe", lambda: N
 _RUN_CALLBACK: object = getattr(asyncio.Handle._run, "__code__", None)
 
 
+# What asyncio.shield leaves with a future when nobody waits for it any more, from Python 3.14 on:
+# it only logs the error.
+what_shield_leaves: object = getattr(asyncio.tasks, "_log_on_exception", asyncio)
+
+
 def is_inner(coroutine: object, other: object) -> bool:
     """Tells whether ``coroutine`` runs within ``other``, of which both are running here.
 

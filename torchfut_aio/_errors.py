@@ -201,13 +201,17 @@ def _describe(error: BaseException) -> str:
     name = type(error).__qualname__
     args = _args.__get__(error)
     try:
-        if type(error).__str__ in _SHOW_ARGS and not all(type(arg) in _PLAIN for arg in args):
+        if type(error).__str__ in _SHOW_ARGS and not _are_plain(args):
             text = short(args[0] if len(args) == 1 else args)
         else:
             text = str(error)
     except Exception:
         text = "<its __str__ raised>"
     return f"{name}: {text}" if text else name
+
+
+def _are_plain(args: tuple[Any, ...]) -> bool:
+    return all(type(arg) in _PLAIN for arg in args)
 
 
 # Ways to make a text of the arguments, whatever these are.

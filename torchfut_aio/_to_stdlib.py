@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from . import _core, _loops
+from ._cpython import what_shield_leaves
 from ._errors import CANCELLATIONS
 
 T = TypeVar("T")
@@ -73,15 +74,18 @@ class _AsyncioCopy(asyncio.Future[T]):
     link: _Link | None = None
     _waiting = 0
 
-    def add_done_callback(self, *args: Any, **kwargs: Any) -> None:
-        super().add_done_callback(*args, **kwargs)
+    def add_done_callback(self, function: Any, /, **options: Any) -> None:
+        super().add_done_callback(function, **options)
+        if function is what_shield_leaves:
+            return
         self._waiting += 1
         if self.link is not None:
             self.link.target = self
 
-    def remove_done_callback(self, *args: Any) -> int:
-        removed = super().remove_done_callback(*args)
-        self._waiting -= removed
+    def remove_done_callback(self, function: Any, /) -> int:
+        removed = super().remove_done_callback(function)
+        if function is not what_shield_leaves:
+            self._waiting -= removed
         if self.link is not None and not self._waiting:
             self.link.target = None
         return removed

@@ -12,8 +12,9 @@ from typing import Any, TypeAlias, TypeVar, get_type_hints, overload
 
 import torch
 
+from .. import _core
 from .._arguments import devices_checked
-from .._errors import drop_catching_frame
+from .._errors import CancelledError, drop_catching_frame
 from .._future import Future
 from .._repr import described
 
@@ -184,13 +185,19 @@ def once(
         key = () if devices is None else devices_checked(devices)
         made = made_of.setdefault(source, weakref.WeakValueDictionary())
         future = made.get(key)
-        if future is None or future.cancelled():  # by somebody who adopted it before
+        if future is None or _has_been_cancelled(future):
             future = kind(devices=key)
             adopt(source, future)
             made[key] = future
         return future
 
     return adapter
+
+
+def _has_been_cancelled(future: Future[Any]) -> bool:
+    """Tells whether somebody who adopted the source before has cancelled the future."""
+    outcome = _core.outcome_of(future)
+    return outcome is not None and type(outcome.error) is CancelledError
 
 
 def copy_outcome(
