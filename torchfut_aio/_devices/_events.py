@@ -1,4 +1,4 @@
-"""Streams of the accelerator, and the events that are recorded on them.
+"""Events that are recorded on streams of the accelerator.
 
 Creating and destroying an event of a device can block, so events are taken from a pool. An event
 goes back when nothing refers to its `RecordedEvent` any more, so that nobody who waits for one
@@ -12,19 +12,27 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
-from time import monotonic
+from collections.abc import Callable
+from functools import partial
+from time import monotonic, sleep
+from typing import Any, TypeVar
 
 import torch
 
+from ._capture import call_beside_captures, is_of_a_capture
 from ._policy import policy
+from ._streams import call_with_current, make_current
+
+T = TypeVar("T")
 
 # By device, and whether a thread that waits for them blocks rather than spins. To append to a
 # deque and to pop from it are atomic: no lock is needed, and a finaliser may append.
 _pools: dict[tuple[torch.device, bool], deque[torch.Event]] = {}
 
 _ticks = itertools.count()
+
+# A thread that a capture keeps from blocking for an event tries again after so many seconds.
+_CAPTURE = 0.005
 
 
 class RecordedEvent:
@@ -39,25 +47,58 @@ class RecordedEvent:
 
     def __init__(
         self,
-        event: torch.Event,
+        event: torch.Event | StreamEnd,
         stream: torch.Stream | None = None,
         pool: deque[torch.Event] | None = None,
     ) -> None:
-        self.event = event
+        self.event: Any = event
         self._pool = pool
-        # The stream of an event that the program recorded itself is not known.
-        self.stream = None if stream is None else (stream.device, stream.stream_id)
+        # None where nothing can be told from other events: the program has recorded this one
+        # itself, or the stream is external.
+        self.stream: tuple[torch.device, int] | None = None
+        if stream is not None and not _is_external(stream):
+            self.stream = stream.device, stream.stream_id
         self.begun = next(_ticks)
         if stream is not None:
-            event.record(stream)
+            call_with_current(stream.device, partial(event.record, stream))
         self.ended = next(_ticks)
         self.recorded_at = monotonic()
         self.is_reached = False  # as far as anybody has found out
 
+    @property
+    def has_to_block(self) -> bool:
+        """Whether only a thread that blocks can find out when it is reached."""
+        return type(self.event) is StreamEnd
+
+    def query(self, *, in_own_thread: bool = False) -> bool:
+        """Tells whether the event is known to be reached; False if a capture forbids to ask."""
+        device = getattr(self.event, "device", None)
+        try:
+            if in_own_thread:
+                make_current(device)
+                self.is_reached = _ask(device, self.event.query)
+            else:
+                self.is_reached = call_with_current(device, partial(_ask, device, self.event.query))
+        except RuntimeError as error:
+            if not is_of_a_capture(error):
+                raise
+        return self.is_reached
+
     def synchronize(self) -> None:
-        """Blocks the thread until the event is reached."""
-        self.event.synchronize()
+        """Blocks the thread, which is one of this package's own, until the event is reached."""
+        make_current(self.event.device)
+        while not self._has_synchronized():
+            sleep(_CAPTURE)
         self.is_reached = True
+
+    def _has_synchronized(self) -> bool:
+        try:
+            _ask(self.event.device, self.event.synchronize)
+        except RuntimeError as error:
+            if is_of_a_capture(error):
+                return False
+            raise
+        return True
 
     def __del__(self) -> None:
         # An interrupt may have struck before the attributes were set.
@@ -65,17 +106,67 @@ class RecordedEvent:
             self._pool.append(self.event)
 
 
+class StreamEnd:
+    """In the place of an event on a device that has none: the end of what a stream has to do.
+
+    It is reached once a thread has synchronised with the stream.
+    """
+
+    def __init__(self) -> None:
+        self._stream: Any = None
+        self._is_reached = False
+        self._error: Exception | None = None
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self._stream.device
+        return device
+
+    def record(self, stream: torch.Stream) -> None:
+        self._stream = stream
+
+    def query(self) -> bool:
+        if self._error is not None:
+            raise self._error
+        return self._is_reached
+
+    def synchronize(self) -> None:
+        try:
+            self._stream.synchronize()
+        except Exception as error:
+            self._error = error.with_traceback(None)
+            raise
+        self._is_reached = True
+
+
+def _ask(device: torch.device | None, question: Callable[[], T]) -> T:
+    return question() if device is None else call_beside_captures(device.type, question)
+
+
+def _is_external(stream: torch.Stream) -> bool:
+    """Tells whether the stream's id is a pointer, or 2, which is another stream in each thread."""
+    return stream.stream_id == 2 or (stream.stream_id > 0xFFFF and stream.stream_id % 2 == 0)
+
+
 def record_event(stream: torch.Stream) -> RecordedEvent:
     """Records an event at the end of what is enqueued on ``stream`` so far."""
-    kind = stream.device, policy().blocking
+    blocking = policy().blocking
+    kind = stream.device, blocking
     pool = _pools.get(kind)
     if pool is None:
         pool = _pools.setdefault(kind, deque())
     try:
         event = pool.pop()
     except IndexError:
-        event = _new_event(*kind)
-    return RecordedEvent(event, stream, pool)
+        event = _new_blocking_event(stream.device) if blocking else _new_event(stream.device)
+    try:
+        return RecordedEvent(event, _of_own_class(stream) if blocking else stream, pool)
+    except TypeError:  # of an event that takes other streams only
+        return RecordedEvent(_new_event(stream.device), stream)
+    except RuntimeError as error:
+        if not says_no_events(error):
+            raise
+        return RecordedEvent(StreamEnd(), stream)
 
 
 def already_recorded(event: torch.Event) -> RecordedEvent:
@@ -83,60 +174,40 @@ def already_recorded(event: torch.Event) -> RecordedEvent:
     return RecordedEvent(event)
 
 
-def _new_event(device: torch.device, blocking: bool) -> torch.Event:
-    if blocking:
-        # torch.Event accepts the argument and ignores it: CUDA would spin.
-        module = torch.get_device_module(device)
-        if hasattr(module, "Event"):
-            event: torch.Event = module.Event(blocking=True)
-            return event
+def says_no_events(error: Exception) -> bool:
+    """Tells whether ``error`` is what a device says that has no events at all."""
+    return "doesn't support events" in str(error)
+
+
+def _new_event(device: torch.device) -> torch.Event:
     return torch.Event(device, enable_timing=False)
 
 
-def accelerator_in_use() -> torch.device | None:
-    """Returns the accelerator of this process, without an index, if it has been initialised."""
-    accelerator = torch.accelerator.current_accelerator()
-    if accelerator is None:
-        return None
-    # Asking must not initialise it. One that cannot be asked counts as in use.
-    module = torch.get_device_module(accelerator)
-    return accelerator if getattr(module, "is_initialized", lambda: True)() else None
+def _new_blocking_event(device: torch.device) -> torch.Event:
+    """Returns an event for which a thread does not spin, if the device has such."""
+    # torch.Event accepts the argument and ignores it. The class of CUDA does not; that of XPU
+    # does not know it; and that of MPS can be recorded on no stream but the default one.
+    kind = getattr(torch.get_device_module(device), "Event", None)
+    if isinstance(kind, type) and issubclass(kind, torch.Event):
+        try:
+            return kind(blocking=True)
+        except TypeError:
+            pass
+    return _new_event(device)
 
 
-def devices_in_use() -> list[torch.device]:
-    """Returns all devices of the accelerator, if it has been initialised."""
-    accelerator = accelerator_in_use()
-    if accelerator is None:
-        return []
-    return [torch.device(accelerator.type, n) for n in range(torch.accelerator.device_count())]
-
-
-def current_stream(device: torch.device) -> torch.Stream:
-    """Returns the stream of ``device`` that is current in this thread."""
-    accelerator = torch.accelerator.current_accelerator()
-    if accelerator is not None and accelerator.type == device.type:
-        return torch.accelerator.current_stream(device)
-    stream: torch.Stream = torch.get_device_module(device).current_stream(device)
-    return stream
-
-
-def finish_current_streams() -> None:
-    """Blocks until the work on the streams that are current in this thread is done."""
-    for device in devices_in_use():
-        current_stream(device).synchronize()
-
-
-@contextmanager
-def on_stream(stream: torch.Stream) -> Iterator[None]:
-    """Makes ``stream`` current, and its device.
-
-    A stream is a context manager itself, but not one that two threads may enter.
-    """
-    device = torch.accelerator.current_device_index()
-    before = torch.accelerator.current_stream(stream.device)
-    torch.accelerator.set_stream(stream)
+def _of_own_class(stream: torch.Stream) -> torch.Stream:
+    """Returns ``stream`` as one of the device's own class, where events take no other."""
+    # Those of CUDA took any stream for one of theirs, unchecked, until PyTorch's change 173908.
+    kind = getattr(torch.get_device_module(stream.device), "Stream", None)
+    if kind is None or isinstance(stream, kind):
+        return stream
     try:
-        yield
-    finally:
-        torch.accelerator.set_stream(before)
-        torch.accelerator.set_device_index(device)
+        own: torch.Stream = kind(
+            stream_id=stream.stream_id,
+            device_index=stream.device_index,
+            device_type=stream.device_type,
+        )
+    except TypeError:
+        return stream
+    return own
