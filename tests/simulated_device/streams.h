@@ -25,8 +25,10 @@ namespace simulated {
 constexpr auto kSim = c10::DeviceType::PrivateUse1;
 constexpr int kDevices = 2;
 // Stream 0 is the default one. Those that a program asks for and those that futures fetch
-// from the global pool are kept apart, so that a test can tell them from each other.
-constexpr int kFirstPooled = 1, kPooled = 8, kFirstNew = 9, kNew = 16, kStreams = 25;
+// from the global pool are kept apart, so that a test can tell them from each other. A test
+// may have both come from one ring instead, of which there are two: normal and high priority.
+constexpr int kFirstPooled = 1, kPooled = 8, kFirstNew = 9, kNew = 16;
+constexpr int kFirstOfRings = 25, kRing = 32, kStreams = kFirstOfRings + 2 * kRing;
 
 // Guards everything in this file. One lock, as there is nothing to win: kernels sleep.
 inline std::mutex mutex;
