@@ -301,3 +301,33 @@ async def test_a_copy_of_an_idle_tensor_is_not_late_because_of_other_requests(ac
     with anyio.fail_after(PATIENCE):
         assert (await to_host(idle)).tolist() == NEW
     assert kept[0][0][0].value().tolist() == OLD
+
+
+# ------------------------------------------------------------------------- external streams
+
+
+@pytest.fixture(params=[2, 0x10000], ids=["per thread", "used again"])
+def external(request, accelerator):
+    """The id of two streams, and a future that a kernel on the first of them fills."""
+    pointer = request.param
+    return pointer, in_thread(
+        lambda: completed_on(accelerator.external_stream(pointer), accelerator, None)
+    )
+
+
+@on_every_loop
+async def test_what_an_external_stream_has_done_says_nothing_of_another_with_its_id(
+    accelerator, external
+):
+    pointer, fut = external
+    reader, other = Reader(fut), Future()
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(reader)
+        await pending(1)
+        with accelerator.external_stream(pointer):
+            other.set_result(torch.ones(1, device=FIRST))
+        await other
+        await polled()
+        assert reader.outcome is None
+        accelerator.wake()
+    assert reader.outcome.tolist() == NEW

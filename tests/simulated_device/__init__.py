@@ -112,6 +112,18 @@ def reset() -> None:
     side_stream.cache_clear()  # it may be one of those that a test has chosen
 
 
+def external_stream(pointer: int) -> torch.Stream:
+    """Makes a stream whose id is a pointer, even and above 65536, as ``torch.cuda.ExternalStream``.
+
+    If there was one with this pointer, it has been destroyed. 2 is another stream in each thread,
+    as ``cudaStreamPerThread``.
+    """
+    if pointer != 2:
+        _extension.make_external(pointer)
+    kind = torch.accelerator.current_stream("sim:0").device_type
+    return torch.Stream(stream_id=pointer, device_index=0, device_type=kind)
+
+
 def take_event_class_of(backend: str) -> None:
     """Has ``sim.Event``, until the next reset, take what that of a backend takes.
 

@@ -146,8 +146,9 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     synchronize(simulated::record(stream));
   }
   void synchronizeDevice(const c10::DeviceIndex device) const override {
-    for (c10::StreamId id = 0; id < kStreams; id++)
-      synchronizeStream(stream_of({kSim, device}, id));
+    make_context(current_device); // which is set back to
+    for (auto& queue : queues.at(device))
+      synchronize(simulated::record(queue));
   }
 
   // An event holds the mark of its latest recording. It is created by the first one, as
@@ -440,6 +441,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("take_new_streams_away", [] { lacks_new_streams = true; });
   module.def("take_events_away", [] { lacks_events = true; });
   module.def("refuse_events", [] { refuses_events = true; });
+  module.def("make_external", &make_external, Released());
   module.def("share_rings", [] { shares_rings = true; });
   module.def("keep_first_recordings", [] { keeps_first_recording = true; });
   module.def("begin_capture", [] { capture_is_valid = capturing = true; });
