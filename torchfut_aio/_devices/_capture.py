@@ -39,9 +39,9 @@ def mode_exchange(kind: str) -> Callable[[int], int] | None:
     return None
 
 
-def call_beside_captures(kind: str, ask: Callable[[], T]) -> T:
-    """Returns ``ask()``, which asks a device of this kind, and disturbs no capture if possible."""
-    exchange = mode_exchange(kind)
+def call_beside_captures(device: torch.device | None, ask: Callable[[], T]) -> T:
+    """Returns ``ask()``, which asks ``device``, and disturbs no capture if that is possible."""
+    exchange = None if device is None else mode_exchange(device.type)
     if exchange is None:
         return ask()
     before = exchange(_THREAD_LOCAL)

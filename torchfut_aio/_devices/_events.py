@@ -12,18 +12,16 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from time import monotonic, sleep
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from ._capture import call_beside_captures, is_of_a_capture
 from ._policy import policy
 from ._streams import call_with_current, make_current
-
-T = TypeVar("T")
 
 # By device, and whether a thread that waits for them blocks rather than spins. To append to a
 # deque and to pop from it are atomic: no lock is needed, and a finaliser may append.
@@ -73,12 +71,11 @@ class RecordedEvent:
     def query(self, *, in_own_thread: bool = False) -> bool:
         """Tells whether the event is known to be reached; False if a capture forbids to ask."""
         device = getattr(self.event, "device", None)
+        ask = partial(call_beside_captures, device, self.event.query)
+        if in_own_thread:
+            make_current(device)
         try:
-            if in_own_thread:
-                make_current(device)
-                self.is_reached = _ask(device, self.event.query)
-            else:
-                self.is_reached = call_with_current(device, partial(_ask, device, self.event.query))
+            self.is_reached = call_with_current(device, ask)
         except RuntimeError as error:
             if not is_of_a_capture(error):
                 raise
@@ -86,19 +83,16 @@ class RecordedEvent:
 
     def synchronize(self) -> None:
         """Blocks the thread, which is one of this package's own, until the event is reached."""
-        make_current(self.event.device)
-        while not self._has_synchronized():
-            sleep(_CAPTURE)
-        self.is_reached = True
-
-    def _has_synchronized(self) -> bool:
-        try:
-            _ask(self.event.device, self.event.synchronize)
-        except RuntimeError as error:
-            if is_of_a_capture(error):
-                return False
-            raise
-        return True
+        device = self.event.device
+        make_current(device)
+        while not self.is_reached:
+            try:
+                call_beside_captures(device, self.event.synchronize)
+                self.is_reached = True
+            except RuntimeError as error:
+                if not is_of_a_capture(error):
+                    raise
+                sleep(_CAPTURE)
 
     def __del__(self) -> None:
         # An interrupt may have struck before the attributes were set.
@@ -112,18 +106,11 @@ class StreamEnd:
     It is reached once a thread has synchronised with the stream.
     """
 
-    def __init__(self) -> None:
-        self._stream: Any = None
-        self._is_reached = False
-        self._error: Exception | None = None
-
-    @property
-    def device(self) -> torch.device:
-        device: torch.device = self._stream.device
-        return device
-
     def record(self, stream: torch.Stream) -> None:
         self._stream = stream
+        self.device = stream.device
+        self._is_reached = False
+        self._error: Exception | None = None
 
     def query(self) -> bool:
         if self._error is not None:
@@ -133,14 +120,10 @@ class StreamEnd:
     def synchronize(self) -> None:
         try:
             self._stream.synchronize()
+            self._is_reached = True
         except Exception as error:
             self._error = error.with_traceback(None)
             raise
-        self._is_reached = True
-
-
-def _ask(device: torch.device | None, question: Callable[[], T]) -> T:
-    return question() if device is None else call_beside_captures(device.type, question)
 
 
 def _is_external(stream: torch.Stream) -> bool:
@@ -150,19 +133,18 @@ def _is_external(stream: torch.Stream) -> bool:
 
 def record_event(stream: torch.Stream) -> RecordedEvent:
     """Records an event at the end of what is enqueued on ``stream`` so far."""
-    blocking = policy().blocking
-    kind = stream.device, blocking
+    kind = stream.device, policy().blocking
     pool = _pools.get(kind)
     if pool is None:
         pool = _pools.setdefault(kind, deque())
     try:
         event = pool.pop()
     except IndexError:
-        event = _new_blocking_event(stream.device) if blocking else _new_event(stream.device)
+        event = _new_event(*kind)
     try:
-        return RecordedEvent(event, _of_own_class(stream) if blocking else stream, pool)
+        return RecordedEvent(event, _of_own_class(stream) if kind[1] else stream, pool)
     except TypeError:  # of an event that takes other streams only
-        return RecordedEvent(_new_event(stream.device), stream)
+        return RecordedEvent(torch.Event(stream.device), stream)
     except RuntimeError as error:
         if not says_no_events(error):
             raise
@@ -179,21 +161,15 @@ def says_no_events(error: Exception) -> bool:
     return "doesn't support events" in str(error)
 
 
-def _new_event(device: torch.device) -> torch.Event:
-    return torch.Event(device, enable_timing=False)
-
-
-def _new_blocking_event(device: torch.device) -> torch.Event:
-    """Returns an event for which a thread does not spin, if the device has such."""
+def _new_event(device: torch.device, blocking: bool) -> torch.Event:
+    """Returns an event, for which a thread that blocks does not spin if the device has such."""
     # torch.Event accepts the argument and ignores it. The class of CUDA does not; that of XPU
     # does not know it; and that of MPS can be recorded on no stream but the default one.
     kind = getattr(torch.get_device_module(device), "Event", None)
-    if isinstance(kind, type) and issubclass(kind, torch.Event):
-        try:
+    if blocking and isinstance(kind, type) and issubclass(kind, torch.Event):
+        with suppress(TypeError):
             return kind(blocking=True)
-        except TypeError:
-            pass
-    return _new_event(device)
+    return torch.Event(device, enable_timing=False)
 
 
 def _of_own_class(stream: torch.Stream) -> torch.Stream:
@@ -202,12 +178,7 @@ def _of_own_class(stream: torch.Stream) -> torch.Stream:
     kind = getattr(torch.get_device_module(stream.device), "Stream", None)
     if kind is None or isinstance(stream, kind):
         return stream
-    try:
-        own: torch.Stream = kind(
-            stream_id=stream.stream_id,
-            device_index=stream.device_index,
-            device_type=stream.device_type,
-        )
-    except TypeError:
-        return stream
-    return own
+    parts = ("stream_id", "device_index", "device_type")
+    with suppress(TypeError):
+        stream = kind(**{part: getattr(stream, part) for part in parts})
+    return stream

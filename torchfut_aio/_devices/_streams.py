@@ -46,8 +46,10 @@ def make_current(device: torch.device | None) -> None:
 
 def call_with_current(device: torch.device | None, function: Callable[[], T]) -> T:
     """Returns ``function()``, called while ``device`` is current, in a thread of the program."""
-    if device is None or not _is_another(device) or not _restores_without_context(device.type):
+    if not _is_another(device):
         return function()
+    if not hasattr(torch.get_device_module(device), "_maybe_exchange_device"):
+        return function()  # other backends than CUDA and XPU could not undo it: see below
     before = torch.accelerator.current_device_index()
     torch.accelerator.set_device_index(device)
     try:
@@ -61,11 +63,6 @@ def _is_another(device: torch.device | None) -> TypeGuard[torch.device]:
     if device is None or device.index is None:
         return False
     return device.index != torch.accelerator.current_device_index()
-
-
-@functools.cache
-def _restores_without_context(kind: str) -> bool:
-    return hasattr(torch.get_device_module(kind), "_maybe_exchange_device")
 
 
 def restore_current(kind: str, index: int) -> None:
