@@ -25,6 +25,8 @@ from unittest import mock
 
 import torch
 
+from torchfut_aio._devices._streams import side_stream
+
 _HERE = Path(__file__).parent
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "torchfut-aio"
 
@@ -69,14 +71,69 @@ wake = _extension.wake
 fail = _extension.fail
 """``fail(message)`` enqueues a kernel that fails. The stream runs no further kernel, and
 queries and synchronisations of it, and of events recorded on it later, raise an error."""
-reset = _extension.reset
-"""``reset()`` wakes all kernels, waits for them, and forgets all failures."""
 take_stream_pool_away = _extension.take_stream_pool_away
-"""``take_stream_pool_away()``, until the next reset: callbacks of C++ futures cannot run, as on
-MPS."""
+"""``take_stream_pool_away()``, until the next reset, as all functions below: callbacks of C++
+futures cannot run, as on MPS."""
+take_new_streams_away = _extension.take_new_streams_away
+"""``take_new_streams_away()``: ``torch.Stream(device)`` raises, as on backends with no streams but
+the default one."""
+take_events_away = _extension.take_events_away
+"""``take_events_away()``: whatever is asked of events raises "Backend doesn't support events.", as
+on out-of-tree backends that have none."""
 refuse_events = _extension.refuse_events
-"""``refuse_events()``, until the next reset: recording events, and having streams wait for them,
-raises an error, as on CUDA once a kernel has failed."""
+"""``refuse_events()``: recording events, and having streams wait for them, raises an error, as on
+CUDA once a kernel has failed."""
+share_rings = _extension.share_rings
+"""``share_rings()``: ``torch.Stream`` and callbacks get streams from one ring of 32, per priority,
+as on CUDA and XPU."""
+keep_first_recordings = _extension.keep_first_recordings
+"""``keep_first_recordings()``: an event that is recorded again while it is pending is done at its
+first recording, as on torch_openreg."""
+begin_capture = _extension.begin_capture
+"""``begin_capture()``: some thread captures a graph in "global" mode, as on CUDA. Queries raise,
+and invalidate the capture, except in threads that are in thread-local capture mode."""
+end_capture = _extension.end_capture
+"""``end_capture()`` ends that, and tells whether the capture is valid."""
+exchange_capture_mode = _extension.exchange_capture_mode
+"""``exchange_capture_mode(mode)`` sets the mode of this thread and returns the one before, as
+``cudaThreadExchangeStreamCaptureMode``; 1 is thread-local."""
+count_contexts = _extension.count_contexts
+"""``count_contexts()``: from now on a device has a context if it was made current, or was current
+while the device was asked anything, as on CUDA."""
+has_context = _extension.has_context
+"""``has_context(index)`` tells whether a device has a context."""
+
+
+def reset() -> None:
+    """Wakes all kernels, waits for them, forgets all failures, and is as at first."""
+    global Event
+    _extension.reset()
+    Event = EventOfCuda
+    side_stream.cache_clear()  # it may be one of those that a test has chosen
+
+
+def external_stream(pointer: int) -> torch.Stream:
+    """Makes a stream whose id is a pointer, even and above 65536, as ``torch.cuda.ExternalStream``.
+
+    If there was one with this pointer, it has been destroyed. 2 is another stream in each thread,
+    as ``cudaStreamPerThread``.
+    """
+    if pointer != 2:
+        _extension.make_external(pointer)
+    kind = torch.accelerator.current_stream("sim:0").device_type
+    return torch.Stream(stream_id=pointer, device_index=0, device_type=kind)
+
+
+def take_event_class_of(backend: str) -> None:
+    """Has ``sim.Event``, until the next reset, take what that of a backend takes.
+
+    That of "xpu" has no argument ``blocking``; that of "mps" is no ``torch.Event`` either. That of
+    "cuda before 2026" can be recorded on streams of the device's own class only.
+    """
+    global Event
+    Event = {"xpu": EventOfXpu, "mps": EventOfMps, "cuda before 2026": EventOfOldCuda}[backend]
+
+
 counters = _extension.counters
 """``counters()`` tells what was called, as a dict: numbers of ``event_queries``,
 ``stream_queries``, ``events_created``, ``events_destroyed`` and blocking
@@ -93,26 +150,64 @@ def finished_at(stream: torch.Stream) -> float:
 torch.utils.rename_privateuse1_backend("sim")
 # This module is what torch.get_device_module("sim") returns, so some names are torch's.
 torch._register_device_module("sim", sys.modules[__name__])
+torch._C._sim_hasPrimaryContext = has_context  # type: ignore[attr-defined]  # as CUDA's
 
 
-class Event(torch.Event):
+class EventOfXpu(torch.Event):
+    """As ``torch.xpu.Event``."""
+
+    def __new__(cls, enable_timing: bool = False) -> EventOfXpu:
+        return super().__new__(cls, "sim", enable_timing=enable_timing)
+
+
+class EventOfMps:
+    """As ``torch.mps.Event``."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self._event = torch.Event("sim", enable_timing=enable_timing)
+
+    def record(self) -> None:
+        self._event.record()
+
+
+class EventOfCuda(torch.Event):
     """As ``torch.cuda.Event``."""
 
-    def __new__(cls, enable_timing: bool = False, blocking: bool = False) -> Event:
+    def __new__(cls, enable_timing: bool = False, blocking: bool = False) -> EventOfCuda:
         return super().__new__(cls, "sim", enable_timing=enable_timing, blocking=blocking)
+
+
+class EventOfOldCuda(EventOfCuda):
+    """As ``torch.cuda.Event`` was, but it raises where that one broke the process."""
+
+    def record(self, stream: torch.Stream | None = None) -> None:
+        if not isinstance(stream, Stream):
+            raise TypeError("this is no stream of the device's own class")
+        super().record(stream)
+
+
+Event: type = EventOfCuda
 
 
 class Stream(torch.Stream):
     """As ``torch.cuda.Stream``."""
 
-    def __new__(cls, device: object = "sim", priority: int = 0) -> Stream:
-        return super().__new__(cls, device, priority=priority)
+    def __new__(cls, device: object = None, priority: int = 0, **kwargs: int) -> Stream:
+        if kwargs:  # the pieces of one that is there
+            return super().__new__(cls, priority=priority, **kwargs)
+        return super().__new__(cls, device or "sim", priority=priority)
 
 
 current_device = torch.accelerator.current_device_index
 current_stream = torch.accelerator.current_stream
 set_device = torch.accelerator.set_device_index
 synchronize = torch.accelerator.synchronize
+
+
+def _maybe_exchange_device(index: int) -> int:
+    """As that of ``torch.cuda``, which remembers a device without a context as the current one."""
+    before: int = _extension.set_current_device_without_context(index)
+    return before
 
 
 def device_count() -> int:

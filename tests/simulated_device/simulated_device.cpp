@@ -60,9 +60,40 @@ c10::StreamId next_of(int count) {
   return turn++ % count;
 }
 
-// What some accelerators lack, and what others do after an error.
-std::atomic<bool> lacks_pool{false};
-std::atomic<bool> refuses_events{false};
+c10::Stream next_of_ring(c10::Device device, int priority) {
+  static std::array<std::atomic<unsigned>, 2> turns{};
+  int ring = priority < 0 ? 1 : 0;
+  return stream_of(device, kFirstOfRings + ring * kRing + turns.at(ring)++ % kRing);
+}
+
+// What some accelerators lack, and what others do: see the functions of these names that the
+// module has for tests.
+std::atomic<bool> lacks_pool{false}, lacks_new_streams{false}, lacks_events{false};
+std::atomic<bool> refuses_events{false}, shares_rings{false}, keeps_first_recording{false};
+
+// A thread that captures a graph in "global" mode forbids queries to all threads but those in
+// "thread-local" mode, which is 1, as in CUDA. A query that it forbids invalidates the capture.
+std::atomic<bool> capturing{false}, capture_is_valid{true};
+thread_local int capture_mode = 0;
+
+void check_capture() {
+  if (!capturing || capture_mode == 1)
+    return;
+  capture_is_valid = false;
+  TORCH_CHECK(false, "operation not permitted when stream is capturing");
+}
+
+// Which devices have a context. All, unless a test counts them: then a device gets one when it
+// is made current, or is current while anything is asked.
+std::atomic<bool> counts_contexts{false};
+std::array<std::atomic<bool>, kDevices> contexts{};
+
+void make_context(c10::DeviceIndex device) { contexts.at(device) = true; }
+
+void check_events() {
+  make_context(current_device);
+  TORCH_CHECK(!lacks_events, "Backend doesn't support events.");
+}
 
 struct Guard final : c10::impl::DeviceGuardImplInterface {
   c10::DeviceType type() const override { return kSim; }
@@ -73,6 +104,9 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   }
   void setDevice(c10::Device device) const override {
     TORCH_CHECK(device.index() >= 0 && device.index() < kDevices, "there is no ", device);
+    if (device.index() == current_device) // as of CUDA 12
+      return;
+    make_context(device.index());
     current_device = device.index();
   }
   c10::Device exchangeDevice(c10::Device device) const override {
@@ -85,10 +119,15 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   c10::Stream getDefaultStream(c10::Device device) const override { return stream_of(device, 0); }
   c10::Stream getStreamFromGlobalPool(c10::Device device, bool) const override {
     TORCH_CHECK(!lacks_pool, "Backend doesn't support acquiring a stream from pool.");
-    return stream_of(device, kFirstPooled + next_of(kPooled));
+    make_context(stream_of(device, 0).device_index());
+    return shares_rings ? next_of_ring(device, 0)
+                        : stream_of(device, kFirstPooled + next_of(kPooled));
   }
-  c10::Stream getNewStream(c10::Device device, int) const override {
-    return stream_of(device, kFirstNew + next_of(kNew));
+  c10::Stream getNewStream(c10::Device device, int priority) const override {
+    TORCH_CHECK(!lacks_new_streams, "Backend doesn't support create a new Stream.");
+    make_context(stream_of(device, 0).device_index());
+    return shares_rings ? next_of_ring(device, priority)
+                        : stream_of(device, kFirstNew + next_of(kNew));
   }
   c10::Stream exchangeStream(c10::Stream stream) const override {
     auto before = getStream(stream.device());
@@ -97,6 +136,8 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   }
   bool queryStream(const c10::Stream& stream) const override {
     count(counters.stream_queries);
+    make_context(current_device);
+    check_capture();
     Lock lock(mutex);
     queue_of(stream).check();
     return queue_of(stream).steps.empty();
@@ -105,20 +146,24 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     synchronize(simulated::record(stream));
   }
   void synchronizeDevice(const c10::DeviceIndex device) const override {
-    for (c10::StreamId id = 0; id < kStreams; id++)
-      synchronizeStream(stream_of({kSim, device}, id));
+    make_context(current_device); // which is set back to
+    for (auto& queue : queues.at(device))
+      synchronize(simulated::record(queue));
   }
 
   // An event holds the mark of its latest recording. It is created by the first one, as
   // CUDA's are.
   void record(void** event, const c10::Stream& stream, const c10::DeviceIndex,
               const c10::EventFlag) const override {
+    check_events();
     TORCH_CHECK(!refuses_events, "the device is lost");
     auto mark = simulated::record(stream);
     Lock lock(mutex);
     if (*event == nullptr) {
       counters.events_created++;
       *event = new MarkPtr;
+    } else if (keeps_first_recording && !(*static_cast<MarkPtr*>(*event))->reached) {
+      return;
     }
     *static_cast<MarkPtr*>(*event) = mark;
   }
@@ -127,14 +172,21 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     return *static_cast<MarkPtr*>(event);
   }
   void block(void* event, const c10::Stream& stream) const override {
+    check_events();
     TORCH_CHECK(!refuses_events, "the device is lost");
     simulated::block(stream, latest(event));
   }
   bool queryEvent(void* event) const override {
     count(counters.event_queries);
+    check_events();
+    check_capture();
     return query(latest(event));
   }
-  void synchronizeEvent(void* event) const override { synchronize(latest(event)); }
+  void synchronizeEvent(void* event) const override {
+    check_events();
+    check_capture();
+    synchronize(latest(event));
+  }
   void destroyEvent(void* event, const c10::DeviceIndex) const noexcept override {
     count(counters.events_destroyed);
     delete static_cast<MarkPtr*>(event);
@@ -178,7 +230,9 @@ REGISTER_ALLOCATOR(kSim, new Allocator(false))
 struct Hooks final : at::PrivateUse1HooksInterface {
   bool isBuilt() const override { return true; }
   bool isAvailable() const override { return true; }
-  bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
+  bool hasPrimaryContext(c10::DeviceIndex device) const override {
+    return !counts_contexts || contexts.at(device);
+  }
   bool isPinnedPtr(const void* address) const override {
     Lock lock(mutex);
     auto after = pinned.upper_bound(static_cast<const char*>(address));
@@ -379,11 +433,34 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
     counters = {};
   });
   module.def("reset", [] {
-    lacks_pool = refuses_events = false;
+    lacks_pool = lacks_new_streams = lacks_events = refuses_events = false;
+    shares_rings = keeps_first_recording = counts_contexts = capturing = false;
     reset();
   }, Released());
   module.def("take_stream_pool_away", [] { lacks_pool = true; });
+  module.def("take_new_streams_away", [] { lacks_new_streams = true; });
+  module.def("take_events_away", [] { lacks_events = true; });
   module.def("refuse_events", [] { refuses_events = true; });
+  module.def("make_external", &make_external, Released());
+  module.def("share_rings", [] { shares_rings = true; });
+  module.def("keep_first_recordings", [] { keeps_first_recording = true; });
+  module.def("begin_capture", [] { capture_is_valid = capturing = true; });
+  module.def("end_capture", [] {
+    capturing = false;
+    return capture_is_valid.load();
+  });
+  module.def("exchange_capture_mode", [](int mode) { return std::exchange(capture_mode, mode); });
+  module.def("count_contexts", [] {
+    for (auto& made : contexts)
+      made = false;
+    counts_contexts = true;
+  });
+  module.def("set_current_device_without_context", [](c10::DeviceIndex device) {
+    return std::exchange(current_device, device);
+  });
+  module.def("has_context", [](c10::DeviceIndex device) {
+    return !counts_contexts || contexts.at(device);
+  });
   module.def("shut_down", &shut_down, Released());
   module.def("wake", &wake, Released());
   module.def("sleep", [](double seconds) {

@@ -13,6 +13,7 @@
 #include <condition_variable>
 #include <deque>
 #include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <set>
@@ -25,8 +26,11 @@ namespace simulated {
 constexpr auto kSim = c10::DeviceType::PrivateUse1;
 constexpr int kDevices = 2;
 // Stream 0 is the default one. Those that a program asks for and those that futures fetch
-// from the global pool are kept apart, so that a test can tell them from each other.
-constexpr int kFirstPooled = 1, kPooled = 8, kFirstNew = 9, kNew = 16, kStreams = 25;
+// from the global pool are kept apart, so that a test can tell them from each other. A test
+// may have both come from one ring instead, of which there are two: normal and high priority.
+// Id 2 is another stream in each thread, as on CUDA, and the id of an external one is a pointer.
+constexpr int kPerThread = 2, kFirstPooled = 3, kPooled = 8, kFirstNew = 11, kNew = 16;
+constexpr int kFirstOfRings = 27, kRing = 32, kStreams = kFirstOfRings + 2 * kRing;
 
 // Guards everything in this file. One lock, as there is nothing to win: kernels sleep.
 inline std::mutex mutex;
@@ -82,8 +86,40 @@ inline void Mark::reach() {
 // Never destroyed, as static objects are destroyed while threads may still run.
 inline auto& queues = *new std::array<std::array<Queue, kStreams>, kDevices>;
 
+inline auto& other_queues = *new std::deque<Queue>; // of external and per-thread streams
+inline auto& external = *new std::map<c10::StreamId, Queue*>; // the latest of each id
+inline std::mutex other_mutex; // guards these two
+
+inline Queue* new_queue() {
+  Lock lock(other_mutex);
+  return &other_queues.emplace_back();
+}
+
+// A stream of the program's own making; if one with this id has been there, it was destroyed.
+inline void make_external(c10::StreamId id) {
+  auto* queue = new_queue();
+  Lock lock(other_mutex);
+  external[id] = queue;
+}
+
 inline Queue& queue_of(c10::Stream stream) {
-  return queues.at(stream.device_index()).at(stream.id());
+  if (stream.id() == kPerThread) {
+    thread_local Queue* own = new_queue();
+    return *own;
+  }
+  if (stream.id() < kStreams)
+    return queues.at(stream.device_index()).at(stream.id());
+  Lock lock(other_mutex);
+  return *external.at(stream.id());
+}
+
+inline void for_each_queue(const std::function<void(Queue&)>& visit) {
+  for (auto& of_device : queues)
+    for (auto& queue : of_device)
+      visit(queue);
+  Lock lock(other_mutex);
+  for (auto& queue : other_queues)
+    visit(queue);
 }
 
 inline bool stopping = false;
@@ -125,8 +161,7 @@ inline void work_off(Queue& queue) {
   }
 }
 
-inline void enqueue(c10::Stream stream, Step step) {
-  Queue& queue = queue_of(stream);
+inline void enqueue(Queue& queue, Step step) {
   Lock lock(mutex);
   if (stopping) // only daemon threads still come here, and might for ever
     return;
@@ -142,8 +177,8 @@ inline void enqueue(c10::Stream stream, Step step) {
 }
 
 inline void launch(c10::Stream stream, Job kernel) {
-  enqueue(stream, {[stream, kernel = std::move(kernel)] {
-    Queue& queue = queue_of(stream);
+  Queue& queue = queue_of(stream);
+  enqueue(queue, {[stream, &queue, kernel = std::move(kernel)] {
     Lock lock(mutex);
     if (!queue.error.empty())
       return;
@@ -161,17 +196,19 @@ inline void launch(c10::Stream stream, Job kernel) {
   }, nullptr});
 }
 
-inline MarkPtr record(c10::Stream stream) {
-  MarkPtr mark(new Mark{queue_of(stream)});
+inline MarkPtr record(Queue& queue) {
+  MarkPtr mark(new Mark{queue});
   Lock lock(mutex);
   if (mark->queue.steps.empty()) {
     mark->reach();
     return mark;
   }
   lock.unlock();
-  enqueue(stream, {nullptr, mark});
+  enqueue(queue, {nullptr, mark});
   return mark;
 }
+
+inline MarkPtr record(c10::Stream stream) { return record(queue_of(stream)); }
 
 inline void wait(const MarkPtr& mark) {
   Lock lock(mutex);
@@ -180,7 +217,7 @@ inline void wait(const MarkPtr& mark) {
 
 // Makes the stream wait, not the caller. A failure does not spread to it.
 inline void block(c10::Stream stream, const MarkPtr& mark) {
-  enqueue(stream, {[mark] { wait(mark); }, nullptr});
+  enqueue(queue_of(stream), {[mark] { wait(mark); }, nullptr});
 }
 
 inline bool query(const MarkPtr& mark) {
@@ -196,33 +233,27 @@ inline void synchronize(const MarkPtr& mark) {
   query(mark);
 }
 
-inline void for_each_stream(const std::function<void(c10::Stream)>& visit) {
-  for (c10::DeviceIndex device = 0; device < kDevices; device++)
-    for (c10::StreamId id = 0; id < kStreams; id++)
-      visit(c10::Stream(c10::Stream::UNSAFE, {kSim, device}, id));
-}
-
 // Ends all kernels, and forgets all failures.
 inline void reset() {
   wake();
-  for_each_stream([](c10::Stream stream) {
-    wait(record(stream));
+  for_each_queue([](Queue& queue) {
+    wait(record(queue));
     Lock lock(mutex);
-    queue_of(stream).error.clear();
+    queue.error.clear();
   });
 }
 
 // Works off what is queued, without sleeping, and ends all threads.
 inline void shut_down() {
-  for_each_stream([](c10::Stream stream) {
+  for_each_queue([](Queue& queue) {
     Lock lock(mutex);
     stopping = true;
     woken.notify_all();
-    queue_of(stream).arrived.notify_all();
+    queue.arrived.notify_all();
   });
-  for_each_stream([](c10::Stream stream) {
-    if (queue_of(stream).thread.joinable())
-      queue_of(stream).thread.join();
+  for_each_queue([](Queue& queue) {
+    if (queue.thread.joinable())
+      queue.thread.join();
   });
 }
 

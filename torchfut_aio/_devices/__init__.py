@@ -1,24 +1,20 @@
 """Accelerators: when is the work of a device done that fills a value?
 
 ``_readiness.py`` keeps what a future has to know about that: the tensors in its value
-(``_tensors.py``), and events that are recorded on streams (``_events.py``). ``_watcher.py`` tells
-the tasks of a loop when events are reached: ``_stream_queue.py`` knows how few to query,
-``_schedule.py`` when, ``_policy.py`` what the program has set. ``_blocker.py`` has a thread block
-instead, and ``_background.py``, imported where it is used, serves where no loop runs.
+(``_tensors.py``), and events (``_events.py``, ``_capture.py``) that are recorded on streams
+(``_streams.py``). ``_watcher.py`` tells the tasks of a loop when events are reached:
+``_stream_queue.py`` knows how few to query, ``_schedule.py`` when, ``_policy.py`` what the program
+has set. ``_blocker.py`` has a thread block instead, and ``_background.py``, imported where it is
+used, serves where no loop runs.
 
 Nothing here knows what a future of this package is.
 """
 
-from ._events import (
-    RecordedEvent,
-    already_recorded,
-    devices_in_use,
-    finish_current_streams,
-    record_event,
-)
+from ._events import RecordedEvent, already_recorded, record_event, says_no_events
 from ._policy import PollPolicy, set_poll_policy
 from ._readiness import Readiness, declared_readiness, found_readiness, joint_readiness
 from ._statistics import Statistics
+from ._streams import devices_in_use, finish_current_streams
 from ._synchronize import synchronize, to_host
 from ._tensors import HOST_ONLY
 from ._watcher import statistics
@@ -36,6 +32,7 @@ __all__ = [
     "found_readiness",
     "joint_readiness",
     "record_event",
+    "says_no_events",
     "set_poll_policy",
     "statistics",
     "synchronize",

@@ -20,8 +20,7 @@ from ._watcher import watcher_of
 def when_reached(recorded: RecordedEvent, notify: Notify) -> None:
     """Calls ``notify(error or None)`` when ``recorded`` is reached: in a thread, or now."""
     try:
-        recorded.is_reached = recorded.event.query()
-        if recorded.is_reached:
+        if recorded.query():
             notify(None)
             return
     except Exception as error:
@@ -65,6 +64,7 @@ class _Watching(Worker):
 
     async def _watch(self, thread: WorkerThread) -> None:
         watcher = watcher_of(_loops.current())
+        watcher.in_own_thread = True
         while not thread.is_to_end:
             self._rung.clear()
             for notify in self.take():

@@ -1,4 +1,4 @@
-"""Streams of the accelerator, and the events that are recorded on them.
+"""Events that are recorded on streams of the accelerator.
 
 Creating and destroying an event of a device can block, so events are taken from a pool. An event
 goes back when nothing refers to its `RecordedEvent` any more, so that nobody who waits for one
@@ -12,19 +12,25 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
-from time import monotonic
+from contextlib import suppress
+from functools import partial
+from time import monotonic, sleep
+from typing import Any
 
 import torch
 
+from ._capture import call_beside_captures, is_of_a_capture
 from ._policy import policy
+from ._streams import call_with_current, make_current
 
 # By device, and whether a thread that waits for them blocks rather than spins. To append to a
 # deque and to pop from it are atomic: no lock is needed, and a finaliser may append.
 _pools: dict[tuple[torch.device, bool], deque[torch.Event]] = {}
 
 _ticks = itertools.count()
+
+# A thread that a capture keeps from blocking for an event tries again after so many seconds.
+_CAPTURE = 0.005
 
 
 class RecordedEvent:
@@ -39,30 +45,90 @@ class RecordedEvent:
 
     def __init__(
         self,
-        event: torch.Event,
+        event: torch.Event | StreamEnd,
         stream: torch.Stream | None = None,
         pool: deque[torch.Event] | None = None,
     ) -> None:
-        self.event = event
+        self.event: Any = event
         self._pool = pool
-        # The stream of an event that the program recorded itself is not known.
-        self.stream = None if stream is None else (stream.device, stream.stream_id)
+        # None where nothing can be told from other events: the program has recorded this one
+        # itself, or the stream is external.
+        self.stream: tuple[torch.device, int] | None = None
+        if stream is not None and not _is_external(stream):
+            self.stream = stream.device, stream.stream_id
         self.begun = next(_ticks)
         if stream is not None:
-            event.record(stream)
+            call_with_current(stream.device, partial(event.record, stream))
         self.ended = next(_ticks)
         self.recorded_at = monotonic()
         self.is_reached = False  # as far as anybody has found out
 
+    @property
+    def has_to_block(self) -> bool:
+        """Whether only a thread that blocks can find out when it is reached."""
+        return type(self.event) is StreamEnd
+
+    def query(self, *, in_own_thread: bool = False) -> bool:
+        """Tells whether the event is known to be reached; False if a capture forbids to ask."""
+        device = getattr(self.event, "device", None)
+        ask = partial(call_beside_captures, device, self.event.query)
+        if in_own_thread:
+            make_current(device)
+        try:
+            self.is_reached = call_with_current(device, ask)
+        except RuntimeError as error:
+            if not is_of_a_capture(error):
+                raise
+        return self.is_reached
+
     def synchronize(self) -> None:
-        """Blocks the thread until the event is reached."""
-        self.event.synchronize()
-        self.is_reached = True
+        """Blocks the thread, which is one of this package's own, until the event is reached."""
+        device = self.event.device
+        make_current(device)
+        while not self.is_reached:
+            try:
+                call_beside_captures(device, self.event.synchronize)
+                self.is_reached = True
+            except RuntimeError as error:
+                if not is_of_a_capture(error):
+                    raise
+                sleep(_CAPTURE)
 
     def __del__(self) -> None:
         # An interrupt may have struck before the attributes were set.
         if getattr(self, "is_reached", False) and self._pool is not None:
             self._pool.append(self.event)
+
+
+class StreamEnd:
+    """In the place of an event on a device that has none: the end of what a stream has to do.
+
+    It is reached once a thread has synchronised with the stream.
+    """
+
+    def record(self, stream: torch.Stream) -> None:
+        self._stream = stream
+        self.device = stream.device
+        self._is_reached = False
+        self._error: Exception | None = None
+
+    def query(self) -> bool:
+        if self._error is not None:
+            raise self._error
+        return self._is_reached
+
+    def synchronize(self) -> None:
+        try:
+            self._stream.synchronize()
+            self._is_reached = True
+        except Exception as error:
+            self._error = error.with_traceback(None)
+            raise
+
+
+def _is_external(stream: torch.Stream) -> bool:
+    """Tells whether the stream's id is a pointer, or 2, which is another stream in each thread."""
+    return stream.stream_id == 2 or (stream.stream_id > 0xFFFF and stream.stream_id % 2 == 0)
 
 
 def record_event(stream: torch.Stream) -> RecordedEvent:
@@ -75,7 +141,14 @@ def record_event(stream: torch.Stream) -> RecordedEvent:
         event = pool.pop()
     except IndexError:
         event = _new_event(*kind)
-    return RecordedEvent(event, stream, pool)
+    try:
+        return RecordedEvent(event, _of_own_class(stream) if kind[1] else stream, pool)
+    except TypeError:  # of an event that takes other streams only
+        return RecordedEvent(torch.Event(stream.device), stream)
+    except RuntimeError as error:
+        if not says_no_events(error):
+            raise
+        return RecordedEvent(StreamEnd(), stream)
 
 
 def already_recorded(event: torch.Event) -> RecordedEvent:
@@ -83,60 +156,29 @@ def already_recorded(event: torch.Event) -> RecordedEvent:
     return RecordedEvent(event)
 
 
+def says_no_events(error: Exception) -> bool:
+    """Tells whether ``error`` is what a device says that has no events at all."""
+    return "doesn't support events" in str(error)
+
+
 def _new_event(device: torch.device, blocking: bool) -> torch.Event:
-    if blocking:
-        # torch.Event accepts the argument and ignores it: CUDA would spin.
-        module = torch.get_device_module(device)
-        if hasattr(module, "Event"):
-            event: torch.Event = module.Event(blocking=True)
-            return event
+    """Returns an event, for which a thread that blocks does not spin if the device has such."""
+    # torch.Event accepts the argument and ignores it. The class of CUDA does not; that of XPU
+    # does not know it; and that of MPS can be recorded on no stream but the default one.
+    kind = getattr(torch.get_device_module(device), "Event", None)
+    if blocking and isinstance(kind, type) and issubclass(kind, torch.Event):
+        with suppress(TypeError):
+            return kind(blocking=True)
     return torch.Event(device, enable_timing=False)
 
 
-def accelerator_in_use() -> torch.device | None:
-    """Returns the accelerator of this process, without an index, if it has been initialised."""
-    accelerator = torch.accelerator.current_accelerator()
-    if accelerator is None:
-        return None
-    # Asking must not initialise it. One that cannot be asked counts as in use.
-    module = torch.get_device_module(accelerator)
-    return accelerator if getattr(module, "is_initialized", lambda: True)() else None
-
-
-def devices_in_use() -> list[torch.device]:
-    """Returns all devices of the accelerator, if it has been initialised."""
-    accelerator = accelerator_in_use()
-    if accelerator is None:
-        return []
-    return [torch.device(accelerator.type, n) for n in range(torch.accelerator.device_count())]
-
-
-def current_stream(device: torch.device) -> torch.Stream:
-    """Returns the stream of ``device`` that is current in this thread."""
-    accelerator = torch.accelerator.current_accelerator()
-    if accelerator is not None and accelerator.type == device.type:
-        return torch.accelerator.current_stream(device)
-    stream: torch.Stream = torch.get_device_module(device).current_stream(device)
+def _of_own_class(stream: torch.Stream) -> torch.Stream:
+    """Returns ``stream`` as one of the device's own class, where events take no other."""
+    # Those of CUDA took any stream for one of theirs, unchecked, until PyTorch's change 173908.
+    kind = getattr(torch.get_device_module(stream.device), "Stream", None)
+    if kind is None or isinstance(stream, kind):
+        return stream
+    parts = ("stream_id", "device_index", "device_type")
+    with suppress(TypeError):
+        stream = kind(**{part: getattr(stream, part) for part in parts})
     return stream
-
-
-def finish_current_streams() -> None:
-    """Blocks until the work on the streams that are current in this thread is done."""
-    for device in devices_in_use():
-        current_stream(device).synchronize()
-
-
-@contextmanager
-def on_stream(stream: torch.Stream) -> Iterator[None]:
-    """Makes ``stream`` current, and its device.
-
-    A stream is a context manager itself, but not one that two threads may enter.
-    """
-    device = torch.accelerator.current_device_index()
-    before = torch.accelerator.current_stream(stream.device)
-    torch.accelerator.set_stream(stream)
-    try:
-        yield
-    finally:
-        torch.accelerator.set_stream(before)
-        torch.accelerator.set_device_index(device)

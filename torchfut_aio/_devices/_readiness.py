@@ -19,13 +19,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 
 from .._loops import Loop
 from ._blocker import Notify
-from ._events import RecordedEvent, accelerator_in_use, current_stream, on_stream, record_event
+from ._events import RecordedEvent, record_event, says_no_events
+from ._streams import (
+    accelerator_in_use,
+    call_with_current,
+    current_stream,
+    on_stream,
+    stream_for_orders,
+)
 from ._tensors import device_of, tensors
 from ._watcher import Attach, until_reached, watcher_of
 
@@ -33,7 +41,7 @@ from ._watcher import Attach, until_reached, watcher_of
 class Readiness:
     """When the kernels that fill a value have finished, and how to order streams after them."""
 
-    __slots__ = ("_cpp", "_events", "error")
+    __slots__ = ("_cpp", "_device", "_events", "error")
 
     def __init__(
         self,
@@ -44,8 +52,9 @@ class Readiness:
         used = _devices_of(found)
         self.error: Exception | None = None
         """What the device said when streams could not be ordered for a callback."""
-        self._cpp: torch._C.Future[list[torch.Tensor]] = torch._C.Future(list(devices or used))
-        self._cpp.set_result(found)
+        self._device = next(iter(used), None)  # one that has a context
+        completed = partial(_completed, list(devices or used), found)
+        self._cpp = call_with_current(self._device, completed)
         if events is None:
             events = [record_event(current_stream(device)) for device in used]
         self._events = events
@@ -77,7 +86,7 @@ class Readiness:
 
     def wait(self) -> None:
         """Orders the current streams after the kernels; raises the device's error if it cannot."""
-        self._cpp.wait()
+        call_with_current(self._device, self._cpp.wait)
 
     def run(self, callback: Callable[[], object]) -> None:
         """Calls ``callback``, once, on dedicated streams that are ordered after the kernels.
@@ -108,7 +117,7 @@ class Readiness:
 
     def _order_current_streams(self, failure: Exception | None) -> None:
         try:
-            self._cpp.wait()
+            self.wait()
         except Exception as error:
             self.error = (failure or error).with_traceback(None)
 
@@ -123,10 +132,25 @@ class Readiness:
         with ExitStack() as streams:
             # On streams of its own, so as not to hold up those of whoever completes the last.
             for device in _devices_of(found):
-                streams.enter_context(on_stream(torch.Stream(device)))
+                streams.enter_context(on_stream(stream_for_orders(device)))
             for part in parts:
                 part.wait()
             return Readiness(found, events=[event for part in parts for event in part._events])
+
+
+def _completed(
+    devices: list[torch.device], found: list[torch.Tensor]
+) -> torch._C.Future[list[torch.Tensor]]:
+    """Returns a C++ future that is done; without devices, if these have no events."""
+    future: torch._C.Future[list[torch.Tensor]] = torch._C.Future(devices)
+    try:
+        future.set_result(found)
+    except RuntimeError as error:
+        if not says_no_events(error):
+            raise
+        future = torch._C.Future([])
+        future.set_result(found)
+    return future
 
 
 class _Call:

@@ -12,7 +12,8 @@ import torch
 from .._loops import current
 from .._repr import described
 from ._blocker import Blocker
-from ._events import RecordedEvent, already_recorded, current_stream, on_stream, record_event
+from ._events import RecordedEvent, already_recorded, record_event
+from ._streams import current_stream, make_current, on_stream, side_stream
 from ._tensors import device_of, replaced, tensors
 from ._watcher import reached
 
@@ -83,9 +84,14 @@ async def _synchronize_device(device: torch.device) -> None:
     await reached([])  # a checkpoint, also if it is idle
     call = _blockers.get(device)
     if call is None:
-        function = functools.partial(torch.accelerator.synchronize, device)
+        function = functools.partial(_finish, device)
         call = _blockers.setdefault(device, (Blocker(), function))
     await _called(*call)
+
+
+def _finish(device: torch.device) -> None:
+    make_current(device)
+    torch.accelerator.synchronize(device)
 
 
 @types.coroutine
@@ -170,11 +176,6 @@ def _pinned_like(tensor: torch.Tensor) -> torch.Tensor | None:
         return torch.empty_like(tensor, device="cpu", pin_memory=True)
     except RuntimeError:  # the accelerator, or the memory of the host, has none
         return None
-
-
-@functools.cache
-def side_stream(device: torch.device) -> torch.Stream:
-    return torch.Stream(device)
 
 
 async def _in_thread(function: Any) -> Any:

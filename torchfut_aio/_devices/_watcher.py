@@ -62,6 +62,7 @@ class Watcher:
     def __init__(self, loop: Loop, new_schedule: Callable[[], Schedule] = LearnedSchedule) -> None:
         self.waits: dict[Wait, None] = {}  # those that are pending
         self.polls = self.queries = self.hits = 0
+        self.in_own_thread = False  # whether the loop's thread is one of this package
         self._loop = loop
         self._new_schedule = new_schedule
         self._alarm: Alarm | None = None
@@ -159,7 +160,7 @@ class Watcher:
 
     def _query(self, event: RecordedEvent) -> bool:
         self.queries += 1
-        event.is_reached = is_reached = event.event.query()
+        is_reached = event.query(in_own_thread=self.in_own_thread)
         self.hits += is_reached
         return is_reached
 
@@ -249,7 +250,8 @@ class Watcher:
 
     def _set_next_poll(self, queue: StreamQueue, oldest: RecordedEvent, now: float) -> None:
         queue.polled_at = now
-        queue.scheduled = not policy().blocking or oldest.stream is None
+        blocking = policy().blocking and oldest.stream is not None
+        queue.scheduled = not (blocking or oldest.has_to_block)
         if not queue.scheduled:
             queue.next_poll = now + _FALLBACK
             if queue.blocked or self._block(queue, oldest):

@@ -1,0 +1,333 @@
+"""Promises on devices that lack, or do, what the backends of PyTorch lack or do.
+
+The switches of the simulated device, in ``simulated_device/__init__.py``, say which backend each
+stands for.
+"""
+
+from __future__ import annotations
+
+import anyio
+import pytest
+import torch
+
+from torchfut_aio import (
+    Future,
+    PollPolicy,
+    as_future,
+    collect_all,
+    set_poll_policy,
+    synchronize,
+    to_host,
+)
+from torchfut_aio._devices import _capture, devices_in_use, record_event
+
+from . import test_devices, test_ready
+from .accelerator import (
+    DEVICE,
+    FIRST,
+    NEW,
+    OLD,
+    SECOND,
+    being_filled,
+    completed_on,
+    current_stream,
+    simulated_only,
+    told_or_not,
+)
+from .loops import on_every_loop
+from .threads import PATIENCE, running
+from .waiting import Reader, pending, polled
+
+pytestmark = [pytest.mark.device, simulated_only]
+
+
+# ------------------------------------------------ the promises of other files, once more
+
+SWITCHES = {
+    "CUDA's rings": "share_rings",
+    "no pool": "take_stream_pool_away",
+    "openreg's events": "keep_first_recordings",
+}
+
+# Where there is no pool, nothing has dedicated streams, and torch's own futures do not work.
+NOT_WITHOUT_POOL = {
+    "test_an_adopted_torch_future_is_ready_when_its_kernels_are_done",
+    "test_an_adopted_torch_future_is_ready_when_its_kernels_are_done_on_trio",
+    "test_torchs_own_future_does_on_this_device_what_it_does_on_a_gpu",
+    "test_tensors_on_several_devices_are_all_synchronised",
+    "test_a_callback_runs_on_a_dedicated_stream_that_is_ordered_after_the_kernels",
+    "test_each_callback_has_a_stream_of_its_own",
+    "test_a_callback_of_a_torch_consumer_may_read_and_wait_for_the_future",
+    "test_a_callback_may_use_devices_that_its_parent_did_not",
+}
+
+BORROWED = {
+    name: test
+    for module in (test_devices, test_ready)
+    for name, test in vars(module).items()
+    if name.startswith("test_") and callable(test)
+}
+globals().update(BORROWED)
+
+
+def pytest_generate_tests(metafunc):
+    name = metafunc.function.__name__
+    if name in BORROWED:
+        concerned = [s for s in SWITCHES if s != "no pool" or name not in NOT_WITHOUT_POOL]
+        metafunc.parametrize("switch", [SWITCHES[s] for s in concerned], ids=concerned)
+
+
+@pytest.fixture
+def switch():
+    """Tests that are no others' choose theirs themselves."""
+
+
+@pytest.fixture
+def accelerator(accelerator, switch):
+    if switch is not None:
+        getattr(accelerator, switch)()
+    return accelerator
+
+
+@pytest.fixture
+def blocking_policy():
+    before = set_poll_policy(PollPolicy(blocking=True))
+    yield
+    set_poll_policy(before)
+
+
+# ------------------------------------------------------------------------ no events at all
+
+
+@told_or_not
+def test_without_events_a_value_is_handed_out_as_it_is(accelerator, producer, devices):
+    accelerator.take_events_away()
+    fut, seen = Future(devices=devices), []
+    fut.add_done_callback(seen.append)
+    child = fut.then(lambda f: f.value())
+    with producer:
+        fut.set_result(tensor := being_filled(accelerator))
+    assert fut.wait() is child.wait() is tensor
+    assert collect_all([fut, child]).wait() == [fut, child]
+    assert seen == [fut]
+
+
+@on_every_loop
+@told_or_not
+async def test_without_events_an_await_waits_for_the_kernels_and_the_loop_runs_meanwhile(
+    accelerator, producer, devices
+):
+    accelerator.take_events_away()
+    fut = completed_on(producer, accelerator, devices)
+    reader, copy = Reader(fut), Reader(to_host(fut.value()))
+    stream = Reader(synchronize(producer))
+    async with anyio.create_task_group() as tg:
+        for task in (reader, stream):
+            tg.start_soon(task)
+        await pending(2)
+        assert reader.outcome is None
+        assert not producer.query()
+        accelerator.wake()
+    assert producer.query()
+    assert reader.outcome is fut.value()
+    assert reader.outcome.tolist() == NEW
+    await copy()
+    assert copy.outcome.tolist() == NEW
+
+
+@on_every_loop
+async def test_without_events_a_failed_kernel_reaches_those_who_await_it(accelerator, producer):
+    accelerator.take_events_away()
+    with producer:
+        accelerator.fail("the kernel failed")
+        fut = Future()
+        fut.set_result(torch.ones(1, device=FIRST))
+    with pytest.raises(RuntimeError, match="the kernel failed"):
+        await fut
+
+
+@on_every_loop
+async def test_without_streams_of_its_own_values_are_copied_and_combined(accelerator):
+    accelerator.take_new_streams_away()
+    accelerator.take_stream_pool_away()
+    futs = [completed_on(current_stream(), accelerator, None) for _ in range(2)]
+    accelerator.wake()
+    assert [f.value().tolist() for f in await collect_all(futs)] == [NEW, NEW]
+    assert (await to_host(futs[0].value())).tolist() == NEW
+
+
+# ------------------------------------------------------- event classes, where threads block
+
+
+@on_every_loop
+@pytest.mark.parametrize("backend", ["xpu", "mps", "cuda before 2026"])
+@told_or_not
+async def test_the_blocking_policy_loses_no_value_whatever_the_device_s_event_class_takes(
+    accelerator, producer, blocking_policy, devices, backend
+):
+    accelerator.take_event_class_of(backend)
+    fut = completed_on(producer, accelerator, devices)
+    reader = Reader(fut)
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(reader)
+        await pending(1)
+        assert not producer.query()
+        accelerator.wake()
+    assert reader.outcome.tolist() == NEW
+
+
+def test_the_blocking_policy_records_the_device_s_own_events_on_its_own_streams(
+    accelerator, blocking_policy
+):
+    accelerator.take_event_class_of("cuda before 2026")
+    recorded = record_event(torch.Stream(SECOND))
+    assert type(recorded.event) is accelerator.Event
+    assert recorded.event.device == torch.device(SECOND)
+
+
+# -------------------------------------------------------------------------------- captures
+
+
+@pytest.fixture(params=[False, True], ids=["polled", "blocked for"])
+def either_policy(request):
+    before = set_poll_policy(PollPolicy(blocking=request.param))
+    yield
+    set_poll_policy(before)
+
+
+@on_every_loop
+async def test_an_await_disturbs_no_capture_where_a_thread_has_a_mode_for_that(
+    accelerator, producer, either_policy, monkeypatch
+):
+    monkeypatch.setattr(_capture, "mode_exchange", lambda kind: accelerator.exchange_capture_mode)
+    own = torch.Event(DEVICE)
+    with producer:
+        fut = completed_on(producer, accelerator, None)
+        own.record(producer)
+    adopted = as_future(own)
+    accelerator.begin_capture()
+    readers = [Reader(fut), Reader(adopted), Reader(synchronize(own))]
+    async with anyio.create_task_group() as tg:
+        for reader in readers:
+            tg.start_soon(reader)
+        await pending(2)
+        accelerator.wake()
+    assert accelerator.exchange_capture_mode(0) == 0
+    assert accelerator.end_capture()
+    assert readers[0].outcome.tolist() == NEW
+
+
+@on_every_loop
+async def test_where_a_capture_forbids_to_ask_the_question_is_put_again(
+    accelerator, producer, either_policy
+):
+    own = torch.Event(DEVICE)
+    fut = completed_on(producer, accelerator, None)
+    own.record(producer)
+    accelerator.begin_capture()
+    readers = [Reader(fut), Reader(as_future(own)), Reader(synchronize(own))]
+    async with anyio.create_task_group() as tg:
+        for reader in readers:
+            reader.outcome = "pending"
+            tg.start_soon(reader)
+        await pending(2)
+        accelerator.wake()
+        await polled()
+        assert [reader.outcome for reader in readers] == ["pending"] * 3
+        assert not accelerator.end_capture()  # there was no way to spare it
+    assert [readers[1].outcome, readers[2].outcome] == [None, None]
+    assert readers[0].outcome.tolist() == NEW
+
+
+# -------------------------------------------------------------------------------- contexts
+
+
+def in_thread(body):
+    """Runs ``body`` in a fresh thread, in which the first device is current."""
+    done = []
+    with running(lambda: done.append(body())):
+        pass
+    return done[0]
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_a_loop_in_a_thread_gives_no_context_to_a_device_that_the_program_does_not_use(
+    accelerator, either_policy, backend
+):
+    stream, own = torch.Stream(SECOND), torch.Event(DEVICE)
+    with stream:
+        fut = Future()
+        fut.set_result(being_filled(accelerator, SECOND))
+        own.record(stream)
+    torch.accelerator.set_device_index(0)
+
+    async def main():
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(Reader(fut))
+            tg.start_soon(Reader(as_future(own)))
+            tg.start_soon(Reader(synchronize(own)))
+            tg.start_soon(Reader(synchronize(SECOND)))
+            await pending(2)
+            accelerator.wake()
+        copy = await to_host(fut.value())
+        await synchronize(stream)
+        return copy.tolist(), torch.accelerator.current_device_index()
+
+    def body():
+        accelerator.count_contexts()
+        torch.accelerator.set_device_index(0)
+        return anyio.run(main, backend=backend)
+
+    assert in_thread(body) == (NEW, 0)
+    assert accelerator.has_context(1)
+    assert not accelerator.has_context(0)
+    assert devices_in_use() == [torch.device(SECOND)]
+
+
+# ------------------------------------------------------------------------------ own streams
+
+
+@on_every_loop
+async def test_a_copy_of_an_idle_tensor_is_not_late_because_of_other_requests(accelerator):
+    accelerator.share_rings()
+    idle = torch.full((2,), 7.0, device=FIRST)
+    current_stream().synchronize()
+    await to_host(idle)
+    kept = []
+    for _ in range(33):
+        stream = torch.Stream(FIRST)
+        parts = [completed_on(stream, accelerator, None) for _ in range(2)]
+        kept.append((parts, collect_all(parts)))
+    with anyio.fail_after(PATIENCE):
+        assert (await to_host(idle)).tolist() == NEW
+    assert kept[0][0][0].value().tolist() == OLD
+
+
+# ------------------------------------------------------------------------- external streams
+
+
+@pytest.fixture(params=[2, 0x10000], ids=["per thread", "used again"])
+def external(request, accelerator):
+    """The id of two streams, and a future that a kernel on the first of them fills."""
+    pointer = request.param
+    return pointer, in_thread(
+        lambda: completed_on(accelerator.external_stream(pointer), accelerator, None)
+    )
+
+
+@on_every_loop
+async def test_what_an_external_stream_has_done_says_nothing_of_another_with_its_id(
+    accelerator, external
+):
+    pointer, fut = external
+    reader, other = Reader(fut), Future()
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(reader)
+        await pending(1)
+        with accelerator.external_stream(pointer):
+            other.set_result(torch.ones(1, device=FIRST))
+        await other
+        await polled()
+        assert reader.outcome is None
+        accelerator.wake()
+    assert reader.outcome.tolist() == NEW

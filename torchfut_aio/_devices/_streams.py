@@ -1,0 +1,131 @@
+"""Devices and streams of the accelerator: which are in use, which are current.
+
+To make a device current gives it a context, which on CUDA takes half a gigabyte; and a thread has
+the first device current when it starts. So a thread of this package makes the device current that
+it waits for, and leaves it so; in a thread of the program, whatever was current is made so again
+in such a way that no context comes of it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeGuard, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+def accelerator_in_use() -> torch.device | None:
+    """Returns the accelerator of this process, without an index, if it has been initialised."""
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None:
+        return None
+    # Asking must not initialise it. One that cannot be asked counts as in use.
+    module = torch.get_device_module(accelerator)
+    return accelerator if getattr(module, "is_initialized", lambda: True)() else None
+
+
+def devices_in_use() -> list[torch.device]:
+    """Returns the devices of the accelerator that have a context, as far as anybody can tell."""
+    accelerator = accelerator_in_use()
+    if accelerator is None:
+        return []
+    has_context = getattr(torch._C, f"_{accelerator.type}_hasPrimaryContext", lambda _: True)
+    count = torch.accelerator.device_count()
+    return [torch.device(accelerator.type, n) for n in range(count) if has_context(n)]
+
+
+def make_current(device: torch.device | None) -> None:
+    """Makes ``device`` current, in a thread of this package."""
+    if _is_another(device):
+        torch.accelerator.set_device_index(device)
+
+
+def call_with_current(device: torch.device | None, function: Callable[[], T]) -> T:
+    """Returns ``function()``, called while ``device`` is current, in a thread of the program."""
+    if not _is_another(device):
+        return function()
+    if not hasattr(torch.get_device_module(device), "_maybe_exchange_device"):
+        return function()  # other backends than CUDA and XPU could not undo it: see below
+    before = torch.accelerator.current_device_index()
+    torch.accelerator.set_device_index(device)
+    try:
+        return function()
+    finally:
+        restore_current(device.type, before)
+
+
+def _is_another(device: torch.device | None) -> TypeGuard[torch.device]:
+    """Tells whether ``device`` is one of several, and not the current one."""
+    if device is None or device.index is None:
+        return False
+    return device.index != torch.accelerator.current_device_index()
+
+
+def restore_current(kind: str, index: int) -> None:
+    """Makes a device current that was so before, without giving it a context."""
+    if index == torch.accelerator.current_device_index():
+        return
+    # CUDA and XPU remember the device, even if it has no context. Others leave, as torch's own
+    # ``device_index()`` does, another one current then.
+    restore = getattr(torch.get_device_module(kind), "_maybe_exchange_device", None)
+    restore = restore or getattr(torch._C, "_accelerator_maybeExchangeDevice", None)
+    (restore or torch.accelerator.set_device_index)(index)
+
+
+def current_stream(device: torch.device) -> torch.Stream:
+    """Returns the stream of ``device`` that is current in this thread."""
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is not None and accelerator.type == device.type:
+        return torch.accelerator.current_stream(device)
+    stream: torch.Stream = torch.get_device_module(device).current_stream(device)
+    return stream
+
+
+def finish_current_streams() -> None:
+    """Blocks until the work on the streams that are current in this thread is done."""
+    for device in devices_in_use():
+        current_stream(device).synchronize()
+
+
+def new_stream(device: torch.device) -> torch.Stream:
+    """Returns a stream for orders or copies; the current one, where the device makes none.
+
+    The streams of a device take turns, so it is at times one that was returned before. But the
+    program's, and those of callbacks, have another priority, and so take turns among themselves.
+    """
+    try:
+        return torch.Stream(device, priority=-1)
+    except RuntimeError:
+        return current_stream(device)
+
+
+@functools.cache
+def side_stream(device: torch.device) -> torch.Stream:
+    """Returns the stream of ``device`` for copies, and for nothing else."""
+    return new_stream(device)
+
+
+def stream_for_orders(device: torch.device) -> torch.Stream:
+    """Returns a stream that may be ordered after others without holding up any copy."""
+    stream = new_stream(device)
+    return new_stream(device) if stream == side_stream(device) else stream
+
+
+@contextmanager
+def on_stream(stream: torch.Stream) -> Iterator[None]:
+    """Makes ``stream`` current, and its device.
+
+    A stream is a context manager itself, but not one that two threads may enter.
+    """
+    device = torch.accelerator.current_device_index()
+    before = torch.accelerator.current_stream(stream.device)
+    torch.accelerator.set_stream(stream)
+    try:
+        yield
+    finally:
+        torch.accelerator.set_stream(before)
+        restore_current(stream.device.type, device)
