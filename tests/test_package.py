@@ -81,6 +81,7 @@ LAYERS = [
     "_core",
     "_rpc_errors",
     "_future",
+    "_set_results",
     "_tasks",
     "_adopt",
     "_collect",

@@ -7,7 +7,7 @@ function; `gather`, `collect_all`, `wait_all` and `as_completed` take many.
 To read the package, follow a completion: ``_future.py`` (the public methods), ``_core/`` (a
 setter's outcome claims the future, all who follow it are served), ``_loops/`` (a waiting task is
 resumed by its loop, a thread by its lock). Beside these, ``_collect.py`` and
-``_as_completed.py`` take many futures, ``_adopt/`` adopts other kinds, ``_tasks.py`` makes
+``_as_completed.py`` take many futures, ``_set_results.py`` completes them, ``_adopt/`` adopts other kinds, ``_tasks.py`` makes
 futures of tasks, ``_timeouts.py`` gives futures a deadline. ``_worker.py`` is beneath every
 thread. ``_errors.py`` has the package's errors, and ``_rpc_errors.py`` translates errors for C++
 and from it. ``_devices/`` knows of accelerators: of the kernels that fill a value, and when they
@@ -28,6 +28,7 @@ from ._errors import (
     RpcError,
 )
 from ._future import Future
+from ._set_results import set_results
 from ._tasks import start_soon, submit
 from ._timeouts import with_timeout
 
@@ -45,6 +46,7 @@ __all__ = [
     "collect_all",
     "gather",
     "set_poll_policy",
+    "set_results",
     "start_soon",
     "statistics",
     "submit",

@@ -13,6 +13,7 @@ from ._completion import (
     add_callback,
     add_waiter,
     complete,
+    complete_all,
     complete_with_error,
     complete_with_parts,
     complete_with_value,
@@ -21,7 +22,7 @@ from ._completion import (
     outcome_of,
     remove,
 )
-from ._outcome import Outcome
+from ._outcome import Outcome, outcome_of_error, outcome_of_value
 from ._then import ThenCallback
 from ._torch_future import init_in_torch, install_stand_in
 
@@ -35,6 +36,7 @@ __all__ = [
     "add_callback",
     "add_waiter",
     "complete",
+    "complete_all",
     "complete_with_error",
     "complete_with_parts",
     "complete_with_value",
@@ -43,6 +45,8 @@ __all__ = [
     "init_in_torch",
     "install_stand_in",
     "outcome_of",
+    "outcome_of_error",
+    "outcome_of_value",
     "remove",
     "run_deferred",
 ]
