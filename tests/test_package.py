@@ -87,6 +87,8 @@ LAYERS = [
     "_collect",
     "_as_completed",
     "_timeouts",
+    "_stream_state",
+    "_stream",
     "distributed",
 ]
 

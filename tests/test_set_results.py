@@ -219,8 +219,8 @@ def test_whatever_strikes_all_are_untouched_or_all_are_served(error, at, caplog)
             set_results(futures, values)
         else:
             served += 1
-        until(lambda: all(child.done() for child in children))  # noqa: B023
-        until(lambda: all(waiter.woken for waiter in waiters))  # noqa: B023
+        until(lambda: all(child.done() for child in children))
+        until(lambda: all(waiter.woken for waiter in waiters))
         assert all(torch._C.Future.done(fut) for fut in futures)
         assert len(ran) <= 3
         assert [fut.exception() or fut.value() for fut in futures] == values

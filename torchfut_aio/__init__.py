@@ -2,16 +2,19 @@
 
 `Future` is a ``torch.futures.Future`` for ``await`` on asyncio, uvloop and trio.
 `as_future` makes one of another kind of future, `start_soon` and `submit` of an async
-function; `gather`, `collect_all`, `wait_all` and `as_completed` take many.
+function; `gather`, `collect_all`, `wait_all` and `as_completed` take many. A `ValueStream` is
+for many values, from threads to tasks.
 
 To read the package, follow a completion: ``_future.py`` (the public methods), ``_core/`` (a
 setter's outcome claims the future, all who follow it are served), ``_loops/`` (a waiting task is
 resumed by its loop, a thread by its lock). Beside these, ``_collect.py`` and
-``_as_completed.py`` take many futures, ``_set_results.py`` completes them, ``_adopt/`` adopts other kinds, ``_tasks.py`` makes
-futures of tasks, ``_timeouts.py`` gives futures a deadline. ``_worker.py`` is beneath every
-thread. ``_errors.py`` has the package's errors, and ``_rpc_errors.py`` translates errors for C++
-and from it. ``_devices/`` knows of accelerators: of the kernels that fill a value, and when they
-are done. ``_cpython.py`` has all that is private to CPython.
+``_as_completed.py`` take many futures, ``_set_results.py`` completes them, ``_adopt/`` adopts
+other kinds, ``_tasks.py`` makes futures of tasks, ``_timeouts.py`` gives futures a deadline.
+``_stream.py`` has no future at all: outcomes, one after the other (``_stream_state.py``).
+``_worker.py`` is beneath every thread. ``_errors.py`` has the package's errors, and
+``_rpc_errors.py`` translates errors for C++ and from it. ``_devices/`` knows of accelerators: of
+the kernels that fill a value, and when they are done. ``_cpython.py`` has all that is private to
+CPython.
 
 ``distributed/`` is imported by those who use it: async functions as RPC handlers and as DDP hooks.
 """
@@ -26,9 +29,11 @@ from ._errors import (
     InvalidStateError,
     NotAFutureError,
     RpcError,
+    StreamClosedError,
 )
 from ._future import Future
 from ._set_results import set_results
+from ._stream import ValueStream
 from ._tasks import start_soon, submit
 from ._timeouts import with_timeout
 
@@ -41,6 +46,8 @@ __all__ = [
     "PollPolicy",
     "RpcError",
     "Statistics",
+    "StreamClosedError",
+    "ValueStream",
     "as_completed",
     "as_future",
     "collect_all",

@@ -163,10 +163,11 @@ class Loop(ABC):
         return False
 
     @abstractmethod
-    def waiter(self) -> Iterable[Any]:
+    def waiter(self) -> Any:
         """Returns a waiter, hashable, for one wait of the current task.
 
-        ``yield from waiter`` suspends the task until `wake` is called, or it is cancelled.
+        ``await waiter``, or ``yield from`` it, suspends the task until `wake` is called, or it
+        is cancelled.
         """
 
     def wake(self, waiter: Any, /) -> None:
