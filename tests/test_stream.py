@@ -7,7 +7,7 @@ import contextlib
 import gc
 import threading
 import weakref
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 
 import anyio
 import anyio.lowlevel
@@ -27,7 +27,7 @@ from torchfut_aio import (
     _stream_state,
 )
 
-from .accelerator import FIRST, NEW, being_filled, read_on_current_stream
+from .accelerator import FIRST, NEW, being_filled, read_on_current_stream, simulated_only
 from .explorer import strikes
 from .loops import on_asyncio, on_every_loop
 from .test_memory import Growth
@@ -773,6 +773,31 @@ def test_whatever_is_done_between_any_two_steps_each_value_is_read_once_or_refus
             return
 
 
+class Racing(OrderedDict):
+    """The values of a stream that ends, for everybody, just before one more is stored."""
+
+    def __init__(self, stream, end, got):
+        super().__init__()
+        self.stream, self.end, self.got = stream, end, got
+
+    def __setitem__(self, outcome, value):
+        getattr(self.stream, self.end)()
+        self.got.extend(self.stream if self.end == "close" else ())
+        super().__setitem__(outcome, value)
+
+
+@pytest.mark.parametrize("end", ["close", "stop_listening"])
+@pytest.mark.parametrize("max_size", [None, 4])
+def test_a_value_that_comes_too_late_is_refused(max_size, end):
+    for push in (ValueStream.push, lambda stream, value: stream.push_many([value])):
+        stream, got = ValueStream(max_size=max_size), []
+        stream._state.values = Racing(stream, end, got)
+        with pytest.raises(StreamClosedError):
+            push(stream, 1)
+        assert (got, len(stream)) == ([], 0)
+        assert max_size is None or len(stream._state.room) == max_size
+
+
 def test_a_finaliser_may_push_and_close():
     stream = ValueStream()
 
@@ -922,6 +947,29 @@ def test_a_thread_gets_a_value_with_its_streams_ordered_after_the_kernels(
     accelerator.wake()
     consumer.synchronize()
     assert host.tolist() == NEW
+
+
+@on_every_loop
+@simulated_only
+@pytest.mark.device
+async def test_a_value_whose_kernel_failed_is_an_error_in_its_turn(accelerator, producer):
+    stream = ValueStream(max_size=5)
+    values = aiter(stream)
+    with producer:
+        stream.push(being_filled(accelerator, FIRST))
+        accelerator.fail("the kernel failed")
+        stream.push(being_filled(accelerator, FIRST))
+    stream.push("behind")
+    reader = Reader(anext(values))
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(reader)
+        await polled()
+        accelerator.wake()
+    assert reader.outcome.tolist() == NEW
+    with pytest.raises(RuntimeError, match="the kernel failed"):
+        await anext(values)
+    assert await anext(values) == "behind"
+    assert len(stream._state.room) == 5
 
 
 # -------------------------------------------------------------------------- the rest

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Generator, Iterable, Iterator
 from types import TracebackType
 from typing import Any, Generic, NoReturn, TypeVar
 
-from . import _core, _loops
+from . import _core
 from ._arguments import timeout_checked
 from ._errors import StreamClosedError
 from ._stream_state import ROOM, StreamState
@@ -40,9 +40,10 @@ class ValueStream(Generic[T]):
     and values that nobody has read are dropped. To read on after a ``break``, keep the
     iterator: ``values = aiter(stream)``.
 
-    All methods may be called from any thread, also in signal handlers and finalisers,
-    where they do not block. A cancelled or interrupted read loses no value. A push that is
-    interrupted by Ctrl-C may have pushed or not.
+    All methods may be called from any thread, also in signal handlers and finalisers. A
+    cancelled or interrupted read loses no value. A push that is interrupted by Ctrl-C may
+    have pushed or not. A task that finds a value there goes on at once, as with
+    ``asyncio.Queue``, and other tasks do not get their turn.
 
     Args:
         max_size: How many values may be in the stream at most, pushed and not yet read.
@@ -302,8 +303,7 @@ class _Listener(AsyncIterator[T], Iterator[T]):
                     continue
                 outcome = state.first()
                 if outcome is None:
-                    state.raise_error()
-                    raise StopIteration
+                    state.raise_end(StopIteration)
             failure = outcome.error
             if outcome.readiness is not None:
                 failure = _wait_in_thread(outcome.readiness)
@@ -331,23 +331,16 @@ class _Listener(AsyncIterator[T], Iterator[T]):
             outcome = state.first()
             if outcome is None:
                 if not state.end:
-                    loop = _loops.current()
-                    waiter = loop.waiter()
                     try:
-                        state.readers.waiting[waiter] = loop
-                        if not state.values and not state.end:
-                            await waiter
+                        await state.readers.wait(state.can_read)
                     except BaseException:
                         del self  # or a traceback that is kept would keep the listener
                         raise
-                    finally:
-                        state.readers.waiting.pop(waiter, None)
                     continue
                 outcome = state.first()
                 if outcome is None:
                     del self
-                    state.raise_error()
-                    raise StopAsyncIteration
+                    state.raise_end(StopAsyncIteration)
             failure = outcome.error
             if outcome.readiness is not None:
                 failure = await _wait_in_task(outcome.readiness)

@@ -20,9 +20,11 @@ anything. What makes that right:
 
 from __future__ import annotations
 
+import types
 from _thread import start_new_thread
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from typing import Any, NoReturn
 
 from . import _core, _loops
 from ._errors import StreamClosedError, warn_that_wait_blocks_a_loop
@@ -161,14 +163,15 @@ class StreamState:
         """Tells whether somebody who waits for a value need not."""
         return bool(self.values) or bool(self.end)
 
-    def raise_error(self) -> None:
-        """Raises the error with which the stream was closed, if it was closed with one."""
+    def raise_end(self, end: type[Exception]) -> NoReturn:
+        """Raises the error with which the stream was closed, or ``end`` if there is none."""
         outcome = self.end.get(_CLOSED)
         if outcome is not None and _LEFT not in self.end:
             try:
                 outcome.read()
             finally:
                 del self, outcome
+        raise end
 
     # ---------------------------------------------------------------------- ending
 
@@ -258,13 +261,14 @@ class Waiters:
         finally:
             self.waiting.pop(waiter, None)
 
-    async def wait(self, is_over: Callable[[], bool]) -> None:
-        """Does for a task what `block` does for a thread."""
+    @types.coroutine
+    def wait(self, is_over: Callable[[], bool]) -> Generator[Any, Any, None]:
+        """Does for a task what `block` does for a thread; for ``await``."""
         loop = _loops.current()
         waiter = loop.waiter()
         try:
             self.waiting[waiter] = loop
             if not is_over():
-                await waiter
+                yield from waiter
         finally:
             self.waiting.pop(waiter, None)

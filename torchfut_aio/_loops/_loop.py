@@ -163,11 +163,10 @@ class Loop(ABC):
         return False
 
     @abstractmethod
-    def waiter(self) -> Any:
+    def waiter(self) -> Iterable[Any]:
         """Returns a waiter, hashable, for one wait of the current task.
 
-        ``await waiter``, or ``yield from`` it, suspends the task until `wake` is called, or it
-        is cancelled.
+        ``yield from waiter`` suspends the task until `wake` is called, or it is cancelled.
         """
 
     def wake(self, waiter: Any, /) -> None:

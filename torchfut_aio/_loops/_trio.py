@@ -35,8 +35,6 @@ class _Waiter:
         while not self._woken:
             yield from self._park()
 
-    __await__ = __iter__
-
     # A function of its own: from Python 3.12 on, an interrupt at the jump that closes a loop
     # may miss the ``finally`` around it.
     def _park(self) -> Generator[Any, Any, None]:
