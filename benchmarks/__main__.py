@@ -29,6 +29,7 @@ BENCHMARKS = {
     "imports": (2, 0.2),
     "watcher": (8, 0.5),
     "rpc": (0.5, 0.1),
+    "streams": (0.5, 0.1),
 }
 
 

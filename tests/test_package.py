@@ -84,6 +84,7 @@ LAYERS = [
     "_settable",
     "_to_stdlib",
     "_future",
+    "_set_results",
     "_tasks",
     "_batch_worker",
     "_batcher",
@@ -92,6 +93,8 @@ LAYERS = [
     "_gather",
     "_as_completed",
     "_timeouts",
+    "_stream_state",
+    "_stream",
     "distributed",
 ]
 

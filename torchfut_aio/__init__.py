@@ -3,18 +3,21 @@
 `Future` is a ``torch.futures.Future`` for ``await`` on asyncio, uvloop and trio.
 `as_future` makes one of another kind of future, `start_soon` and `submit` of an async
 function; `gather`, `collect_all`, `wait_all` and `as_completed` take many. A `Batcher` makes one
-for each item that its function is run on.
+for each item that its function is run on. A `ValueStream` is for many values, from threads to
+tasks.
 
 To read the package, follow a completion: ``_future.py`` and ``_settable.py`` (the public
 methods), ``_core/`` (an outcome claims the future, and its followers are served), ``_loops/`` (a
 waiting task is resumed by its loop, a thread by its lock). Beside these, ``_to_stdlib.py`` makes
 copies for asyncio and concurrent.futures; ``_collect.py``, ``_gather.py`` and
-``_as_completed.py`` take many futures, ``_adopt/`` adopts other kinds, ``_tasks.py`` makes
-futures of tasks, ``_timeouts.py`` gives futures a deadline. ``_batcher.py`` runs a function on
-many items at once, in the thread of ``_batch_worker.py``. ``_worker.py`` is beneath every thread.
-``_errors.py`` has the package's errors, and ``_rpc_errors.py`` translates errors for C++ and from
-it. ``_devices/`` knows of accelerators: of the kernels that fill a value, and when they are done.
-``_cpython.py`` has all that is private to CPython.
+``_as_completed.py`` take many futures, ``_set_results.py`` completes them, ``_adopt/`` adopts
+other kinds, ``_tasks.py`` makes futures of tasks, ``_timeouts.py`` gives futures a deadline.
+``_batcher.py`` runs a function on many items at once, in the thread of ``_batch_worker.py``.
+``_stream.py`` has no future at all: outcomes, one after the other (``_stream_state.py``).
+``_worker.py`` is beneath every thread. ``_errors.py`` has the package's errors, and
+``_rpc_errors.py`` translates errors for C++ and from it. ``_devices/`` knows of accelerators: of
+the kernels that fill a value, and when they are done. ``_cpython.py`` has all that is private to
+CPython.
 
 ``distributed/`` is imported by those who use it: async functions as RPC handlers and as DDP hooks.
 """
@@ -33,9 +36,12 @@ from ._errors import (
     NotAFutureError,
     QueueFullError,
     RpcError,
+    StreamClosedError,
 )
 from ._future import Future
 from ._gather import gather
+from ._set_results import set_results
+from ._stream import ValueStream
 from ._tasks import start_soon, submit
 from ._timeouts import with_timeout
 
@@ -53,11 +59,14 @@ __all__ = [
     "QueueFullError",
     "RpcError",
     "Statistics",
+    "StreamClosedError",
+    "ValueStream",
     "as_completed",
     "as_future",
     "collect_all",
     "gather",
     "set_poll_policy",
+    "set_results",
     "start_soon",
     "statistics",
     "submit",

@@ -56,6 +56,13 @@ class NotAFutureError(TypeError, RuntimeError):
     """
 
 
+class StreamClosedError(RuntimeError):
+    """A `ValueStream` takes no more values: it was closed, or nobody listens any more.
+
+    Or it was to be read, and those who listened have left.
+    """
+
+
 class BlockingWaitWarning(RuntimeWarning):
     """``wait()`` is about to block a thread that runs an event loop.
 

@@ -13,6 +13,7 @@ from ._completion import (
     add_callback,
     add_waiter,
     complete,
+    complete_all,
     complete_as,
     complete_with_error,
     complete_with_parts,
@@ -28,7 +29,7 @@ from ._completion import (
     try_complete_with_error,
     try_complete_with_value,
 )
-from ._outcome import Outcome
+from ._outcome import Outcome, outcome_of_error, outcome_of_value
 from ._then import ThenCallback
 from ._torch_future import init_in_torch, install_stand_in
 
@@ -42,6 +43,7 @@ __all__ = [
     "add_callback",
     "add_waiter",
     "complete",
+    "complete_all",
     "complete_as",
     "complete_with_error",
     "complete_with_parts",
@@ -55,6 +57,8 @@ __all__ = [
     "is_cancelled",
     "is_followed",
     "outcome_of",
+    "outcome_of_error",
+    "outcome_of_value",
     "remove",
     "run_deferred",
     "try_complete_with_error",

@@ -19,7 +19,7 @@ import logging
 import threading
 from _thread import start_new_thread
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -108,6 +108,18 @@ def run(future: Any, outcome: Outcome, state: _State, callbacks: _Callbacks) -> 
             interrupt = _run_deferred(here) or interrupt
     finally:
         here.depth = depth
+    if interrupt is not None:
+        raise interrupt
+
+
+def run_all(due: Iterable[tuple[Any, Outcome, _State, _Callbacks]]) -> None:
+    """As `run`, for many futures; one that raises does not keep the others from running theirs."""
+    interrupt: BaseException | None = None
+    for each in due:
+        try:
+            run(*each)
+        except (KeyboardInterrupt, SystemExit) as error:
+            interrupt = error
     if interrupt is not None:
         raise interrupt
 

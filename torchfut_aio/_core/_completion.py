@@ -24,7 +24,7 @@ Without a GIL, storing to a dict and listing it lock the dict; see also ``_cpyth
 from __future__ import annotations
 
 from _thread import start_new_thread
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any, Final, NoReturn, TypeVar
 
@@ -108,6 +108,50 @@ def _claim_and_serve(future: Completable[Any], outcome: Outcome, state: dict[Any
     return True
 
 
+def complete_all(
+    futures: Sequence[Completable[Any]], outcomes: Sequence[Outcome]
+) -> list[Completable[Any]]:
+    """Completes each future with its outcome; returns those that were done already."""
+    waiters: dict[Waker, list[Any]] = {}
+    try:
+        return _complete_all(futures, outcomes, waiters)
+    except BaseException:
+        try:
+            _complete_all(futures, outcomes, waiters, again=True)
+        except BaseException:
+            start_new_thread(_complete_all, (futures, outcomes, waiters, True))
+        raise
+
+
+def _complete_all(
+    futures: Sequence[Completable[Any]],
+    outcomes: Sequence[Outcome],
+    waiters: dict[Waker, list[Any]],
+    again: bool = False,
+) -> list[Completable[Any]]:
+    refused, due = [], []
+    for future, outcome in zip(futures, outcomes, strict=True):
+        state = future._state
+        if state.setdefault(OUTCOME, outcome) is outcome:
+            if IGNORED in state:
+                outcome.exception()
+            if again or outcome.error is not None:
+                complete_in_torch(future, outcome)
+            else:
+                set_value_in_torch(future, outcome.value)
+            callbacks = _take_waiters(state, waiters)
+            if callbacks:
+                due.append((future, outcome, state, callbacks))
+        else:
+            outcome.exception()  # which the caller still has
+            refused.append(future)
+    # C++ let go of the GIL for each of them: now that a loop wakes up, nobody fights for it.
+    for waker, of_waker in waiters.items():
+        waker.wake_all(of_waker)
+    _callbacks.run_all(due)
+    return refused
+
+
 def complete_with_value(future: Completable[Any], value: object) -> None:
     """As `complete`, with the outcome that ``value`` has here and now."""
     if future._devices or type(value) not in HOST_ONLY:
@@ -176,6 +220,23 @@ def _wake_waiters(state: dict[Any, Any]) -> list[DoneCallback]:
         elif waker is not None:
             waker.wake(follower)
             state.pop(follower, None)  # a future that is done keeps no waiter, nor its loop
+    return callbacks
+
+
+def _take_waiters(state: dict[Any, Any], waiters: dict[Waker, list[Any]]) -> list[DoneCallback]:
+    """Moves the waiters of a future that is done to ``waiters``; returns its callbacks."""
+    callbacks = []
+    for follower in [*state]:
+        if follower is OUTCOME:
+            continue
+        waker = state.get(follower)
+        if waker is CALLBACK:
+            callbacks.append(follower)
+        elif waker is not None:
+            if waker not in waiters:
+                waiters[waker] = []
+            waiters[waker].append(follower)
+            state.pop(follower, None)
     return callbacks
 
 

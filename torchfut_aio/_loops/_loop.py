@@ -43,6 +43,9 @@ class Waker(Protocol):
     def wake(self, waiter: Any, /) -> None:
         """Wakes ``waiter``, from any thread; does nothing if it is awake, or has gone."""
 
+    def wake_all(self, waiters: list[Any], /) -> None:
+        """Does the same for many, with one wake-up for all."""
+
 
 class ThreadWaiter:
     """One wait of a thread that blocks, on a lock that is taken until it is woken.
@@ -71,6 +74,10 @@ class ThreadWaiter:
 class _Threads:
     def wake(self, waiter: ThreadWaiter, /) -> None:
         waiter.unblock()
+
+    def wake_all(self, waiters: list[ThreadWaiter], /) -> None:
+        for waiter in waiters:
+            waiter.unblock()
 
 
 THREADS: Final = _Threads()
@@ -165,6 +172,12 @@ class Loop(ABC):
     def wake(self, waiter: Any, /) -> None:
         """As `Waker.wake`. A kind of loop may know a shorter way in its own thread."""
         self.post(waiter)
+
+    def wake_all(self, waiters: list[Any], /) -> None:
+        """As `Waker.wake_all`. They are resumed later, in the loop's own thread, too."""
+        self.queue.extend(waiters)
+        if self.wake_up is None:
+            self.ask_for_wake_up()
 
     @abstractmethod
     def checkpoint(self) -> Iterable[Any]:

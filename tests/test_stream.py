@@ -1,0 +1,1010 @@
+"""Streams of values from threads to tasks: ``ValueStream``."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import threading
+import weakref
+from collections import Counter, OrderedDict, deque
+
+import anyio
+import anyio.lowlevel
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from torchfut_aio import (
+    BlockingWaitWarning,
+    Future,
+    StreamClosedError,
+    ValueStream,
+    _loops,
+    _stream,
+    _stream_state,
+)
+
+from .accelerator import FIRST, NEW, being_filled, read_on_current_stream, simulated_only
+from .explorer import strikes
+from .loops import on_asyncio, on_every_loop
+from .test_memory import Growth
+from .threads import PATIENCE, alongside, running, until
+from .waiting import Reader, eventually, polled
+
+MODULES = (_stream, _stream_state)
+
+
+def waiting(stream):
+    """How many wait for a value, and for room."""
+    return len(stream._state.readers.waiting), len(stream._state.writers.waiting)
+
+
+async def read_all(stream):
+    return [value async for value in stream]
+
+
+# -------------------------------------------------------------------------- the simple
+
+
+@on_every_loop
+async def test_a_task_gets_what_a_thread_pushes_in_order_and_then_the_end():
+    stream = ValueStream()
+
+    def produce():
+        for n in range(100):
+            stream.push(n)
+        stream.push_many(range(100, 200))
+        stream.close()
+
+    with anyio.fail_after(PATIENCE):
+        async with alongside(produce):
+            assert await read_all(stream) == [*range(200)]
+        assert await read_all(stream) == []  # the end stays
+
+
+def test_a_thread_gets_what_another_pushes_in_order_and_then_the_end():
+    stream = ValueStream()
+
+    def produce():
+        with stream:
+            for n in range(100):
+                stream.push(n)
+
+    with running(produce):
+        assert [*stream] == [*range(100)]
+
+
+@on_every_loop
+async def test_a_task_waits_for_what_another_sends():
+    stream, got = ValueStream(max_size=2), []
+
+    async def consume():
+        async with stream:
+            async for value in stream:
+                got.append(value)
+
+    with anyio.fail_after(PATIENCE):
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(consume)
+            with stream:
+                for n in range(50):
+                    await stream.send(n)
+    assert got == [*range(50)]
+
+
+@on_every_loop
+async def test_an_error_comes_behind_what_was_pushed_before_and_reaches_every_consumer():
+    stream, error, got, told = ValueStream(), ValueError("foo"), [], []
+    stream.push_many("ab")
+
+    async def consume():
+        try:
+            async for value in stream:
+                got.append(value)
+        except ValueError as caught:
+            told.append(caught)
+
+    async with anyio.create_task_group() as tg:
+        for _ in range(3):
+            tg.start_soon(consume)
+        await anyio.wait_all_tasks_blocked()
+        assert got == ["a", "b"]
+        stream.close(error)
+        stream.close(KeyError("too late"))
+    assert told == [error] * 3
+    with pytest.raises(ValueError, match="foo"):
+        next(iter(stream))
+
+
+def test_with_closes_with_the_error_of_its_block():
+    stream = ValueStream()
+    with pytest.raises(ZeroDivisionError), stream:
+        stream.push(1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        list(stream)
+
+
+@pytest.mark.parametrize("kind", [StopIteration, StopAsyncIteration])
+def test_what_would_end_a_loop_is_no_end_but_an_error(kind):
+    stream, error = ValueStream(), kind()
+    stream.close(error)
+    with pytest.raises(RuntimeError) as caught:
+        list(stream)
+    assert caught.value.__cause__ is error
+
+
+def test_what_is_closed_takes_nothing_more():
+    stream = ValueStream()
+    stream.push(1)
+    with pytest.raises(TypeError):
+        stream.close("an error")
+    assert not stream.closed
+    stream.close()
+    for push in (stream.push, stream.try_push, lambda value: stream.push_many([value])):
+        with pytest.raises(StreamClosedError, match="closed"):
+            push(2)
+    assert stream.closed
+    assert stream.listening
+    assert repr(stream) == "<ValueStream closed size=1>"
+    assert list(stream) == [1]
+
+
+def test_arguments_are_checked():
+    for wrong, error in ((0, ValueError), (-1, ValueError), (1.5, TypeError), ("1", TypeError)):
+        with pytest.raises(error):
+            ValueStream(max_size=wrong)
+    with pytest.raises(TypeError):
+        ValueStream().push(1, timeout="1")
+    with pytest.raises(ValueError, match="NaN"):
+        ValueStream().push_many([1], timeout=float("nan"))
+    stream = ValueStream(max_size=3)
+    stream.push_many([1, 2], timeout=0)
+    assert repr(stream) == "<ValueStream open size=2/3>"
+    assert len(stream) == 2
+
+
+def test_nothing_of_a_value_is_asked_for():
+    class Silent:
+        def __getattribute__(self, name):
+            raise AssertionError(name)
+
+        __hash__ = __eq__ = __repr__ = __bool__ = None
+
+    stream, value = ValueStream(max_size=1), Silent()
+    stream.push(value)
+    assert "Silent" not in repr(stream)
+    with pytest.raises(TimeoutError):
+        stream.push(value, timeout=0)
+    assert next(iter(stream)) is value
+
+
+# -------------------------------------------------------------------------- bounded
+
+
+def test_a_push_blocks_until_there_is_room():
+    stream = ValueStream(max_size=2)
+    stream.push_many([1, 2])
+    values = iter(stream)
+    with running(lambda: stream.push(3, timeout=PATIENCE)):
+        until(lambda: waiting(stream) == (0, 1))
+        assert len(stream) == 2
+        assert next(values) == 1
+    assert [next(values), next(values)] == [2, 3]
+
+
+def test_a_push_that_times_out_has_pushed_nothing_and_says_what_else():
+    stream = ValueStream(max_size=3)
+    stream.push(0)
+    assert stream.try_push(1)
+    with pytest.raises(TimeoutError, match=r"within 0.01 s: 1 of 3 values were pushed"):
+        stream.push_many([2, 3, 4], timeout=0.01)
+    with pytest.raises(TimeoutError):
+        stream.push(3, timeout=0)
+    assert not stream.try_push(3)
+    stream.close()
+    assert list(stream) == [0, 1, 2]
+    assert waiting(stream) == (0, 0)
+
+
+@on_every_loop
+async def test_a_send_waits_for_room_and_a_cancelled_one_has_sent_nothing():
+    stream = ValueStream(max_size=1)
+    await stream.send(1)
+    with anyio.move_on_after(0.01) as scope:
+        await stream.send(2)
+    assert scope.cancelled_caught
+    assert waiting(stream) == (0, 0)
+    values = aiter(stream)
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(stream.send, 3)
+        await anyio.wait_all_tasks_blocked()
+        assert len(stream) == 1
+        assert await anext(values) == 1
+    assert await anext(values) == 3
+
+
+@on_every_loop
+async def test_pushing_to_a_full_stream_on_a_loop_warns(nothing_blocks_a_loop):
+    nothing_blocks_a_loop.deactivate()
+    stream = ValueStream(max_size=1)
+    stream.push(1)
+    with pytest.raises(TimeoutError):
+        stream.push(2, timeout=0)
+    with pytest.warns(BlockingWaitWarning, match="send"), pytest.raises(TimeoutError):
+        stream.push(2, timeout=0.01)
+
+
+def test_there_are_never_too_many_values_whoever_pushes():
+    stream, most = ValueStream(max_size=3), 0
+
+    def produce():
+        for n in range(200):
+            if n % 3 == 0:
+                stream.push_many([n, n], timeout=PATIENCE)
+            else:
+                stream.push(n, timeout=PATIENCE)
+
+    with running(*[produce] * 4):
+        for n, _ in enumerate(stream):
+            most = max(most, len(stream))
+            if n == 4 * 267 - 1:
+                break
+    assert most <= 3
+    assert len(stream._state.room) == 3
+
+
+@on_every_loop
+async def test_the_end_wakes_all_who_wait():
+    full, empty, told = ValueStream(max_size=1), ValueStream(), []
+    full.push(1)
+
+    async def send():
+        with pytest.raises(StreamClosedError):
+            await full.send(2)
+        told.append("task")
+
+    def push():
+        with pytest.raises(StreamClosedError):
+            full.push_many([2, 3])
+        told.append("thread")
+
+    def read():
+        told.extend(empty)
+        told.append("thread")
+
+    async def aread():
+        told.extend([value async for value in empty])
+        told.append("task")
+
+    with anyio.fail_after(PATIENCE):
+        async with alongside(push, read), anyio.create_task_group() as tg:
+            tg.start_soon(send)
+            tg.start_soon(aread)
+            await eventually(lambda: waiting(full) == (0, 2) and waiting(empty) == (2, 0))
+            full.close()
+            empty.close()
+    assert sorted(told) == ["task", "task", "thread", "thread"]
+    assert list(full) == [1]
+
+
+# ------------------------------------------------------------------- several of each
+
+
+@on_every_loop
+async def test_each_value_goes_to_one_of_several_consumers():
+    stream, got = ValueStream(max_size=5), []
+
+    async def consume():
+        async for value in stream:
+            got.append(value)
+            await anyio.lowlevel.checkpoint()
+
+    def consume_in_thread():
+        got.extend(stream)
+
+    def produce(first):
+        for n in range(first, first + 300):
+            stream.push(n, timeout=PATIENCE)
+
+    with anyio.fail_after(PATIENCE):
+        async with anyio.create_task_group() as tg:
+            for _ in range(3):
+                tg.start_soon(consume)
+            async with alongside(consume_in_thread):
+                async with alongside(lambda: produce(0), lambda: produce(300)):
+                    pass
+                stream.close()
+    assert sorted(got) == [*range(600)]
+
+
+def test_what_is_accepted_while_somebody_closes_is_read():
+    for n in range(200):
+        stream, accepted, got = ValueStream(max_size=None if n % 2 else 4), Counter(), Counter()
+
+        def produce(name, stream=stream, accepted=accepted):
+            with contextlib.suppress(StreamClosedError):
+                for n in range(1000):
+                    stream.push((name, n), timeout=PATIENCE)
+                    accepted[name, n] += 1
+
+        def close(stream=stream, got=got):
+            until(lambda: len(got) > 3)
+            stream.close()
+
+        with running(
+            lambda produce=produce: produce(1),
+            lambda produce=produce: produce(2),
+            lambda got=got, stream=stream: got.update(stream),
+            lambda got=got, stream=stream: got.update(stream),
+            close,
+        ):
+            pass
+        assert got == accepted
+
+
+@on_every_loop
+async def test_reads_that_are_cancelled_lose_nothing_and_repeat_nothing():
+    stream, got = ValueStream(max_size=4), []
+    values = aiter(stream)
+
+    def produce():
+        with stream:
+            for n in range(500):
+                stream.push(n, timeout=PATIENCE)
+
+    async def consume(scope):
+        with scope:
+            async for value in values:
+                got.append(value)
+
+    with anyio.fail_after(PATIENCE):
+        async with alongside(produce):
+            for n in range(10_000):
+                async with anyio.create_task_group() as tg:
+                    scope = anyio.CancelScope()
+                    tg.start_soon(consume, scope)
+                    tg.start_soon(consume, anyio.CancelScope())
+                    for _ in range(n % 4):
+                        await anyio.lowlevel.checkpoint()
+                    scope.cancel()
+                    tg.cancel_scope.cancel()
+                if len(got) == 500:
+                    break
+                await anyio.lowlevel.checkpoint()
+        async for value in values:
+            got.append(value)
+    assert got == [*range(500)]
+    assert waiting(stream) == (0, 0)
+
+
+def test_a_consumer_whose_loop_has_closed_takes_no_value_from_the_others():
+    stream, loop = ValueStream(), asyncio.new_event_loop()
+    task = loop.create_task(read_all(stream))
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+    values, got = iter(stream), []
+    with running(lambda: got.append(next(values))):
+        until(lambda: waiting(stream) == (2, 0))
+        stream.push(1)
+    assert got == [1]
+    task._log_destroy_pending = False
+
+
+@on_asyncio
+async def test_one_wake_up_is_for_all_values_and_all_streams_of_a_loop(monkeypatch):
+    streams = [ValueStream() for _ in range(30)]
+    readers = [asyncio.ensure_future(read_all(stream)) for stream in streams]
+    await asyncio.sleep(0)
+    ours, asked = _loops.current_asyncio(), []
+    call_soon = type(ours).call_soon
+
+    def counted(self, function):
+        asked.append(self)
+        return call_soon(self, function)
+
+    def produce():
+        for stream in streams:
+            stream.push_many(range(10))
+            stream.close()
+
+    monkeypatch.setattr(type(ours), "call_soon", counted)
+    thread = threading.Thread(target=produce)
+    thread.start()
+    while thread.is_alive():  # the loop stands still meanwhile
+        pass
+    assert asked == [ours]
+    assert await asyncio.gather(*readers) == [[*range(10)]] * 30
+
+
+# ------------------------------------------------------------------------ listening
+
+
+@on_every_loop
+async def test_a_producer_is_told_when_the_consumer_has_left_its_loop():
+    stream = ValueStream(max_size=2)
+    stream.push_many([1, 2])
+    assert stream.listening
+
+    def produce():
+        with pytest.raises(StreamClosedError, match="nobody listens"):
+            stream.push_many([3, 4, 5, 6], timeout=PATIENCE)
+
+    async with alongside(produce):
+        await eventually(lambda: waiting(stream) == (0, 1))
+        async for _ in stream:
+            break
+    assert not stream.listening
+    assert repr(stream) == "<ValueStream open size=0/2, nobody listens>"
+    with pytest.raises(StreamClosedError, match="nobody listens"):
+        stream.try_push(7)
+    with pytest.raises(StreamClosedError, match="keep the iterator"):
+        aiter(stream)
+
+
+@on_every_loop
+async def test_a_producer_is_told_when_the_consumer_is_cancelled(no_collector):
+    stream = ValueStream()
+
+    async def consume():
+        async for _ in stream:
+            pass
+
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(consume)
+        await anyio.wait_all_tasks_blocked()
+        assert stream.listening
+        tg.cancel_scope.cancel()
+    assert not stream.listening
+    with pytest.raises(StreamClosedError):
+        stream.push(1)
+
+
+@on_every_loop
+async def test_leaving_async_with_ends_all_loops_and_drops_what_is_left():
+    class Thing:
+        pass
+
+    stream, ended, thing = ValueStream(), [], Thing()
+
+    async def consume():
+        ended.append(await read_all(stream))
+
+    async with anyio.create_task_group() as tg:
+        async with stream:
+            tg.start_soon(consume)
+            await anyio.wait_all_tasks_blocked()
+        stream.close(ValueError("nobody is there to be told"))
+    assert ended == [[]]
+    assert not stream.listening
+
+    stream, left = ValueStream(), weakref.ref(thing)
+    stream.push(thing)
+    del thing
+    async with contextlib.aclosing(stream):
+        pass
+    assert left() is None
+
+
+def test_only_the_last_listener_counts_and_one_may_be_kept():
+    stream = ValueStream()
+    stream.push_many([1, 2, 3])
+    first, second = iter(stream), iter(stream)
+    assert next(first) == 1
+    del first
+    assert stream.listening
+    for value in second:
+        assert value == 2
+        break
+    assert next(second) == 3
+    del second
+    assert not stream.listening
+
+
+def test_a_stream_that_was_read_to_its_end_may_be_read_again():
+    stream = ValueStream()
+    stream.close()
+    assert list(stream) == list(stream) == []
+    assert stream.listening
+    stream.stop_listening()
+    assert not stream.listening
+
+
+def test_an_error_that_nobody_can_read_is_not_complained_of(caplog):
+    for close_first in (True, False):
+        stream = ValueStream()
+        if close_first:
+            stream.close(ValueError("foo"))
+        stream.stop_listening()
+        if not close_first:
+            stream.close(ValueError("foo"))
+    del stream
+    gc.collect()
+    assert not caplog.records
+
+
+def test_an_error_that_nobody_has_read_is_complained_of(caplog):
+    stream = ValueStream()
+    stream.close(ValueError("foo"))
+    del stream
+    gc.collect()
+    assert "foo" in caplog.text
+
+
+# -------------------------------------------------------------------------- a model
+
+
+class StreamAgainstAModel(RuleBasedStateMachine):
+    """Operations that need not wait, in any order."""
+
+    def __init__(self):
+        super().__init__()
+        self.streams = [ValueStream(max_size=size) for size in (None, 1, 3)]
+        self.listeners = [iter(stream) for stream in self.streams]
+        self.models = [deque() for _ in self.streams]
+        self.limits = [10**9, 1, 3]
+        self.ends = [None, None, None]
+        self.left = [False] * 3
+        self.count = 0
+
+    which = st.integers(0, 2)
+
+    def refuses(self, n):
+        return self.ends[n] is not None or self.left[n]
+
+    @rule(n=which)
+    def try_push(self, n):
+        self.count += 1
+        if self.refuses(n):
+            with pytest.raises(StreamClosedError):
+                self.streams[n].try_push(self.count)
+            return
+        has_room = len(self.models[n]) < self.limits[n]
+        assert self.streams[n].try_push(self.count) == has_room
+        if has_room:
+            self.models[n].append(self.count)
+
+    @rule(n=which, number=st.integers(0, 4))
+    def push_many(self, n, number):
+        values = [*range(self.count, self.count + number)]
+        self.count += number
+        room = self.limits[n] - len(self.models[n])
+        if self.refuses(n):
+            expected = pytest.raises(StreamClosedError)
+        elif number > room:
+            expected = pytest.raises(TimeoutError, match=f"{room} of {number}")
+        else:
+            expected = contextlib.nullcontext()
+        with expected:
+            self.streams[n].push_many(values, timeout=0)
+        if not self.refuses(n):
+            self.models[n].extend(values[:room])
+
+    @rule(n=which, error=st.sampled_from([None, ValueError("foo")]))
+    def close(self, n, error):
+        self.streams[n].close(error)
+        if self.ends[n] is None:
+            self.ends[n] = (error,)
+
+    @rule(n=which)
+    def stop(self, n):
+        self.streams[n].stop_listening()
+        self.left[n] = True
+        self.models[n].clear()
+
+    @rule(n=which)
+    def read(self, n):
+        if self.models[n]:
+            assert next(self.listeners[n]) == self.models[n].popleft()
+        elif self.refuses(n):
+            error = None if self.left[n] else self.ends[n][0]
+            with pytest.raises(StopIteration if error is None else type(error)):
+                next(self.listeners[n])
+
+    @rule(n=which)
+    def another_listener(self, n):
+        if self.left[n]:
+            with pytest.raises(StreamClosedError):
+                iter(self.streams[n])
+        else:
+            self.listeners[n] = iter(self.streams[n])
+
+    @invariant()
+    def every_stream_is_as_the_model(self):
+        for n, stream in enumerate(self.streams):
+            assert len(stream) == len(self.models[n])
+            assert stream.closed == (self.ends[n] is not None)
+            assert stream.listening == (not self.left[n])
+
+
+StreamAgainstAModel.TestCase.settings = settings(
+    max_examples=100, stateful_step_count=40, deadline=None
+)
+TestStreamAgainstAModel = StreamAgainstAModel.TestCase
+
+
+# ---------------------------------------------------------------------- interrupts
+
+errors = pytest.mark.parametrize(
+    ("error", "at"),
+    [(KeyboardInterrupt, "signals"), (MemoryError, "calls"), (RecursionError, "calls")],
+    ids=["interrupt", "memory", "recursion"],
+)
+
+
+class Waiter:
+    """Its own waker."""
+
+    woken = 0
+
+    def wake(self, _waiter):
+        self.woken += 1
+
+
+@errors
+@pytest.mark.parametrize("many", [False, True], ids=["push", "push_many"])
+@pytest.mark.parametrize("max_size", [None, 5])
+def test_whatever_strikes_a_push_it_is_done_or_not_and_all_are_told(max_size, many, error, at):
+    pushed = not_pushed = 0
+    for strike in strikes(*MODULES, error=error, at=at):
+        stream, reader = ValueStream(max_size=max_size), Waiter()
+        stream.push("before")
+        stream._state.readers.waiting[reader] = reader
+        with strike:
+            stream.push_many(["a", "b"]) if many else stream.push("a")
+        if len(stream) > 1:
+            pushed += 1
+            until(lambda: reader.woken)
+        else:
+            not_pushed += 1
+            assert strike.raised
+        got = [next(iterator) for iterator in [iter(stream)] for _ in range(len(stream))]
+        assert got in (["before"], ["before", "a"], ["before", "a", "b"])
+        if max_size is not None:
+            assert len(stream._state.room) == max_size
+    assert pushed
+    assert not_pushed
+
+
+@errors
+@pytest.mark.parametrize("how", ["thread", "task"])
+def test_whatever_strikes_a_read_no_value_is_lost_and_those_who_push_are_told(how, error, at):
+    for strike in strikes(*MODULES, error=error, at=at):
+        stream, writer, got = ValueStream(max_size=2), Waiter(), []
+        stream.push_many(["a", "b"])
+        values = iter(stream)
+        stream._state.writers.waiting[writer] = writer
+        with strike:
+            if how == "thread":
+                got.append(next(values))
+            else:
+                try:
+                    values.__anext__().send(None)
+                except StopIteration as stop:
+                    got.append(stop.value)
+        assert len(got) + len(stream) == 2
+        if got:
+            assert writer.woken
+        stream.close()
+        assert got + list(values) == ["a", "b"]
+        assert len(stream._state.room) == 2
+
+
+def test_whatever_strikes_a_task_that_waits_the_stream_works_afterwards():
+    async def read(values):
+        return await anext(values)
+
+    for strike in strikes(*MODULES):
+        stream, loop = ValueStream(), asyncio.new_event_loop()
+        values = aiter(stream)
+        task = loop.create_task(read(values))
+        with running(lambda: stream.push("a")):
+            with strike:
+                loop.run_until_complete(task)
+            if not task.done():
+                loop.run_until_complete(asyncio.wait([task]))
+        failed = task.exception() is not None
+        assert len(stream) == failed
+        loop.close()
+        stream.close()
+        assert list(values) == ["a"] * failed
+        assert waiting(stream) == (0, 0)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@errors
+@pytest.mark.parametrize("end", ["close", "stop_listening", "drop"])
+def test_whatever_strikes_an_end_all_are_told_or_it_can_be_repeated(end, error, at):
+    for strike in strikes(*MODULES, error=error, at=at):
+        stream, reader, writer = ValueStream(max_size=1), Waiter(), Waiter()
+        stream.push(1)
+        listeners = [iter(stream)]
+        stream._state.readers.waiting[reader] = reader
+        stream._state.writers.waiting[writer] = writer
+        with strike:
+            listeners.clear() if end == "drop" else getattr(stream, end)()
+        if not stream._state.end:
+            continue  # untouched
+        until(lambda: reader.woken and writer.woken)
+
+
+# What happens in between two steps may be done by another thread, a signal handler or a finaliser.
+
+
+@pytest.mark.parametrize("second", ["push", "push_many", "read", "close", "stop_listening"])
+@pytest.mark.parametrize("first", ["push", "push_many", "read"])
+@pytest.mark.parametrize("max_size", [None, 4])
+def test_whatever_is_done_between_any_two_steps_each_value_is_read_once_or_refused(
+    max_size, first, second
+):
+    for number in range(10_000):
+        stream, accepted, got = ValueStream(max_size=max_size), ["a", "b"], []
+        values = iter(stream)
+        stream.push_many("ab")
+
+        def act(kind, value, stream=stream, accepted=accepted, got=got, values=values):
+            with contextlib.suppress(StreamClosedError, StopIteration):
+                if kind == "push":
+                    stream.push(value)
+                    accepted.append(value)
+                elif kind == "push_many":
+                    stream.push_many([value])
+                    accepted.append(value)
+                elif kind == "read":
+                    got.append(next(values))
+                else:
+                    getattr(stream, kind)()
+
+        strike = next(strikes(*MODULES, first=number, do=lambda act=act: act(second, "d")))
+        with strike:
+            act(first, "c")
+        stream.close()
+        got += values
+        if second == "stop_listening":
+            assert set(got) <= set(accepted)
+        else:
+            assert sorted(got) == sorted(accepted)
+            assert max_size is None or len(stream._state.room) == max_size
+        assert len(set(got)) == len(got)
+        if strike.where is None:
+            assert number > 0
+            return
+
+
+class Racing(OrderedDict):
+    """The values of a stream that ends, for everybody, just before one more is stored."""
+
+    def __init__(self, stream, end, got):
+        super().__init__()
+        self.stream, self.end, self.got = stream, end, got
+
+    def __setitem__(self, outcome, value):
+        getattr(self.stream, self.end)()
+        self.got.extend(self.stream if self.end == "close" else ())
+        super().__setitem__(outcome, value)
+
+
+@pytest.mark.parametrize("end", ["close", "stop_listening"])
+@pytest.mark.parametrize("max_size", [None, 4])
+def test_a_value_that_comes_too_late_is_refused(max_size, end):
+    for push in (ValueStream.push, lambda stream, value: stream.push_many([value])):
+        stream, got = ValueStream(max_size=max_size), []
+        stream._state.values = Racing(stream, end, got)
+        with pytest.raises(StreamClosedError):
+            push(stream, 1)
+        assert (got, len(stream)) == ([], 0)
+        assert max_size is None or len(stream._state.room) == max_size
+
+
+def test_a_finaliser_may_push_and_close():
+    stream = ValueStream()
+
+    class Dropped:
+        def __del__(self):
+            with contextlib.suppress(StreamClosedError):
+                stream.push("last words")
+            stream.close()
+
+    stream.push(Dropped())
+    assert [kind.__name__ for kind in map(type, stream)] == ["Dropped", "str"]
+    stream = ValueStream()
+    stream.push(Dropped())
+    stream.stop_listening()
+    assert stream.closed
+    assert not stream.listening
+
+
+def test_ctrl_c_interrupts_a_push_that_blocks_and_a_read(ctrl_c):
+    stream = ValueStream(max_size=1)
+
+    def interrupt(whose):
+        until(lambda: waiting(stream) == whose)
+        ctrl_c()
+
+    with running(lambda: interrupt((1, 0))), pytest.raises(KeyboardInterrupt):
+        next(iter(values := iter(stream)))
+    stream.push(1)
+    with running(lambda: interrupt((0, 1))), pytest.raises(KeyboardInterrupt):
+        stream.push(2)
+    assert next(values) == 1
+    assert waiting(stream) == (0, 0)
+
+
+# -------------------------------------------------------------------------- memory
+
+
+@on_every_loop
+async def test_reads_that_time_out_keep_memory_flat():
+    stream = ValueStream()
+    values = aiter(stream)
+
+    async def time_out(n):
+        for _ in range(n):
+            with anyio.CancelScope() as scope:
+                scope.cancel()
+                await anext(values)
+
+    await time_out(100)
+    with Growth() as growth:
+        await time_out(2_000)
+    assert waiting(stream) == (0, 0)
+    assert growth.bytes < 20_000
+
+
+def test_values_that_pass_through_keep_memory_flat():
+    stream = ValueStream(max_size=10)
+    values = iter(stream)
+
+    def rounds(n):
+        for _ in range(n):
+            stream.push_many(range(1000, 1010))
+            for _ in range(10):
+                next(values)
+
+    rounds(100)
+    with Growth() as growth:
+        rounds(1000)
+    assert growth.bytes < 20_000
+
+
+def test_a_stream_on_which_an_abandoned_task_waits_is_collected():
+    stream = ValueStream()
+
+    async def main(stream):
+        stream_of_task = asyncio.ensure_future(read_all(stream))
+        await asyncio.sleep(0)
+        stream_of_task._log_destroy_pending = False
+
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(main(stream))
+    loop.close()
+    ref = weakref.ref(stream)
+    del stream
+    gc.collect()
+    assert ref() is None
+
+
+def test_a_value_that_was_read_is_not_kept(no_collector):
+    class Thing:
+        pass
+
+    stream = ValueStream()
+    stream.push(Thing())
+    values = iter(stream)
+    thing = next(values)
+    ref = weakref.ref(thing)
+    del thing
+    assert ref() is None
+
+
+# -------------------------------------------------------------------------- devices
+
+
+@on_every_loop
+@pytest.mark.device
+async def test_a_task_gets_a_value_when_its_kernels_are_done(accelerator, producer):
+    stream = ValueStream()
+    reader = Reader(anext(values := aiter(stream)))
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(reader)
+        await anyio.wait_all_tasks_blocked()
+        with producer:
+            stream.push(being_filled(accelerator, FIRST))
+        stream.push("behind it")
+        await polled()
+        assert reader.outcome is None
+        accelerator.wake()
+    assert reader.outcome.tolist() == NEW
+    assert await anext(values) == "behind it"
+
+
+@on_every_loop
+@pytest.mark.device
+async def test_a_read_that_is_cancelled_while_kernels_run_leaves_the_value(accelerator, producer):
+    stream = ValueStream(max_size=1)
+    values = aiter(stream)
+    with producer:
+        stream.push(being_filled(accelerator, FIRST))
+    with anyio.move_on_after(0.01) as scope:
+        await anext(values)
+    assert scope.cancelled_caught
+    assert len(stream) == 1
+    accelerator.wake()
+    assert (await anext(values)).tolist() == NEW
+
+
+@pytest.mark.device
+def test_a_thread_gets_a_value_with_its_streams_ordered_after_the_kernels(
+    accelerator, producer, consumer
+):
+    stream = ValueStream()
+    with producer:
+        stream.push_many([{"row": being_filled(accelerator, FIRST)}])
+    with consumer:
+        host = read_on_current_stream(next(iter(stream))["row"])
+    accelerator.wake()
+    consumer.synchronize()
+    assert host.tolist() == NEW
+
+
+@on_every_loop
+@simulated_only
+@pytest.mark.device
+async def test_a_value_whose_kernel_failed_is_an_error_in_its_turn(accelerator, producer):
+    stream = ValueStream(max_size=5)
+    values = aiter(stream)
+    with producer:
+        stream.push(being_filled(accelerator, FIRST))
+        accelerator.fail("the kernel failed")
+        stream.push(being_filled(accelerator, FIRST))
+    stream.push("behind")
+    reader = Reader(anext(values))
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(reader)
+        await polled()
+        accelerator.wake()
+    assert reader.outcome.tolist() == NEW
+    with pytest.raises(RuntimeError, match="the kernel failed"):
+        await anext(values)
+    assert await anext(values) == "behind"
+    assert len(stream._state.room) == 5
+
+
+# -------------------------------------------------------------------------- the rest
+
+
+def test_a_stream_goes_along_with_futures():
+    stream, fut = ValueStream(), Future()
+    fut.add_done_callback(lambda fut: stream.push(fut.value()))
+    values = iter(stream)
+    fut.set_result(5)
+    assert next(values) == 5
+
+
+def test_rows_of_a_tensor_are_values():
+    stream = ValueStream()
+    stream.push_many(torch.eye(2))
+    stream.close()
+    assert [row.tolist() for row in stream] == [[1, 0], [0, 1]]
+
+
+def test_what_is_put_off_is_run_before_a_thread_blocks():
+    stream, last = ValueStream(), Future()
+    fut = last
+    for _ in range(100):
+        fut = fut.then(lambda parent: parent.value())
+    fut.add_done_callback(lambda fut: stream.push(fut.value()))
+    got = []
+
+    def read(_):
+        got.append(next(iter(stream)))
+
+    chain = last
+    for _ in range(40):
+        chain = chain.then(lambda parent: parent.value())
+    chain.add_done_callback(read)
+    with running(lambda: last.set_result(5)):
+        pass
+    assert got == [5]

@@ -1,0 +1,401 @@
+"""A stream of values from threads to tasks: its public methods. Its state is `_stream_state`."""
+
+from __future__ import annotations
+
+import operator
+import time
+import types
+from collections import deque
+from collections.abc import AsyncIterator, Generator, Iterable, Iterator
+from types import TracebackType
+from typing import Any, Generic, NoReturn, TypeVar
+
+from . import _core
+from ._arguments import timeout_checked
+from ._errors import StreamClosedError
+from ._stream_state import ROOM, StreamState
+
+T = TypeVar("T")
+
+
+class ValueStream(Generic[T]):
+    """A stream of values, as the tokens that a thread generates for a task.
+
+    Producers, in any threads or tasks, push values and close the stream, with an error or
+    without; ``with stream:`` closes it when its block ends, with the error that the block
+    raised, if any. Consumers read with ``async for`` on asyncio, uvloop or trio, or with
+    ``for`` in a thread. Each value goes to one of them, in the order in which values were
+    pushed. When all values have been read that were pushed before the end, the consumers'
+    loops end, or raise the error. (It has nothing to do with ``torch.Stream``.)
+
+    A value may hold tensors on an accelerator that kernels still fill, if the streams on
+    which these were enqueued are the current ones when it is pushed. A task gets it when
+    they are done, a thread with its current streams ordered after them. Values behind it
+    wait until then.
+
+    Nobody listens any more when the last iterator has gone that ``for`` or ``async for``
+    had of the stream, as when the loop was left by ``break``, or the task was cancelled;
+    or when the consumer has called `aclose` or `stop_listening`, or left
+    ``async with stream:``. Then pushing raises `StreamClosedError`, `listening` is False,
+    and values that nobody has read are dropped. To read on after a ``break``, keep the
+    iterator: ``values = aiter(stream)``.
+
+    All methods may be called from any thread, also in signal handlers and finalisers. A
+    cancelled or interrupted read loses no value. A push that is interrupted by Ctrl-C may
+    have pushed or not. A task that finds a value there goes on at once, as with
+    ``asyncio.Queue``, and other tasks do not get their turn.
+
+    Args:
+        max_size: How many values may be in the stream at most, pushed and not yet read.
+            If it is full, `push` blocks, `send` waits and `try_push` returns False. If
+            None, there is no limit.
+
+    Raises:
+        TypeError, ValueError: ``max_size`` is not an integer, or not positive.
+
+    Example:
+        >>> import asyncio, threading
+        >>> def generate(stream):  # in a thread
+        ...     with stream:
+        ...         for token in ["Hello", ",", " world"]:
+        ...             stream.push(token)
+        >>> async def main():
+        ...     stream = torchfut_aio.ValueStream(max_size=100)
+        ...     threading.Thread(target=generate, args=(stream,)).start()
+        ...     async with stream:
+        ...         return [token async for token in stream]
+        >>> asyncio.run(main())
+        ['Hello', ',', ' world']
+    """
+
+    __slots__ = ("__weakref__", "_max_size", "_state")
+
+    def __init__(self, *, max_size: int | None = None) -> None:
+        """Makes a stream that is open."""
+        if max_size is not None:
+            max_size = operator.index(max_size)
+            if max_size < 1:
+                raise ValueError(f"max_size must be positive, or None for no limit; not {max_size}")
+        self._max_size = max_size
+        self._state = StreamState(max_size)
+
+    # --------------------------------------------------------------------- pushing
+
+    def push(self, value: T, timeout: float | None = None) -> None:
+        """Adds a value to the stream; blocks the calling thread while the stream is full.
+
+        Args:
+            value: Any object.
+            timeout: How long to wait for room at most, in seconds; None waits for ever.
+
+        Raises:
+            StreamClosedError: The stream was closed, or nobody listens any more.
+            TimeoutError: There was no room in time; the value was not pushed.
+            TypeError, ValueError: ``timeout`` is not a number, or is NaN.
+
+        Warns:
+            BlockingWaitWarning: The stream is full and this thread runs an event loop,
+                which stands still meanwhile.
+
+        Example:
+            >>> stream = torchfut_aio.ValueStream()
+            >>> stream.push(5)
+            >>> stream.close()
+            >>> list(stream)
+            [5]
+        """
+        outcome = _core.outcome_of_value(value)
+        if timeout is not None:
+            timeout = timeout_checked(timeout)
+        if not self._state.put(outcome):
+            self._push_rest(deque((outcome,)), 1, timeout)
+
+    def push_many(self, values: Iterable[T], timeout: float | None = None) -> None:
+        """Adds values to the stream as `push` does, and wakes each loop once for all.
+
+        Args:
+            values: Any objects. A tensor stands for its rows.
+            timeout: How long to wait for room for all of them, in seconds.
+
+        Raises:
+            StreamClosedError: The stream was closed, or nobody listens any more. Some of the
+                values may have been read.
+            TimeoutError: There was no room for all in time; the first of them were pushed,
+                and the error says how many.
+            TypeError, ValueError: ``timeout`` is not a number, or is NaN.
+
+        Warns:
+            BlockingWaitWarning: As for `push`.
+        """
+        if timeout is not None:
+            timeout = timeout_checked(timeout)
+        pending = deque(map(_core.outcome_of_value, values))
+        number = len(pending)
+        self._state.put_many(pending)
+        if pending:
+            self._push_rest(pending, number, timeout)
+
+    def _push_rest(self, pending: deque[_core.Outcome], number: int, timeout: float | None) -> None:
+        state = self._state
+        give_up = None if timeout is None else time.monotonic() + timeout
+        while pending:
+            left = None if give_up is None else give_up - time.monotonic()
+            if left is not None and left <= 0:
+                raise TimeoutError(
+                    f"the stream had no room within {timeout:g} s: "
+                    f"{number - len(pending)} of {number} values were pushed"
+                )
+            state.writers.block(
+                state.can_write,
+                left,
+                "pushing to a stream that is full blocks the event loop that this thread runs; "
+                "await stream.send() instead",
+            )
+            state.put_many(pending)
+
+    def try_push(self, value: T) -> bool:
+        """Adds a value to the stream, unless that is full; returns whether it did.
+
+        Raises:
+            StreamClosedError: The stream was closed, or nobody listens any more.
+
+        Example:
+            >>> stream = torchfut_aio.ValueStream(max_size=1)
+            >>> stream.try_push(5), stream.try_push(6)
+            (True, False)
+        """
+        return self._state.put(_core.outcome_of_value(value))
+
+    async def send(self, value: T) -> None:
+        """Does what `push` does, for a task, which waits without blocking its loop.
+
+        If it is cancelled, the value was not pushed.
+
+        Raises:
+            StreamClosedError: The stream was closed, or nobody listens any more.
+        """
+        state = self._state
+        outcome = _core.outcome_of_value(value)
+        while not state.put(outcome):
+            await state.writers.wait(state.can_write)
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Ends the stream: nothing can be pushed any more. Does nothing if it was closed before.
+
+        Consumers get what was pushed before. Then their loops end, or raise the error.
+
+        Args:
+            error: What consumers are to raise, an instance of any ``BaseException``. (In
+                the place of StopIteration and StopAsyncIteration, which would end a loop,
+                they get a RuntimeError.)
+
+        Raises:
+            TypeError: ``error`` is not an exception; the stream stays open.
+
+        Example:
+            >>> stream = torchfut_aio.ValueStream()
+            >>> stream.push("first")
+            >>> stream.close(ValueError("foo"))
+            >>> for value in stream:
+            ...     print(value)
+            Traceback (most recent call last):
+            ...
+            ValueError: foo
+        """
+        if error is None:
+            self._state.close(None)
+            return
+        if not isinstance(error, BaseException):
+            kind = type(error).__qualname__
+            raise TypeError(f"close() takes an exception instance, or None; not a {kind}")
+        if isinstance(error, (StopIteration, StopAsyncIteration)):
+            replacement = RuntimeError(f"the producer failed with {type(error).__qualname__}")
+            replacement.__cause__ = error
+            error = replacement
+        self._state.close(_core.outcome_of_error(error))
+
+    def __enter__(self) -> ValueStream[T]:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close(error)
+
+    # --------------------------------------------------------------------- reading
+
+    def __iter__(self) -> Iterator[T]:
+        return _Listener(self._state)
+
+    def __aiter__(self) -> AsyncIterator[T]:
+        return _Listener(self._state)
+
+    @property
+    def listening(self) -> bool:
+        """Whether somebody listens, or nobody has listened yet: see the class."""
+        return self._state.is_listening()
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called; consumers may still read what was pushed before."""
+        return self._state.is_closed()
+
+    def stop_listening(self) -> None:
+        """Has nobody listen any more; loops that still read end."""
+        self._state.stop()
+
+    async def aclose(self) -> None:
+        """Does what `stop_listening` does; for ``contextlib.aclosing``."""
+        self._state.stop()
+
+    async def __aenter__(self) -> ValueStream[T]:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self._state.stop()
+
+    def __len__(self) -> int:
+        """Returns how many values were pushed and not yet read."""
+        return len(self._state.values)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else "open"
+        limit = "" if self._max_size is None else f"/{self._max_size}"
+        listening = "" if self.listening else ", nobody listens"
+        return f"<{type(self).__qualname__} {state} size={len(self)}{limit}{listening}>"
+
+
+class _Listener(AsyncIterator[T], Iterator[T]):
+    """What ``for`` and ``async for`` have of a stream."""
+
+    __slots__ = ("_key", "_state")
+
+    def __init__(self, state: StreamState) -> None:
+        self._key = object()
+        self._state = state
+        state.listeners[self._key] = None
+        if not state.is_listening():
+            raise StreamClosedError(
+                "nobody listens to the stream any more, and its values were dropped; "
+                "to read on after a break, keep the iterator: values = aiter(stream)"
+            )
+
+    def __iter__(self) -> _Listener[T]:
+        return self
+
+    def __aiter__(self) -> _Listener[T]:
+        return self
+
+    def __next__(self) -> T:
+        state = self._state
+        del self  # or a traceback that is kept would keep the listener
+        while True:
+            outcome = state.first()
+            if outcome is None:
+                if not state.end:
+                    state.readers.block(state.can_read, None, _BLOCKS)
+                    continue
+                outcome = state.first()
+                if outcome is None:
+                    state.raise_end(StopIteration)
+            failure = outcome.error
+            if outcome.readiness is not None:
+                failure = _wait_in_thread(outcome.readiness)
+            # As in __anext__().
+            try:
+                del state.values[outcome]
+            except KeyError:
+                continue
+            if state.room is not None:
+                state.room += ROOM
+                if state.writers.waiting:
+                    try:
+                        state.writers.wake()
+                    except BaseException:
+                        state.put_back(outcome)
+                        raise
+            if failure is not None:
+                _raise(failure, outcome)
+            value: T = outcome.value
+            return value
+
+    async def __anext__(self) -> T:
+        state = self._state
+        while True:
+            outcome = state.first()
+            if outcome is None:
+                if not state.end:
+                    try:
+                        await state.readers.wait(state.can_read)
+                    except BaseException:
+                        del self  # or a traceback that is kept would keep the listener
+                        raise
+                    continue
+                outcome = state.first()
+                if outcome is None:
+                    del self
+                    state.raise_end(StopAsyncIteration)
+            failure = outcome.error
+            if outcome.readiness is not None:
+                failure = await _wait_in_task(outcome.readiness)
+            # Whoever deletes it has read it. From here on, nothing that can be interrupted may
+            # keep it from being delivered.
+            try:
+                del state.values[outcome]
+            except KeyError:
+                continue
+            if state.room is not None:
+                state.room += ROOM
+                if state.writers.waiting:
+                    try:
+                        state.writers.wake()
+                    except BaseException:
+                        state.put_back(outcome)
+                        raise
+            if failure is not None:
+                del self
+                _raise(failure, outcome)
+            value: T = outcome.value
+            return value
+
+    def __del__(self) -> None:
+        key = getattr(self, "_key", None)
+        state: StreamState | None = getattr(self, "_state", None)
+        if state is not None:  # no interrupt struck at the very beginning
+            try:
+                state.leave(key)
+            except BaseException:
+                state.leave(key)
+                raise
+
+
+_BLOCKS = "for blocks the event loop that this thread runs while the stream is empty; use async for"
+
+
+def _raise(failure: BaseException, outcome: _core.Outcome) -> NoReturn:
+    outcome.exception()
+    raise failure
+
+
+def _wait_in_thread(readiness: Any) -> Exception | None:
+    try:
+        readiness.wait()
+    except Exception as error:
+        return error
+    return None
+
+
+@types.coroutine
+def _wait_in_task(readiness: Any) -> Generator[Any, Any, Exception | None]:
+    try:
+        yield from readiness.ready()
+        readiness.wait()
+    except Exception as error:
+        return error
+    return None

@@ -1,0 +1,274 @@
+"""The state of a stream of values: what was pushed, who waits, and how it has ended.
+
+No lock is held, so a signal handler or a finaliser may push, read or close in the midst of
+anything. What makes that right:
+
+1. A value is in the stream from when it is stored in ``values`` until somebody deletes it.
+   Whoever deletes it has read it. Either is one statement, within which CPython checks for no
+   signal. (To find the first key takes the same time however many were deleted before it: hence
+   an OrderedDict.)
+2. A bounded stream has ``room``: a list with an item for each value that may still come. Whoever
+   pushes deletes an item, then stores the value. Whoever reads deletes the value, then adds an
+   item. So there are never too many values, whoever pushes meanwhile.
+3. Whoever waits stores a waiter, then looks. Whoever pushes, reads or ends the stream does that,
+   then wakes all who wait: one that finds nothing waits again. To wake only one would be cheaper
+   where many wait; but it may be a task of a loop that has closed.
+4. Whoever pushes stores the value, then looks whether the stream has ended, and takes the value
+   back if so, unless it has been read. Whoever finds the stream ended looks once more for a value.
+   So a value that was pushed is read, or refused.
+"""
+
+from __future__ import annotations
+
+import types
+from _thread import start_new_thread
+from collections import OrderedDict, deque
+from collections.abc import Callable, Generator
+from typing import Any, NoReturn
+
+from . import _core, _loops
+from ._errors import StreamClosedError, warn_that_wait_blocks_a_loop
+
+ROOM = (None,)  # for one value
+
+_CLOSED = "closed"
+_LEFT = "left"
+
+
+class StreamState:
+    """All of a stream; see the header of this file.
+
+    Attributes:
+        values: The outcomes that were pushed and not read, as keys, in order.
+        room: See rule 2; None if the stream is not bounded.
+        end: Empty until the stream takes no more values. It was closed, with an error or None;
+            or those who listened have left; or both.
+        listeners: The iterators that may read, each by a key of its own.
+        readers: Who waits for a value.
+        writers: Who waits for room.
+    """
+
+    __slots__ = ("end", "listeners", "readers", "room", "values", "writers")
+
+    def __init__(self, max_size: int | None) -> None:
+        self.values: OrderedDict[_core.Outcome, None] = OrderedDict()
+        self.room = None if max_size is None else [*ROOM] * max_size
+        self.end: dict[str, _core.Outcome | None] = {}
+        self.listeners: dict[object, None] = {}
+        self.readers = Waiters()
+        self.writers = Waiters()
+
+    # --------------------------------------------------------------------- pushing
+
+    def put(self, outcome: _core.Outcome) -> bool:
+        """Adds a value to the stream; returns False if it is full.
+
+        Raises:
+            StreamClosedError: It takes no more, and the value is not in it.
+        """
+        if self.end:
+            self._refuse()
+        room = self.room
+        if room is not None:
+            try:
+                del room[-1]
+            except IndexError:
+                return False
+        self.values[outcome] = None
+        if self.end:
+            self._take_back([outcome])
+        if self.readers.waiting:
+            try:
+                self.readers.wake()
+            except BaseException:
+                self.readers.wake_again()
+                raise
+        return True
+
+    def put_many(self, pending: deque[_core.Outcome]) -> None:
+        """Moves values from ``pending`` into the stream, as far as there is room.
+
+        Raises:
+            StreamClosedError: It takes no more; those of them that were not read are not in it.
+        """
+        if self.end:
+            self._refuse()
+        outcomes = [*pending]
+        try:
+            self._store(pending)
+            if self.end:
+                self._take_back(outcomes)
+            if self.readers.waiting:
+                self.readers.wake()
+        except BaseException:
+            self.readers.wake_again()
+            raise
+
+    def _store(self, pending: deque[_core.Outcome]) -> None:
+        values, room = self.values, self.room
+        while pending:
+            if room is not None:
+                try:
+                    del room[-1]
+                except IndexError:
+                    return
+            values[pending[0]] = None
+            del pending[0]
+
+    def _take_back(self, outcomes: list[_core.Outcome]) -> None:
+        taken_back = False
+        for outcome in outcomes:
+            try:
+                del self.values[outcome]
+            except KeyError:  # it was read, or had not been stored
+                continue
+            taken_back = True
+            if self.room is not None:
+                self.room += ROOM
+        if taken_back:
+            self._refuse()
+
+    def _refuse(self) -> None:
+        if _LEFT in self.end:
+            raise StreamClosedError("nobody listens to the stream any more")
+        raise StreamClosedError("the stream has been closed, and takes no more values")
+
+    def can_write(self) -> bool:
+        """Tells whether somebody who waits for room need not."""
+        return bool(self.room) or bool(self.end)
+
+    # --------------------------------------------------------------------- reading
+
+    def first(self) -> _core.Outcome | None:
+        """Returns the value that is next, or None; it stays in the stream."""
+        try:
+            return next(iter(self.values), None)
+        except RecursionError:
+            raise
+        except RuntimeError:  # another thread has just pushed, or read
+            return next(iter([*self.values]), None)
+
+    def put_back(self, outcome: _core.Outcome) -> None:
+        """Undoes the reading of a value, where an interrupt keeps it from being delivered."""
+        self.values[outcome] = None
+        self.values.move_to_end(outcome, last=False)
+        if self.room is not None:
+            try:  # noqa: SIM105  a call could be struck before it has begun
+                del self.room[-1]
+            except IndexError:
+                pass  # somebody has just pushed: there is one value too many for a while
+        self.writers.wake_again()
+
+    def can_read(self) -> bool:
+        """Tells whether somebody who waits for a value need not."""
+        return bool(self.values) or bool(self.end)
+
+    def raise_end(self, end: type[Exception]) -> NoReturn:
+        """Raises the error with which the stream was closed, or ``end`` if there is none."""
+        outcome = self.end.get(_CLOSED)
+        if outcome is not None and _LEFT not in self.end:
+            try:
+                outcome.read()
+            finally:
+                del self, outcome
+        raise end
+
+    # ---------------------------------------------------------------------- ending
+
+    def is_closed(self) -> bool:
+        """Tells whether the producer has closed the stream."""
+        return _CLOSED in self.end
+
+    def is_listening(self) -> bool:
+        """Tells whether somebody listens, or nobody has yet."""
+        return _LEFT not in self.end
+
+    def close(self, error: _core.Outcome | None) -> None:
+        """Ends the stream behind what is in it, unless it has been closed before."""
+        try:
+            refused = self.end.setdefault(_CLOSED, error) is not error or _LEFT in self.end
+            if refused and error is not None:
+                error.exception()  # which nobody will retrieve
+            self._wake_all()
+        except BaseException:
+            self._wake_all_again()
+            raise
+
+    def leave(self, listener: object) -> None:
+        """Has a listener go; if it is the last, and has not come to the end, nobody listens."""
+        self.listeners.pop(listener, None)
+        if not self.listeners and not (_CLOSED in self.end and not self.values):
+            self.stop()
+
+    def stop(self) -> None:
+        """Has nobody listen, from here on; what is in the stream is dropped."""
+        self.end[_LEFT] = None
+        try:
+            error = self.end.get(_CLOSED)
+            if error is not None:
+                error.exception()
+            self.values.clear()
+            self._wake_all()
+        except BaseException:
+            self._wake_all_again()
+            raise
+
+    def _wake_all(self) -> None:
+        self.readers.wake()
+        self.writers.wake()
+
+    def _wake_all_again(self) -> None:
+        self.readers.wake_again()
+        self.writers.wake_again()
+
+
+class Waiters:
+    """Those who wait for one thing, each with its waker: tasks on any loops, and threads."""
+
+    __slots__ = ("waiting",)
+
+    def __init__(self) -> None:
+        self.waiting: dict[object, _loops.Waker] = {}
+
+    def wake(self) -> None:
+        """Wakes all of them; may be called again if it is interrupted."""
+        for waiter in [*self.waiting]:
+            waker = self.waiting.get(waiter)
+            if waker is not None:
+                waker.wake(waiter)
+                self.waiting.pop(waiter, None)
+
+    def wake_again(self) -> None:
+        """As `wake`, which was interrupted; in a thread if need be, as where the stack is full."""
+        try:
+            self.wake()
+        except BaseException:
+            start_new_thread(self.wake, ())
+
+    def block(self, is_over: Callable[[], bool], timeout: float | None, warning: str) -> None:
+        """Blocks the calling thread until it is woken, or ``is_over()``, or the time is up."""
+        # Callbacks that this thread has put off may be those to push, or to read.
+        _core.run_deferred()
+        if is_over():
+            return
+        if _loops.loop_in_this_thread():
+            warn_that_wait_blocks_a_loop(warning)
+        waiter = _loops.ThreadWaiter()
+        try:
+            self.waiting[waiter] = _loops.THREADS
+            if not is_over():
+                waiter.block(timeout)
+        finally:
+            self.waiting.pop(waiter, None)
+
+    @types.coroutine
+    def wait(self, is_over: Callable[[], bool]) -> Generator[Any, Any, None]:
+        """Does for a task what `block` does for a thread; for ``await``."""
+        loop = _loops.current()
+        waiter = loop.waiter()
+        try:
+            self.waiting[waiter] = loop
+            if not is_over():
+                yield from waiter
+        finally:
+            self.waiting.pop(waiter, None)
