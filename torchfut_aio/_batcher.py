@@ -96,9 +96,9 @@ class Batcher(Generic[T, R]):
         ...         double, max_batch=64, max_wait=0.001, max_queue=1000
         ...     ) as batcher:
         ...         futures = [batcher.submit(n) for n in range(100)]
-        ...         return sum(await torchfut_aio.gather(futures)), batcher.statistics().batches
+        ...         return sum(await torchfut_aio.gather(futures))
         >>> asyncio.run(main())
-        (9900, 2)
+        9900
     """
 
     def __init__(
