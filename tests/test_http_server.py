@@ -222,8 +222,9 @@ def run(main):
         try:
             await asyncio.wait_for(main, PATIENCE_WITH_PROCESSES)
         finally:
-            while Connection.opened:
-                Connection.opened.pop().writer.transport.abort()
+            for connection in Connection.opened:
+                connection.writer.transport.abort()
+            Connection.opened.clear()
 
     asyncio.run(run_and_close())
 
