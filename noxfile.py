@@ -90,6 +90,13 @@ def examples(session: nox.Session) -> None:
 
 
 @nox.session(python=PYTHON)
+def integrations(session: nox.Session) -> None:
+    """The futures of other libraries, with the libraries themselves."""
+    install(session, "examples,test,integrations")
+    session.run("python", "-m", "pytest", "tests/test_integrations.py", *session.posargs)
+
+
+@nox.session(python=PYTHON)
 def docs(session: nox.Session) -> None:
     """What the README and the docstrings show happens as they say."""
     install(session, "examples,test")

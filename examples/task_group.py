@@ -9,7 +9,6 @@ arrive in time. Of the shards here one is broken and one is stuck: the first tel
 through its futures, and what is asked of the other is given up when the time is over.
 """
 
-import concurrent.futures
 import sys
 import threading
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ import anyio
 import torch
 from anyio.streams.memory import MemoryObjectReceiveStream
 
-from torchfut_aio import Future, InvalidStateError, as_completed, gather, start_soon
+from torchfut_aio import Future, as_completed, gather, start_soon
 
 SHARDS, DOCUMENTS, WIDTH = 6, 2000, 64
 BROKEN, STUCK = 2, 4
@@ -71,9 +70,9 @@ class Shard:
             try:
                 outcome = self._best(query)
             except BaseException as error:
-                _complete(hits, error=error)
+                hits.try_set_exception(error)
             else:
-                _complete(hits, outcome)
+                hits.try_set_result(outcome)  # if it has not been given up meanwhile
 
     def _best(self, query: torch.Tensor) -> Hits:
         if self.number == BROKEN:
@@ -81,17 +80,6 @@ class Shard:
         scores, places = (self._documents @ query).topk(BEST)
         numbers = places * SHARDS + self.number
         return dict(zip(numbers.tolist(), scores.tolist(), strict=True))
-
-
-def _complete(
-    hits: Future[Hits], outcome: Hits | None = None, error: BaseException | None = None
-) -> bool:
-    """Tells whether this was the first to complete it."""
-    try:
-        hits.set_result(outcome or {}) if error is None else hits.set_exception(error)
-    except InvalidStateError:
-        return False
-    return True
 
 
 async def merge(answers: MemoryObjectReceiveStream[Hits]) -> list[int]:
@@ -120,7 +108,7 @@ async def ask(shards: list[Shard], query: torch.Tensor, deadline: float) -> str:
                         failed += 1
     # The group has exited, so the task is done. What is still pending here is given up: the
     # shard sees that when it gets there, and if it is about to answer, its answer is dropped.
-    given_up = sum(_complete(r, error=concurrent.futures.CancelledError()) for r in requests)
+    given_up = sum(request.cancel() for request in requests)
     return (
         f"{answered} shards answered, {failed} failed, {given_up} given up: "
         f"documents {', '.join(map(str, best.value()))}"

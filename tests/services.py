@@ -62,26 +62,37 @@ def collectives(loop: str) -> dict[str, Any]:
     return run_on(loop, main)
 
 
-def all_reduce_that_waits_for_others(loop: str) -> tuple[bool, float]:
+def all_reduce_that_waits_for_others(loop: str, functional: bool) -> tuple[bool, float]:
     """Rank 0 lets the others begin only when it has tried to await it."""
     store = dist.distributed_c10d._get_default_store()
-    tensor = torch.ones(1)
+    begin = f"begin on {loop}, {functional}"
 
     async def first() -> tuple[bool, float]:
-        fut = as_future(dist.all_reduce(tensor, async_op=True))
+        source = all_reduce(functional)
+        fut = as_future(source)
+        assert as_future(source) is fut
         with anyio.move_on_after(0.1):
             await fut
         early = fut.done()
-        store.set(f"begin on {loop}", "")
-        await fut
-        return early, tensor.item()
+        store.set(begin, "")
+        [reduced] = await fut
+        return early, reduced.item()
 
     async def other() -> tuple[bool, float]:
-        store.wait([f"begin on {loop}"])
-        await as_future(dist.all_reduce(tensor, async_op=True))
-        return False, tensor.item()
+        store.wait([begin])
+        [reduced] = await as_future(all_reduce(functional))
+        return False, reduced.item()
 
     return run_on(loop, first if dist.get_rank() == 0 else other)
+
+
+def all_reduce(functional: bool) -> Any:
+    """Begins to reduce a tensor of one; returns the work, or a tensor that waits when used."""
+    if functional:
+        from torch.distributed import _functional_collectives
+
+        return _functional_collectives.all_reduce(torch.ones(1), "sum", dist.group.WORLD)
+    return dist.all_reduce(torch.ones(1), async_op=True)
 
 
 def all_reduce_without_the_last(loop: str) -> str:
@@ -109,7 +120,8 @@ class Odd(Exception):
 def fails(kind: str) -> None:
     if kind == "odd":
         raise Odd(1, 2)
-    raise {"value": ValueError, "key": KeyError, "stop": StopIteration}[kind]("wrong: 'ü' \n x")
+    kinds = {"value": ValueError, "key": KeyError, "type": TypeError, "stop": StopIteration}
+    raise kinds[kind]("wrong: 'ü' \n x")
 
 
 @async_rpc
@@ -134,6 +146,11 @@ _released = threading.Semaphore(0)
 def blocks() -> None:
     """Returns when `release` is called, in the same process."""
     assert _released.acquire(timeout=PATIENCE_WITH_PROCESSES)
+
+
+def seven() -> int:
+    blocks()
+    return 7
 
 
 def release() -> None:
@@ -234,6 +251,34 @@ def failure(
             await as_future(rpc.rpc_async("worker1", function, args=args, timeout=timeout))
         kind = type(caught.value).__bases__[-1]
         return f"{kind.__module__}.{kind.__qualname__}", str(caught.value)
+
+    return run_on(loop, main)
+
+
+def failure_of_a_reference(loop: str, function: Any, *args: Any) -> tuple[str, str]:
+    """Returns the type and the text of what awaiting a remote value raises."""
+
+    async def main() -> tuple[str, str]:
+        with pytest.raises(RpcError) as caught:
+            await as_future(rpc.remote("worker1", function, args=args))
+        kind = type(caught.value).__bases__[-1]
+        return f"{kind.__module__}.{kind.__qualname__}", str(caught.value)
+
+    return run_on(loop, main)
+
+
+def value_of_a_reference(loop: str) -> tuple[bool, int]:
+    """Awaits a remote value, which a call makes that the loop goes on to make."""
+
+    async def main() -> tuple[bool, int]:
+        reference = rpc.remote("worker1", seven)
+        fut = as_future(reference)
+        assert as_future(reference) is fut
+        with anyio.move_on_after(0.1):
+            await fut
+        early = fut.done()
+        await as_future(rpc.rpc_async("worker1", release))
+        return early, await fut
 
     return run_on(loop, main)
 

@@ -8,13 +8,17 @@ import gc
 import subprocess
 import sys
 import threading
+import warnings
 import weakref
+from multiprocessing.pool import AsyncResult, ThreadPool
 
 import anyio
 import anyio.to_thread
 import pytest
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import _create_work_from_future
+from torch.distributed.checkpoint import state_dict_saver
 
 from torchfut_aio import Future, NotAFutureError, as_completed, as_future, gather
 
@@ -149,6 +153,135 @@ def test_a_work_of_torch_distributed_is_adopted(process_group):
     assert len(asyncio.run(main())) == 1
 
 
+def test_an_error_that_a_work_carries_as_a_value_is_an_error():
+    fut = Future()
+    works = [_create_work_from_future(fut) for _ in range(2)]
+    early = as_future(works[0]), as_future(works[0].get_future())
+    fut.set_exception(Stop("foo"))
+    for adopted in *early, as_future(works[1]), as_future(works[1].get_future()):
+        assert adopted.exception() is fut.exception()
+
+
+def waits(fut: torch.futures.Future[torch.Tensor]) -> torch.Tensor:
+    return torch.jit.wait(fut)
+
+
+def waits_in_a_fork(fut: torch.futures.Future[torch.Tensor]) -> torch.futures.Future[torch.Tensor]:
+    return torch.jit.fork(waits, fut)
+
+
+@pytest.fixture
+def script():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is deprecated
+        yield torch.jit.script
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_error_that_a_script_returns_as_a_value_is_an_error(when, script):
+    fut = Future()
+    if when == "before":
+        fut.set_exception(Stop("foo"))
+    adopted = as_future(script(waits_in_a_fork)(fut))
+    if when == "after":
+        fut.set_exception(Stop("foo"))
+    with pytest.raises(Stop):
+        adopted.wait(PATIENCE)
+
+
+def test_an_error_within_what_a_script_returns_is_an_error(script):
+    failed = Future()
+    failed.set_exception(Stop("foo"))
+    stand_in = script(waits)(failed)  # torch's own future gives the error itself, as a value
+    for value in stand_in, (torch.ones(1), stand_in), {"a": [stand_in]}:
+        source = torch.futures.Future()
+        source.set_result(value)
+        assert as_future(source).exception() is failed.exception()
+    cycle = []
+    cycle.append(cycle)
+    source = torch.futures.Future()
+    source.set_result(cycle)
+    assert as_future(source).wait() is cycle
+
+
+@pytest.mark.parametrize("source_type", [*SOURCES, AsyncResult])
+@pytest.mark.parametrize("outcome", ["result", "exception"])
+def test_a_source_that_completes_too_late_is_silent(source_type, outcome, caplog, capfd):
+    if source_type is AsyncResult:
+        release = threading.Event()
+        with ThreadPool(1) as pool:
+            source = pool.apply_async(release.wait)
+            fut = as_future(source)
+            fut.set_result("mine")
+            release.set()
+            source.get(PATIENCE)
+    else:
+        source = source_type()
+        fut = as_future(source)
+        fut.set_result("mine")
+        getattr(source, f"set_{outcome}")(Stop("foo"))
+    assert fut.wait() == "mine"
+    assert (caplog.text, *capfd.readouterr()) == ("", "", "")
+
+
+@on_asyncio
+async def test_a_task_that_completes_too_late_is_silent(caplog):
+    task = asyncio.ensure_future(asyncio.sleep(0.001))
+    as_future(task).set_result("mine")
+    await task
+    assert caplog.text == ""
+
+
+@on_every_loop
+async def test_results_of_a_pool_are_awaited(nothing_blocks_a_loop):
+    release = threading.Event()
+    pool = ThreadPool(2)
+    try:
+        late, failed = pool.apply_async(release.wait), pool.apply_async(int, ["x"])
+        many = pool.map_async(abs, [-1, 2])
+        futures = [as_future(late), as_future(many)]
+        assert as_future(late) is futures[0]
+        with anyio.fail_after(PATIENCE):
+            with pytest.raises(ValueError, match="invalid literal"):
+                await as_future(failed)
+            assert not futures[0].done()
+            release.set()
+            assert await gather(futures) == [True, [1, 2]]
+        assert as_future(late).wait() is True
+    finally:
+        pool.close()
+        await anyio.to_thread.run_sync(pool.join)
+
+
+def test_an_event_of_mps_is_adopted_though_it_is_no_event_of_torchs(monkeypatch):
+    assert not issubclass(torch.mps.Event, torch.Event)
+    reached = threading.Event()
+
+    class Event:  # there is no such device here
+        query, synchronize = reached.is_set, reached.wait
+
+    monkeypatch.setattr(torch.mps, "Event", Event)
+    fut = as_future(Event())
+    with pytest.raises(TimeoutError):
+        fut.wait(0.01)
+    reached.set()
+    assert fut.wait(PATIENCE) is None
+    assert as_future(Event()).done()
+
+
+def test_a_checkpoint_is_saved_when_it_has_been_uploaded():
+    if not hasattr(state_dict_saver, "AsyncSaveResponse"):
+        pytest.skip("this torch has no saves that are staged")
+    staging, upload = concurrent.futures.Future(), concurrent.futures.Future()
+    response = state_dict_saver.AsyncSaveResponse(staging, upload)
+    fut = as_future(response)
+    assert fut is as_future(response)
+    staging.set_result(None)
+    assert not fut.done()
+    upload.set_result("metadata")
+    assert fut.wait() == "metadata"
+
+
 def test_an_adopted_future_outlives_every_other_reference_to_it():
     source = torch.futures.Future()
     got = []
@@ -212,7 +345,7 @@ def test_what_cannot_be_adopted_is_a_type_error_that_lists_what_can():
         as_future("text")
     assert isinstance(caught.value, NotAFutureError)
     for name in (
-        "'text' of type str",
+        "a str is not a future",
         "torchfut_aio.Future",
         "torch.futures.Future",
         "torch.distributed.Work",

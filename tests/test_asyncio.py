@@ -158,6 +158,59 @@ async def test_as_asyncio_carries_an_error():
 
 
 @on_asyncio
+async def test_asyncio_looks_at_a_future_without_waiting_through_as_asyncio():
+    fut = Future()
+    with pytest.raises(asyncio.TimeoutError):
+        await asyncio.wait_for(fut.as_asyncio(), 0)
+    fut.set_result(5)
+    assert await asyncio.wait_for(fut.as_asyncio(), 0) == 5
+
+
+@on_asyncio
+async def test_as_asyncio_under_shield_leaves_nothing_behind():
+    fut = Future()
+    for _ in range(20):
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(asyncio.shield(fut.as_asyncio()), 0.001)
+    gc.collect()  # what the time-outs have raised refers to the last of them
+    assert "waiters=0" in repr(fut)
+    shielded = asyncio.shield(fut.as_asyncio())
+    fut.set_result(5)
+    assert await shielded == 5
+
+
+@on_asyncio
+async def test_as_asyncio_completes_for_whoever_waits_although_nobody_refers_to_it():
+    fut, called = Future(), []
+    fut.as_asyncio().add_done_callback(lambda copy: called.append(copy.result()))
+    tasks = [asyncio.create_task(value_of(fut.as_asyncio())) for _ in range(3)]
+    both = asyncio.gather(fut.as_asyncio(), fut.as_asyncio())
+    await asyncio.sleep(0)
+    gc.collect()
+    fut.set_result(5)
+    assert await asyncio.wait_for(asyncio.gather(*tasks), PATIENCE) == [5] * 3
+    assert await both == [5, 5]
+    assert called == [5]
+
+
+@on_asyncio
+async def test_a_copy_that_is_done_goes_without_the_collector():
+    fut = Future()
+    copy = fut.as_asyncio()
+    copy.add_done_callback(lambda _: None)
+    fut.set_result(5)
+    assert await copy == 5
+    await asyncio.sleep(0)  # what has resumed this task refers to it
+    ref = weakref.ref(copy)
+    gc.disable()
+    try:
+        del copy
+        assert ref() is None
+    finally:
+        gc.enable()
+
+
+@on_asyncio
 async def test_cancelling_as_asyncio_leaves_the_future_and_nothing_behind():
     fut = Future()
     ours = fut.as_asyncio()

@@ -57,7 +57,7 @@ def threads():
 
 
 def give_up(fut):
-    fut.set_exception(asyncio.CancelledError())
+    fut.cancel()
 
 
 class Gated:

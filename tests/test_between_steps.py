@@ -9,8 +9,7 @@ import anyio
 import pytest
 import trio
 
-from torchfut_aio import Future, as_completed, gather
-from torchfut_aio._loops import _asyncio
+from torchfut_aio import Future, _core, as_completed, gather
 
 from .loops import on_asyncio, on_every_loop
 from .threads import PATIENCE
@@ -88,13 +87,14 @@ def test_an_arrival_while_the_iterator_goes_to_sleep_is_not_missed():
 @on_asyncio
 async def test_a_task_of_asyncio_that_is_interrupted_on_its_way_to_sleep_wakes_up(monkeypatch):
     fut = Future()
-    real = _asyncio._Waiter.__iter__
+    real = _core.add_waiter
 
-    def suspend(waiter):
+    def add_waiter(*args):
+        added = real(*args)
         fut.set_result("in between")  # as a signal handler or a finaliser might, here
-        return real(waiter)
+        return added
 
-    monkeypatch.setattr(_asyncio._Waiter, "__iter__", suspend)
+    monkeypatch.setattr(_core, "add_waiter", add_waiter)
     with anyio.fail_after(PATIENCE):
         assert await fut == "in between"
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from torchfut_aio import CallbackError, Future, InvalidStateError
+from torchfut_aio._core import _callbacks
 
 from .threads import PATIENCE, running, until
 
@@ -435,3 +436,24 @@ def test_a_result_that_is_a_future_is_handed_on_as_it_is():
     child = fut.then(lambda f: inner)
     fut.set_result(None)
     assert child.wait() is inner
+
+
+def test_a_finaliser_may_be_the_first_in_its_thread_to_complete_a_future(monkeypatch):
+    ran, real = [], _callbacks._Nesting
+
+    def finalised():  # as if the collector ran here
+        monkeypatch.setattr(_callbacks, "_Nesting", real)
+        inner = Future()
+        inner.add_done_callback(lambda _: ran.append("inner"))
+        inner.set_result(None)
+        return real()
+
+    def complete():
+        outer = Future()
+        outer.add_done_callback(lambda _: ran.append("outer"))
+        outer.set_result(None)
+
+    monkeypatch.setattr(_callbacks, "_Nesting", finalised)
+    with running(complete):
+        pass
+    assert ran == ["inner", "outer"]

@@ -16,6 +16,7 @@ import torch
 from torchfut_aio import (
     CallbackError,
     Future,
+    _as_completed,
     as_completed,
     as_future,
     collect_all,
@@ -23,6 +24,7 @@ from torchfut_aio import (
     wait_all,
 )
 
+from .explorer import strikes
 from .loops import on_every_loop
 from .threads import PATIENCE, alongside, running, until
 
@@ -128,6 +130,55 @@ def test_gather_of_a_failed_future_attaches_nothing_that_stays():
         assert "callbacks=0" in repr(never)
 
 
+def test_gather_of_a_tuple_gives_a_list_as_of_any_iterable():
+    futures = (Future(), torch.futures.Future())
+    combined, settled = gather(futures), gather(futures, return_exceptions=True)
+    for n, fut in enumerate(futures):
+        fut.set_result(n)
+    assert combined.wait() == settled.wait() == [0, 1]
+    assert gather(()).wait() == gather((), return_exceptions=True).wait() == []
+
+
+def test_gather_gives_errors_among_the_values_once_all_are_done_if_asked_to():
+    error = ValueError("foo")
+    slow, fails, cancelled = futures = [Future(), Future(), Future()]
+    combined = gather([*futures, fails], return_exceptions=True)
+    fails.set_exception(error)
+    cancelled.cancel()
+    assert not combined.done()
+    slow.set_result(5)
+    assert combined.wait() == [5, error, cancelled.exception(), error]
+    assert gather([], return_exceptions=True).wait() == []
+
+
+def test_wait_all_gives_up_in_time_and_leaves_nothing_behind():
+    never, done_already = Future(), done(1)
+    for timeout in (0.01, 0, -1):
+        with pytest.raises(TimeoutError, match=r"futures not done within .* s: 1;"):
+            wait_all([never, done_already, never], timeout=timeout)
+        assert repr(never) == "<Future pending waiters=0 callbacks=0>"
+    assert wait_all([done_already], timeout=0) == [1]
+    with running(lambda: never.set_result(2)):
+        assert wait_all([never, done_already], timeout=PATIENCE) == [2, 1]
+
+
+def test_a_timeout_of_one_of_them_is_no_timeout_of_wait_all():
+    error = TimeoutError("its own")
+    with pytest.raises(TimeoutError, match="its own"):
+        wait_all([Future(), failed(error)], timeout=PATIENCE)
+
+
+@pytest.mark.parametrize(("timeout", "error"), [("1", TypeError), (float("nan"), ValueError)])
+@pytest.mark.parametrize("function", [wait_all, as_completed])
+def test_a_timeout_that_is_no_number_is_refused_before_anything_is_attached(
+    function, timeout, error
+):
+    fut = Future()
+    with pytest.raises(error, match="timeout must be a number"):
+        function([fut], timeout=timeout)
+    assert not fut.has_waiters()
+
+
 def test_wait_all_gives_the_values():
     futures = [Future(), torch.futures.Future(), Future()]
     got = []
@@ -199,7 +250,7 @@ def test_what_is_no_future_is_refused_before_anything_is_attached(combine):
     fut = Future()
     with pytest.raises(RuntimeError, match="Future can't be None"):
         combine([fut, None])
-    with pytest.raises(TypeError, match="5 of type int"):
+    with pytest.raises(TypeError, match="an int is not a future"):
         combine([fut, 5])
     with pytest.raises(TypeError, match="iterable of futures"):
         combine(fut)
@@ -327,6 +378,86 @@ def test_as_completed_lets_go_of_what_it_has_yielded():
         next(completed)
     gc.collect()
     assert [ref() is not None for ref in refs] == [False] * 9 + [True]
+
+
+def test_as_completed_in_a_thread_gives_up_in_time_and_leaves_nothing_behind():
+    never, later, early = Future(), Future(), done(1)
+    completed = as_completed([never, early, later], timeout=0.01)
+    assert next(completed) is early
+    for _ in range(2):
+        with pytest.raises(TimeoutError, match=r"futures not done within 0\.01 s: 2;"):
+            next(completed)
+        assert not never.has_waiters()
+    later.set_result(2)
+    with pytest.raises(TimeoutError):
+        next(completed)
+
+
+def test_as_completed_yields_what_arrived_in_time_before_it_gives_up():
+    futures = [Future() for _ in range(3)]
+    completed = as_completed(futures, timeout=0)
+    with pytest.raises(TimeoutError):
+        next(completed)
+    completed = as_completed(futures, timeout=0.01)
+    futures[1].set_result(1)
+    until_late = threading.Event()
+    until_late.wait(0.02)
+    assert next(completed) is futures[1]
+    with pytest.raises(TimeoutError):
+        next(completed)
+
+
+@pytest.mark.parametrize(("error", "at"), [(KeyboardInterrupt, "signals"), (MemoryError, "calls")])
+def test_an_interrupted_as_completed_gives_up_in_time_and_leaves_nothing_behind(error, at):
+    for strike in strikes(_as_completed, error=error, at=at):
+        never, early = Future(), done(1)
+        completed = as_completed([never, early], timeout=0.001)
+        with strike, pytest.raises(TimeoutError):
+            list(completed)
+        with pytest.raises(TimeoutError):
+            list(completed)
+        assert not never.has_waiters()
+
+
+@pytest.mark.parametrize("timeout", [PATIENCE, float("inf"), 1e300, None])
+def test_as_completed_with_enough_time_yields_all(timeout):
+    futures = [Future() for _ in range(3)]
+    completed = as_completed(futures, timeout=timeout)
+    with running(lambda: [fut.set_result(None) for fut in futures]):
+        assert list(completed) == futures
+
+
+@on_every_loop
+async def test_as_completed_in_a_task_gives_up_in_time_and_leaves_nothing_behind():
+    never, early, later = Future(), done(1), Future()
+    got, late = [], []
+    completed = as_completed([never, early, later], timeout=0.01)
+
+    async def take():
+        try:
+            async for fut in completed:
+                got.append(fut)
+        except TimeoutError:
+            late.append(True)
+
+    with anyio.fail_after(PATIENCE):
+        async with anyio.create_task_group() as group:
+            group.start_soon(take)
+            group.start_soon(take)
+    assert (got, late) == ([early], [True, True])
+    assert not never.has_waiters()
+    later.set_result(2)
+    with pytest.raises(TimeoutError):
+        await completed.__anext__()
+
+
+@on_every_loop
+async def test_as_completed_in_a_task_with_enough_time_yields_all():
+    for timeout in (PATIENCE, 1e300, float("inf")):
+        futures = [Future() for _ in range(3)]
+        async with alongside(lambda: [fut.set_result(None) for fut in futures]):
+            with anyio.fail_after(PATIENCE):
+                assert [fut async for fut in as_completed(futures, timeout=timeout)] == futures
 
 
 def test_several_threads_share_an_as_completed_and_each_future_goes_to_one():

@@ -69,8 +69,10 @@ def test_awaiting_any_collective_gives_what_has_been_reduced(four, loop):
 
 
 @every_loop
-def test_a_collective_is_awaited_until_all_have_joined(four, loop):
-    for early, total in four.everywhere(services.all_reduce_that_waits_for_others, loop):
+@pytest.mark.parametrize("functional", [False, True])
+def test_a_collective_is_awaited_until_all_have_joined(four, loop, functional):
+    wait = services.all_reduce_that_waits_for_others
+    for early, total in four.everywhere(wait, loop, functional):
         assert (early, total) == (False, 4)
 
 
@@ -91,6 +93,7 @@ def test_a_collective_fails_when_a_peer_dies_and_the_loop_goes_on():
     [
         ("value", "builtins.ValueError"),
         ("key", "builtins.KeyError"),
+        ("type", "builtins.TypeError"),
         ("odd", "tests.services.Odd"),
     ],
 )
@@ -99,6 +102,29 @@ def test_a_remote_error_keeps_its_type_and_its_traceback(pair, loop, function, k
     assert name == expected
     assert text.startswith("On WorkerInfo(id=1, name=worker1):\n")
     assert "in fails\n" in text
+    assert "Traceback (most recent call last)" in text
+
+
+@every_loop
+def test_a_remote_value_is_awaited_while_the_loop_goes_on(pair, loop):
+    assert pair.call(0, services.value_of_a_reference, loop) == (False, 7)
+
+
+@every_loop
+@pytest.mark.parametrize("function", [services.fails, services.fails_later])
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("value", "builtins.ValueError"),
+        ("key", "builtins.KeyError"),
+        ("type", "builtins.TypeError"),
+        ("odd", "tests.services.Odd"),
+    ],
+)
+def test_the_error_of_a_remote_value_is_that_of_a_call(pair, loop, function, kind, expected):
+    name, text = pair.call(0, services.failure_of_a_reference, loop, function, kind)
+    assert name == expected
+    assert text.startswith("On WorkerInfo(id=1, name=worker1):\n")
     assert "Traceback (most recent call last)" in text
 
 
@@ -667,7 +693,7 @@ def test_what_a_hook_raises_backward_raises(four, bucket, times):
 @pytest.mark.parametrize(
     ("how", "kind", "told"),
     [
-        ("list", "TypeError", "tests.services.breaks returned [tensor("),
+        ("list", "TypeError", "tests.services.breaks returned a list"),
         ("half", "ValueError", "bucket.buffer() has"),
     ],
 )
@@ -789,7 +815,7 @@ def test_a_work_without_a_future_is_waited_for_in_a_thread_that_ends():
     work.finished.set()
     assert fut.wait(PATIENCE) is None
     for thread in threading.enumerate():
-        if thread.name == "torchfut_aio work":
+        if thread.name == "torchfut_aio wait":
             thread.join(PATIENCE)
             assert not thread.is_alive()
 

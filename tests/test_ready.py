@@ -11,7 +11,7 @@ import torch
 
 from torchfut_aio import (
     Future,
-    _future,
+    _to_stdlib,
     as_completed,
     as_future,
     collect_all,
@@ -389,10 +389,10 @@ async def test_a_cancelled_as_asyncio_leaves_nothing_with_the_watcher(accelerato
 async def test_an_interrupted_as_asyncio_leaves_nothing_with_the_watcher(accelerator, producer):
     fut = completed_on(producer, accelerator, None)
     await asyncio.sleep(0)
-    for strike in strikes(_future, _readiness, _watcher):
+    for strike in strikes(_to_stdlib, _readiness, _watcher):
         target = asyncio.get_running_loop().create_future()
         with strike:
-            fut._copy_to(target)
+            _to_stdlib.copy_when_ready(fut, target)
         if strike.where:
             await asyncio.sleep(0)
             assert statistics().pending == 0, strike

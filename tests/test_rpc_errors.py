@@ -109,6 +109,14 @@ def test_the_text_is_that_of_the_remote_side_and_no_more():
     assert str(error).endswith("ValueError: x\n")
 
 
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError, TypeError])
+def test_the_types_that_torch_delivers_are_all_read(kind):
+    error = adopted(remote("KeyError: x", name="KeyError"), kind)
+    assert isinstance(error, RpcError)
+    assert isinstance(error, KeyError)
+    assert type(adopted("x", kind)) is kind
+
+
 def test_other_types_are_as_they_are():
     error = KeyError(remote("ValueError: x"))
     fut = torch.futures.Future()

@@ -525,9 +525,10 @@ def test_a_thread_that_runs_out_of_memory_at_any_step_leaves_no_future_pending()
 @pytest.mark.parametrize("there_is_a_thread", [False, True])
 def test_a_real_ctrl_c_stops_no_later_timeout(there_is_a_thread):
     printed = run(f"""
-        import signal, sys, time
+        import logging, signal, sys, time
         from torchfut_aio import Future, _timeouts, with_timeout
 
+        logging.getLogger("torchfut_aio.unretrieved").disabled = True
         sys.unraisablehook = lambda _: None  # threading has weak references with callbacks
 
         def strike(signum, frame):

@@ -40,6 +40,7 @@ def failed(error=None):
 @pytest.fixture
 def logged(caplog):
     """What has been logged of unretrieved errors since it was last called."""
+    gc.collect()  # what other tests have left
 
     def logged():
         gc.collect()
@@ -166,10 +167,24 @@ async def test_an_error_that_a_task_gets_is_not_logged(logged):
     assert logged() == []
 
 
-def test_collecting_several_retrieves_the_errors_of_all(logged):
-    both = collect_all([failed(), failed()])
-    assert both.exception() is not None
-    del both
+@pytest.mark.parametrize("combine", [collect_all, gather])
+@pytest.mark.parametrize("retrieved", [True, False])
+def test_of_several_that_fail_together_one_error_is_enough(combine, retrieved, logged):
+    futures = [Future() for _ in range(9)]
+    combined = combine(futures)
+    for fut in futures:
+        fut.set_exception(ValueError("foo"))
+    if retrieved:
+        assert combined.exception() is not None
+    del futures, fut, combined
+    assert len(logged()) == (not retrieved)
+
+
+def test_an_error_that_is_retrieved_from_a_part_is_not_logged_of_the_whole(logged):
+    futures = [failed(), failed()]
+    combined = [collect_all(futures), gather(futures), with_timeout(futures[0], PATIENCE)]
+    assert [str(fut.exception()) for fut in futures] == ["foo"] * 2
+    del futures, combined
     assert logged() == []
 
 

@@ -5,15 +5,16 @@
 function; `gather`, `collect_all`, `wait_all` and `as_completed` take many. A `Batcher` makes one
 for each item that its function is run on.
 
-To read the package, follow a completion: ``_future.py`` (the public methods), ``_core/`` (a
-setter's outcome claims the future, all who follow it are served), ``_loops/`` (a waiting task is
-resumed by its loop, a thread by its lock). Beside these, ``_collect.py`` and ``_as_completed.py``
-take many futures, ``_adopt/`` adopts other kinds, ``_tasks.py`` makes futures of tasks,
-``_timeouts.py`` gives futures a deadline. ``_batcher.py`` runs a function on many items at once,
-in the thread of ``_batch_worker.py``. ``_worker.py`` is beneath every thread. ``_errors.py`` has
-the package's errors, and ``_rpc_errors.py`` translates errors for C++ and from it. ``_devices/``
-knows of accelerators: of the kernels that fill a value, and when they are done. ``_cpython.py``
-has all that is private to CPython.
+To read the package, follow a completion: ``_future.py`` and ``_settable.py`` (the public
+methods), ``_core/`` (an outcome claims the future, and its followers are served), ``_loops/`` (a
+waiting task is resumed by its loop, a thread by its lock). Beside these, ``_to_stdlib.py`` makes
+copies for asyncio and concurrent.futures; ``_collect.py``, ``_gather.py`` and
+``_as_completed.py`` take many futures, ``_adopt/`` adopts other kinds, ``_tasks.py`` makes
+futures of tasks, ``_timeouts.py`` gives futures a deadline. ``_batcher.py`` runs a function on
+many items at once, in the thread of ``_batch_worker.py``. ``_worker.py`` is beneath every thread.
+``_errors.py`` has the package's errors, and ``_rpc_errors.py`` translates errors for C++ and from
+it. ``_devices/`` knows of accelerators: of the kernels that fill a value, and when they are done.
+``_cpython.py`` has all that is private to CPython.
 
 ``distributed/`` is imported by those who use it: async functions as RPC handlers and as DDP hooks.
 """
@@ -21,18 +22,20 @@ has all that is private to CPython.
 from ._adopt import as_future
 from ._as_completed import as_completed
 from ._batcher import Batcher, BatcherStatistics
-from ._collect import collect_all, gather, wait_all
+from ._collect import collect_all, wait_all
 from ._devices import PollPolicy, Statistics, set_poll_policy, statistics, synchronize, to_host
 from ._errors import (
     BatcherClosedError,
     BlockingWaitWarning,
     CallbackError,
+    CancelledError,
     InvalidStateError,
     NotAFutureError,
     QueueFullError,
     RpcError,
 )
 from ._future import Future
+from ._gather import gather
 from ._tasks import start_soon, submit
 from ._timeouts import with_timeout
 
@@ -42,6 +45,7 @@ __all__ = [
     "BatcherStatistics",
     "BlockingWaitWarning",
     "CallbackError",
+    "CancelledError",
     "Future",
     "InvalidStateError",
     "NotAFutureError",

@@ -9,13 +9,15 @@ from collections.abc import Iterable
 
 import torch
 
+from ._repr import described, function_name, short
+
 
 def callback_checked(callback: object) -> None:
     """Raises TypeError unless ``callback`` can be called when a future completes."""
     if not callable(callback):
         raise TypeError(
             f"the callback must be callable with the future as its argument, "
-            f"not {callback!r} of type {type(callback).__qualname__}"
+            f"not {described(callback)}"
         )
     if getattr(callback, "__module__", None) == "asyncio.tasks":
         # asyncio.wait() takes anything with add_done_callback. But its callback wakes no loop
@@ -26,11 +28,25 @@ def callback_checked(callback: object) -> None:
         )
 
 
+def exception_checked(error: object, by: str) -> None:
+    """Raises TypeError unless ``error`` is an exception, as the method called ``by`` takes."""
+    if not isinstance(error, BaseException):
+        raise TypeError(
+            f"{by}() takes an exception instance, such as ValueError('...'), not {short(error)}"
+        )
+
+
 def devices_checked(devices: Iterable[int | str | torch.device]) -> tuple[torch.device, ...]:
-    """Returns the devices as a tuple; raises TypeError for a single one that is in no list."""
+    """Returns the devices as a tuple; raises TypeError for one in no list, or what is none."""
     if isinstance(devices, (str, int, torch.device)):
-        raise TypeError(f"devices must be a list of devices, such as [{devices!r}]")
-    return tuple(torch.device(device) for device in devices)
+        raise TypeError(f"devices must be a list of devices, such as [{short(devices)}]")
+    return tuple(map(_device, devices))
+
+
+def _device(device: int | str | torch.device) -> torch.device:
+    if not isinstance(device, (str, int, torch.device)):
+        raise TypeError(f"a device is a torch.device, string or index, not {described(device)}")
+    return torch.device(device)
 
 
 def timeout_checked(
@@ -38,7 +54,7 @@ def timeout_checked(
 ) -> float:
     """Returns ``timeout`` as a float, 0 if negative; raises TypeError or ValueError."""
     if not isinstance(timeout, numbers.Real):
-        raise TypeError(f"{what}, not {timeout!r} of type {type(timeout).__qualname__}")
+        raise TypeError(f"{what}, not {short(timeout)}")
     try:
         seconds = float(timeout)
     except OverflowError:
@@ -54,6 +70,13 @@ def async_function_checked(func: object, by: str) -> None:
         kind = type(func).__name__
         raise TypeError(f"put @{kind} above @{by}, which takes the function itself")
     if hasattr(func, "_wrapped_async_rpc_function"):
-        raise TypeError(f"{func!r} has been made a function for RPC already")
+        raise TypeError(f"{function_name(func)} has been made a function for RPC already")
+    if inspect.isasyncgenfunction(func):
+        raise TypeError(
+            f"{by} takes an async def function that returns one value, and {function_name(func)} "
+            "is an async generator, which yields many: return a list of them, or give out one "
+            "with each call"
+        )
     if not inspect.iscoroutinefunction(func):
-        raise TypeError(f"{by} takes an async def function, not {func!r}")
+        what = function_name(func) if callable(func) else described(func)
+        raise TypeError(f"{by} takes an async def function, not {what}")

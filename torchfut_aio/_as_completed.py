@@ -9,14 +9,16 @@ as only who yields it does. So an iterator that was interrupted anywhere goes on
 
 from __future__ import annotations
 
+import math
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Generator, Iterable, Iterator
 from typing import Any, TypeVar, overload
 
-import torch
-
 from . import _core, _loops
-from ._collect import adopted
+from ._adopt import Source
+from ._arguments import timeout_checked
+from ._collect import adopted, not_done_within
 from ._errors import warn_that_wait_blocks_a_loop
 from ._future import Future
 
@@ -24,10 +26,10 @@ T = TypeVar("T")
 
 
 @overload
-def as_completed(futures: Iterable[torch.futures.Future[T]]) -> _AsCompleted[T]: ...
+def as_completed(futures: Iterable[Source[T]], timeout: float | None = None) -> _AsCompleted[T]: ...
 @overload
-def as_completed(futures: Iterable[Any]) -> _AsCompleted[Any]: ...
-def as_completed(futures: Iterable[Any]) -> _AsCompleted[Any]:
+def as_completed(futures: Iterable[Any], timeout: float | None = None) -> _AsCompleted[Any]: ...
+def as_completed(futures: Iterable[Any], timeout: float | None = None) -> _AsCompleted[Any]:
     """Iterates over ``futures`` in the order in which they complete.
 
     Use it with ``async for`` on an event loop, with ``for`` in a thread. It may be
@@ -38,6 +40,7 @@ def as_completed(futures: Iterable[Any]) -> _AsCompleted[Any]:
 
     Args:
         futures: As for `collect_all`. A future that is named twice is yielded once.
+        timeout: How long from now to go on at most, in seconds; None is for ever.
 
     Returns:
         An iterator, for ``for`` and ``async for``, of futures of this package that are
@@ -46,6 +49,9 @@ def as_completed(futures: Iterable[Any]) -> _AsCompleted[Any]:
 
     Raises:
         NotAFutureError: One of them is None, or cannot be adopted.
+        TimeoutError: When all that had arrived in time is yielded, and some is pending still:
+            from ``for`` and ``async for``. The iterator has left these then, and they go on.
+        TypeError, ValueError: ``timeout`` is not a number, or is NaN.
 
     Example:
         >>> fut0, fut1 = torchfut_aio.Future(), torchfut_aio.Future()
@@ -55,15 +61,19 @@ def as_completed(futures: Iterable[Any]) -> _AsCompleted[Any]:
         >>> [fut.value() for fut in completed]
         ['first', 'second']
     """
-    return _AsCompleted(adopted(futures))
+    if timeout is not None:
+        timeout = timeout_checked(timeout)
+    return _AsCompleted(adopted(futures), timeout)
 
 
 class _Arrivals(_core.DoneCallback):
     """The futures of one iterator: those still pending, and those that have arrived."""
 
-    __slots__ = ("arrived", "left", "pending", "streak", "waiters")
+    __slots__ = ("arrived", "deadline", "left", "pending", "streak", "timeout", "waiters")
 
-    def __init__(self, futures: Iterable[Future[Any]]) -> None:
+    def __init__(self, futures: Iterable[Future[Any]], timeout: float | None) -> None:
+        self.timeout = timeout
+        self.deadline = math.inf if timeout is None else time.monotonic() + timeout
         self.pending = dict.fromkeys(futures)
         self.left = self.pending.copy()  # those that have not been yielded
         self.arrived: deque[Future[Any]] = deque()
@@ -100,35 +110,67 @@ class _Arrivals(_core.DoneCallback):
         # A copy, as that locks the deque where there is no GIL.
         return not self.arrived.copy() and bool(self.pending)
 
+    def expire(self) -> None:
+        """Lets go of the futures that are pending, for which it is too late."""
+        self.deadline = -math.inf
+        self.withdraw()
+        self.wake()
+
+    def withdraw(self) -> None:
+        for future in [*self.pending]:
+            _core.remove(future, self)
+
+    def time_left(self) -> float | None:
+        """Returns how many seconds there are to wait for the next arrival; None is for ever.
+
+        Raises:
+            TimeoutError: There are none.
+        """
+        if self.deadline == math.inf:
+            return None
+        seconds = self.deadline - time.monotonic()
+        if seconds <= 0:
+            self.expire()
+            if self.pending and not self.arrived:
+                raise not_done_within(self.timeout, len(self.pending))
+        return max(seconds, 0.0)
+
     def block(self) -> None:
         """Blocks the calling thread until a future has arrived, or none is pending."""
         # Callbacks that this thread has put off may be the next to arrive.
         _core.run_deferred()
         if self.arrived or not self.pending:
             return
+        seconds = self.time_left()
         if _loops.loop_in_this_thread():
             warn_that_wait_blocks_a_loop()
         waiter = _loops.ThreadWaiter()
         try:
             if self.worth_waiting(waiter, _loops.THREADS):
-                waiter.block(None)
+                waiter.block(seconds)
         finally:
             self.waiters.pop(waiter, None)
 
     def __await__(self) -> Generator[Any, Any, None]:
         """Does for a task what `block` does for a thread."""
         loop = _loops.current()
+        seconds = self.time_left()
         waiter = loop.waiter()
         streak, self.streak = self.streak, 0
         if self.pending and loop.wake_later(waiter, streak):
             # They come faster than they are taken, so there will be many more then.
             yield from waiter
             return
+        alarm = None
         try:
+            if seconds is not None:
+                alarm = loop.call_later(seconds, self.expire)
             if self.worth_waiting(waiter, loop):
                 yield from waiter
         finally:
             self.waiters.pop(waiter, None)
+            if alarm is not None:
+                alarm.cancel()
 
 
 class _AsCompleted(AsyncIterator[Future[T]], Iterator[Future[T]]):
@@ -136,8 +178,8 @@ class _AsCompleted(AsyncIterator[Future[T]], Iterator[Future[T]]):
 
     __slots__ = ("__weakref__", "_arrivals")
 
-    def __init__(self, futures: list[Future[T]]) -> None:
-        self._arrivals = _Arrivals(futures)
+    def __init__(self, futures: list[Future[T]], timeout: float | None) -> None:
+        self._arrivals = _Arrivals(futures, timeout)
         for future in [*self._arrivals.left]:
             _core.add_callback(future, self._arrivals)
 
@@ -186,5 +228,4 @@ class _AsCompleted(AsyncIterator[Future[T]], Iterator[Future[T]]):
     def __del__(self) -> None:
         arrivals: Any = getattr(self, "_arrivals", None)
         if arrivals is not None:  # no interrupt struck at the very beginning
-            for future in [*arrivals.pending]:
-                _core.remove(future, arrivals)
+            arrivals.withdraw()

@@ -21,10 +21,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
-from ._errors import BatcherClosedError, InvalidStateError, drop_catching_frame
+from ._errors import BatcherClosedError, drop_catching_frame
 from ._future import Future
 from ._worker import Worker, WorkerThread, call_contained
 
@@ -208,12 +207,7 @@ def complete_all(futures: list[Future[Any]], results: list[Any]) -> None:
     """Completes each future with its result, or its error if that is an exception."""
     for future, result in zip(futures, results, strict=True):
         try:
-            if isinstance(result, BaseException):
-                future.set_exception(result)
-            else:
-                future.set_result(result)
-        except InvalidStateError:
-            pass  # it was given up while the batch ran
+            complete(future, result)
         except BaseException as error:
             call_contained(_complete_or_log, future, error)
 
@@ -226,11 +220,10 @@ def _complete_or_log(future: Future[Any], error: BaseException) -> None:
 
 def complete(future: Future[Any], result: object) -> None:
     """Completes a future, unless it is done."""
-    with suppress(InvalidStateError):
-        if isinstance(result, BaseException):
-            future.set_exception(result)
-        else:
-            future.set_result(result)
+    if isinstance(result, BaseException):
+        future.try_set_exception(result)
+    else:
+        future.try_set_result(result)
 
 
 def given_up(future: Future[Any]) -> bool:

@@ -68,7 +68,7 @@ class Batcher(Generic[T, R]):
 
     Every future completes. If the function raises, all items of the batch fail with its error. If
     a result is an exception, that item fails with it. An item whose future is done before its
-    batch begins is skipped: to give one up, complete its future. Leaving ``with`` or
+    batch begins is skipped: to give one up, cancel its future. Leaving ``with`` or
     ``async with`` closes the batcher, and drains it if no error is under way. So does dropping
     it, or the exit of the interpreter, which waits for the thread. A process that forks keeps all
     this for itself: the child begins with nothing queued.

@@ -10,21 +10,18 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any, TypeVar, overload
 
-import torch
-
 from . import _core
-from ._adopt import as_future
+from ._adopt import Source, as_future
+from ._arguments import timeout_checked
 from ._errors import InvalidStateError, NotAFutureError
 from ._future import Future
+from ._repr import described
 
 T = TypeVar("T")
+F = TypeVar("F")
 
 
-@overload
-def collect_all(futures: Iterable[torch.futures.Future[T]]) -> Future[list[Future[T]]]: ...
-@overload
-def collect_all(futures: Iterable[Any]) -> Future[list[Any]]: ...
-def collect_all(futures: Iterable[Any]) -> Future[list[Any]]:
+def collect_all(futures: Iterable[F]) -> Future[list[F]]:
     """Returns a future that completes when all of ``futures`` have.
 
     Args:
@@ -47,50 +44,22 @@ def collect_all(futures: Iterable[Any]) -> Future[list[Any]]:
         >>> [f.value() for f in fut.wait()]
         [0, 1]
     """
-    given: list[Any] = _listed(futures)
-
-    return _Collector(adopted(given), lambda _: given).start()
-
-
-@overload
-def gather(futures: Iterable[torch.futures.Future[T]]) -> Future[list[T]]: ...
-@overload
-def gather(futures: Iterable[Any]) -> Future[list[Any]]: ...
-def gather(futures: Iterable[Any]) -> Future[list[Any]]:
-    """Returns a future of the values of ``futures``, which fails as soon as one fails.
-
-    Args:
-        futures: As for `collect_all`.
-
-    Returns:
-        A future of the list of the values, in the order of ``futures``. When one
-        fails it fails with that error at once, and waits for none of the others, which
-        go on undisturbed. A caller who loses interest in it leaves it attached to those
-        until they complete.
-
-    Raises:
-        NotAFutureError: One of them is None, or cannot be adopted.
-
-    Example:
-        >>> fut0, fut1 = torchfut_aio.Future(), torchfut_aio.Future()
-        >>> both = torchfut_aio.gather([fut0, fut1])
-        >>> fut1.set_result("b")
-        >>> fut0.set_result("a")
-        >>> both.wait()
-        ['a', 'b']
-    """
-    return _Gatherer(adopted(futures), _values).start()
+    given = _listed(futures)
+    return Collector(adopted(given), lambda _: given).start()
 
 
 @overload
-def wait_all(futures: Iterable[torch.futures.Future[T]]) -> list[T]: ...
+def wait_all(futures: Iterable[Source[T]], timeout: float | None = None) -> list[T]: ...
 @overload
-def wait_all(futures: Iterable[Any]) -> list[Any]: ...
-def wait_all(futures: Iterable[Any]) -> list[Any]:
+def wait_all(futures: Iterable[Any], timeout: float | None = None) -> list[Any]: ...
+def wait_all(futures: Iterable[Any], timeout: float | None = None) -> list[Any]:
     """Blocks until all of ``futures`` are done, or one has failed.
 
+    A wait that times out or is interrupted leaves them as they were, and nothing behind.
+
     Args:
         futures: As for `collect_all`.
+        timeout: How long to wait at most, in seconds, as for `Future.wait`.
 
     Returns:
         The list of the values, in the order of ``futures``.
@@ -98,6 +67,8 @@ def wait_all(futures: Iterable[Any]) -> list[Any]:
     Raises:
         BaseException: The error of the first that failed; it waits for no others.
         NotAFutureError: One of them is None, or cannot be adopted.
+        TimeoutError: Not all were done in time.
+        TypeError, ValueError: ``timeout`` is not a number, or is NaN.
 
     Example:
         >>> fut0, fut1 = torchfut_aio.Future(), torchfut_aio.Future()
@@ -106,23 +77,28 @@ def wait_all(futures: Iterable[Any]) -> list[Any]:
         >>> torchfut_aio.wait_all([fut0, fut1])
         [0, 1]
     """
-    gatherer = _Gatherer(adopted(futures), _values)
+    if timeout is not None:
+        timeout = timeout_checked(timeout)
+    gatherer = Gatherer(adopted(futures), values)
     try:
-        values: list[Any] = gatherer.start().wait()
-        return values
-    except BaseException:
+        result: list[Any] = gatherer.start().wait(timeout)
+        return result
+    except BaseException as error:
         gatherer.withdraw()
+        if isinstance(error, TimeoutError) and not gatherer.combined.done():
+            pending = sum(not future.done() for future in gatherer.distinct)
+            raise not_done_within(timeout, pending) from None
         raise
 
 
-class _Collector(_core.DoneCallback):
+class Collector(_core.DoneCallback):
     """Completes one future when the last of several has completed."""
 
     # ``result`` makes the combined result of the list of futures, of which none failed.
     __slots__ = ("combined", "distinct", "futures", "result", "tickets")
 
     def __init__(
-        self, futures: list[Future[Any]], result: Callable[[list[Future[Any]]], list[Any]]
+        self, futures: list[Future[Any]], result: Callable[[list[Future[Any]]], Any]
     ) -> None:
         self.result = result
         self.futures = futures
@@ -135,7 +111,7 @@ class _Collector(_core.DoneCallback):
         for future in self.distinct:
             _core.add_callback(future, self)
         if not self.distinct:
-            _core.complete_with_value(self.combined, [])
+            _core.complete_with_value(self.combined, self.result([]))
         return self.combined
 
     def run(self, future: Future[Any]) -> None:  # noqa: ARG002
@@ -150,22 +126,40 @@ class _Collector(_core.DoneCallback):
 
     def complete(self) -> None:
         with suppress(InvalidStateError):  # somebody has completed it instead
-            errors = [future.exception() for future in self.distinct]
-            error = next((error for error in errors if error is not None), None)
-            if error is not None:
-                _core.complete_with_error(self.combined, error)
+            failed = self.failed()
+            if failed is not None:
+                self.fail_as(failed)
             else:
                 result = self.result(self.futures)
                 _core.complete_with_parts(self.combined, result, self.distinct)
 
+    def fail_as(self, failed: Future[Any]) -> None:
+        for future in self.distinct:
+            if future is not failed:
+                _core.ignore_error(future)  # one error is enough, as with asyncio.gather
+        _core.complete_as(self.combined, failed)
 
-class _Gatherer(_Collector):
+    def failed(self) -> Future[Any] | None:
+        """Returns the future to fail as, now that all are done; or None."""
+        return next(filter(_core.has_failed, self.distinct), None)
+
+
+class Settler(Collector):
+    """Completes with the errors of those that fail among the values."""
+
+    __slots__ = ()
+
+    def failed(self) -> None:
+        return None
+
+
+class Gatherer(Collector):
     """Completes at the first failure, too, and withdraws from the futures still pending."""
 
     __slots__ = ("failure",)
 
     def __init__(
-        self, futures: list[Future[Any]], result: Callable[[list[Future[Any]]], list[Any]]
+        self, futures: list[Future[Any]], result: Callable[[list[Future[Any]]], Any]
     ) -> None:
         super().__init__(futures, result)
         self.failure = [None]  # popped by the first to fail
@@ -177,8 +171,7 @@ class _Gatherer(_Collector):
         return combined
 
     def run(self, future: Future[Any]) -> None:
-        error = future.exception()
-        if error is None:
+        if not _core.has_failed(future):
             super().run(future)
             return
         try:
@@ -187,15 +180,30 @@ class _Gatherer(_Collector):
             return
         self.withdraw()
         with suppress(InvalidStateError):  # somebody has completed it instead
-            _core.complete_with_error(self.combined, error)
+            self.fail_as(future)
 
     def withdraw(self) -> None:
         for future in self.distinct:
             _core.remove(future, self)
 
 
-def _values(futures: list[Future[Any]]) -> list[Any]:
+def not_done_within(timeout: float | None, pending: int) -> TimeoutError:
+    """Returns the error of who waited for several futures, of which some are pending still."""
+    return TimeoutError(f"futures not done within {timeout:g} s: {pending}; they stay pending")
+
+
+def values(futures: list[Future[Any]]) -> list[Any]:
+    """Returns the values of futures that are done."""
     return [future.value() for future in futures]
+
+
+def values_or_errors(futures: list[Future[Any]]) -> list[Any]:
+    """Returns the values of futures that are done, or their errors in the places of these."""
+    errors = [future.exception() for future in futures]
+    return [
+        future.value() if error is None else error
+        for future, error in zip(futures, errors, strict=True)
+    ]
 
 
 def adopted(futures: Iterable[Any]) -> list[Future[Any]]:
@@ -203,11 +211,10 @@ def adopted(futures: Iterable[Any]) -> list[Future[Any]]:
     return [future if type(future) is Future else as_future(future) for future in _listed(futures)]
 
 
-def _listed(futures: Iterable[Any]) -> list[Any]:
+def _listed(futures: Iterable[F]) -> list[F]:
     try:
         return list(futures)
     except TypeError:
         raise NotAFutureError(
-            f"expected an iterable of futures, such as [fut0, fut1], not {futures!r} "
-            f"of type {type(futures).__qualname__}"
+            f"expected an iterable of futures, such as [fut0, fut1], not {described(futures)}"
         ) from None

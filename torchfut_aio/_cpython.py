@@ -18,16 +18,24 @@ from typing import Any
 ResumeCallback = tuple[Callable[[asyncio.Future[Any]], Any], contextvars.Context]
 
 
+def running_loop() -> asyncio.AbstractEventLoop | None:
+    """Returns the event loop of asyncio's kind that runs in this thread, if one does.
+
+    By what is exported for those who write event loops, and documented in its own docstring
+    only. It saves the exception, which takes most of the time where no loop runs. It is looked up
+    at each call, as trio-asyncio replaces it when it is imported.
+    """
+    try:
+        return asyncio._get_running_loop()
+    except AttributeError:
+        return _running_loop()
+
+
 def _running_loop() -> asyncio.AbstractEventLoop | None:
     try:
         return asyncio.get_running_loop()
     except RuntimeError:
         return None
-
-
-# asyncio exports it to those who write event loops. It saves the time of the exception.
-_RunningLoop = Callable[[], asyncio.AbstractEventLoop | None]
-running_loop: _RunningLoop = getattr(asyncio, "_get_running_loop", _running_loop)
 
 
 def resume_callback(future: asyncio.Future[Any]) -> ResumeCallback | None:
@@ -59,6 +67,15 @@ def still_waits(callback: Callable[..., Any], future: asyncio.Future[Any]) -> bo
 
 _Future: type[Any] = asyncio.Future  # written in C
 _Task: type[Any] = asyncio.Task
+
+
+def thread_of(loop: asyncio.AbstractEventLoop) -> int | None:
+    """Returns the identifier of the thread that runs ``loop``.
+
+    Returns:
+        None, too, where the loop does not tell, as uvloop's.
+    """
+    return getattr(loop, "_thread_id", None)
 
 
 def in_callback_of(loop: asyncio.AbstractEventLoop) -> bool:

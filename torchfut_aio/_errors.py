@@ -17,6 +17,10 @@ import warnings
 from typing import Any
 
 from ._cpython import laid_out_by_c
+from ._repr import short
+
+CANCELLATIONS = (asyncio.CancelledError, concurrent.futures.CancelledError)
+"""The errors of a future that was cancelled."""
 
 
 class InvalidStateError(RuntimeError, asyncio.InvalidStateError):
@@ -24,6 +28,24 @@ class InvalidStateError(RuntimeError, asyncio.InvalidStateError):
 
     The outcome of a pending future was read, or a future that is done was to be completed again.
     It is a ``RuntimeError``, as in ``torch.futures``, and an ``asyncio.InvalidStateError``.
+    """
+
+
+class CancelledError(asyncio.CancelledError, concurrent.futures.CancelledError):
+    """The future was cancelled by `Future.cancel`.
+
+    On asyncio and uvloop it is an ``asyncio.CancelledError``, as tasks and timeouts expect. In
+    threads and on trio it is a ``concurrent.futures.CancelledError``, an ``Exception``: there it
+    ends nothing but what waited for the future.
+
+    Example:
+        >>> fut = torchfut_aio.Future()
+        >>> fut.cancel("the client has gone")
+        True
+        >>> fut.wait()
+        Traceback (most recent call last):
+        ...
+        torchfut_aio._errors.CancelledError: the client has gone
     """
 
 
@@ -177,11 +199,20 @@ def type_and_text(error: BaseException) -> tuple[type[BaseException], str]:
 
 def _describe(error: BaseException) -> str:
     name = type(error).__qualname__
+    args = _args.__get__(error)
     try:
-        text = str(error)
+        if type(error).__str__ in _SHOW_ARGS and not all(type(arg) in _PLAIN for arg in args):
+            text = short(args[0] if len(args) == 1 else args)
+        else:
+            text = str(error)
     except Exception:
         text = "<its __str__ raised>"
     return f"{name}: {text}" if text else name
+
+
+# Ways to make a text of the arguments, whatever these are.
+_SHOW_ARGS = (BaseException.__str__, KeyError.__str__)
+_PLAIN = (str, int, float, bool, type(None))
 
 
 # An exception's own class may define these attributes as it likes.

@@ -1,25 +1,31 @@
-"""The future: its public methods. What they rely on is in ``_core/``."""
+"""The future: the methods of those who wait. What they rely on is in ``_core/``.
+
+Those of whoever completes it are in ``_settable.py``.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 from collections.abc import Callable, Generator, Iterable
-from functools import partial
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
 
 from . import _core, _loops
+from ._annotations import FutureAlias
 from ._arguments import callback_checked, devices_checked, timeout_checked
 from ._core import OUTCOME
 from ._errors import InvalidStateError, warn_that_wait_blocks_a_loop
 from ._repr import short
+from ._settable import Settable
+from ._to_stdlib import copy_to_asyncio, copy_to_concurrent
 
 T = TypeVar("T")
 S = TypeVar("S")
 
 
-class Future(_core.Completable[T]):
+class Future(Settable[T]):
     """A ``torch.futures.Future`` that can be awaited.
 
     It keeps every documented promise of ``torch.futures.Future``, goes wherever
@@ -58,72 +64,14 @@ class Future(_core.Completable[T]):
         _core.init_in_torch(self, self._devices)
         self._state = {}
 
-    # ------------------------------------------------------------------ completing
+    if not TYPE_CHECKING:
 
-    def set_result(self, result: T) -> None:
-        """Marks the future completed with ``result``, wakes all who wait, runs callbacks.
-
-        Callbacks run in the calling thread before this returns, except those of chains
-        nested deeper than 32 completions: the outermost completion runs these.
-
-        Tensors in the result that reside on an accelerator may still be being written
-        by kernels, provided that the streams on which these were enqueued are the
-        current ones now.
-
-        Args:
-            result: Any object.
-
-        Raises:
-            InvalidStateError: The future has been completed before; its outcome stays.
-
-        Example:
-            >>> fut = torchfut_aio.Future()
-            >>> fut.set_result(5)
-            >>> fut.wait()
-            5
-        """
-        _core.complete_with_value(self, result)
-
-    def set_exception(self, result: BaseException) -> None:  # type: ignore[override]
-        """Marks the future completed with an error, wakes all who wait, runs callbacks.
-
-        `wait`, `value` and ``await`` raise this very exception. (All but StopIteration:
-        Python turns that into a RuntimeError where it leaves a coroutine.)
-
-        An error that nobody has retrieved when the future goes is logged, to the logger
-        ``torchfut_aio.unretrieved``, unless it is a cancellation.
-
-        Args:
-            result: The exception, an instance of any ``BaseException``.
-
-        Raises:
-            TypeError: ``result`` is not an exception; the future stays pending.
-            InvalidStateError: The future has been completed before; its outcome stays.
-
-        Example:
-            >>> fut = torchfut_aio.Future()
-            >>> fut.set_exception(ValueError("foo"))
-            >>> fut.wait()
-            Traceback (most recent call last):
-            ...
-            ValueError: foo
-        """
-        if not isinstance(result, BaseException):
-            raise TypeError(
-                f"set_exception() takes an exception instance, such as ValueError('...'), "
-                f"not {result!r} of type {type(result).__qualname__}"
-            )
-        _core.complete_with_error(self, result)
+        def __class_getitem__(cls, item: Any) -> Any:
+            # See _annotations.py, which is for this class alone.
+            alias = super().__class_getitem__(item)
+            return FutureAlias(cls, alias.__args__) if cls is Future else alias
 
     # --------------------------------------------------------------------- reading
-
-    def done(self) -> bool:
-        """Returns whether the future has a result or an error.
-
-        For a value on an accelerator this may be True while the kernels that fill it
-        still run; `wait` orders streams after these, and ``await`` waits for them.
-        """
-        return OUTCOME in self._state
 
     def value(self) -> T:
         """Returns the value of a future that is done, without synchronising streams.
@@ -285,8 +233,10 @@ class Future(_core.Completable[T]):
     def as_asyncio(self) -> asyncio.Future[T]:
         """Returns an ``asyncio.Future`` of the running loop that completes as this one.
 
-        For what insists on one, such as ``asyncio.wait``. Cancelling it leaves this
-        future as it was, and nothing behind; so cancel it when you lose interest.
+        For what insists on one, such as ``asyncio.wait``, or ``asyncio.wait_for`` with a time
+        of 0. Cancelling it leaves this future as it was. A copy that was cancelled, or that
+        nobody refers to or waits for, leaves nothing behind. (``asyncio.shield`` is not needed:
+        cancelling a task that awaits this future itself does not cancel the future.)
 
         Raises:
             RuntimeError: No asyncio loop runs in this thread.
@@ -301,57 +251,27 @@ class Future(_core.Completable[T]):
             >>> asyncio.run(main())
             5
         """
-        loop = _loops.current_asyncio()
-        if loop is None:
-            raise RuntimeError(
-                "as_asyncio() makes a future of the running asyncio loop, and none runs in "
-                "this thread; await the future itself on trio, use wait() in a script"
-            )
-        target: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        if OUTCOME not in self._state:
-            waiter = loop.waiter()
-            waiter.add_done_callback(lambda _: self._copy_to(target))
-            target.add_done_callback(lambda _: _core.remove(self, waiter))
-            _core.add_waiter(self, waiter, loop)
-        self._copy_to(target)
-        return target
+        return copy_to_asyncio(self)
 
-    def _copy_to(self, target: asyncio.Future[T]) -> None:
-        """Completes ``target``, on its loop, once the value is ready or there is an error."""
-        outcome: _core.Outcome | None = self._state.get(OUTCOME)
-        if outcome is None or target.done():
-            return
-        if outcome.readiness is None or outcome.error is not None:
-            self._copy_ready_to(target, outcome, outcome.exception())
-            return
-        loop = _loops.current_asyncio()  # which may be the host of the trio that runs this task
-        assert loop is not None
-        notify = partial(self._copy_ready_to, target, outcome)
-        try:
-            outcome.readiness.notify_when_ready(loop, notify, target.add_done_callback)
-        except BaseException:
-            target.cancel()  # which gives up the wait, if it has begun; nobody else would
-            raise
+    def as_concurrent(self) -> concurrent.futures.Future[T]:
+        """Returns a ``concurrent.futures.Future`` that completes as this one.
 
-    def _copy_ready_to(
-        self, target: asyncio.Future[T], outcome: _core.Outcome, error: BaseException | None
-    ) -> None:
-        if target.done():
-            return
-        if error is None:
-            if outcome.readiness is not None:
-                outcome.readiness.wait()
-            target.set_result(outcome.value)
-        elif isinstance(error, asyncio.CancelledError):
-            target.cancel(*error.args[:1])
-        elif isinstance(error, StopIteration):
-            # asyncio cannot carry one; this is what a coroutine that raises it does.
-            replacement = RuntimeError("the torchfut_aio future failed with StopIteration")
-            replacement.__cause__ = error
-            target.set_exception(replacement)
-        else:
-            own = error is outcome.error
-            target.set_exception(error.with_traceback(outcome.traceback if own else None))
+        For ``concurrent.futures.wait``, executors, and frameworks that insist on one. It
+        completes once the kernels that fill the value have finished, as threads may read it
+        then whatever streams they use. Its callbacks run in the thread that completes this
+        future, or, after kernels, in one of this package that watches them: they must not block.
+        Cancelling it leaves this future as it was, and nothing behind; so cancel it when you
+        lose interest.
+
+        Example:
+            >>> import concurrent.futures
+            >>> fut = torchfut_aio.Future()
+            >>> fut.set_result(5)
+            >>> done, pending = concurrent.futures.wait([fut.as_concurrent()])
+            >>> done.pop().result()
+            5
+        """
+        return copy_to_concurrent(self)
 
     # ------------------------------------------------------------------- callbacks
 
@@ -429,6 +349,15 @@ class Future(_core.Completable[T]):
         return removed
 
     # --------------------------------------------------------------------- the rest
+
+    @property
+    def _condition(self) -> NoReturn:
+        """What functions of ``concurrent.futures`` ask for; says what to give them instead."""
+        raise AttributeError(
+            "wait() and as_completed() of concurrent.futures take futures of that module only: "
+            "pass fut.as_concurrent() to them, or use those of torchfut_aio, as_completed() and "
+            "wait_all()"
+        )
 
     def __repr__(self) -> str:
         outcome: _core.Outcome | None = self._state.get(OUTCOME)

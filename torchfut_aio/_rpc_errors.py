@@ -14,9 +14,7 @@ import traceback
 from collections import namedtuple
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
-
-import torch
+from typing import Any, ClassVar
 
 from ._core import install_stand_in
 from ._cpython import calling_module
@@ -38,12 +36,14 @@ class StandIn(_RemoteException):  # type: ignore[misc]
 
     find: Callable[[], BaseException]
     text: Callable[[], str]
+    was_made: ClassVar[bool] = False  # whether any was, in this process
 
     @classmethod
     def of(cls, error: BaseException, find: Callable[[], BaseException]) -> StandIn:
         """Makes one of an error; ``find`` returns it, or one like it if it has gone."""
         kind, text = type_and_text(error)
         self: StandIn = cls(text, kind)
+        cls.was_made = True
         self.find = find
         self.text = text.__str__
         worker = this_worker()
@@ -104,15 +104,49 @@ _RAISED = re.compile(r"^(?P<frame> .*\n)?(?P<path>(?:\w+\.)*\w+)(?::|$)", re.MUL
 def parse_remote_error(error: BaseException) -> BaseException:
     """Returns an `RpcError` if the text of ``error`` tells of a failed RPC; else ``error``.
 
-    PyTorch delivers a ValueError as such, and any other error as a RuntimeError. Its text has the
-    type and the traceback of the remote error.
+    PyTorch delivers a ValueError or a TypeError as such, and any other error as a RuntimeError. Its
+    text has the type and the traceback of the remote error.
     """
-    if type(error) in (RuntimeError, ValueError) and len(error.args) == 1:
+    if type(error) in (RuntimeError, ValueError, TypeError) and len(error.args) == 1:
         text = error.args[0]
         if type(text) is str:
             with suppress(Exception):  # others wrote the text, so anything may be in it
                 return _parse(text) or error
     return error
+
+
+def parse_fetched_error(error: BaseException) -> BaseException:
+    """As `parse_remote_error`, for what ``RRef.to_here`` raises.
+
+    That has the type of the remote error, if Python can make one of it, and a text without the
+    type.
+    """
+    text = error.args[0] if len(error.args) == 1 else None
+    if type(text) is str and text.startswith((_REMOTE, _NOT_MADE)):
+        with suppress(Exception):
+            return _parse(f"{type(error).__qualname__}: {text}") or error
+    return parse_remote_error(error)
+
+
+def error_in(value: object) -> BaseException | None:
+    """Returns the error of a failed future whose `StandIn` is in ``value``, if one is there.
+
+    C++ hands it on as a value: TorchScript alone or in a container, others alone. What is longer
+    than any script returns is not searched: it would take too long on somebody's loop.
+    """
+    if not StandIn.was_made:
+        return None
+    seen: set[int] = set()
+    found = [value]
+    while found:
+        thing: Any = found.pop()
+        if type(thing) is StandIn:
+            return thing.find()
+        is_container = type(thing) in (dict, list, tuple) and len(thing) <= 1000
+        if is_container and id(thing) not in seen:
+            seen.add(id(thing))
+            found += thing.values() if type(thing) is dict else thing
+    return None
 
 
 def _parse(whole: str) -> BaseException | None:
@@ -172,5 +206,4 @@ def _attribute(found: object, names: list[str]) -> object:
     return found
 
 
-if torch.distributed.is_available():
-    install_stand_in(StandIn.of)
+install_stand_in(StandIn.of)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from . import _loops
 from ._errors import InvalidStateError, drop_catching_frame
 from ._future import Future
+from ._repr import described, function_name, short
 from ._worker import Worker, WorkerThread
 
 if TYPE_CHECKING:
@@ -47,11 +48,12 @@ def start_soon(
 ) -> Future[T]:
     """Runs ``func(*args)`` as a task of a task group; returns a future of its result.
 
-    What the function raises goes to the future and leaves the group alone; if nobody reads it,
-    it is lost with the future. KeyboardInterrupt, SystemExit and cancellation also act on the
-    group, as from any of its tasks. A task that is cancelled, or that ends with its loop, fails
-    the future with ``concurrent.futures.CancelledError``; so a future of a group that has exited
-    is done. If you complete the future yourself, the task goes on, and its result is dropped.
+    What the function raises goes to the future and leaves the group alone; if nobody retrieves
+    it, it is logged when the future goes. KeyboardInterrupt, SystemExit and cancellation also
+    act on the group, as from any of its tasks. A task that is cancelled, or that ends with its
+    loop, fails the future with ``concurrent.futures.CancelledError``; so a future of a group
+    that has exited is done. If you cancel or complete the future yourself, the task goes on, and
+    its result is dropped.
 
     Args:
         task_group: A task group of anyio, an ``asyncio.TaskGroup`` or a ``trio.Nursery``,
@@ -83,7 +85,7 @@ def start_soon(
     if not hasattr(group, "start_soon") and not is_asyncios:
         raise TypeError(
             "start_soon() takes a task group of anyio, an asyncio.TaskGroup or a trio.Nursery, "
-            f"not {group!r}; from another thread, use submit()"
+            f"not {described(group)}; from another thread, use submit()"
         )
     if not _loops.loop_in_this_thread():
         raise RuntimeError(
@@ -138,7 +140,9 @@ def submit(
     """
     _function_checked(func)
     if not hasattr(portal, "start_task_soon"):
-        raise TypeError(f"submit() takes a BlockingPortal of anyio.from_thread, not {portal!r}")
+        raise TypeError(
+            f"submit() takes a BlockingPortal of anyio.from_thread, not {described(portal)}"
+        )
     future: Future[T] = Future()
     promise = Promise(future, task_name(func, name))
     # The loop's own thread, too: a portal refuses that, as it would wait for itself.
@@ -177,18 +181,21 @@ def _function_checked(func: object) -> None:
     if inspect.iscoroutine(func):
         func.close()
         raise TypeError(
-            f"pass the async function and its arguments, not the coroutine {func!r} of a call"
+            f"pass the async function and its arguments, not the coroutine of {func.__qualname__}()"
         )
     if not callable(func):
-        raise TypeError(f"func must be an async function, not {func!r}")
+        raise TypeError(f"func must be an async function, not {described(func)}")
 
 
 def task_name(func: Any, name: object = None) -> str:
     """Returns ``name``, or the name that anyio gives a task of ``func``."""
     if name is not None:
-        return str(name)
-    called = getattr(func, "__qualname__", None)
-    return repr(func) if called is None else f"{func.__module__}.{called}"
+        return name if isinstance(name, str) else short(name)
+    return function_name(func)
+
+
+def _text(why: object) -> str:
+    return why if isinstance(why, str) else short(why)
 
 
 class Promise:
@@ -220,7 +227,7 @@ class Promise:
 
     def cancel(self, *why: object) -> None:
         """Fails the future with CancelledError, unless it is done."""
-        text = ": ".join((f"{self.name} was cancelled", *map(str, why)))
+        text = ": ".join((f"{self.name} was cancelled", *map(_text, why)))
         self.fail(concurrent.futures.CancelledError(text))
 
     def end(self, _task: object = None) -> None:
@@ -245,7 +252,10 @@ async def _run(
     try:
         awaitable = func(*args)
         if not inspect.isawaitable(awaitable):
-            raise TypeError(f"{func!r} is not an async function: it returned {awaitable!r}")
+            raise TypeError(
+                f"{function_name(func)} is not an async function: "
+                f"it returned {described(awaitable)}"
+            )
         result = await awaitable
     except BaseException as error:
         drop_catching_frame(error)

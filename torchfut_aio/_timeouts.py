@@ -11,12 +11,10 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, TypeVar
-
-import torch
+from typing import Any, TypeVar, overload
 
 from . import _core
-from ._adopt import as_future
+from ._adopt import Source, as_future
 from ._arguments import timeout_checked
 from ._errors import InvalidStateError
 from ._future import Future
@@ -25,7 +23,11 @@ from ._worker import Worker, WorkerThread, call_contained
 T = TypeVar("T")
 
 
-def with_timeout(future: torch.futures.Future[T], seconds: float) -> Future[T]:
+@overload
+def with_timeout(future: Source[T], seconds: float) -> Future[T]: ...
+@overload
+def with_timeout(future: object, seconds: float) -> Future[Any]: ...
+def with_timeout(future: object, seconds: float) -> Future[Any]:
     """Returns a future that completes as ``future`` does, or in time with TimeoutError.
 
     For chains that nobody awaits; a task may use its loop's own timeouts. A timeout leaves
@@ -50,9 +52,9 @@ def with_timeout(future: torch.futures.Future[T], seconds: float) -> Future[T]:
         <Future pending waiters=0 callbacks=0>
     """
     seconds = timeout_checked(seconds, "with_timeout() takes a number of seconds")
-    source: Future[T] = as_future(future)
+    source = as_future(future)
     deadline = _Deadline(source, seconds)
-    child: Future[T] = deadline.child
+    child: Future[Any] = deadline.child
     try:
         _core.add_callback(source, deadline)
         if seconds <= 0:
@@ -87,11 +89,10 @@ class _Deadline(_core.DoneCallback):
         return self.when < other.when
 
     def run(self, source: Future[Any]) -> None:
-        error = source.exception()
-        if error is None:
-            self._complete(_core.complete_with_parts, source.value(), (source,))
+        if _core.has_failed(source):
+            self._complete(_core.complete_as, source)
         else:
-            self._complete(_core.complete_with_error, error)
+            self._complete(_core.complete_with_parts, source.value(), (source,))
 
     def fail(self, _source: Future[Any], error: BaseException) -> None:
         self._complete(_core.complete_with_error, error)

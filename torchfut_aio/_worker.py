@@ -38,6 +38,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, ClassVar
 
+from ._repr import function_name
+
 _logger = logging.getLogger("torchfut_aio")
 
 
@@ -48,7 +50,7 @@ def call_contained(function: Callable[..., object], *args: object) -> None:
         with suppress(KeyboardInterrupt, SystemExit):
             function(*args)
     except Exception:
-        _logger.exception("Got the following error when calling %r:", function)
+        _logger.exception("Got the following error when calling %s:", function_name(function))
 
 
 class WorkerThread(threading.Thread):

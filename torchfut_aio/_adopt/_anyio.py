@@ -10,6 +10,7 @@ from .. import _loops
 from .._arguments import devices_checked
 from .._errors import drop_catching_frame
 from .._future import Future
+from .._repr import described
 from .._tasks import Promise
 from ._registry import Devices, adopts
 
@@ -26,11 +27,11 @@ def _from_anyio(source: Any, *, devices: Devices = None) -> Future[Any]:
         return made
     if not _loops.loop_in_this_thread():
         raise RuntimeError(
-            f"as_future() of {type(source).__qualname__} of anyio has to be called in the thread "
+            f"as_future() of a {type(source).__qualname__} of anyio has to be called in the thread "
             "of its event loop"
         )
     future: Future[Any] = Future(devices=devices)
-    promise = Promise(future, repr(source))
+    promise = Promise(future, described(source))
     if _has_ended(source):
         _keep(promise, source)
         return future

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from typing import Any
 
 import torch
 
@@ -11,13 +12,30 @@ from .._errors import InvalidStateError
 from .._future import Future
 from ._registry import Devices, adopts
 
+_MODULES = ("torch", "torch.cuda", "torch.xpu")  # those of the devices may be classes of their own
 
-@adopts("torch.Event")
+
+@adopts(*(f"{module}.Event" for module in _MODULES))
 def _from_event(source: torch.Event, *, devices: Devices = None) -> Future[None]:
     return _from_recorded(already_recorded(source), devices)
 
 
-@adopts("torch.Stream")
+@adopts("torch.mps.Event")  # which is no torch.Event
+def _from_event_of_mps(source: Any, *, devices: Devices = None) -> Future[None]:
+    return _from_recorded(RecordedEvent(_EventOfMps(source)), devices)  # type: ignore[arg-type]
+
+
+class _EventOfMps:
+    """An event of MPS that tells its device, of which there is one."""
+
+    device = torch.device("mps", 0)
+
+    def __init__(self, event: Any) -> None:
+        self.query = event.query
+        self.synchronize = event.synchronize
+
+
+@adopts(*(f"{module}.Stream" for module in _MODULES))
 def _from_stream(source: torch.Stream, *, devices: Devices = None) -> Future[None]:
     return _from_recorded(record_event(source), devices)
 

@@ -7,18 +7,20 @@ import concurrent.futures
 import functools
 import sys
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, MutableMapping
 from typing import Any, TypeAlias, TypeVar, get_type_hints, overload
 
 import torch
 
 from .._arguments import devices_checked
-from .._errors import NotAFutureError, drop_catching_frame
+from .._errors import drop_catching_frame
 from .._future import Future
+from .._repr import described
 
 T = TypeVar("T")
 Devices: TypeAlias = Iterable[int | str | torch.device] | None
-_Adapter = Callable[..., Future[Any]]
+Source: TypeAlias = torch.futures.Future[T] | asyncio.Future[T] | concurrent.futures.Future[T]
+_Adapter: TypeAlias = Callable[..., Future[Any]]
 _A = TypeVar("_A", bound=_Adapter)
 
 
@@ -29,26 +31,39 @@ class _AsFuture:
     ``concurrent.futures`` is not asyncio's. Only what RPC delivers as a text becomes an
     `RpcError`, of the original's own type, too.
 
+    A future of asyncio or ``concurrent.futures`` that nobody can complete any more, because it was
+    garbage-collected or its event loop has closed, arrives as cancelled.
+
     For a source that is still pending, it returns the same future each time, so that asking again
     after a timeout leaves nothing behind. For an event or a stream, it makes one each time, and
-    one thread watches them all until the work is done; to wait once, use `synchronize`.
+    one thread watches them all until the work is done; to wait once, use `synchronize`. A source
+    that tells only who blocks costs a thread until it is done: an RRef, an AsyncCollectiveTensor,
+    the result of a pool, and some works of gloo.
 
     Other libraries add sources with ``@as_future.register``.
 
     Args:
-        source: A `Future`, which is returned as it is; a ``torch.futures.Future``; a
-            ``torch.distributed`` ``Work``; a ``concurrent.futures.Future``; an
-            ``asyncio.Future`` or ``Task``, of any loop; a ``TaskHandle`` or ``Future`` of anyio,
-            of the loop that runs in this thread; a ``torch.Event`` that has been recorded, or a
-            ``torch.Stream``: its future completes with None when the work enqueued so far is
-            done; or an instance of a registered type.
+        source: One of these, or an instance of a registered type:
+
+            - a `Future`, which is returned as it is, or a ``torch.futures.Future``;
+            - a ``concurrent.futures.Future``; an ``asyncio.Future`` or ``Task``, of any loop; a
+              ``TaskHandle`` or ``Future`` of anyio, of the loop that runs in this thread; an
+              ``AsyncResult`` of a ``multiprocessing`` pool;
+            - a ``torch.distributed`` ``Work``; an ``AsyncCollectiveTensor``, for the reduced
+              tensor: leave the source alone until then; an ``RRef``, for what its ``to_here``
+              returns; an ``AsyncSaveResponse``, for the end of the upload;
+            - a ``torch.Event`` that has been recorded, or one of ``torch.cuda``, ``torch.xpu`` or
+              ``torch.mps``; a ``torch.Stream``, for the work enqueued on it so far. These give
+              None;
+            - an ``ObjectRef`` of Ray; a ``Future`` of ``dask.distributed``; a ``grpc.Future``.
         devices: The devices of the future, as for `Future`. With devices, ``source`` is never
             returned itself.
 
     Raises:
         NotAFutureError: ``source`` is none of these; a TypeError.
         TypeError: The function registered for it does not return a `Future`.
-        RuntimeError: ``source`` is a pending asyncio future of a loop that has closed.
+        RuntimeError: ``source`` is a pending asyncio future of a loop that has closed, or that
+            cannot run because this thread runs another. Awaiting it on that other raises it, too.
 
     Example:
         >>> import concurrent.futures
@@ -60,7 +75,7 @@ class _AsFuture:
     @overload
     def __call__(
         self,
-        source: torch.futures.Future[T] | asyncio.Future[T] | concurrent.futures.Future[T],
+        source: Source[T],
         *,
         devices: Devices = None,
     ) -> Future[T]: ...
@@ -73,7 +88,7 @@ class _AsFuture:
         if not isinstance(future, Future):
             raise TypeError(
                 f"what is registered with as_future for {type(source).__qualname__} must "
-                f"return a torchfut_aio.Future, and returned {future!r}"
+                f"return a torchfut_aio.Future, and returned {described(future)}"
             )
         return future
 
@@ -101,7 +116,7 @@ class _AsFuture:
         return _adapters.register(cls, func)
 
 
-as_future = _AsFuture()
+as_future: _AsFuture = _AsFuture()
 
 # The adapters of this package, by the names of the types that they adopt.
 _ours: dict[str, _Adapter] = {}
@@ -139,38 +154,38 @@ def _adapters(source: object, *, devices: Devices = None) -> Future[Any]:
         return adapter(source, devices=devices)
     if asyncio.isfuture(source):  # written in Python, or of another loop
         return _ours["asyncio.Future"](source, devices=devices)
-    problem, cure = f"{source!r} of type {type(source).__qualname__} is not a future", ""
-    if source is None:
-        problem, cure = "Future can't be None", " A collective needs async_op=True."
-    elif asyncio.iscoroutine(source):
-        cure = " A coroutine must run first: pass asyncio.ensure_future(coroutine)."
+    from ._refusals import refusal
+
     registered = [
         f"{kind.__module__}.{kind.__qualname__}"
         for kind, adapter in _adapters.registry.items()
         if kind is not object and adapter not in _ours.values()
     ]
-    raise NotAFutureError(
-        f"{problem}; as_future() accepts {', '.join([*_ours, *registered])}, "
-        f"and what is added with as_future.register().{cure}"
-    )
+    raise refusal(source, [*_ours, *registered])
 
 
 # The futures of sources that may still be pending, each made once. A source holds its future
 # through the callback that it was given, not the other way.
-_made: weakref.WeakKeyDictionary[Any, weakref.WeakValueDictionary[Any, Future[Any]]] = (
-    weakref.WeakKeyDictionary()
-)
+_Made: TypeAlias = MutableMapping[Any, weakref.WeakValueDictionary[Any, Future[Any]]]
+_made: _Made = weakref.WeakKeyDictionary()
 
 
-def once(adopt: Callable[[Any, Future[Any]], None]) -> _Adapter:
-    """Makes an adapter of ``adopt(source, future)``, which it calls once for a pending source."""
+def once(
+    adopt: Callable[[Any, Future[Any]], None],
+    kind: type[Future[Any]] = Future,
+    made_of: _Made = _made,
+) -> _Adapter:
+    """Makes an adapter of ``adopt(source, future)``, which it calls once for a pending source.
+
+    It makes futures of ``kind``, and notes them in ``made_of``.
+    """
 
     def adapter(source: Any, *, devices: Devices = None) -> Future[Any]:
         key = () if devices is None else devices_checked(devices)
-        made = _made.setdefault(source, weakref.WeakValueDictionary())
+        made = made_of.setdefault(source, weakref.WeakValueDictionary())
         future = made.get(key)
-        if future is None:
-            future = Future(devices=key)
+        if future is None or future.cancelled():  # by somebody who adopted it before
+            future = kind(devices=key)
             adopt(source, future)
             made[key] = future
         return future
@@ -183,10 +198,39 @@ def copy_outcome(
     future: Future[Any],
     translate: Callable[[BaseException], BaseException] = lambda error: error,
 ) -> None:
-    """Completes ``future`` with what ``read`` returns or raises; its source is done."""
+    """Completes ``future``, unless it is done, with what ``read`` returns or raises."""
     try:
         value = read()
     except BaseException as error:
-        future.set_exception(translate(drop_catching_frame(error)))
+        future.try_set_exception(translate(drop_catching_frame(error)))
     else:
-        future.set_result(value)
+        future.try_set_result(value)
+
+
+class Adoption:
+    """The only reference from a source to the future that adopted it: a callback of the source.
+
+    A source that is collected while it is pending drops it, and it fails the future.
+    """
+
+    __slots__ = ("__weakref__", "_future")
+
+    def __init__(self, future: Future[Any]) -> None:
+        self._future: Future[Any] | None = future
+
+    def __call__(self, source: Any) -> None:
+        """Completes the future as ``source``, which is done."""
+        if self._future is not None:
+            copy_outcome(source.result, self._future)
+        self._future = None  # the traceback of an error may lead here
+
+    def end(self, why: str) -> None:
+        """Fails the future with CancelledError if it is pending."""
+        future = getattr(self, "_future", None)  # unless an interrupt struck before it was whole
+        if future is not None and not future.done():
+            error = concurrent.futures.CancelledError(f"the adopted future was pending when {why}")
+            future.try_set_exception(error)
+        self._future = None
+
+    def __del__(self) -> None:
+        self.end("it was garbage-collected: nobody can complete it any more")

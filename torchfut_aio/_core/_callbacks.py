@@ -1,17 +1,16 @@
 """Running the callbacks of a future that has completed.
 
-A callback may complete further futures, whose callbacks complete others: a chain. Run naively,
-each link is a few stack frames deeper, and a chain of ten thousand ends the process. So
-completions nest up to `MAX_DEPTH` in a thread, as ``torch.futures`` nests them; a future that
-completes any deeper is put off, and the outermost completion of that thread runs its callbacks
-before it returns.
+A callback may complete another future, whose callbacks complete a third, and so on: a chain. If
+each link ran within the one before, a chain of ten thousand would overflow the stack. So
+completions nest up to `MAX_DEPTH` in a thread, as those of ``torch.futures`` do. Deeper ones are
+deferred: the outermost completion of the thread runs their callbacks before it returns.
 
-A thread that is about to block may itself owe the callbacks that would wake it: `run_deferred`
-lets it pay first.
+A thread that is about to block may have deferred the very callbacks that would wake it. It calls
+`run_deferred` first.
 
-CPython checks for signals after calls, on entry of functions and on backward jumps. From the
-statement that deletes a callback, which makes it ours to run, to the ``try`` that sees to it,
-there is none of these.
+CPython checks for signals after calls, at the entry of functions and at backward jumps. There is
+none of these between the statement that deletes a callback, after which this thread must run it,
+and the ``try`` that makes sure of that.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Final
 
+from .._repr import function_name
 from ._outcome import Outcome
 
 MAX_DEPTH = 32
@@ -33,11 +33,11 @@ CALLBACK: Final = "callback"  # what a callback is stored with in the state of i
 _logger = logging.getLogger("torchfut_aio")
 
 _State = dict[Any, Any]
-_Followers = Sequence[Any]  # waiters, and the key of the outcome, are among them
+_Callbacks = Sequence[Any]
 
 
 class DoneCallback:
-    """What runs when a future completes; the base of each kind."""
+    """Something that runs when a future completes; the base class of each kind."""
 
     __slots__ = ()  # and no abstract methods: isinstance() would take ten times as long
 
@@ -47,7 +47,7 @@ class DoneCallback:
     def fail(self, future: Any, error: BaseException, /) -> None:
         """Called if ``error`` aborted `run`, possibly before its first line.
 
-        Whatever depends on this callback and is not complete must be completed with the error.
+        It must complete, with the error, every future that this callback has left pending.
         """
 
 
@@ -60,44 +60,50 @@ class FunctionCallback(DoneCallback):
         self.run = function
 
     def fail(self, future: Any, error: BaseException) -> None:
-        """Does nothing: what the function began is the business of who wrote it."""
+        """Does nothing: no future of this package depends on the function."""
 
 
 class _Nesting:
-    """How deep completions nest in one thread, and the futures whose callbacks they put off."""
+    """How deep completions nest in one thread, and the futures whose callbacks are deferred."""
 
     __slots__ = ("deferred", "depth")
 
     def __init__(self) -> None:
         self.depth = 0
-        self.deferred: deque[tuple[Any, Outcome, _State, _Followers]] = deque()
+        self.deferred: deque[tuple[Any, Outcome, _State, _Callbacks]] = deque()
 
 
 class _ThisThread(threading.local):
-    def __init__(self) -> None:
-        self.nesting = _Nesting()
+    nesting: _Nesting
 
 
 _this_thread = _ThisThread()
 
 
-def run(future: Any, outcome: Outcome, state: _State, followers: _Followers) -> None:
-    """Runs those callbacks among ``followers`` that are still in ``state``, in order.
+def _nesting_here() -> _Nesting:
+    # A finaliser may complete a future in the middle of this, and be the first to make one.
+    nesting: _Nesting = _this_thread.__dict__.setdefault("nesting", _Nesting())
+    return nesting
 
-    Or puts them off, if nested too deep.
+
+def run(future: Any, outcome: Outcome, state: _State, callbacks: _Callbacks) -> None:
+    """Runs those of the callbacks that are still in ``state``, in order; or defers them.
 
     Raises:
-        KeyboardInterrupt, SystemExit: A callback raised it, after the others were run.
+        KeyboardInterrupt, SystemExit: A callback raised it. The others have run.
     """
-    here = _this_thread.nesting
+    try:
+        here = _this_thread.nesting
+    except AttributeError:
+        here = _nesting_here()
     depth = here.depth
     if depth >= MAX_DEPTH:
-        here.deferred.append((future, outcome, state, followers))
+        here.deferred.append((future, outcome, state, callbacks))
         return
     interrupt: BaseException | None = None
     here.depth = depth + 1
     try:
-        interrupt = _run_each(future, outcome, state, followers)
+        interrupt = _run_each(future, outcome, state, callbacks)
         if depth == 0 and here.deferred:
             interrupt = _run_deferred(here) or interrupt
     finally:
@@ -107,15 +113,15 @@ def run(future: Any, outcome: Outcome, state: _State, followers: _Followers) -> 
 
 
 def run_now(future: Any, outcome: Outcome, state: _State, callback: DoneCallback) -> None:
-    """Runs one callback, however deep, unless another thread has taken it out of ``state``."""
+    """Runs one callback, at any depth, unless another thread has deleted it from ``state``."""
     interrupt = _run_each(future, outcome, state, [callback])
     if interrupt is not None:
         raise interrupt
 
 
 def run_deferred() -> None:
-    """Runs what the completions under way in this thread have put off."""
-    interrupt = _run_deferred(_this_thread.nesting)
+    """Runs the callbacks that completions in this thread have deferred."""
+    interrupt = _run_deferred(_nesting_here())
     if interrupt is not None:
         raise interrupt
 
@@ -133,7 +139,7 @@ def _run_deferred(here: _Nesting) -> BaseException | None:
     return interrupt
 
 
-def _run_until_done(due: tuple[Any, Outcome, _State, _Followers]) -> BaseException | None:
+def _run_until_done(due: tuple[Any, Outcome, _State, _Callbacks]) -> BaseException | None:
     try:
         return _run_each(*due)
     except BaseException as struck:  # somewhere in between: what is left is still in the state
@@ -147,11 +153,11 @@ def _run_until_done(due: tuple[Any, Outcome, _State, _Followers]) -> BaseExcepti
 # A function of its own: from Python 3.12 on, an interrupt at the jump that closes a loop may
 # miss the ``finally`` around it.
 def _run_each(
-    future: Any, outcome: Outcome, state: _State, followers: _Followers
+    future: Any, outcome: Outcome, state: _State, callbacks: _Callbacks
 ) -> BaseException | None:
     """As `run`; returns what is to be raised."""
     interrupt: BaseException | None = None
-    for callback in followers:
+    for callback in callbacks:
         try:
             del state[callback]
         except KeyError:
@@ -184,8 +190,8 @@ def _fail(future: Any, callback: DoneCallback, error: BaseException) -> BaseExce
     if isinstance(error, (KeyboardInterrupt, SystemExit)):
         return error
     _logger.error(
-        "Got the following error when running the callback %r of %r:",
-        callback.run,
+        "Got the following error when running the callback %s of %r:",
+        function_name(callback.run),
         future,
         exc_info=error,
     )

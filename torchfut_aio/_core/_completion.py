@@ -1,25 +1,24 @@
-"""The state of a future: who follows it, and its outcome. Every change of state is here.
+"""The state of a future: its followers and its outcome. Every change of state is in this file.
 
-All of it is one dict, in which each step is one operation that no other thread can divide:
+The state is one dict. Each step below is one operation on it that no other thread can divide.
 
-1. A *follower* is a waiter, stored with its waker, which the completion has wake it; or a
-   `DoneCallback`, stored with ``CALLBACK``, which the completion runs. It follows from when it
-   is stored until somebody deletes it. Whoever deletes a callback runs it, so none runs twice.
-2. The future is done from when its outcome is stored under the key ``OUTCOME``. It is stored by
-   ``dict.setdefault``: of any number that try, the one whose outcome is found there has won.
-   That claims the future and publishes the outcome at once, and neither ever changes.
-3. Who follows stores itself, then looks whether there is an outcome. Who completes stores the
-   outcome, then lists the followers. So one of them sees the other, or both do: a follower may
-   be served twice, never not at all. (To wake a waiter twice does nothing.)
-4. A completion serves: it wakes all waiters, completes the C++ future, runs all callbacks. Each
-   step can be repeated. If an exception strikes in between, such as KeyboardInterrupt or
-   MemoryError, the completion serves once more, then raises it; if that fails too, as where the
-   stack is full, a new thread serves.
-5. No lock is taken, so nothing here can deadlock with a signal handler, a finaliser or a C++
-   callback that uses the same future in the middle of a step: each is as good as one more
-   thread.
+1. A *follower* is a key of the dict: a waiter, stored with the waker that wakes it, or a
+   `DoneCallback`, stored with ``CALLBACK``. A completion wakes the waiters and runs the
+   callbacks. A thread deletes a callback before it runs it, so no callback runs twice.
+2. The outcome is stored under the key ``OUTCOME``, by ``dict.setdefault``. If several threads
+   try, the dict keeps the first outcome, and the thread that finds its own there has won. So one
+   step both claims the future and publishes the outcome. Neither changes again.
+3. A follower is stored first; then its thread checks whether there is an outcome. A completion
+   stores the outcome first, then lists the followers. So at least one of the two sees the other:
+   a follower may be served twice, never zero times. (Waking a waiter twice does nothing.)
+4. A completion serves the followers in three steps: it wakes the waiters, completes the C++
+   future, and runs the callbacks. Each step can be repeated. If an exception interrupts them,
+   such as KeyboardInterrupt or MemoryError, the completion repeats them all, then raises the
+   exception. If the repetition fails, too, for instance on a full stack, a new thread serves.
+5. There is no lock, so nothing here can deadlock. A signal handler, a finaliser or a C++ callback
+   may use the same future in the middle of any step; it is no different from another thread.
 
-Where there is no GIL, storing to a dict and listing it lock it; see also ``_cpython.py``.
+Without a GIL, storing to a dict and listing it lock the dict; see also ``_cpython.py``.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from typing import Any, Final, NoReturn, TypeVar
 import torch
 
 from .._devices import HOST_ONLY
-from .._errors import InvalidStateError
+from .._errors import CANCELLATIONS, InvalidStateError
 from .._loops import Waker
 from . import _callbacks
 from ._callbacks import CALLBACK, DoneCallback
@@ -42,6 +41,7 @@ from ._torch_future import complete_in_torch, set_value_in_torch
 T = TypeVar("T")
 
 OUTCOME: Final = "outcome"
+IGNORED: Final = "ignored"  # stored by `ignore_error`; no follower either
 
 _GONE: Any = object()
 
@@ -66,33 +66,43 @@ def outcome_of(future: Completable[Any]) -> Outcome | None:
 
 
 def complete(future: Completable[Any], outcome: Outcome) -> None:
-    """Completes a pending future, and serves all who follow it.
+    """Completes a pending future, and serves its followers.
 
     Raises:
         InvalidStateError: It is done already.
     """
     state = future._state
     try:
-        if state.setdefault(OUTCOME, outcome) is outcome:
-            # Whoever follows from here on sees the outcome: all stores to a dict are in one order.
-            callbacks = _wake_waiters(state) if len(state) > 1 else ()
-            if outcome.error is None:
-                set_value_in_torch(future, outcome.value)
-            else:
-                complete_in_torch(future, outcome)
-            if callbacks:
-                _callbacks.run(future, outcome, state, callbacks)
-            return
+        won = _claim_and_serve(future, outcome, state)
     except BaseException:
-        # Statements, where a call might find no stack left.
-        if OUTCOME in state and state[OUTCOME] is outcome:  # struck after it had won
+        # This thread may have won before it was interrupted.
+        if OUTCOME in state and state[OUTCOME] is outcome:
             try:
                 _serve_again(future, outcome, state)
             except BaseException:
+                # The stack has room for this: what was interrupted was a frame further down.
                 start_new_thread(_serve_in_thread, (future, outcome, state))
         raise
-    outcome.exception()  # which the caller still has
-    _refuse_second(future)
+    if not won:
+        outcome.exception()  # which the caller still has
+        _refuse_second(future)
+
+
+def _claim_and_serve(future: Completable[Any], outcome: Outcome, state: dict[Any, Any]) -> bool:
+    """Tells whether the future has this outcome; if so, its followers have been served."""
+    if state.setdefault(OUTCOME, outcome) is not outcome:
+        return False
+    # A follower that is stored from here on sees the outcome: stores are in one order.
+    callbacks = _wake_waiters(state) if len(state) > 1 else ()
+    if outcome.error is None:
+        set_value_in_torch(future, outcome.value)
+    else:
+        if IGNORED in state:
+            outcome.exception()
+        complete_in_torch(future, outcome)
+    if callbacks:
+        _callbacks.run(future, outcome, state, callbacks)
+    return True
 
 
 def complete_with_value(future: Completable[Any], value: object) -> None:
@@ -108,9 +118,9 @@ def complete_with_value(future: Completable[Any], value: object) -> None:
 def complete_with_parts(
     future: Completable[Any], value: object, parts: Iterable[Completable[Any]]
 ) -> None:
-    """As `complete`, with a value made of those of other futures, which are done.
+    """As `complete`, with a value made of the values of other futures, which are done.
 
-    It is ready when theirs are.
+    The value is ready when theirs are.
     """
     outcomes = [part._state[OUTCOME] for part in parts]
     complete(future, joined_outcome(value, outcomes))
@@ -121,8 +131,38 @@ def complete_with_error(future: Completable[Any], error: BaseException) -> None:
     complete(future, outcome_of_error(error, future._devices))
 
 
+def try_complete_with_value(future: Completable[Any], value: object) -> bool:
+    """As `complete_with_value`; returns False if the future is done already."""
+    if OUTCOME in future._state:
+        return False
+    try:
+        complete_with_value(future, value)
+    except InvalidStateError:  # another thread was faster
+        return False
+    return True
+
+
+def try_complete_with_error(future: Completable[Any], error: BaseException) -> bool:
+    """As `complete_with_error`; returns False if the future is done already."""
+    if OUTCOME in future._state:
+        return False
+    try:
+        complete_with_error(future, error)
+    except InvalidStateError:  # another thread was faster
+        return False
+    return True
+
+
+def complete_as(future: Completable[Any], source: Completable[Any]) -> None:
+    """As `complete`, with the very outcome of another future, which is done.
+
+    So an error that somebody retrieves from one of them is retrieved from both.
+    """
+    complete(future, source._state[OUTCOME])
+
+
 def _wake_waiters(state: dict[Any, Any]) -> list[DoneCallback]:
-    """Wakes the waiters that follow a future, which is done; returns the callbacks."""
+    """Wakes the waiters of a future that is done; returns its callbacks."""
     callbacks = []
     for follower in [*state]:
         if follower is OUTCOME:
@@ -143,7 +183,7 @@ def _serve_again(future: Completable[Any], outcome: Outcome, state: dict[Any, An
 
 
 def _serve_in_thread(future: Completable[Any], outcome: Outcome, state: dict[Any, Any]) -> None:
-    with suppress(KeyboardInterrupt, SystemExit):  # nobody is above to take what a callback raises
+    with suppress(KeyboardInterrupt, SystemExit):  # of a callback; this thread has no caller
         _serve_again(future, outcome, state)
 
 
@@ -151,7 +191,7 @@ def add_waiter(future: Completable[Any], waiter: object, waker: Waker) -> bool:
     """Has ``waker.wake(waiter)`` called when the future completes.
 
     Returns:
-        False if the future is done. The waiter follows no more then, and may have been woken.
+        False if the future is done. The waiter is removed then, and may have been woken.
     """
     state = future._state
     state[waiter] = waker
@@ -162,7 +202,7 @@ def add_waiter(future: Completable[Any], waiter: object, waker: Waker) -> bool:
 
 
 def add_callback(future: Completable[Any], callback: DoneCallback) -> None:
-    """Has ``callback`` run when the future completes; here and now, if it is done."""
+    """Has ``callback`` run when the future completes, or at once if it is done."""
     state = future._state
     state[callback] = CALLBACK
     outcome = state.get(OUTCOME)
@@ -171,18 +211,49 @@ def add_callback(future: Completable[Any], callback: DoneCallback) -> None:
 
 
 def remove(future: Completable[Any], follower: object) -> bool:
-    """Removes a follower; returns False if it follows no more.
+    """Removes a follower; returns False if it was not there.
 
-    That is: if a callback has been run, or is about to be.
+    A callback is no longer there if it has run, or is about to.
     """
     return future._state.pop(follower, _GONE) is not _GONE
 
 
 def followers(future: Completable[Any]) -> tuple[list[object], list[DoneCallback]]:
-    """Returns the waiters and the callbacks that follow the future now."""
-    all_of_them = [follower for follower in [*future._state] if follower is not OUTCOME]
+    """Returns the waiters and the callbacks of the future, as of now."""
+    all_of_them = [f for f in [*future._state] if f is not OUTCOME and f is not IGNORED]
     callbacks = [follower for follower in all_of_them if isinstance(follower, DoneCallback)]
     return [follower for follower in all_of_them if follower not in callbacks], callbacks
+
+
+def ignore_error(future: Completable[Any]) -> None:
+    """Has nothing logged if the future fails, or has, and nobody retrieves the error.
+
+    For whoever has reported another error already, and expects more.
+    """
+    state = future._state
+    state[IGNORED] = None
+    outcome = state.get(OUTCOME)
+    if outcome is not None:
+        outcome.exception()
+
+
+def has_failed(future: Completable[Any]) -> bool:
+    """Tells whether the future has failed. Does not count as retrieving its error."""
+    outcome = future._state.get(OUTCOME)
+    return outcome is not None and outcome.error is not None
+
+
+def is_cancelled(future: Completable[Any]) -> bool:
+    """Tells whether the future has failed with a cancellation."""
+    outcome = future._state.get(OUTCOME)
+    return outcome is not None and isinstance(outcome.error, CANCELLATIONS)
+
+
+def is_followed(future: Completable[Any]) -> bool:
+    """Tells whether the future is pending and somebody follows it."""
+    state = future._state
+    # In this order: a completion stores the outcome before it deletes a follower.
+    return bool(state) and state.keys() != {IGNORED} and OUTCOME not in state
 
 
 def _refuse_second(future: Completable[Any]) -> NoReturn:

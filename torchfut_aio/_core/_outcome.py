@@ -8,8 +8,6 @@ that goes without is logged, as asyncio does.
 
 from __future__ import annotations
 
-import asyncio
-import concurrent.futures
 import logging
 import sys
 from collections.abc import Iterable, Sequence
@@ -19,8 +17,7 @@ from typing import Any
 import torch
 
 from .._devices import HOST_ONLY, Readiness, declared_readiness, found_readiness, joint_readiness
-
-_CANCELLED = (asyncio.CancelledError, concurrent.futures.CancelledError)
+from .._errors import CANCELLATIONS
 
 _logger = logging.getLogger("torchfut_aio.unretrieved")
 
@@ -84,7 +81,7 @@ class _Error(Outcome):
     def __del__(self) -> None:
         if getattr(self, "is_retrieved", True) or sys is None or sys.is_finalizing():
             return  # or an interrupt struck before it was whole
-        if not isinstance(self.error, _CANCELLED):
+        if not isinstance(self.error, CANCELLATIONS):
             _logger.error("A future failed, and nobody retrieved its error:", exc_info=self.error)
 
 

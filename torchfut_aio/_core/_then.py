@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .._errors import callback_error, drop_catching_frame
+from .._errors import InvalidStateError, callback_error, drop_catching_frame
 from ._callbacks import DoneCallback
-from ._completion import Completable, complete_with_error, complete_with_value, outcome_of
+from ._completion import (
+    Completable,
+    complete_with_error,
+    complete_with_value,
+    is_cancelled,
+    outcome_of,
+)
 
 
 class ThenCallback(DoneCallback):
@@ -29,9 +35,17 @@ class ThenCallback(DoneCallback):
                 error.with_traceback(outcome.traceback)
             else:
                 drop_catching_frame(error)
-            complete_with_error(self.child, callback_error(error))
+            try:
+                complete_with_error(self.child, callback_error(error))
+            except InvalidStateError:
+                if not is_cancelled(self.child):
+                    raise
         else:
-            complete_with_value(self.child, result)
+            try:
+                complete_with_value(self.child, result)
+            except InvalidStateError:
+                if not is_cancelled(self.child):
+                    raise
         # The function's frame, which the child's error keeps, leads here through its callers.
         # So the child must not be found from here, or neither would go without the collector.
         self.child = None

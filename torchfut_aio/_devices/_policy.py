@@ -5,6 +5,8 @@ from __future__ import annotations
 import numbers
 from dataclasses import dataclass
 
+from .._repr import short
+
 
 @dataclass(frozen=True)
 class PollPolicy:
@@ -40,12 +42,11 @@ class PollPolicy:
         for name in ("shortest", "longest"):
             seconds = getattr(self, name)
             if not isinstance(seconds, numbers.Real):
-                kind = type(seconds).__qualname__
-                raise TypeError(f"{name} is a number of seconds, not {seconds!r} of type {kind}")
+                raise TypeError(f"{name} must be a number of seconds, not {short(seconds)}")
         if not 0 < self.shortest <= self.longest < float("inf"):
             raise ValueError(
                 "intervals are seconds, with 0 < shortest <= longest, and finite; "
-                f"not shortest={self.shortest!r}, longest={self.longest!r}"
+                f"not shortest={short(self.shortest)}, longest={short(self.longest)}"
             )
 
 
@@ -68,6 +69,6 @@ def set_poll_policy(policy: PollPolicy) -> PollPolicy:
     """
     global _policy
     if not isinstance(policy, PollPolicy):
-        raise TypeError(f"expected a PollPolicy, such as PollPolicy(), not {policy!r}")
+        raise TypeError(f"expected a PollPolicy, such as PollPolicy(), not {short(policy)}")
     before, _policy = _policy, policy
     return before

@@ -60,6 +60,21 @@ class Readiness:
         """Does what `Watcher.notify_when_reached` does, on ``loop``, which runs in this thread."""
         watcher_of(loop).notify_when_reached(self._events, notify, attach)
 
+    def notify_in_background(self, notify: Notify) -> None:
+        """Calls ``notify(error or None)`` when the kernels have finished: in a thread, or now."""
+        from ._background import when_reached
+
+        events = iter(self._events)
+
+        def wait_for_next(error: Exception | None = None) -> None:
+            event = next(events, None)
+            if error is not None or event is None:
+                notify(error)
+            else:
+                when_reached(event, wait_for_next)
+
+        wait_for_next()
+
     def wait(self) -> None:
         """Orders the current streams after the kernels; raises the device's error if it cannot."""
         self._cpp.wait()

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from .._loops import current
+from .._repr import described
 from ._blocker import Blocker
 from ._events import RecordedEvent, already_recorded, current_stream, on_stream, record_event
 from ._tensors import device_of, replaced, tensors
@@ -66,7 +67,7 @@ def synchronize(
         return _synchronize_device(device)
     raise TypeError(
         "synchronize() waits for a torch.Event, a torch.Stream, a device or None, for "
-        f"the current stream; not for {target!r} of type {type(target).__qualname__}"
+        f"the current stream; not for {described(target)}"
     )
 
 
@@ -103,9 +104,7 @@ def _called(blocker: Blocker, function: Callable[[], object]) -> Generator[Any, 
         yield from waiter
     finally:
         blocker.work.pop(notify, None)
-    if not errors:  # somebody else has woken the task
-        yield from _called(blocker, function)
-    elif errors[0] is not None:
+    if errors[0] is not None:
         raise errors[0].with_traceback(None)
 
 

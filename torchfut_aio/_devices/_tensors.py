@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from .._repr import described
+
 # Types whose instances hold no tensor: most results, told by a glance.
 HOST_ONLY = frozenset({type(None), bool, int, float, complex, str, bytes})
 
@@ -97,7 +99,8 @@ def replaced(value: Any, substitutes: Mapping[int, torch.Tensor]) -> Any:
         if not _is(thing, (tuple, frozenset)):
             copies[key] = copy.copy(thing)
             if copies[key] is thing:
-                raise TypeError(f"{thing!r} holds a tensor, and copies of it are itself")
+                name = described(thing)
+                raise TypeError(f"{name} holds a tensor, and copies of it are itself")
 
     def new(thing: Any) -> Any:
         if id(thing) in holders and id(thing) not in copies:
@@ -145,5 +148,6 @@ def _fill(copy_of: Any, thing: Any, new: Callable[[Any], Any]) -> None:
         try:
             object.__setattr__(copy_of, name, fresh)
         except AttributeError:
-            kind = type(thing).__qualname__
-            raise TypeError(f"{name!r} of {kind} holds a tensor, and cannot be set") from None
+            raise TypeError(
+                f"{name!r} of {described(thing)} holds a tensor, and cannot be set"
+            ) from None

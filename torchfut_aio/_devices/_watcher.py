@@ -36,6 +36,7 @@ from typing import Any
 import torch
 
 from .._loops import Alarm, Loop, current, loop_in_this_thread
+from .._repr import function_name
 from ._blocker import Blocker, Notify
 from ._events import RecordedEvent
 from ._policy import policy
@@ -319,7 +320,8 @@ def _notify(wait: Wait) -> None:
         try:
             wait.notify(error)
         except Exception:
-            _logger.exception("%r raised, and so did telling it of that:", wait.notify)
+            name = function_name(wait.notify)
+            _logger.exception("%s raised, and so did telling it of that:", name)
 
 
 _watchers: weakref.WeakValueDictionary[int, Watcher] = weakref.WeakValueDictionary()  # by id
@@ -355,10 +357,7 @@ def until_reached(events: Sequence[RecordedEvent]) -> Generator[Any, Any, None]:
             del waits[wait]  # no call, so no interrupt can come before it
         watcher.close_if_idle()
         raise
-    if wait in waits:  # somebody else has woken the task
-        del waits[wait]
-        yield from until_reached(events)
-    elif wait.error is not None:
+    if wait.error is not None:
         try:
             # Others may raise the same one: each starts from an empty traceback.
             raise wait.error.with_traceback(None)

@@ -20,10 +20,7 @@ _ALARM = "torchfut_aio alarm"  # the name of the tasks that stand for one
 
 
 class _Waiter:
-    """One wait; ``task`` is None unless the task sleeps, or is about to.
-
-    A task that somebody else has rescheduled sleeps again.
-    """
+    """One wait; ``task`` is None unless the task sleeps, or is about to."""
 
     __slots__ = ("_woken", "task")
 
@@ -32,18 +29,19 @@ class _Waiter:
         self._woken = False
 
     def __iter__(self) -> Generator[Any, Any, None]:
-        while not self._woken:
-            yield from self._park()
-
-    # A function of its own: from Python 3.12 on, an interrupt at the jump that closes a loop
-    # may miss the ``finally`` around it.
-    def _park(self) -> Generator[Any, Any, None]:
+        if self._woken:
+            return
         try:
             self.task = task = trio.lowlevel.current_task()
             task.custom_sleep_data = self  # trio resets it when the task is rescheduled
             yield from trio.lowlevel.wait_task_rescheduled(self._abort).__await__()  # noqa: ASYNC105
         finally:
             self.task = None  # it goes on, perhaps to sleep elsewhere
+        if not self._woken:
+            raise RuntimeError(
+                "other code has rescheduled a task that awaits a torchfut_aio future; only the "
+                "future or a cancellation may wake it"
+            )
 
     def resume(self) -> None:
         """Resumes the task, in trio's thread; may be called again."""

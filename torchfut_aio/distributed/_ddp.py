@@ -15,6 +15,7 @@ from torch._C._distributed_c10d import GradBucket
 from .._arguments import async_function_checked
 from .._devices import devices_in_use
 from .._future import Future
+from .._repr import described
 from .._tasks import Promise, task_name
 from . import _background_loop
 
@@ -122,7 +123,7 @@ class _Reduction:
         name = task_name(self._hook)
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(
-                f"a communication hook returns a tensor, and {name} returned {tensor!r}"
+                f"a communication hook returns a tensor, and {name} returned {described(tensor)}"
             )
         if tensor.numel() != ready.value().numel():
             raise ValueError(

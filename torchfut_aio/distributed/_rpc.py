@@ -18,6 +18,7 @@ from .._arguments import async_function_checked, timeout_checked
 from .._devices import devices_in_use
 from .._errors import warn_that_wait_blocks_a_loop
 from .._future import Future
+from .._repr import described
 from .._rpc_errors import this_worker
 from .._tasks import Promise, run_contained, task_name
 from . import _background_loop
@@ -153,7 +154,9 @@ def serve_on(portal: anyio.from_thread.BlockingPortal) -> AbstractContextManager
         42
     """
     if not hasattr(portal, "start_task_soon"):
-        raise TypeError(f"serve_on() takes a BlockingPortal of anyio.from_thread, not {portal!r}")
+        raise TypeError(
+            f"serve_on() takes a BlockingPortal of anyio.from_thread, not {described(portal)}"
+        )
     # RPC's threads call the loop directly: the portal would have them wait for it.
     try:
         loop = portal.call(_loops.current)

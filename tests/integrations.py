@@ -1,0 +1,236 @@
+"""Programs that use other libraries; ``test_integrations.py`` runs each in a process of its own.
+
+In the processes of the other tests, what these libraries leave behind would be in the way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from typing import Any
+
+import anyio
+import pytest
+
+from torchfut_aio import Future, NotAFutureError, as_completed, as_future, gather
+
+from .cluster import LOOPS, run_on
+from .threads import PATIENCE
+
+
+def on_every_loop(main: Callable[..., Any], *args: Any) -> None:
+    async def in_time() -> None:
+        with anyio.fail_after(PATIENCE):
+            await main(*args)
+
+    for loop in LOOPS:
+        run_on(loop, in_time)
+
+
+def ray() -> None:
+    import ray
+
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+
+    @ray.remote
+    def add(first: int, second: int) -> int:
+        return first + second
+
+    @ray.remote
+    def fail() -> None:
+        raise KeyError("foo")
+
+    @ray.remote
+    class Gate:
+        """Lets who waits pass when it is opened."""
+
+        def __init__(self) -> None:
+            self.opened = asyncio.Event()
+
+        async def wait(self) -> str:
+            await self.opened.wait()
+            return "opened"
+
+        async def open(self) -> None:
+            self.opened.set()
+
+    @ray.remote(num_returns="streaming")
+    def count() -> Any:
+        yield 1
+
+    async def main() -> None:
+        local = Future[int]()
+        local.set_result(7)
+        assert await gather([add.remote(1, 2), local]) == [3, 7]
+        assert {fut.value() async for fut in as_completed([add.remote(n, 0) for n in (1, 2)])}
+        with pytest.raises(KeyError, match="foo"):
+            await as_future(fail.remote())
+        gate = Gate.remote()
+        ref = gate.wait.remote()
+        fut = as_future(ref)
+        with anyio.move_on_after(0.1):
+            await fut
+        assert not fut.done()
+        assert as_future(ref) is fut
+        await as_future(gate.open.remote())
+        assert await fut == "opened"
+        with pytest.raises(NotAFutureError, match="Iterate over it: each item is an ObjectRef"):
+            as_future(count.remote())
+
+    on_every_loop(main)
+    ray.shutdown()
+
+
+_opened = threading.Event()
+
+
+def wait_until_opened() -> bool:
+    return _opened.wait(PATIENCE)
+
+
+def dask() -> None:
+    import distributed
+
+    async def main(client: Any) -> None:
+        _opened.clear()
+        source = client.submit(wait_until_opened, pure=False)
+        fut = as_future(source)
+        assert as_future(source) is fut
+        with anyio.move_on_after(0.1):
+            await fut
+        assert not fut.done()
+        _opened.set()
+        assert await gather([fut, client.submit(pow, 2, 10)]) == [True, 1024]
+        with pytest.raises(ZeroDivisionError):
+            await as_future(client.submit(divmod, 1, 0))
+        # Not pending, for whoever comes late.
+        assert await as_future(source) is True
+
+    with distributed.Client(
+        processes=False, n_workers=1, threads_per_worker=2, dashboard_address=None
+    ) as client:
+        on_every_loop(main, client)
+        cancelled = client.submit(pow, 2, 11, workers=["nowhere"], allow_other_workers=False)
+        fut = as_future(cancelled)
+        cancelled.cancel()
+        with pytest.raises(CancelledError):
+            fut.wait(PATIENCE)
+
+    async def asynchronous() -> None:
+        async with distributed.Client(
+            processes=False, n_workers=1, dashboard_address=None, asynchronous=True
+        ) as client:
+            assert await as_future(client.submit(pow, 2, 12)) == 4096
+            with pytest.raises(ZeroDivisionError):
+                await as_future(client.submit(divmod, 1, 0))
+
+    asyncio.run(asynchronous())
+
+
+def grpc() -> None:
+    import grpc
+
+    release = threading.Event()
+
+    def answer(request: bytes, context: Any) -> bytes:
+        if request == b"late":
+            release.wait(PATIENCE)
+        if request == b"wrong":
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, "foo")
+        return request
+
+    class Handler(grpc.GenericRpcHandler):  # type: ignore[misc, name-defined]
+        def service(self, _call: Any) -> Any:
+            return grpc.unary_unary_rpc_method_handler(answer)
+
+    server = grpc.server(ThreadPoolExecutor(2))
+    server.add_generic_rpc_handlers([Handler()])
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+
+    async def main(call: Any) -> None:
+        release.clear()
+        late = call.future(b"late")
+        fut = as_future(late)
+        assert as_future(late) is fut
+        assert await as_future(call.future(b"now")) == b"now"
+        with pytest.raises(grpc.RpcError) as caught:
+            await as_future(call.future(b"wrong"))
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert not fut.done()
+        release.set()
+        assert await fut == b"late"
+        release.clear()
+        cancelled = call.future(b"late")
+        fut = as_future(cancelled)
+        cancelled.cancel()
+        with pytest.raises(grpc.FutureCancelledError):
+            await fut
+        release.set()
+
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        on_every_loop(main, channel.unary_unary("/service/method"))
+    server.stop(None).wait(PATIENCE)
+
+
+def trio_asyncio() -> None:
+    import trio
+    import trio_asyncio
+
+    async def of_asyncio(source: asyncio.Future[int]) -> int:
+        return await as_future(source)
+
+    async def main() -> None:
+        async with trio_asyncio.open_loop() as loop:
+            with trio.fail_after(PATIENCE):
+                source = loop.create_future()
+                fut = as_future(source)
+                loop.call_later(0.01, source.set_result, 5)
+                assert await fut == 5
+                assert await trio_asyncio.aio_as_trio(of_asyncio)(source) == 5
+                source = loop.create_future()
+                loop.call_later(0.01, source.set_result, 6)
+                assert await trio_asyncio.aio_as_trio(of_asyncio)(source) == 6
+            left = as_future(loop.create_future())
+        with pytest.raises(CancelledError):
+            left.wait(PATIENCE)
+
+    trio.run(main)
+
+
+def gevent() -> None:
+    import gevent
+
+    request, answer = Future[int](), Future[int]()
+
+    async def serve() -> None:
+        asyncio.get_running_loop().call_later(PATIENCE, sys.exit)
+        answer.set_result(await request + 1)
+
+    native = gevent.get_hub().threadpool.spawn(asyncio.run, serve())
+    ticks = []
+
+    def tick() -> None:
+        while True:
+            ticks.append(time.monotonic())
+            gevent.sleep(0.001)
+
+    ticker = gevent.spawn(tick)
+    while not repr(request).startswith("<Future pending waiters=1"):
+        gevent.sleep(0.001)
+    request.set_result(1)
+    assert answer.wait(PATIENCE) == 2
+    native.get(timeout=PATIENCE)
+    own, before = Future[int](), len(ticks)
+    gevent.spawn_later(0.1, own.set_result, 3)
+    assert own.wait(PATIENCE) == 3
+    assert len(ticks) - before > 1  # other greenlets have run
+    # Of a pool of gevent's own, by its AsyncResult: there is no such adapter, but a link.
+    linked = Future[int]()
+    gevent.get_hub().threadpool.spawn(pow, 2, 5).rawlink(lambda it: linked.set_result(it.get()))
+    assert linked.wait(PATIENCE) == 32
+    ticker.kill()

@@ -1,0 +1,166 @@
+"""Futures and tasks of asyncio that are adopted: what becomes of them with their loop."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import gc
+import threading
+import weakref
+
+import pytest
+import trio
+import uvloop
+
+from torchfut_aio import Future, as_future, gather
+
+from .loops import on_asyncio
+from .threads import PATIENCE, alongside, running
+
+ENDED = "its event loop ended|garbage-collected"
+
+every_kind_of_loop = pytest.mark.parametrize(
+    "new_loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"]
+)
+
+
+async def adopt_pending(source=None):
+    source = source or asyncio.get_running_loop().create_future()
+    return as_future(source), source
+
+
+async def returns(value):
+    return value
+
+
+@every_kind_of_loop
+def test_what_is_pending_when_its_loop_closes_fails(new_loop):
+    loop = new_loop()
+    fut, source = loop.run_until_complete(adopt_pending())
+    other = as_future(loop.create_future())  # before the loop gets to it
+    assert not fut.done()
+    loop.close()
+    for future in fut, other:
+        with pytest.raises(concurrent.futures.CancelledError, match=ENDED):
+            future.wait(PATIENCE)
+    assert not source.done()
+    with pytest.raises(concurrent.futures.CancelledError):
+        as_future(source).wait(PATIENCE)
+
+
+@every_kind_of_loop
+def test_a_loop_that_closes_fails_what_other_threads_wait_for(new_loop):
+    loop = new_loop()
+    _, source = loop.run_until_complete(adopt_pending())
+    waited = threading.Event()
+
+    def wait_for_it():
+        fut = as_future(source)
+        fut.add_done_callback(lambda fut: waited.set())
+        with pytest.raises(concurrent.futures.CancelledError):
+            fut.wait(PATIENCE)
+
+    with running(wait_for_it):
+        loop.close()
+    assert waited.is_set()
+
+
+@every_kind_of_loop
+def test_a_task_that_never_ends_fails_its_future_with_the_loop(new_loop):
+    loop = new_loop()
+
+    async def main():
+        task = asyncio.ensure_future(asyncio.Event().wait())
+        await asyncio.sleep(0)
+        return as_future(task)
+
+    def cancel_all():
+        for task in asyncio.all_tasks(loop):
+            task.cancel()
+
+    fut = loop.run_until_complete(main())
+    cancel_all()  # as asyncio.run() does
+    loop.run_until_complete(returns(None))
+    loop.close()
+    with pytest.raises(asyncio.CancelledError):
+        fut.wait(PATIENCE)
+
+
+@on_asyncio
+async def test_what_nobody_can_complete_any_more_fails():
+    fut = as_future(asyncio.get_running_loop().create_future())
+    gc.collect()
+    with pytest.raises(concurrent.futures.CancelledError, match="garbage-collected"):
+        await asyncio.wait_for(fut, PATIENCE)
+
+
+def test_a_concurrent_future_that_nobody_can_complete_any_more_fails():
+    fut = as_future(concurrent.futures.Future())
+    gc.collect()
+    with pytest.raises(concurrent.futures.CancelledError, match="garbage-collected"):
+        fut.wait(PATIENCE)
+
+
+@every_kind_of_loop
+@pytest.mark.parametrize("runs_before", [False, True])
+def test_what_another_loop_of_this_thread_has_to_complete_is_refused(new_loop, runs_before):
+    loop = new_loop()
+    source = loop.create_task(returns(5))
+    if runs_before:
+        source = loop.create_future()
+        adopted, _ = loop.run_until_complete(adopt_pending(source))
+    else:
+        adopted = as_future(source)
+
+    async def main():
+        with pytest.raises(RuntimeError, match="attached to a different loop"):
+            as_future(source)
+        with pytest.raises(RuntimeError, match="attached to a different loop"):
+            gather([source])
+        with pytest.raises(RuntimeError, match="attached to a different loop"):
+            gather([adopted])
+        with pytest.raises(RuntimeError, match="attached to a different loop"):
+            await asyncio.wait_for(adopted, PATIENCE)
+        child = adopted.then(lambda fut: fut.value())
+        assert type(child) is Future
+
+    async def trio_main():
+        with pytest.raises(RuntimeError, match="attached to a different loop"):
+            await adopted
+
+    asyncio.run(main())
+    trio.run(trio_main)
+    if runs_before:
+        loop.call_soon(source.set_result, 5)
+
+    async def await_it():
+        return await adopted, await as_future(source)
+
+    assert loop.run_until_complete(await_it()) == (5, 5)
+    assert asyncio.run(await_it()) == (5, 5)  # done, so anybody may read it
+    loop.close()
+
+
+@on_asyncio
+async def test_a_loop_that_runs_in_another_thread_completes_what_is_awaited_here():
+    loop, started = asyncio.new_event_loop(), Future()
+    loop.call_soon(started.set_result, None)
+    source = loop.create_future()
+    async with alongside(loop.run_forever):
+        await started
+        fut = as_future(source)
+        loop.call_soon_threadsafe(source.set_result, 5)
+        assert await asyncio.wait_for(fut, PATIENCE) == 5
+        loop.call_soon_threadsafe(loop.stop)
+    loop.close()
+
+
+@on_asyncio
+async def test_a_loop_keeps_nothing_of_what_was_adopted(collected):
+    fut, source = await adopt_pending()
+    source.set_result(5)
+    assert await fut == 5
+    gone = weakref.ref(fut), weakref.ref(source)
+    del fut, source
+    collected()
+    assert [ref() for ref in gone] == [None, None]

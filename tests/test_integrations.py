@@ -1,0 +1,45 @@
+"""What other libraries hand out is adopted, with the real thing: ``nox -s integrations``."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from .threads import PATIENCE_WITH_PROCESSES
+
+
+def run(program, *, first=""):
+    code = f"{first}; from tests import integrations; integrations.{program}()".lstrip("; ")
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_WITH_PROCESSES,
+        # Ray asks for a token to start on this machine otherwise.
+        env={**os.environ, "RAY_AUTH_MODE": "disabled"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for sign in ("Exception ignored", "never retrieved", "never awaited"):
+        assert sign not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "program"),
+    [
+        ("ray", "ray"),
+        ("distributed", "dask"),
+        ("grpc", "grpc"),
+        ("trio_asyncio", "trio_asyncio"),
+    ],
+)
+def test_what_the_library_hands_out_is_adopted(module, program):
+    pytest.importorskip(module, reason=f"install the extra `integrations` to test {module}")
+    run(program)
+
+
+def test_greenlets_and_loops_complete_what_each_other_waits_for():
+    pytest.importorskip("gevent", reason="install the extra `integrations` to test gevent")
+    run("gevent", first="import gevent.monkey; gevent.monkey.patch_all()")

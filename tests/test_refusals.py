@@ -1,0 +1,188 @@
+"""What is refused, is refused at once, in a few words that name the cure, and is not formatted."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import functools
+import multiprocessing.pool
+import time
+import traceback
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import torchfut_aio
+from torchfut_aio import Future, NotAFutureError, as_future
+from torchfut_aio.distributed import async_comm_hook, async_rpc, serve_on
+
+from .accelerator import FIRST
+
+formatted = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_formatted():
+    formatted.clear()
+    yield
+    assert formatted == []
+
+
+class Silent:
+    """To format it would wait for a kernel, or for a peer."""
+
+    def __repr__(self, _format=""):
+        formatted.append(traceback.format_stack())
+        return "formatted"
+
+    __str__ = __format__ = __repr__
+
+
+class SilentFunction(Silent):
+    def __call__(self, *args):
+        raise ValueError("foo")
+
+
+REFUSED = {
+    "as_future": as_future,
+    "gather": lambda it: torchfut_aio.gather(it),
+    "collect_all": lambda it: torchfut_aio.collect_all([it]),
+    "wait_all": lambda it: torchfut_aio.wait_all([Future(), it]),
+    "as_completed": lambda it: torchfut_aio.as_completed([it]),
+    "with_timeout": lambda it: torchfut_aio.with_timeout(it, 1),
+    "its timeout": lambda it: torchfut_aio.with_timeout(Future(), it),
+    "wait": lambda it: Future().wait(it),
+    "set_exception": lambda it: Future().set_exception(it),
+    "add_done_callback": lambda it: Future().add_done_callback(it),
+    "then": lambda it: Future().then(it),
+    "devices": lambda it: Future(devices=[it]),
+    "start_soon": lambda it: torchfut_aio.start_soon(it, asyncio.sleep, 1),
+    "its function": lambda it: torchfut_aio.start_soon(None, it),
+    "submit": lambda it: torchfut_aio.submit(it, asyncio.sleep, 1),
+    "synchronize": lambda it: torchfut_aio.synchronize(it),
+    "PollPolicy": lambda it: torchfut_aio.PollPolicy(shortest=it),
+    "set_poll_policy": lambda it: torchfut_aio.set_poll_policy(it),
+    "async_rpc": lambda it: async_rpc(it),
+    "async_comm_hook": lambda it: async_comm_hook(it),
+    "serve_on": lambda it: serve_on(it),
+}
+
+
+@pytest.mark.parametrize("refuse", REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize("thing", [Silent(), [Silent()] * 3, [0] * 300_000], ids=type)
+def test_what_is_refused_is_told_by_its_type_in_a_few_words(refuse, thing):
+    with pytest.raises((TypeError, RuntimeError, ValueError)) as caught:
+        refuse(thing)
+    assert len(str(caught.value)) < 3000
+
+
+def test_what_a_registered_function_returns_is_not_formatted():
+    class Careless:
+        pass
+
+    as_future.register(Careless, lambda source: Silent())
+    with pytest.raises(TypeError, match=r"returned a tests\.test_refusals\.Silent"):
+        as_future(Careless())
+
+
+def raises(error):
+    raise error
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        Silent(),
+        [Silent()] * 100,
+        (Silent(),),
+        {Silent(): Silent()},
+        {Silent()},
+        ValueError(Silent()),
+        functools.partial(print, Silent()),
+        10**100_000,
+        "x" * 800_000,
+        {n: [n] * 1000 for n in range(1000)},
+    ],
+    ids=type,
+)
+def test_the_repr_of_a_future_formats_nothing_but_what_python_makes(value):
+    fut = Future()
+    fut.set_result(value)
+    assert len(repr(fut)) < 1000
+    with pytest.raises(torchfut_aio.InvalidStateError):
+        fut.set_result(None)
+    for error in RuntimeError(value), KeyError(value), RuntimeError("foo", value):
+        failed = Future()
+        failed.set_exception(error)
+        assert failed.exception() is error  # or it would be logged
+        assert len(repr(failed)) < 1000
+        child = Future()
+        failed = child.then(lambda fut, error=error: raises(error))
+        child.set_result(None)
+        assert len(repr(failed)) < 1000
+        assert failed.exception().__cause__ is error or failed.exception() is error
+
+
+def test_what_a_callback_raises_is_logged_with_its_name_only(caplog):
+    fut = Future()
+    for callback in (SilentFunction(), functools.partial(SilentFunction(), Silent())):
+        fut.add_done_callback(callback)
+    fut.set_result(Silent())
+    assert caplog.text.count("callback tests.test_refusals.SilentFunction of") == 2
+
+
+@pytest.mark.device
+def test_a_tensor_is_refused_at_once_though_its_kernel_runs(accelerator, producer):
+    tensor = torch.zeros(2, device=FIRST)
+    accelerator.fill_after(tensor, 7.0, 1.0)
+    start = time.monotonic()
+    with pytest.raises(NotAFutureError, match=r"a torch\.Tensor is not .* to_host\(tensor\)"):
+        as_future(tensor)
+    assert time.monotonic() - start < 0.9
+
+
+async def coroutine_function():
+    pass
+
+
+async def async_generator():
+    yield
+
+
+CURES = [
+    (None, r"async_op=True; .* group; .* all_gather_object\(\).* anyio\.to_thread\.run_sync\(\)"),
+    ([Future()], r"a list is .* gather\(\)"),
+    ((Future(),), r"a tuple is .* gather\(\)"),
+    ((fut for fut in ()), r"a generator is .* gather\(\)"),
+    ({}.values(), r"a dict_values is .* gather\(\)"),
+    (torch.ones(2), r"await synchronize\(\), or to_host\(tensor\)"),
+    (torch.nn.Parameter(torch.ones(2)), r"await synchronize\(\), or to_host\(tensor\)"),
+    (coroutine_function, r"start_soon\(\)"),
+    (functools.partial(coroutine_function), r"start_soon\(\)"),
+    (async_generator(), r"`async for`"),
+    (dist.distributed_c10d._CoalescingManager(), r"manager\.works .* gather\(\)"),
+    (
+        multiprocessing.pool.IMapIterator.__new__(multiprocessing.pool.IMapIterator),
+        r"apply_async\(\) or map_async\(\)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("thing", "cure"), CURES, ids=[type(thing).__name__ for thing, _ in CURES])
+def test_what_cannot_be_adopted_is_refused_with_the_cure(thing, cure):
+    with pytest.raises(NotAFutureError, match=cure):
+        as_future(thing)
+
+
+def test_an_async_generator_cannot_be_called_by_rpc():
+    with pytest.raises(TypeError, match=r"async_generator is an async generator.* return a list"):
+        async_rpc(async_generator)
+
+
+def test_functions_of_concurrent_futures_are_told_what_they_take():
+    other = concurrent.futures.Future()
+    for function in (concurrent.futures.wait, lambda fs: next(concurrent.futures.as_completed(fs))):
+        with pytest.raises(AttributeError, match=r"fut\.as_concurrent\(\)"):
+            function([Future(), other])
+    assert not hasattr(Future(), "_condition")

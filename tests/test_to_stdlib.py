@@ -1,0 +1,206 @@
+"""``as_concurrent``: copies of futures for what insists on one of concurrent.futures."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import gc
+import threading
+import weakref
+
+import pytest
+
+from torchfut_aio import Future, _core, _to_stdlib, as_future
+
+from .accelerator import FIRST, NEW, SECOND, being_filled, completed_on, told_or_not
+from .explorer import strikes
+from .loops import on_asyncio
+from .threads import PATIENCE, alongside, running, until
+
+
+def test_it_completes_as_its_source_does():
+    kept, failed, done = Future(), Future(), Future()
+    error, done_error = ValueError("foo"), StopIteration("kept as it is")
+    copies = [kept.as_concurrent(), failed.as_concurrent()]
+    assert not any(copy.done() for copy in copies)
+    kept.set_result(5)
+    failed.set_exception(error)
+    done.set_exception(done_error)
+    assert all(type(copy) is concurrent.futures.Future for copy in copies)
+    assert copies[0].result(0) == 5
+    assert copies[1].exception(0) is error
+    assert done.as_concurrent().exception(0) is done_error
+    assert kept.as_concurrent().result(0) == 5
+
+
+def test_functions_of_concurrent_futures_take_it_beside_their_own():
+    fut = Future()
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        both = [fut.as_concurrent(), pool.submit(pow, 2, 10)]
+        with running(lambda: fut.set_result(5)):
+            done, left = concurrent.futures.wait(both, PATIENCE)
+        assert {future.result() for future in done} == {5, 1024}
+        assert not left
+        assert set(concurrent.futures.as_completed(both, PATIENCE)) == set(both)
+
+
+@pytest.mark.parametrize("function", [concurrent.futures.wait, concurrent.futures.as_completed])
+def test_they_refuse_the_future_itself_with_a_cure(function):
+    fut = Future()
+    with pytest.raises(AttributeError, match=r"pass fut\.as_concurrent\(\)"):
+        list(function([fut]))
+    assert not hasattr(fut, "_condition")
+
+
+@on_asyncio
+async def test_asyncio_wraps_it():
+    fut = Future()
+    wrapped = asyncio.wrap_future(fut.as_concurrent())
+    async with alongside(lambda: fut.set_result(5)):
+        assert await wrapped == 5
+
+
+def test_it_is_adopted_back():
+    fut = Future()
+    back = as_future(fut.as_concurrent())
+    fut.set_result(5)
+    assert back.wait(PATIENCE) == 5
+
+
+@pytest.mark.parametrize("kind", [asyncio.CancelledError, concurrent.futures.CancelledError, None])
+def test_that_of_a_cancelled_future_is_cancelled_and_wakes_who_waits(kind):
+    fut = Future()
+    before = fut.as_concurrent()
+    with running(lambda: concurrent.futures.wait([before], PATIENCE)):
+        fut.set_exception(kind()) if kind else fut.cancel()
+    assert before.cancelled()
+    assert fut.as_concurrent().cancelled()
+    assert concurrent.futures.wait([fut.as_concurrent()], PATIENCE).not_done == set()
+
+
+def test_cancelling_it_leaves_the_future_and_nothing_behind(caplog):
+    fut = Future()
+    copy = fut.as_concurrent()
+    assert "callbacks=1" in repr(fut)
+    assert copy.cancel()
+    assert repr(fut) == "<Future pending waiters=0 callbacks=0>"
+    assert concurrent.futures.wait([copy], 0).not_done == set()
+    fut.set_result(5)
+    assert copy.cancelled()
+    assert not caplog.records
+
+
+def test_of_a_completion_and_a_cancellation_one_wins(caplog):
+    for _ in range(300):
+        fut = Future()
+        copy = fut.as_concurrent()
+        told = []
+        with running(lambda: fut.set_result(5), lambda: told.append(copy.cancel())):
+            pass
+        assert concurrent.futures.wait([copy], 0).not_done == set()
+        assert told == [copy.cancelled()]
+        assert copy.cancelled() or copy.result(0) == 5
+    assert not caplog.records
+
+
+@pytest.mark.usefixtures("no_collector")
+@pytest.mark.parametrize("cancelled", [True, False])
+def test_when_it_is_done_neither_keeps_the_other(cancelled):
+    class Value:
+        pass
+
+    fut, value = Future(), Value()
+    copy = fut.as_concurrent()
+    if cancelled:
+        copy.cancel()
+    fut.set_result(value)
+    gone, copy_gone, value_gone = weakref.ref(fut), weakref.ref(copy), weakref.ref(value)
+    del fut, value
+    assert gone() is None
+    del copy
+    assert copy_gone() is None
+    assert value_gone() is None
+
+
+def test_a_pending_one_that_all_forget_is_collected():
+    fut = Future()
+    gone = weakref.ref(fut.as_concurrent())
+    fut_gone = weakref.ref(fut)
+    del fut
+    gc.collect()
+    assert gone() is None
+    assert fut_gone() is None
+
+
+# ------------------------------------------------------------------------- accelerators
+
+
+@pytest.mark.device
+@told_or_not
+def test_it_completes_when_the_kernels_are_done(accelerator, producer, devices):
+    fut = Future(devices=devices)
+    copy = fut.as_concurrent()
+    with producer:
+        fut.set_result(being_filled(accelerator))
+    assert concurrent.futures.wait([copy], 0.02).done == set()
+    assert not copy.done()
+    accelerator.wake()
+    assert copy.result(PATIENCE).tolist() == NEW
+
+
+@pytest.mark.device
+@pytest.mark.several_devices
+@pytest.mark.parametrize("devices", [(FIRST, SECOND), (SECOND, FIRST)])
+def test_it_completes_when_the_kernels_on_every_device_are_done(accelerator, devices):
+    fut = Future()
+    early = being_filled(accelerator, devices[0])
+    accelerator.wake()
+    fut.set_result([early, being_filled(accelerator, devices[1])])
+    copy = fut.as_concurrent()
+    assert concurrent.futures.wait([copy], 0.02).done == set()
+    accelerator.wake()
+    assert [tensor.tolist() for tensor in copy.result(PATIENCE)] == [NEW, NEW]
+
+
+@pytest.mark.device
+@pytest.mark.usefixtures("accelerator")
+def test_a_kernel_that_fails_is_its_error(accelerator, producer):
+    fut = Future()
+    with producer:
+        value = being_filled(accelerator)
+        accelerator.fail("the kernel failed")
+        fut.set_result(value)
+    copy = fut.as_concurrent()
+    accelerator.wake()
+    with pytest.raises(RuntimeError, match="the kernel failed"):
+        copy.result(PATIENCE)
+
+
+@pytest.mark.device
+def test_cancelling_it_while_kernels_run_wakes_who_waits(accelerator, producer):
+    fut = completed_on(producer, accelerator, None)
+    copy = fut.as_concurrent()
+    assert copy.cancel()
+    assert concurrent.futures.wait([copy], 0).not_done == set()
+    accelerator.wake()
+    assert fut.wait().tolist() == NEW
+    until(lambda: not [t for t in threading.enumerate() if "torchfut_aio watcher" in t.name])
+
+
+# --------------------------------------------------------------------------- interrupts
+
+
+@pytest.mark.parametrize(("error", "at"), [(KeyboardInterrupt, "signals"), (MemoryError, "calls")])
+def test_an_interrupt_of_the_completion_leaves_no_copy_pending(error, at):
+    for strike in strikes(_to_stdlib, _core, error=error, at=at):
+        fut = Future()
+        copy, other = fut.as_concurrent(), fut.then(lambda f: f.value())
+        with strike:
+            fut.set_result(5)
+        fut.try_set_result(5)
+        if strike.raised is not None:
+            until(lambda: copy.done() and other.done())
+        assert copy.done()
+        assert copy.exception(0) is None or isinstance(copy.exception(0), error)
+        assert other.done()
+        other.exception()  # or it is logged that nobody has retrieved it

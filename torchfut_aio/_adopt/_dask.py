@@ -1,0 +1,26 @@
+"""Futures of a dask client, which has an event loop: in a thread of its own, or here."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from .._future import Future
+from ._registry import Adoption, adopts, once
+
+
+@adopts("distributed.client.Future")
+@once
+def _from_dask(source: Any, future: Future[Any]) -> None:
+    # Only on its client's loop can one be awaited.
+    waiting = _wait_for(source)
+    try:
+        task = asyncio.run_coroutine_threadsafe(waiting, source.client.loop.asyncio_loop)
+    except BaseException:
+        waiting.close()
+        raise
+    task.add_done_callback(Adoption(future))
+
+
+async def _wait_for(source: Any) -> Any:
+    return await source

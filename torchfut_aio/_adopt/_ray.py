@@ -1,0 +1,26 @@
+"""Ray's ObjectRefs: names of values that other processes compute."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from .._arguments import devices_checked
+from .._future import Future
+from ._registry import Adoption, Devices, adopts
+
+# The futures of pending refs, by the ids of the objects: a ref has no weak references.
+_made: weakref.WeakValueDictionary[tuple[bytes, object], Future[Any]] = (
+    weakref.WeakValueDictionary()
+)
+
+
+@adopts("ray.ObjectRef")
+def _from_ray(source: Any, *, devices: Devices = None) -> Future[Any]:
+    key = source.binary(), () if devices is None else devices_checked(devices)
+    future = _made.get(key)
+    if future is None or future.done():
+        future = Future(devices=key[1])
+        source.future().add_done_callback(Adoption(future))
+        _made[key] = future
+    return future

@@ -1,0 +1,70 @@
+"""What `as_future` says of what it cannot adopt, and what to pass instead.
+
+It looks at the type alone: what the thing says of itself may wait for a kernel or a peer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from .._errors import NotAFutureError
+from .._repr import described
+
+_MANY = "Pass many futures at once to gather() or collect_all()."
+_FUNCTION = (
+    "A function must be called first: an async one by start_soon(), another by an executor, whose "
+    "future can be adopted."
+)
+_AWAITABLE = "A coroutine must run first: pass asyncio.ensure_future(coroutine)."
+
+# By the full names of types, or what they derive from.
+_CURES = {
+    "NoneType": (
+        "A collective returns None without async_op=True; on a rank that is not in its group; and "
+        "if it is for objects, such as all_gather_object(), which has no async_op: run that in a "
+        "thread, by anyio.to_thread.run_sync()."
+    ),
+    "torch.Tensor": (
+        "A tensor is there already, but kernels may still fill it: await synchronize(), or "
+        "to_host(tensor)."
+    ),
+    "torch.distributed.distributed_c10d._CoalescingManager": (
+        "Pass manager.works of a coalescing manager to gather(), after its `with` block."
+    ),
+    "torch.distributed.rpc.rref_proxy.RRefProxy": (
+        "Call a method of an RRef's proxy first, as in rref.rpc_async().method()."
+    ),
+    "multiprocessing.pool.IMapIterator": (
+        "Use apply_async() or map_async() of the pool, whose AsyncResult can be adopted."
+    ),
+    "ray.ObjectRefGenerator": "Iterate over it: each item is an ObjectRef, which can be adopted.",
+    "coroutine": _AWAITABLE,
+    "async_generator": "Use `async for` for what an async generator yields.",
+    "function": _FUNCTION,
+    "method": _FUNCTION,
+    "functools.partial": _FUNCTION,
+    "str": "",
+    "bytes": "",
+}
+
+
+def refusal(source: object, accepted: Iterable[str]) -> NotAFutureError:
+    """Returns the error for what is none of the types that are accepted."""
+    problem = f"{described(source)} is not a future"
+    if source is None:
+        problem = "Future can't be None"
+    return NotAFutureError(
+        f"{problem}; as_future() accepts {', '.join(accepted)}, "
+        f"and what is added with as_future.register(). {_cure(type(source))}".rstrip()
+    )
+
+
+def _cure(kind: type) -> str:
+    for base in kind.__mro__:
+        name = base.__qualname__
+        cure = _CURES.get(name if base.__module__ == "builtins" else f"{base.__module__}.{name}")
+        if cure is not None:
+            return cure
+    if hasattr(kind, "__await__"):
+        return _AWAITABLE
+    return _MANY if issubclass(kind, Iterable) else ""

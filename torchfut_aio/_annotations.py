@@ -1,0 +1,41 @@
+"""What ``Future[int]`` is when a program runs: an annotation that PyTorch knows for its own.
+
+DDP compares the annotation of a hook's result with ``torch.futures.Future[torch.Tensor]``, and
+TorchScript compares the class behind it with ``torch.futures.Future``. Neither looks for
+subclasses. So this alias is equal to PyTorch's, and names that class where ``typing.get_origin``
+looks; but calling it, or deriving from it, takes our class.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from typing import Any
+
+import torch
+
+
+class FutureAlias(types.GenericAlias):
+    """``Future[...]``."""
+
+    @property
+    def __origin__(self) -> Any:
+        return torch.futures.Future
+
+    def __getattribute__(self, name: str) -> Any:
+        # In Python 3.10, an alias of a class says that it is a class.
+        return type(self) if name == "__class__" else super().__getattribute__(name)
+
+    def __getitem__(self, item: Any) -> FutureAlias:
+        substituted: Any = super().__getitem__(item)
+        return FutureAlias(substituted.__origin__, substituted.__args__)
+
+    def __eq__(self, other: object) -> bool:
+        is_future = typing.get_origin(other) is torch.futures.Future
+        return is_future and typing.get_args(other) == self.__args__
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash((torch.futures.Future, self.__args__))  # as that of PyTorch's
