@@ -76,7 +76,8 @@ class Batcher(Generic[T, R]):
     Args:
         function: Called with a list of items; returns as many results, in that order, as a list
             or as a tensor of that many rows. Kernels may still fill the results, on the streams
-            that are current.
+            that are current when it returns. If it works on a stream of its own, it has the
+            current one wait for that.
         max_batch: The most items in a batch.
         max_wait: How many seconds an item may wait for more to come. With 0, a batch is what has
             come while the batch before it ran.
