@@ -49,7 +49,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from torchfut_aio import Batcher, BatcherClosedError, Future, InvalidStateError, QueueFullError
+from torchfut_aio import Batcher, BatcherClosedError, Future, QueueFullError
 
 MAX_BATCH = 64
 MAX_QUEUE = 256  # images that wait
@@ -197,29 +197,25 @@ class ClientLeftError(Exception):
 
 
 async def answer_to(request: Request, future: Future[int]) -> int:
-    """Awaits the future, and gives it up when the time is over or the client leaves."""
+    """Awaits the future, and fails it when the time is over or the client leaves.
+
+    The batcher skips what is done.
+    """
     loop = asyncio.get_running_loop()
-    timer = loop.call_later(SECONDS, give_up, future, TimeoutError())
+    timer = loop.call_later(SECONDS, future.try_set_exception, TimeoutError())
     watch = loop.create_task(disconnected(request.receive))
-    watch.add_done_callback(lambda _: give_up(future, ClientLeftError()))
+    watch.add_done_callback(lambda _: future.try_set_exception(ClientLeftError()))
     try:
         return await future
     finally:
         timer.cancel()
         watch.cancel()
-        give_up(future, asyncio.CancelledError())  # as this task was
+        future.cancel()  # as this task was
 
 
 async def disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-def give_up(future: Future[int], error: BaseException) -> None:
-    """Has the batcher skip it, and whoever awaits it raise the error."""
-    if not future.done():
-        with suppress(InvalidStateError):  # it has just been completed
-            future.set_exception(error)
 
 
 async def read_image(request: Request) -> torch.Tensor:

@@ -68,7 +68,7 @@ class Batcher(Generic[T, R]):
 
     Every future completes. If the function raises, all items of the batch fail with its error. If
     a result is an exception, that item fails with it. An item whose future is done before its
-    batch begins is skipped: to give one up, complete its future. Leaving ``with`` or
+    batch begins is skipped: to give one up, cancel its future. Leaving ``with`` or
     ``async with`` closes the batcher, and drains it if no error is under way. So does dropping
     it, or the exit of the interpreter, which waits for the thread. A process that forks keeps all
     this for itself: the child begins with nothing queued.
@@ -76,7 +76,8 @@ class Batcher(Generic[T, R]):
     Args:
         function: Called with a list of items; returns as many results, in that order, as a list
             or as a tensor of that many rows. Kernels may still fill the results, on the streams
-            that are current.
+            that are current when it returns. If it works on a stream of its own, it has the
+            current one wait for that.
         max_batch: The most items in a batch.
         max_wait: How many seconds an item may wait for more to come. With 0, a batch is what has
             come while the batch before it ran.
