@@ -62,7 +62,10 @@ def _is_another(device: torch.device | None) -> TypeGuard[torch.device]:
     """Tells whether ``device`` is one of several, and not the current one."""
     if device is None or device.index is None:
         return False
-    return device.index != torch.accelerator.current_device_index()
+    try:
+        return device.index != torch.accelerator.current_device_index()
+    except RuntimeError:  # this process has no accelerator: what is asked next will tell
+        return False
 
 
 def restore_current(kind: str, index: int) -> None:
