@@ -627,6 +627,8 @@ def test_close_returns_though_no_thread_can_start(monkeypatch):
     batcher = batcher_of()
     monkeypatch.setattr(_worker.WorkerThread, "start", cannot_start)
     batcher.close()
+    with pytest.raises(BatcherClosedError):
+        batcher.submit(1)
 
 
 def python(program):

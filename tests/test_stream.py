@@ -717,6 +717,7 @@ def test_whatever_strikes_a_task_that_waits_the_stream_works_afterwards():
 @errors
 @pytest.mark.parametrize("end", ["close", "stop_listening", "drop"])
 def test_whatever_strikes_an_end_all_are_told_or_it_can_be_repeated(end, error, at):
+    ended = 0
     for strike in strikes(*MODULES, error=error, at=at):
         stream, reader, writer = ValueStream(max_size=1), Waiter(), Waiter()
         stream.push(1)
@@ -727,7 +728,9 @@ def test_whatever_strikes_an_end_all_are_told_or_it_can_be_repeated(end, error, 
             listeners.clear() if end == "drop" else getattr(stream, end)()
         if not stream._state.end:
             continue  # untouched
+        ended += 1
         until(lambda: reader.woken and writer.woken)
+    assert ended
 
 
 # What happens in between two steps may be done by another thread, a signal handler or a finaliser.
