@@ -131,7 +131,7 @@ class Batcher(Generic[T, R]):
         self._max_queue = max_queue
         self._worker = BatchWorker(function, max_batch, wait, name)
         self._needs_loop = _is_async(function)
-        self._loop: _loops.Loop | None = None
+        self._home: _Home | None = None
 
     # ------------------------------------------------------------------------------ items
 
@@ -147,7 +147,7 @@ class Batcher(Generic[T, R]):
         worker = self._worker
         if worker.closing:
             raise BatcherClosedError("the batcher is closed and takes no more items")
-        if self._needs_loop and self._loop is None:
+        if self._needs_loop and self._home is None:
             raise RuntimeError("the function is async: enter the batcher first, by async with")
         if len(worker.work) >= self._max_queue and not worker.make_room(self._max_queue):
             worker.rejected += 1
@@ -192,7 +192,7 @@ class Batcher(Generic[T, R]):
         Warns:
             BlockingWaitWarning: This thread runs an event loop: ``await aclose()`` there.
         """
-        if self._loop is not None and _loops.loop_in_this_thread():
+        if self._home is not None and _loops.loop_in_this_thread():
             raise RuntimeError("close() would wait for this thread's event loop: await aclose()")
         ended = self._begin_to_close(drain)
         if threading.current_thread() in self._worker.threads():
@@ -250,12 +250,12 @@ class Batcher(Generic[T, R]):
 
     async def __aenter__(self) -> Batcher[T, R]:
         if self._needs_loop:
-            if self._loop is not None:
+            if self._home is not None:
                 raise RuntimeError("a loop has entered the batcher already")
-            self._loop = _loops.current()
             worker = self._worker
+            self._home = _Home(worker.ended)
             worker.function = functools.partial(
-                _run_on_loop, self._loop, threading.current_thread(), worker.function, worker.name
+                _run_on_loop, self._home, worker.function, worker.name
             )
         return self
 
@@ -274,36 +274,66 @@ def _is_async(function: Any) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
 
 
-def _run_on_loop(
-    loop: _loops.Loop, home: threading.Thread, function: Any, name: str, items: list[Any]
-) -> Any:
-    """Runs an async function as a task, and returns what it does, to the batcher's thread."""
-    future = _start_on_loop(loop, function, name, items)
-    while not future.done():
-        with suppress(TimeoutError):
-            future.wait(_LOOK)
-        # A loop that closes may keep the call, and not make it; one that has stopped may stay open.
-        can_run = home.is_alive() and loop.call_soon(_nothing)
-        if not can_run and not future.done():
+class _Home:
+    """The loop that has entered a batcher, until it ends, or the batcher does.
+
+    A loop that ends cancels its tasks once. It still runs for a while, but would never finish a
+    task that it is given then; so one task waits to be cancelled.
+    """
+
+    def __init__(self, batcher_ended: Future[None]) -> None:
+        self._loop = _loops.current()
+        self._thread = threading.current_thread()
+        self._has_ended = False
+        self._loop.spawn(self._end, self._wait, batcher_ended)
+
+    async def _wait(self, batcher_ended: Future[None]) -> None:
+        try:
+            await batcher_ended
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        self._has_ended = True
+
+    def runs(self) -> bool:
+        """Tells whether the loop still runs, from any thread."""
+        # A loop that closes may keep a call, and not make it; one that has stopped may stay open.
+        return not self._has_ended and self._thread.is_alive() and self._loop.call_soon(_nothing)
+
+    def start(self, promise: Promise, function: Any, items: list[Any]) -> None:
+        """Has the loop make a task of ``function(items)``."""
+
+        def start() -> None:
+            if self._has_ended:
+                promise.cancel("its event loop has ended")
+                return
+            try:
+                self._loop.spawn(promise.end, run_contained, promise, function, (items,))
+            except Exception as error:  # the loop is about to close
+                promise.fail(error)
+
+        if not self._loop.call_soon(start):
             raise RuntimeError("the event loop that entered the batcher has ended")
-    return future.wait()
 
 
 def _nothing() -> None:
     pass
 
 
-def _start_on_loop(loop: _loops.Loop, function: Any, name: str, items: list[Any]) -> Future[Any]:
+def _run_on_loop(home: _Home, function: Any, name: str, items: list[Any]) -> Any:
+    """Runs an async function as a task, and returns what it does, to the batcher's thread."""
+    future = _start_on_loop(home, function, name, items)
+    while not future.done():
+        with suppress(TimeoutError):
+            future.wait(_LOOK)
+        if not home.runs() and not future.done():
+            raise RuntimeError("the event loop that entered the batcher has ended")
+    return future.wait()
+
+
+def _start_on_loop(home: _Home, function: Any, name: str, items: list[Any]) -> Future[Any]:
     """As a function of its own, that nothing but the loop refers to the promise afterwards."""
     future: Future[Any] = Future()
-    promise = Promise(future, name)
-
-    def start() -> None:
-        try:
-            loop.spawn(promise.end, run_contained, promise, function, (items,))
-        except Exception as error:  # the loop is about to close
-            promise.fail(error)
-
-    if not loop.call_soon(start):
-        raise RuntimeError("the event loop that entered the batcher has ended")
+    home.start(Promise(future, name), function, items)
     return future
