@@ -7,6 +7,7 @@ from typing import TypeVar
 from . import _core
 from ._arguments import exception_checked
 from ._core import OUTCOME
+from ._devices import HOST_ONLY
 from ._errors import CancelledError
 
 T = TypeVar("T")
@@ -39,7 +40,13 @@ class Settable(_core.Completable[T]):
             >>> fut.wait()
             5
         """
-        _core.complete_with_value(self, result)
+        if type(result) in HOST_ONLY and not self._devices:
+            # As nearly always; the same without a call, which a thread that completes many feels.
+            outcome = _core.Outcome()
+            outcome.value = result
+        else:
+            outcome = _core.outcome_of_value(result, self._devices)
+        _core.complete(self, outcome)
 
     def set_exception(self, result: BaseException) -> None:  # type: ignore[override]
         """Marks the future completed with an error, wakes all who wait, runs callbacks.

@@ -30,7 +30,7 @@ from typing import Any, Final, NoReturn, TypeVar
 
 import torch
 
-from .._devices import HOST_ONLY, says_no_events
+from .._devices import says_no_events
 from .._errors import CANCELLATIONS, InvalidStateError
 from .._loops import Waker
 from . import _callbacks
@@ -154,12 +154,7 @@ def _complete_all(
 
 def complete_with_value(future: Completable[Any], value: object) -> None:
     """As `complete`, with the outcome that ``value`` has here and now."""
-    if future._devices or type(value) not in HOST_ONLY:
-        outcome = outcome_of_value(value, future._devices)
-    else:  # as nearly always, so without a call
-        outcome = Outcome()
-        outcome.value = value
-    complete(future, outcome)
+    complete(future, outcome_of_value(value, future._devices))
 
 
 def complete_with_parts(
