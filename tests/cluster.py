@@ -20,6 +20,10 @@ import anyio
 
 from .threads import PATIENCE, PATIENCE_WITH_PROCESSES
 
+# A process that is forked from one that has imported PyTorch starts at once.
+_processes = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+_processes.set_forkserver_preload(["torch.distributed._functional_collectives", "tests.services"])
+
 LOOPS = {
     "asyncio": {"backend": "asyncio"},
     "uvloop": {"backend": "asyncio", "backend_options": {"use_uvloop": True}},
@@ -36,13 +40,12 @@ class Cluster:
     """So many worker processes, called ``worker0`` and so on to RPC."""
 
     def __init__(self, size: int, *, uvloop: bool = True, rpc: bool = True) -> None:
-        context = multiprocessing.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory()
         self._pipes = []
         self.processes = []
         for rank in range(size):
-            ours, theirs = context.Pipe()
-            process = context.Process(
+            ours, theirs = _processes.Pipe()
+            process = _processes.Process(
                 target=_work,
                 args=(theirs, rank, size, self._folder.name, uvloop, rpc),
                 name=f"worker{rank}",

@@ -21,6 +21,7 @@ from blockbuster import BlockBuster
 from hypothesis import HealthCheck, settings
 from torch.distributed import rpc
 
+from . import explorer
 from .accelerator import accelerator, accelerator_module, consumer, producer
 from .threads import PATIENCE, until
 
@@ -37,6 +38,10 @@ def pytest_asyncio_loop_factories(
     config: pytest.Config, item: pytest.Item
 ) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
     return {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+
+
+def pytest_collection_finish() -> None:
+    explorer.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -545,6 +545,7 @@ def test_an_exit_that_ends_the_background_loop_is_survived_by_later_calls():
         until(lambda: not _background_loop.is_running())
         assert fut.done()
         assert double(2).wait(PATIENCE) == 4
+        until(lambda: len(background_threads()) == 1)  # the other one is ending
 
 
 def test_a_thread_that_cannot_be_started_fails_the_call_and_leaves_nothing(monkeypatch):

@@ -46,12 +46,12 @@ async def test_timed_out_awaits_on_a_pending_future_keep_memory_flat():
 
     await time_out(100)
     with Growth() as growth:
-        await time_out(5_000)
+        await time_out(2_000)
     assert repr(fut) == "<Future pending waiters=0 callbacks=0>"
     assert growth.bytes < 20_000
 
 
-def test_a_hundred_thousand_timed_out_awaits_keep_memory_flat():
+def test_timed_out_awaits_of_a_thousand_tasks_at_a_time_keep_memory_flat():
     fut = Future()
 
     async def main():
@@ -67,12 +67,12 @@ def test_a_hundred_thousand_timed_out_awaits_keep_memory_flat():
 
         await round_of(1000)
         with Growth() as growth:
-            for _ in range(100):
+            for _ in range(20):
                 await round_of(1000)
         return growth.bytes
 
-    # What a single waiter left behind would cost is 100 times as much.
-    assert asyncio.run(main()) < 1_000_000
+    # If each left a waiter behind, that would be several times as much.
+    assert asyncio.run(main()) < 400_000
     assert repr(fut) == "<Future pending waiters=0 callbacks=0>"
 
 
@@ -95,7 +95,7 @@ def resident():
         return int(statm.read().split()[1]) * 4096
 
 
-def test_a_million_futures_made_awaited_and_dropped_keep_memory_flat(nothing_blocks_a_loop):
+def test_futures_made_awaited_and_dropped_keep_memory_flat(nothing_blocks_a_loop):
     nothing_blocks_a_loop.deactivate()  # it makes this take ten times as long
 
     async def value(fut):
@@ -109,10 +109,10 @@ def test_a_million_futures_made_awaited_and_dropped_keep_memory_flat(nothing_blo
             setting = asyncio.to_thread(lambda: [fut.set_result(None) for fut in futures])
             await asyncio.gather(setting, *tasks)
 
-    asyncio.run(rounds_of_5000(20))
+    asyncio.run(rounds_of_5000(10))
     before = resident()  # what C++ allocates too
-    asyncio.run(rounds_of_5000(180))
-    assert resident() - before < 20e6
+    asyncio.run(rounds_of_5000(30))
+    assert resident() - before < 150_000 * 27  # what malloc() gives takes 32 bytes at least
 
 
 def gone(make):

@@ -28,6 +28,7 @@ from .accelerator import (
     SECOND,
     being_filled,
     completed_on,
+    current_stream,
     read_on_current_stream,
     several_devices,
     told_or_not,
@@ -497,7 +498,14 @@ async def test_awaits_that_are_cancelled_at_random_harm_no_others(accelerator):
         accelerator.reset()
         resumed.clear()
         given_up.clear()
-        futures = [completed_on(stream, accelerator, None) for _ in range(20)]
+        # All zeros are there before the first kernel holds the stream up.
+        tensors, futures = torch.zeros(20, 2, device=FIRST).unbind(), []
+        current_stream().synchronize()
+        with stream:
+            for tensor in tensors:
+                accelerator.fill_after(tensor, 7, PATIENCE)
+                futures.append(Future())
+                futures[-1].set_result(tensor)
         async with anyio.create_task_group() as tg:
             for n, fut in enumerate(futures):
                 tg.start_soon(read, fut, n / 10_000 if n % 2 else PATIENCE)

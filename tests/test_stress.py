@@ -44,7 +44,7 @@ def test_8000_futures_completed_by_8_threads_while_awaited_are_none_lost(
     backend, options, switch_interval
 ):
     async def main():
-        for _ in range(4):
+        for _ in range(2):
             futures = [Future() for _ in range(8_000)]
             got = []
 

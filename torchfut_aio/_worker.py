@@ -63,6 +63,7 @@ class WorkerThread(threading.Thread):
         self.will_look = False  # at the work again
         self.is_to_end = False
         self.hands_over = True  # another thread does what it leaves when it is to end
+        self._launched_by: int | None = None  # the thread that is starting it
         # None when it runs, or why it could not be started.
         self.started: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
 
@@ -70,10 +71,13 @@ class WorkerThread(threading.Thread):
         """Starts it; for a thread that is there for that only."""
         try:
             self.is_there = True
+            self._launched_by = _thread.get_ident()
             self.start()
         except BaseException as error:
             self.is_there = False
             self.started.put(error)
+        finally:
+            self._launched_by = None
 
     def run(self) -> None:
         """Serves while there is work, unless another thread does."""
@@ -101,9 +105,9 @@ class WorkerThread(threading.Thread):
     def has_ended(self, give_up: float) -> bool:
         """Waits until ``give_up`` on the monotonic clock for the end; tells whether it came.
 
-        Whoever runs in this thread cannot wait.
+        Whoever runs in this thread cannot wait, nor can a finaliser in the middle of its start.
         """
-        if self is threading.current_thread():
+        if _thread.get_ident() in (self.ident, self._launched_by):
             return True
         while self.is_there or self.is_alive():
             if time.monotonic() > give_up:
