@@ -384,6 +384,31 @@ def test_other_libraries_register_their_own_sources(registered):
         as_future(5)
 
 
+def test_others_may_register_theirs_while_one_is_looked_up(registered):
+    class Another:
+        pass
+
+    to_register = [Another]
+
+    class Meanwhile(type):
+        def __subclasscheck__(cls, _kind):  # of which the look-up asks
+            while to_register:
+                as_future.register(to_register.pop(), lambda source: Future())
+            return False
+
+    class Asked(metaclass=Meanwhile):
+        pass
+
+    class MySpecialHandle(SpecialHandle):
+        pass
+
+    as_future.register(Asked, lambda source: Future())
+    handle = MySpecialHandle()
+    assert as_future(handle).wait() is handle
+    assert not to_register
+    assert not as_future(Another()).done()
+
+
 def test_what_is_registered_must_return_ours():
     class Careless:
         pass

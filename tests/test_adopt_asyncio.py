@@ -65,6 +65,76 @@ def test_a_loop_that_closes_fails_what_other_threads_wait_for(new_loop):
     assert waited.is_set()
 
 
+class ClosesWithinACall(asyncio.SelectorEventLoop):
+    """Is closed, as by another thread, after a call has found it open and before it is listed."""
+
+    closes = False
+
+    def _check_closed(self):
+        super()._check_closed()
+        if self.closes:
+            self.close()
+
+
+@pytest.mark.parametrize("source_is_done", [False, True])
+def test_a_loop_that_closes_while_its_future_is_adopted_fails_it_or_gives_its_value(source_is_done):
+    loop = ClosesWithinACall()
+    source = loop.create_future()
+    if source_is_done:
+        source.done = iter([False, False, True]).__next__  # as another thread completes it
+        source.set_result(5)
+    loop.closes = True
+    fut = as_future(source)
+    assert loop.is_closed()
+    if source_is_done:
+        assert fut.wait(PATIENCE) == 5
+    else:
+        with pytest.raises(concurrent.futures.CancelledError, match=ENDED):
+            fut.wait(PATIENCE)
+
+
+@every_kind_of_loop
+@pytest.mark.parametrize("outcome", [5, KeyError("foo")], ids=type)
+def test_what_is_done_when_its_loop_stops_for_good_is_not_lost(new_loop, outcome):
+    loop = new_loop()
+
+    async def ends_in_the_last_turn():
+        await asyncio.sleep(0)
+        loop.stop()
+        if isinstance(outcome, KeyError):
+            raise outcome
+        return outcome
+
+    async def main():
+        return as_future(asyncio.ensure_future(ends_in_the_last_turn()))
+
+    fut = loop.run_until_complete(main())
+    loop.run_forever()
+    loop.close()
+    if outcome == 5:
+        assert fut.wait(PATIENCE) == 5
+    else:
+        assert fut.exception() is outcome
+
+
+@pytest.mark.filterwarnings("ignore:unclosed event loop", "ignore:unclosed <socket")
+def test_a_future_that_is_kept_keeps_no_loop_that_all_forget(collected, caplog):
+    async def main():
+        woken = asyncio.Event()
+        asyncio.get_running_loop().call_later(10 * PATIENCE, woken.set)
+        task = asyncio.ensure_future(woken.wait())
+        await asyncio.sleep(0)
+        return as_future(task)
+
+    loop = asyncio.new_event_loop()
+    fut = loop.run_until_complete(main())
+    del loop
+    collected()
+    with pytest.raises(concurrent.futures.CancelledError, match=ENDED):
+        fut.wait(PATIENCE)
+    assert "Task was destroyed" in caplog.text
+
+
 @every_kind_of_loop
 def test_a_task_that_never_ends_fails_its_future_with_the_loop(new_loop):
     loop = new_loop()

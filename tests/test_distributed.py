@@ -20,6 +20,7 @@ import pytest
 import sniffio
 import torch
 import torch.distributed as dist
+import trio
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 
 from torchfut_aio import BlockingWaitWarning, Future, _worker, as_future
@@ -412,6 +413,53 @@ def test_what_runs_on_a_portal_is_cancelled_by_a_shutdown_that_is_not_graceful(l
         shutdown(graceful=False)
         with pytest.raises(concurrent.futures.CancelledError, match="hangs was cancelled"):
             fut.wait(PATIENCE)
+
+
+class LosesACall(asyncio.SelectorEventLoop):
+    """Drops a call, as when Ctrl-C strikes just before it is made."""
+
+    loses = False
+
+    def call_soon_threadsafe(self, *args, **kwargs):
+        handle = super().call_soon_threadsafe(*args, **kwargs)
+        if self.loses:
+            self.loses = False
+            handle.cancel()
+        return handle
+
+
+def test_what_still_runs_is_cancelled_although_the_loop_loses_the_call():
+    with anyio.from_thread.start_blocking_portal(
+        backend_options={"loop_factory": LosesACall}
+    ) as portal:
+        loop = portal.call(asyncio.get_running_loop)
+        with serve_on(portal):
+            fut = hangs()
+            assert here().wait(PATIENCE) == "asyncio"
+            loop.loses = True
+        assert not loop.loses
+        with pytest.raises(concurrent.futures.CancelledError, match="hangs was cancelled"):
+            fut.wait(PATIENCE)
+
+
+def test_a_call_that_comes_as_a_run_of_trio_ends_fails_and_leaves_the_run_alone():
+    futures = []
+
+    async def calls_when_it_is_cancelled():
+        try:
+            await trio.sleep_forever()
+        finally:
+            futures.append(double(1))
+
+    async def main():
+        async with anyio.from_thread.BlockingPortal() as portal:
+            trio.lowlevel.spawn_system_task(calls_when_it_is_cancelled)
+            return serve_on(portal)
+
+    with trio.run(main):
+        pass
+    with pytest.raises(concurrent.futures.CancelledError, match="its event loop ended"):
+        futures[0].wait(PATIENCE)
 
 
 @on_every_loop

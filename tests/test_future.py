@@ -198,7 +198,13 @@ def test_set_exception_takes_any_base_exception(error):
         fut.wait()
 
 
-@pytest.mark.parametrize("thing", ["text", None, 5, ValueError], ids=repr)
+class Double:
+    """What a mocking library makes: it says that it is an exception, and is none."""
+
+    __class__ = ValueError
+
+
+@pytest.mark.parametrize("thing", ["text", None, 5, ValueError, Double()], ids=type)
 def test_set_exception_with_what_is_none_is_a_type_error_and_leaves_it_pending(thing):
     fut = Future()
     with pytest.raises(TypeError, match="exception"):

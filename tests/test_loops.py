@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 import types
+import weakref
 from contextlib import suppress
 
 import pytest
@@ -290,6 +291,35 @@ def test_a_loop_that_sleeps_makes_a_call_that_a_signal_handler_asks_for(new_loop
     loop.run_until_complete(main())
     assert loop.time() - begun < PATIENCE / 2
     loop.close()
+
+
+class ClosesWithinACall(asyncio.SelectorEventLoop):
+    """Is closed, as by another thread, after a call has found it open and before it is listed."""
+
+    closes = False
+
+    def _check_closed(self):
+        super()._check_closed()
+        if self.closes:
+            self.close()
+
+
+def test_a_loop_that_closes_within_a_call_keeps_nothing_of_it():
+    async def main():
+        return _loops.current()
+
+    loop = new(ClosesWithinACall)
+    ours = loop.run_until_complete(main())
+    loop.closes = True
+
+    def function():
+        pass
+
+    gone = weakref.ref(function)
+    assert ours.call_soon(function) is False
+    assert loop.is_closed()
+    del function
+    assert gone() is None
 
 
 # ------------------------------------------------------------------ a further kind of loop

@@ -8,10 +8,12 @@ import functools
 import gc
 import inspect
 import logging
+import sys
 import threading
 import traceback
 import warnings
 import weakref
+from collections import deque
 
 import anyio
 import anyio.lowlevel
@@ -21,7 +23,7 @@ import trio
 import uvloop
 from anyio.from_thread import start_blocking_portal
 
-from torchfut_aio import Future, as_completed, as_future, gather, start_soon, submit
+from torchfut_aio import Future, _tasks, as_completed, as_future, gather, start_soon, submit
 
 from .loops import on_asyncio, on_every_loop
 from .threads import PATIENCE, alongside, running, until
@@ -603,6 +605,25 @@ def test_loops_that_submit_to_each_other_at_once_both_get_their_answers(
             assert answer.wait(PATIENCE) == [2 * n for n in range(20)]
 
 
+class TakenEarly(deque):
+    """What is new to a worker, whose thread finds each item before it is listed as new."""
+
+    def append(self, item):
+        self.worker.ensure_thread()
+        until(lambda: not self.worker.has_work())
+        super().append(item)
+
+
+def test_a_call_that_is_found_twice_is_handed_over_once():
+    fut, hand_over = Future(), _tasks._HandOver()
+    hand_over.new = TakenEarly()
+    hand_over.new.worker = hand_over
+    with start_blocking_portal() as portal:
+        hand_over.submit(_tasks.Promise(fut, "double"), (portal, double, (21,)))
+        assert fut.wait(PATIENCE) == 42
+        until(lambda: not hand_over.threads())
+
+
 @each_loop
 def test_a_loop_that_stands_still_does_not_hold_up_what_is_submitted_to_another(
     loop, nothing_blocks_a_loop
@@ -699,6 +720,17 @@ def complete(source, outcome):
         source.exception = outcome
     else:
         source.return_value = outcome
+
+
+@each_loop
+def test_a_callback_that_exits_does_not_end_the_loop_that_leaves_a_future_pending(loop):
+    async def main():
+        fut = as_future(anyio.Future())
+        fut.add_done_callback(lambda fut: sys.exit("enough"))
+        await anyio.wait_all_tasks_blocked()
+        return fut
+
+    assert is_cancelled(anyio.run(main, **loop))
 
 
 @on_every_loop

@@ -78,6 +78,30 @@ def test_that_of_a_cancelled_future_is_cancelled_and_wakes_who_waits(kind):
     assert concurrent.futures.wait([fut.as_concurrent()], PATIENCE).not_done == set()
 
 
+def test_one_that_runs_gets_the_cancellation_as_an_error():
+    fut = Future()
+    copy = fut.as_concurrent()
+    assert copy.set_running_or_notify_cancel()  # from here on, nobody can cancel it
+    fut.cancel("enough")
+    assert copy.exception(0) is fut.exception()
+
+
+class Evasive(Exception):
+    @property
+    def __class__(self):
+        raise RuntimeError("asked for the class")
+
+
+@pytest.mark.asyncio
+async def test_an_error_that_hides_its_class_arrives_in_copies():
+    fut = Future()
+    copies = fut.as_concurrent(), fut.as_asyncio()
+    fut.set_exception(Evasive())
+    copies += fut.as_concurrent(), fut.as_asyncio()
+    await asyncio.sleep(0)
+    assert [type(copy.exception()) for copy in copies] == [Evasive] * 4
+
+
 def test_cancelling_it_leaves_the_future_and_nothing_behind(caplog):
     fut = Future()
     copy = fut.as_concurrent()

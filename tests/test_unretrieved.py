@@ -64,6 +64,16 @@ def test_an_error_that_nobody_retrieves_is_logged_with_its_traceback(logged):
     assert error.__traceback__ is not None
 
 
+def test_so_is_one_that_says_it_is_a_cancellation(logged):
+    class Odd(Exception):
+        __class__ = asyncio.CancelledError
+
+    fut = Future()
+    fut.set_exception(Odd())
+    del fut
+    assert [type(error) for error in logged()] == [Odd]
+
+
 def test_so_is_that_of_a_child_whose_callback_raised(logged):
     fut = Future()
     fut.then(lambda _: 1 / 0)

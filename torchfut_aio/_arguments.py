@@ -30,7 +30,7 @@ def callback_checked(callback: object) -> None:
 
 def exception_checked(error: object, by: str) -> None:
     """Raises TypeError unless ``error`` is an exception, as the method called ``by`` takes."""
-    if not isinstance(error, BaseException):
+    if not issubclass(type(error), BaseException):  # its __class__ may say anything
         raise TypeError(
             f"{by}() takes an exception instance, such as ValueError('...'), not {short(error)}"
         )

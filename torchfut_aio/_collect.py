@@ -85,7 +85,7 @@ def wait_all(futures: Iterable[Any], timeout: float | None = None) -> list[Any]:
         return result
     except BaseException as error:
         gatherer.withdraw()
-        if isinstance(error, TimeoutError) and not gatherer.combined.done():
+        if issubclass(type(error), TimeoutError) and not gatherer.combined.done():
             pending = sum(not future.done() for future in gatherer.distinct)
             raise not_done_within(timeout, pending) from None
         raise

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 _LONGEST, _MOST, _DEEPEST = 80, 6, 4
+_LONGEST_LINE = 500  # those in containers, in containers, may be many
 
 # A class may define these attributes as it likes.
 _args: Any = vars(BaseException)["args"]
@@ -30,8 +31,13 @@ _BRACKETS: dict[type[Any], tuple[str, str]] = {
 }
 
 
-def short(value: Any, depth: int = 0) -> str:
+def short(value: Any) -> str:
     """Returns a line that shows ``value``; of tensors no numbers, as kernels may compute them."""
+    text = _short(value, 0)
+    return text if len(text) <= _LONGEST_LINE else f"{text[:_LONGEST_LINE]}..."
+
+
+def _short(value: Any, depth: int) -> str:
     kind = type(value)
     if kind in (type(None), bool, float, complex):
         return repr(value)
@@ -88,8 +94,8 @@ def _items(values: Any, depth: int) -> str:
 
 def _item(values: Any, item: Any, depth: int) -> str:
     if type(values) is dict:
-        return f"{short(item[0], depth)}: {short(item[1], depth)}"
-    return short(item, depth)
+        return f"{_short(item[0], depth)}: {_short(item[1], depth)}"
+    return _short(item, depth)
 
 
 def _tensor(tensor: Any) -> str:

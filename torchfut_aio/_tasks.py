@@ -20,7 +20,7 @@ from . import _loops
 from ._errors import InvalidStateError, drop_catching_frame
 from ._future import Future
 from ._repr import described, function_name, short
-from ._worker import Worker, WorkerThread
+from ._worker import Worker, WorkerThread, call_contained
 
 if TYPE_CHECKING:
     import anyio.abc
@@ -163,7 +163,9 @@ class _HandOver(Worker):
     def serve(self, thread: WorkerThread) -> None:
         while not thread.is_to_end:
             for promise in self.take():
-                self._hand_over(promise, *self.work.pop(promise))
+                call = self.work.pop(promise, None)
+                if call is not None:
+                    call_contained(self._hand_over, promise, *call)
             if not self.rest(_LINGER):
                 return
 
@@ -208,8 +210,8 @@ class Promise:
     __slots__ = ("_future", "name")
 
     def __init__(self, future: Future[Any], name: str) -> None:
-        self._future: Future[Any] | None = future
         self.name = name
+        self._future: Future[Any] | None = future
 
     def keep(self, result: object) -> None:
         """Completes the future, unless it is done."""
@@ -232,7 +234,8 @@ class Promise:
 
     def end(self, _task: object = None) -> None:
         """Fails the future if it is pending: its task has ended."""
-        if self._future is not None and not self._future.done():
+        future = getattr(self, "_future", None)  # unless an interrupt struck before it was whole
+        if future is not None and not future.done():
             self.cancel("before its first step, or because its event loop ended")
 
     __del__ = end

@@ -118,9 +118,9 @@ def _complete_asyncio(
         if outcome.readiness is not None:
             outcome.readiness.wait()
         target.set_result(outcome.value)
-    elif isinstance(error, asyncio.CancelledError):
+    elif issubclass(type(error), asyncio.CancelledError):
         target.cancel(*error.args[:1])
-    elif isinstance(error, StopIteration):
+    elif issubclass(type(error), StopIteration):
         # asyncio cannot carry one; this is what a coroutine that raises it does.
         replacement = RuntimeError("the torchfut_aio future failed with StopIteration")
         replacement.__cause__ = error
@@ -178,8 +178,7 @@ class _ConcurrentCopy(_core.DoneCallback):
         target = self.target
         if target is None:
             return
-        if isinstance(error, CANCELLATIONS):
-            target.cancel()
+        if issubclass(type(error), CANCELLATIONS) and target.cancel():
             return
         with suppress(concurrent.futures.InvalidStateError):  # it was cancelled just now
             if error is None:

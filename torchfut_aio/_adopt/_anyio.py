@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from contextlib import suppress
 from typing import Any
 
 from .. import _loops
@@ -12,6 +11,7 @@ from .._errors import drop_catching_frame
 from .._future import Future
 from .._repr import described
 from .._tasks import Promise
+from .._worker import call_contained
 from ._registry import Devices, adopts
 
 # The futures of pending sources, by the source's id: an anyio.Future has no weak references. The
@@ -38,8 +38,8 @@ def _from_anyio(source: Any, *, devices: Devices = None) -> Future[Any]:
 
     def ended() -> None:  # the source may have ended the loop, and this task with it
         if _has_ended(source):
-            _keep_contained(promise, source)
-        promise.end()
+            call_contained(_keep, promise, source)  # or a callback might end the loop
+        call_contained(promise.end)
 
     _loops.current().spawn(ended, _watch, promise, source)
     _made[key] = future
@@ -50,19 +50,13 @@ async def _watch(promise: Promise, source: Any) -> None:
     try:
         await source.wait()
     except Exception as error:  # the source is another loop's
-        promise.fail(drop_catching_frame(error))
+        call_contained(promise.fail, drop_catching_frame(error))
     else:
-        _keep_contained(promise, source)
+        call_contained(_keep, promise, source)
 
 
 def _has_ended(source: Any) -> bool:
     return source.status.name not in ("PENDING", "CANCELLING")
-
-
-def _keep_contained(promise: Promise, source: Any) -> None:
-    # A callback of the future may raise these, and would end the loop.
-    with suppress(KeyboardInterrupt, SystemExit):
-        _keep(promise, source)
 
 
 def _keep(promise: Promise, source: Any) -> None:

@@ -23,6 +23,7 @@ from ._registry import Adoption, Devices, adopts, once
 T = TypeVar("T")
 
 _SECONDS = 20 * 86400.0  # which any loop's timers can count
+_ENDED = "its event loop ended"
 
 
 @adopts("asyncio.Future", "asyncio.Task")
@@ -39,7 +40,8 @@ class FutureOfLoop(Future[T]):
 
     def __init__(self, *, devices: Devices = None) -> None:
         super().__init__(devices=devices)
-        self.source_loop: asyncio.AbstractEventLoop | None = None
+        # A future that is kept does not keep the loop, which may go without having been closed.
+        self.source_loop: weakref.ref[asyncio.AbstractEventLoop] | None = None
 
     def __await__(self, ready: bool = True) -> Generator[Any, Any, T]:
         self.check_that_it_can_complete()
@@ -47,28 +49,57 @@ class FutureOfLoop(Future[T]):
 
     def check_that_it_can_complete(self) -> None:
         """Raises RuntimeError if it is pending, and its loop cannot run while this thread waits."""
-        if self.source_loop is not None and not self.done():
-            _check_that_it_can_run(self.source_loop)
+        loop = None if self.source_loop is None else self.source_loop()
+        if loop is not None and not self.done():
+            _check_that_it_can_run(loop)
 
 
 def _adopt(source: asyncio.Future[Any], future: Future[Any]) -> None:
     assert isinstance(future, FutureOfLoop)
-    adoption, loop = Adoption(future), source.get_loop()
+    adoption, loop = _Adoption(future, source), source.get_loop()
     if source.done():
         adoption(source)
         return
-    future.source_loop = loop
+    future.source_loop = weakref.ref(loop)
     if running_loop() is loop:
         _follow(source, adoption)
         return
     try:
-        loop.call_soon_threadsafe(_follow, source, adoption)
+        call = loop.call_soon_threadsafe(_follow, source, adoption)
+        if loop.is_closed():  # perhaps within this, and then it may keep the call for ever
+            call.cancel()
+            adoption.end(_ENDED)
     except RuntimeError as error:
         if not source.done():
             raise RuntimeError(
                 "the asyncio future is pending on a loop that has closed: it will never complete"
             ) from error
         adoption(source)
+
+
+class _Adoption(Adoption):
+    """Has what it adopts, to look at when the loop ends: that may not have told what was done.
+
+    The two are a cycle while the source is pending.
+    """
+
+    __slots__ = ("_source",)
+
+    def __init__(self, future: Future[Any], source: asyncio.Future[Any]) -> None:
+        super().__init__(future)
+        self._source: asyncio.Future[Any] | None = source
+
+    def __call__(self, source: Any) -> None:
+        self._source = None
+        super().__call__(source)
+
+    def end(self, why: str) -> None:
+        source = getattr(self, "_source", None)
+        if source is not None and source.done():
+            self(source)
+        else:
+            self._source = None
+            super().end(why)
 
 
 _adopt_once = once(_adopt, FutureOfLoop)
@@ -124,7 +155,7 @@ class _LoopEnd:
     def reach(self) -> None:
         """Fails all that is pending."""
         for adoption in [*self.adoptions]:
-            call_contained(adoption.end, "its event loop ended")
+            call_contained(adoption.end, _ENDED)
 
     __del__ = reach
 

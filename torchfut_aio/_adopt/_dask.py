@@ -13,13 +13,15 @@ from ._registry import Adoption, adopts, once
 @once
 def _from_dask(source: Any, future: Future[Any]) -> None:
     # Only on its client's loop can one be awaited.
-    waiting = _wait_for(source)
+    waiting, loop = _wait_for(source), source.client.loop.asyncio_loop
     try:
-        task = asyncio.run_coroutine_threadsafe(waiting, source.client.loop.asyncio_loop)
+        task = asyncio.run_coroutine_threadsafe(waiting, loop)
     except BaseException:
         waiting.close()
         raise
     task.add_done_callback(Adoption(future))
+    if loop.is_closed():  # perhaps within this, and then nobody runs the task
+        task.cancel()
 
 
 async def _wait_for(source: Any) -> Any:

@@ -84,7 +84,7 @@ class _AsFuture:
     def __call__(self, source: object, *, devices: Devices = None) -> Future[Any]: ...
 
     def __call__(self, source: object, *, devices: Devices = None) -> Future[Any]:
-        adapter = _adapters.dispatch(type(source))
+        adapter = _adapter_of(type(source))
         future: object = adapter(source) if devices is None else adapter(source, devices=devices)
         if not isinstance(future, Future):
             raise TypeError(
@@ -150,8 +150,10 @@ def _register_imported() -> None:
 @functools.singledispatch
 def _adapters(source: object, *, devices: Devices = None) -> Future[Any]:
     _register_imported()
-    adapter = _adapters.dispatch(type(source))
-    if adapter is not _adapters.dispatch(object):
+    # Once more, as that forgets what another thread has looked up before, and noted just now.
+    _adapters.register(object, _adapters.registry[object])
+    adapter = _adapter_of(type(source))
+    if adapter is not _adapters.registry[object]:
         return adapter(source, devices=devices)
     if asyncio.isfuture(source):  # written in Python, or of another loop
         return _ours["asyncio.Future"](source, devices=devices)
@@ -159,10 +161,20 @@ def _adapters(source: object, *, devices: Devices = None) -> Future[Any]:
 
     registered = [
         f"{kind.__module__}.{kind.__qualname__}"
-        for kind, adapter in _adapters.registry.items()
+        for kind, adapter in [*_adapters.registry.items()]  # which others may add to
         if kind is not object and adapter not in _ours.values()
     ]
     raise refusal(source, [*_ours, *registered])
+
+
+def _adapter_of(kind: type[Any]) -> _Adapter:
+    while True:
+        known = len(_adapters.registry)
+        try:
+            return _adapters.dispatch(kind)
+        except RuntimeError:  # two that it could be, or another thread has registered one meanwhile
+            if len(_adapters.registry) == known:
+                raise
 
 
 # The futures of sources that may still be pending, each made once. A source holds its future

@@ -91,7 +91,10 @@ class AsyncioLoop(Loop):
             if get_ident() == self.thread and _will_look_before_it_sleeps(event_loop):
                 event_loop.call_soon(function)
             else:
-                event_loop.call_soon_threadsafe(function)
+                call = event_loop.call_soon_threadsafe(function)
+                if event_loop.is_closed():  # perhaps within this: asyncio's keeps the call then
+                    call.cancel()
+                    return False
         except RuntimeError:
             if not event_loop.is_closed():
                 raise

@@ -5,8 +5,9 @@ from __future__ import annotations
 import atexit
 import contextvars
 import functools
+import weakref
 from collections.abc import Awaitable, Callable
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, closing, suppress
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import anyio
@@ -21,6 +22,7 @@ from .._future import Future
 from .._repr import described
 from .._rpc_errors import this_worker
 from .._tasks import Promise, run_contained, task_name
+from .._worker import call_contained
 from . import _background_loop
 
 if TYPE_CHECKING:
@@ -90,14 +92,20 @@ class _Host:
     def __init__(self, loop: _loops.Loop) -> None:
         self._loop = loop
         self._open = True
+        self._asked: weakref.ref[Callable[[], None]] | None = None  # to cancel the tasks
         # One for each task. They also keep the tasks, which asyncio does not.
         self._scopes: set[anyio.CancelScope] = set()
 
     def start_soon(self, promise: Promise, func: Callable[..., Any], *args: object) -> None:
         """Has the loop run ``func(*args)`` to keep ``promise``; does not wait for the loop."""
         # In an empty context, rather than the calling thread's.
-        spawn = functools.partial(self._loop.spawn, promise.end, self._run, promise, func, args)
-        self._loop.call_soon(functools.partial(contextvars.Context().run, spawn))
+        spawn = functools.partial(contextvars.Context().run, self._spawn, promise, func, args)
+        self._loop.call_soon(spawn)
+
+    def _spawn(self, promise: Promise, func: Callable[..., Any], args: Any) -> None:
+        ended = functools.partial(call_contained, promise.end)
+        with suppress(RuntimeError):  # trio's run is about to end: nobody keeps the promise
+            self._loop.spawn(ended, self._run, promise, func, args)
 
     async def _run(self, promise: Promise, func: Callable[..., Any], args: Any) -> None:
         with anyio.CancelScope() as scope:
@@ -114,9 +122,21 @@ class _Host:
         if self in _hosts:
             _hosts.remove(self)
         self._open = False
-        self._loop.call_soon(self._cancel)
+        self._ask_to_cancel()
+
+    def _ask_to_cancel(self) -> None:
+        cancel = self._cancel  # a method object that only the loop refers to
+        self._asked = weakref.ref(cancel, self._cancel_lost)
+        if not self._loop.call_soon(cancel):
+            self._asked = None
+
+    def _cancel_lost(self, asked: object) -> None:
+        # The loop has dropped the call, as Ctrl-C struck it. Had it made it, this would be None.
+        if self._asked is asked:
+            self._ask_to_cancel()
 
     def _cancel(self) -> None:
+        self._asked = None
         for scope in list(self._scopes):
             scope.cancel()
 
