@@ -27,6 +27,7 @@ from torchfut_aio import (
     QueueFullError,
     _batch_worker,
     _batcher,
+    _loops,
     _worker,
     gather,
 )
@@ -194,6 +195,25 @@ async def test_results_that_kernels_still_fill_are_ready_when_they_are_awaited(a
                 assert reader.outcome is None
                 accelerator.wake()
             assert [row.item() for row in reader.outcome] == [7, 7]
+
+
+@on_asyncio
+async def test_a_loop_is_woken_once_for_a_batch(gated, monkeypatch):
+    batcher = batcher_of(gated, max_batch=64, max_wait=math.inf)
+    tasks = [asyncio.ensure_future(batcher.submit(n)) for n in range(64)]
+    await eventually(gated.began.is_set)
+    ours, asked = _loops.current_asyncio(), []
+    call_soon = type(ours).call_soon
+
+    def counted(self, function):
+        asked.append(self)
+        return call_soon(self, function)
+
+    monkeypatch.setattr(type(ours), "call_soon", counted)
+    gated.may_return.set()
+    assert await asyncio.gather(*tasks) == [2 * n for n in range(64)]
+    assert asked == [ours]
+    await batcher.aclose()
 
 
 def test_nothing_keeps_an_item_or_its_result_once_it_is_delivered():
