@@ -8,8 +8,8 @@
 
 Starlette on uvicorn, with uvloop. ``POST /digit`` takes the 64 pixels of an image, 0 to 16, and
 answers with the digit, by the classifier of quickstart.py behind a `Batcher`. ``GET /text``
-continues a text: one thread takes a token for every text at a time, and each goes to its client
-as a server-sent event. What a server has to stand:
+continues a text: one thread takes a few tokens of every text at a time, and each token goes to its
+client, through a `ValueStream`, as a server-sent event. What a server has to stand:
 
 - Too many requests: they are answered 503 at once, those in the queue in their turn.
 - A request that takes too long: it is answered 504, and its image is skipped.
@@ -28,7 +28,6 @@ import os
 import signal
 import socket
 import sys
-from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -49,13 +48,21 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from torchfut_aio import Batcher, BatcherClosedError, Future, QueueFullError
+from torchfut_aio import (
+    Batcher,
+    BatcherClosedError,
+    Future,
+    QueueFullError,
+    StreamClosedError,
+    ValueStream,
+)
 
 MAX_BATCH = 64
 MAX_QUEUE = 256  # images that wait
 MAX_TEXTS = 100  # at a time
 MAX_LENGTH = 1000  # tokens of a text
 MAX_AHEAD = 16  # tokens that a client has yet to read
+MAX_STEP = 4  # tokens of a text at a time
 MAX_BODY = 10_000  # bytes
 MAX_CONNECTIONS = 900  # as most systems let a process have 1,024 files
 BODY_SECONDS = 5.0  # for an image to come
@@ -67,77 +74,40 @@ GRACE = 10.0  # seconds for what has come by then
 logger = logging.getLogger("http_server")
 
 Classify = Callable[[list[torch.Tensor]], list[int]]
-Continue = Callable[[list[str]], list[str]]  # the next token of each text
-
-
-class TokenStream:
-    """Tokens from a thread to a task of an asyncio loop, at most MAX_AHEAD ahead of it."""
-
-    def __init__(self) -> None:
-        self.listening = True
-        self._tokens: deque[str] = deque()
-        self._end: list[BaseException | None] = []
-        self._loop = asyncio.get_running_loop()
-        self._came = asyncio.Event()
-
-    def try_push(self, token: str) -> bool:
-        """Adds a token, unless the client has yet to read too many; from the thread."""
-        if len(self._tokens) >= MAX_AHEAD:
-            return False
-        self._tokens.append(token)
-        self._wake()
-        return True
-
-    def close(self, error: BaseException | None = None) -> None:
-        """Ends the stream behind what was pushed; from the thread."""
-        self._end.append(error)
-        self._wake()
-
-    def stop_listening(self) -> None:
-        """Tells the thread that nobody reads any more."""
-        self.listening = False
-
-    def _wake(self) -> None:
-        with suppress(RuntimeError):  # the loop has closed
-            self._loop.call_soon_threadsafe(self._came.set)
-
-    async def __aiter__(self) -> AsyncIterator[str]:
-        while True:
-            await self._came.wait()
-            self._came.clear()
-            end = self._end[:1]
-            while self._tokens:
-                yield self._tokens.popleft()
-            for error in end:
-                if error is not None:
-                    raise error
-                return
+Continue = Callable[[list[str]], list[list[str]]]  # the next few tokens of each text
 
 
 class Text:
-    """A text that grows."""
+    """A text that grows, at most MAX_AHEAD tokens ahead of its client."""
 
     def __init__(self, prompt: str, length: int) -> None:
         self.text = prompt
         self.left = length
-        self.token: str | None = None  # what the stream had no room for
-        self.stream = TokenStream()
+        self.tokens = ValueStream[str](max_size=MAX_AHEAD)
 
-    def push(self) -> bool:
-        """Tells whether the text can go on: its client listens, and has read enough."""
-        if self.token is not None and self.stream.listening:
-            if not self.stream.try_push(self.token):
-                return False
-            self.text += self.token
-            self.token = None
-            self.left -= 1
-            if self.left == 0:
-                self.stream.close()
-        return self.left > 0 and self.stream.listening
+    @property
+    def has_room(self) -> bool:
+        """Whether the client has read enough for another step."""
+        return len(self.tokens) + MAX_STEP <= MAX_AHEAD
+
+    def grow(self, tokens: list[str]) -> None:
+        """Sends the tokens to the client; does not block if there is room."""
+        tokens = tokens[: min(self.left, MAX_STEP)]
+        self.text += "".join(tokens)
+        self.left -= len(tokens)
+        with suppress(StreamClosedError):  # the client has left
+            self.tokens.push_many(tokens)
+        if self.left == 0:
+            self.tokens.close()
+
+    def fail(self, error: BaseException) -> None:
+        """Ends the text with an error."""
+        self.left = 0
+        self.tokens.close(error)
 
 
 class Writer:
-    """Continues all texts at once, in a thread: each step takes one token of each."""
+    """Continues all texts at once, in a thread: each step takes a few tokens of each."""
 
     def __init__(self, next_tokens: Continue) -> None:
         self.texts: list[Text] = []
@@ -147,11 +117,11 @@ class Writer:
         self._thread = Thread(target=self._run, name="writer")
         self._thread.start()
 
-    def write(self, prompt: str, length: int) -> TokenStream:
+    def write(self, prompt: str, length: int) -> ValueStream[str]:
         """Returns the tokens that follow the prompt, as they come."""
         text = Text(prompt, length)
         self._new.put(text)
-        return text.stream
+        return text.tokens
 
     def close(self, timeout: float) -> None:
         """Returns when all texts have ended.
@@ -166,18 +136,19 @@ class Writer:
 
     def _run(self) -> None:
         while self.texts or not self._is_closing:
-            able = [text for text in self.texts if text.push()]
-            self.texts = [text for text in self.texts if text.left and text.stream.listening]
-            self._take_in(may_wait=not able)
+            able = [text for text in self.texts if text.has_room]
             try:
-                tokens = self._next_tokens([text.text for text in able]) if able else []
-                for text, token in zip(able, tokens, strict=True):
-                    text.token = token
+                for text, tokens in zip(able, self._continue(able), strict=True):
+                    text.grow(tokens)
             except BaseException as error:
                 logger.exception("the texts failed")
                 for text in able:
-                    text.left = 0
-                    text.stream.close(error)
+                    text.fail(error)
+            self._take_in(may_wait=not able)
+            self.texts = [text for text in self.texts if text.left and text.tokens.listening]
+
+    def _continue(self, texts: list[Text]) -> list[list[str]]:
+        return self._next_tokens([text.text for text in texts]) if texts else []
 
     def _take_in(self, may_wait: bool) -> None:
         """Takes in new texts; waits for one if no other can go on, or for a client to read."""
@@ -236,11 +207,11 @@ async def read_image(request: Request) -> torch.Tensor:
 class TextResponse(StreamingResponse):
     """Server-sent events, a token each, and ``end`` or ``error`` as the last."""
 
-    def __init__(self, tokens: TokenStream) -> None:
+    def __init__(self, tokens: ValueStream[str]) -> None:
         super().__init__(self._events(tokens), media_type="text/event-stream")
         self._tokens = tokens
 
-    async def _events(self, tokens: TokenStream) -> AsyncIterator[str]:
+    async def _events(self, tokens: ValueStream[str]) -> AsyncIterator[str]:
         try:
             async for token in tokens:
                 yield f"data: {json.dumps(token)}\n\n"
@@ -251,11 +222,9 @@ class TextResponse(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the tokens until they end, the client leaves, or the time is over."""
-        try:
+        async with self._tokens:
             with anyio.move_on_after(TEXT_SECONDS):
                 await super().__call__(scope, receive, send)
-        finally:
-            self._tokens.stop_listening()
 
 
 class Service:
@@ -264,7 +233,7 @@ class Service:
     def __init__(self, classify: Classify, next_tokens: Continue) -> None:
         self.is_ending = False
         self.hangs = False
-        self._texts: list[TokenStream] = []
+        self._texts: list[ValueStream[str]] = []
         self._classify = classify
         self._next_tokens = next_tokens
         routes = [
@@ -417,9 +386,11 @@ def bigrams(text: str) -> Continue:
         counts[place[before], place[after]] += 1
     counts[counts.sum(dim=1) == 0] = 1  # the last one may have no other after it
 
-    def next_tokens(texts: list[str]) -> list[str]:
-        rows = counts[[place.get(text[-1], 0) for text in texts]]
-        return [characters[n] for n in torch.multinomial(rows, 1).flatten().tolist()]
+    def next_tokens(texts: list[str]) -> list[list[str]]:
+        steps = [torch.tensor([place.get(text[-1], 0) for text in texts])]
+        for _ in range(MAX_STEP):
+            steps.append(torch.multinomial(counts[steps[-1]], 1).flatten())
+        return [[characters[n] for n in row] for row in torch.stack(steps[1:], dim=1).tolist()]
 
     return next_tokens
 

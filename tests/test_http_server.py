@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
+import multiprocessing
 import os
 import pathlib
 import random
@@ -12,97 +14,73 @@ import signal
 import socket
 import subprocess
 import sys
-import textwrap
-import threading
 import time
 from contextlib import contextmanager, suppress
-from queue import SimpleQueue
 from typing import ClassVar
 
 import pytest
 
 from .threads import PATIENCE, PATIENCE_WITH_PROCESSES, until
 
+datasets = pytest.importorskip("sklearn.datasets", reason="the classifier learns from its digits")
 for module in ("starlette", "uvicorn"):
     pytest.importorskip(module, reason="the HTTP server needs it: see the extra server")
-datasets = pytest.importorskip("sklearn.datasets", reason="the classifier learns from its digits")
+http_service = importlib.import_module("tests.http_service")  # which needs all of these
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 
-# A server whose classifier answers with the first pixel, once the file `gate` is there. It raises
-# if the second pixel is 1, and hangs if that is 2. Its tokens are large enough to fill buffers.
-PRELUDE = """
-import os, sys, time
-sys.path.insert(0, {examples!r})
-import http_server
-
-def classify(images):
-    while not os.path.exists({gate!r}):
-        time.sleep(0.001)
-    numbers = [(image.flatten()[:2] * 16).tolist() for image in images]
-    if any(second == 1 for _, second in numbers):
-        raise OSError("the model is broken")
-    if any(second == 2 for _, second in numbers):
-        time.sleep(3600)
-    return [round(first) for first, _ in numbers]
-
-def next_tokens(texts):
-    if any(text.startswith("raise") for text in texts):
-        raise OSError("the model is broken")
-    time.sleep(0.0005)
-    return [text[0] * int(text[1:].partition(".")[0]) + "." for text in texts]
-"""
+# They are forked from one that has imported all, which takes seconds.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["tests.http_service"])
 
 
 class Served:
     """A server that runs: where, and how to end it."""
 
-    def __init__(self, process, gate):
+    def __init__(self, process, output, gate=None):
         self.process = process
+        self.output = output
         self.gate = gate
-        self.port = None
-        self.lines = SimpleQueue()
-        self.reader = threading.Thread(target=self.read)
-        self.reader.start()
-
-    def read(self):
-        for line in self.process.stdout:
-            if found := re.match(r"serving on http://127.0.0.1:(\d+)", line):
-                self.port = int(found[1])
-                self.lines.put(None)
-        self.lines.put(None)
 
     @property
-    def url(self):
-        return f"http://127.0.0.1:{self.port}"
+    def port(self):
+        written = self.output.read_text() if self.output.exists() else ""
+        found = re.search(r"serving on http://127.0.0.1:(\d+)\n", written)
+        return int(found[1]) if found else None
+
+    def exit_code(self, timeout=PATIENCE_WITH_PROCESSES):
+        """Waits until the server has ended; None if it does not in time."""
+        with suppress(subprocess.TimeoutExpired):
+            if isinstance(self.process, subprocess.Popen):
+                return self.process.wait(timeout)
+            self.process.join(timeout)
+            return self.process.exitcode
 
     def open_gate(self):
         self.gate.touch()
 
-    def terminate(self):
-        self.process.send_signal(signal.SIGTERM)
+    def terminate(self, number=signal.SIGTERM):
+        os.kill(self.process.pid, number)
 
-    def ended(self):
-        return self.process.wait(PATIENCE_WITH_PROCESSES)
-
-    def files(self):
-        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+    def sockets(self):
+        found = 0
+        for descriptor in pathlib.Path(f"/proc/{self.process.pid}/fd").iterdir():
+            with suppress(FileNotFoundError):
+                found += os.readlink(descriptor).startswith("socket:")
+        return found
 
 
 @contextmanager
-def served(command, gate, log):
-    with open(log, "w") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
-    server = Served(process, gate)
+def ended_at_last(server, log):
+    give_up = time.monotonic() + PATIENCE_WITH_PROCESSES
     try:
-        server.lines.get(timeout=PATIENCE_WITH_PROCESSES)
-        assert server.port, log.read_text()
+        while not server.port:
+            assert server.exit_code(0.01) is None, log.read_text()
+            assert time.monotonic() < give_up
         yield server
     finally:
-        process.kill()
-        process.wait(PATIENCE)
-        server.reader.join(PATIENCE)
-        process.stdout.close()
+        server.process.kill()
+        server.exit_code(PATIENCE)
 
 
 @pytest.fixture(autouse=True)
@@ -116,14 +94,13 @@ def serve(tmp_path):
 
     @contextmanager
     def serve(*, is_open=True, **constants):
-        gate = tmp_path / "gate"
+        gate, output, log = (tmp_path / name for name in ("gate", "output", "log"))
         if is_open:
             gate.touch()
-        program = PRELUDE.format(examples=str(EXAMPLES), gate=str(gate))
-        program += "".join(f"http_server.{name} = {value}\n" for name, value in constants.items())
-        program += "http_server.serve(http_server.Service(classify, next_tokens), 0)\n"
-        command = [sys.executable, "-W", "error", "-c", textwrap.dedent(program)]
-        with served(command, gate, tmp_path / "log") as server:
+        arguments = (*map(str, (gate, output, log)), constants)
+        process = PROCESSES.Process(target=http_service.serve, args=arguments)
+        process.start()
+        with ended_at_last(Served(process, output, gate), log) as server:
             yield server
 
     return serve
@@ -254,11 +231,14 @@ def test_the_example_tells_digits_and_writes_texts(tmp_path):
         assert (await statistics(server))["items"] == 50
 
     command = [sys.executable, "-W", "error", EXAMPLES / "http_server.py", "0"]
-    with served(command, None, tmp_path / "log") as server:
+    output, log = tmp_path / "output", tmp_path / "log"
+    with output.open("w") as written, log.open("w") as errors:
+        process = subprocess.Popen(command, stdout=written, stderr=errors)
+    with ended_at_last(Served(process, output), log) as server:
         run(main(server))
         server.terminate()
-        assert server.ended() == 0
-    assert (tmp_path / "log").read_text() == ""
+        assert server.exit_code() == 0
+    assert log.read_text() == ""
 
 
 # ------------------------------------------------------------------------------- overload
@@ -327,7 +307,7 @@ def test_texts_beyond_the_limit_are_answered_503(serve):
 def test_300_clients_that_leave_take_nothing_with_them_and_leave_nothing_behind(serve):
     async def main(server):
         await statistics(server)
-        before = server.files()
+        before = server.sockets()
         stay = [asyncio.ensure_future(ask(server, request(n))) for n in range(10)]
         await eventually(server, lambda s: s["queued"] + s["running"] == 10)
         connections = [await Connection.open(server) for _ in range(300)]
@@ -337,7 +317,7 @@ def test_300_clients_that_leave_take_nothing_with_them_and_leave_nothing_behind(
         for connection in connections:
             await connection.close()
         await eventually(server, lambda s: s["texts"] == 0)
-        until(lambda: server.files() <= before + 10)
+        until(lambda: server.sockets() <= before + 10)
         server.open_gate()
         for n, (status, _, body) in enumerate(await asyncio.gather(*stay)):
             assert (status, json.loads(body)) == (200, {"digit": n})
@@ -401,7 +381,7 @@ def test_a_function_that_raises_fails_its_batch_and_no_more(serve):
             assert (status, json.loads(body)) == (500, {"error": "OSError"})
             status, _, body = await ask(server, request(4))
             assert (status, json.loads(body)) == (200, {"digit": 4})
-        status, _, body = await ask(server, text_request("raise", 5))
+        status, _, body = await ask(server, text_request("OSError", 5))
         assert (status, body) == (200, b'event: error\ndata: "OSError"\n\n')
         status, _, body = await ask(server, text_request("b1", 5))
         assert tokens(body) == (["b."] * 5, "event: end\ndata:")
@@ -409,7 +389,7 @@ def test_a_function_that_raises_fails_its_batch_and_no_more(serve):
     with serve() as server:
         run(main(server))
         server.terminate()
-        assert server.ended() == 0
+        assert server.exit_code() == 0
 
 
 def test_while_the_function_hangs_everybody_is_answered_and_the_server_can_be_ended(serve):
@@ -427,7 +407,7 @@ def test_while_the_function_hangs_everybody_is_answered_and_the_server_can_be_en
     with serve(**constants) as server:
         run(main(server))
         server.terminate()
-        assert server.ended() == 1
+        assert server.exit_code() == 1
 
 
 # ------------------------------------------------------------------------------ shutdown
@@ -456,7 +436,7 @@ def test_a_shutdown_under_load_drops_no_response(serve, signal_number, tmp_path)
             if headers.get("connection") == "close":
                 refused.append(n)
                 break
-            await asyncio.sleep(0.2 * random.random())  # it thinks, and its connection is idle
+            await asyncio.sleep(0.1 * random.random())  # it thinks, and its connection is idle
         await connection.close()
 
     async def connects_anew(server, n):
@@ -486,13 +466,13 @@ def test_a_shutdown_under_load_drops_no_response(serve, signal_number, tmp_path)
         clients += [reads_a_text(server) for _ in range(20)]
         load = asyncio.ensure_future(asyncio.gather(*clients))
         await enough.wait()
-        server.process.send_signal(signal_number)
+        server.terminate(signal_number)
         await load
 
     patience = PATIENCE_WITH_PROCESSES
-    with serve(SECONDS=patience, TEXT_SECONDS=patience, GRACE=patience, NOTICE=4) as server:
+    with serve(SECONDS=patience, TEXT_SECONDS=patience, GRACE=patience, NOTICE=2) as server:
         run(main(server))
-        assert server.ended() == 0
+        assert server.exit_code() == 0
     assert dropped == []
     assert len(refused) == 64 + 16
     assert texts == [200] * 20

@@ -114,9 +114,7 @@ class BatchWorker(Worker):
             text = "the thread that ran the batch was struck before this future was done"
             self._fail_batch(RuntimeError(text))
             self.batch = []
-        while futures := self._await_batch():
-            self._rings_at = math.inf  # it will look again
-            self._take_out(futures)
+        while self._take_batch():
             self._run_batch()
         if self.ended.done() or (self.closing and not super().has_work()):
             self.ended.try_set_result(None)
@@ -157,7 +155,10 @@ class BatchWorker(Worker):
                     break
         return waiting
 
-    def _take_out(self, futures: list[Future[Any]]) -> None:
+    def _take_batch(self) -> bool:
+        """Waits for a batch; returns False if the thread is to end."""
+        futures = self._await_batch()
+        self._rings_at = math.inf  # it will look again
         now = time.monotonic()
         for future in futures:
             entry = self.work.get(future)
@@ -166,6 +167,7 @@ class BatchWorker(Worker):
                 self.batch.append((future, item))
                 self.waited += now - submitted
                 self.work.pop(future, None)
+        return bool(futures)
 
     def _run_batch(self) -> None:
         futures = [future for future, _ in self.batch]
