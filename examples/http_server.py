@@ -15,10 +15,14 @@ client, through a `ValueStream`, as a server-sent event. What a server has to st
 - A request that takes too long: it is answered 504, and its image is skipped.
 - A client that leaves: its image is skipped, its text ends.
 - A client that reads slowly: its text waits for it, for a while, and the other texts do not.
-- A function that raises: these requests are answered 500. One that hangs: 504, then 503.
+- A client that sends slowly, or nothing: it is answered 408, or its connection closed.
+- A function that raises, be it SystemExit: these requests are answered 500. One that hangs: 504,
+  then 503.
 - SIGTERM, or Ctrl-C: no more connections are accepted. For a second, those that there are may
   send requests, and each answer tells its client to connect anew, elsewhere. What has come by
-  then is answered.
+  then is answered, unless its client does not read.
+
+How many connections one client may have is up to the proxy in front.
 """
 
 import asyncio
@@ -34,6 +38,7 @@ from functools import partial
 from itertools import pairwise
 from queue import Empty, SimpleQueue
 from threading import Thread
+from typing import TypeVar
 
 import anyio
 import anyio.to_thread
@@ -47,6 +52,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from torchfut_aio import (
     Batcher,
@@ -65,6 +71,7 @@ MAX_AHEAD = 16  # tokens that a client has yet to read
 MAX_STEP = 4  # tokens of a text at a time
 MAX_BODY = 10_000  # bytes
 MAX_CONNECTIONS = 900  # as most systems let a process have 1,024 files
+HEAD_SECONDS = 5.0  # for a request to come, without its body
 BODY_SECONDS = 5.0  # for an image to come
 SECONDS = 5.0  # for its digit, from then on
 TEXT_SECONDS = 60.0  # for a text
@@ -73,6 +80,8 @@ GRACE = 10.0  # seconds for what has come by then
 
 logger = logging.getLogger("http_server")
 
+T = TypeVar("T")
+R = TypeVar("R")
 Classify = Callable[[list[torch.Tensor]], list[int]]
 Continue = Callable[[list[str]], list[list[str]]]  # the next few tokens of each text
 
@@ -84,6 +93,11 @@ class Text:
         self.text = prompt
         self.left = length
         self.tokens = ValueStream[str](max_size=MAX_AHEAD)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether it has not ended, and its client listens."""
+        return self.tokens.listening and not self.tokens.closed
 
     @property
     def has_room(self) -> bool:
@@ -99,11 +113,6 @@ class Text:
             self.tokens.push_many(tokens)
         if self.left == 0:
             self.tokens.close()
-
-    def fail(self, error: BaseException) -> None:
-        """Ends the text with an error."""
-        self.left = 0
-        self.tokens.close(error)
 
 
 class Writer:
@@ -140,12 +149,12 @@ class Writer:
             try:
                 for text, tokens in zip(able, self._continue(able), strict=True):
                     text.grow(tokens)
-            except BaseException as error:
+            except Exception as error:
                 logger.exception("the texts failed")
                 for text in able:
-                    text.fail(error)
+                    text.tokens.close(error)
             self._take_in(may_wait=not able)
-            self.texts = [text for text in self.texts if text.left and text.tokens.listening]
+            self.texts = [text for text in self.texts if text.goes_on]
 
     def _continue(self, texts: list[Text]) -> list[list[str]]:
         return self._next_tokens([text.text for text in texts]) if texts else []
@@ -161,6 +170,20 @@ class Writer:
                     self._is_closing = True
                 else:
                     self.texts.append(text)
+
+
+def contained(function: Callable[[list[T]], R]) -> Callable[[list[T]], R]:
+    """Has a function raise nothing that would end the event loop, where its callers await it."""
+
+    def call(items: list[T]) -> R:
+        try:
+            return function(items)
+        except Exception:
+            raise
+        except BaseException as error:
+            raise RuntimeError(f"the function raised {type(error).__name__}") from error
+
+    return call
 
 
 class ClientLeftError(Exception):
@@ -197,11 +220,14 @@ async def read_image(request: Request) -> torch.Tensor:
                 body += chunk
                 if len(body) > MAX_BODY:
                     raise HTTPException(413)
-        return torch.tensor(json.loads(body), dtype=torch.float32).reshape(1, 8, 8) / 16
+        image = torch.tensor(json.loads(body), dtype=torch.float32).reshape(1, 8, 8)
+        if not ((image >= 0) & (image <= 16)).all():  # as NaN
+            raise ValueError
     except TimeoutError:
         raise HTTPException(408) from None
     except (ArithmeticError, RuntimeError, TypeError, ValueError):
-        raise HTTPException(400, "the body must be a list of 64 numbers") from None
+        raise HTTPException(400, "the body must be a list of 64 numbers, 0 to 16") from None
+    return image / 16
 
 
 class TextResponse(StreamingResponse):
@@ -222,9 +248,12 @@ class TextResponse(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the tokens until they end, the client leaves, or the time is over."""
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(TEXT_SECONDS, self._tokens.close, TimeoutError())
         async with self._tokens:
-            with anyio.move_on_after(TEXT_SECONDS):
+            with anyio.move_on_after(1.1 * TEXT_SECONDS):  # the client may not read that
                 await super().__call__(scope, receive, send)
+        timer.cancel()
 
 
 class Service:
@@ -234,8 +263,8 @@ class Service:
         self.is_ending = False
         self.hangs = False
         self._texts: list[ValueStream[str]] = []
-        self._classify = classify
-        self._next_tokens = next_tokens
+        self._classify = contained(classify)
+        self._next_tokens = contained(next_tokens)
         routes = [
             Route("/digit", self.digit, methods=["POST"]),
             Route("/text", self.text),
@@ -309,6 +338,30 @@ class Service:
         return JSONResponse({**self._batcher.statistics()._asdict(), "texts": texts})
 
 
+class Protocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+    """Closes a connection whose client takes too long to send a request."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Waits for the first request."""
+        super().connection_made(transport)
+        self._timer: asyncio.TimerHandle | None = None
+        self._await_request()
+
+    def data_received(self, data: bytes) -> None:
+        """Waits for the rest of a request, if this is not all."""
+        super().data_received(data)
+        if self._timer is None and (self.cycle is None or self.cycle.response_complete):
+            self._await_request()
+
+    def _await_request(self) -> None:
+        self._timer = self.loop.call_later(HEAD_SECONDS, self._close_unless_after, self.cycle)
+
+    def _close_unless_after(self, cycle: object) -> None:
+        self._timer = None
+        if self.cycle is cycle:
+            self.transport.close()
+
+
 class Server(uvicorn.Server):
     """Tells its clients when it is about to end."""
 
@@ -331,6 +384,9 @@ class Server(uvicorn.Server):
         # use are closed by agreement with their clients. uvicorn closes the idle ones then.
         await asyncio.sleep(NOTICE)
         await super().shutdown(sockets)
+        # Those who do not read: uvloop would wait for them when it is closed.
+        for connection in [*self.server_state.connections]:
+            connection.transport.abort()
 
     def _stop_listening(self) -> list[socket.socket]:
         """Closes the listeners; returns the connections that the loop has not accepted yet.
@@ -350,9 +406,8 @@ class Server(uvicorn.Server):
         return connected
 
     def _protocol(self) -> asyncio.Protocol:
-        protocol = self.config.http_protocol_class
         state = self.lifespan.state
-        return protocol(config=self.config, server_state=self.server_state, app_state=state)  # type: ignore[call-arg]
+        return Protocol(config=self.config, server_state=self.server_state, app_state=state)
 
 
 def serve(service: Service, port: int) -> None:
@@ -361,6 +416,7 @@ def serve(service: Service, port: int) -> None:
         service,
         port=port,
         loop="uvloop",
+        http=Protocol,
         ws="none",
         lifespan="on",
         log_level="warning",

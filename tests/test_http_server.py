@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import json
+import math
 import multiprocessing
 import os
 import pathlib
@@ -224,7 +225,8 @@ def test_the_example_tells_digits_and_writes_texts(tmp_path):
         assert headers["content-type"].startswith("text/event-stream")
         written, last = tokens(body)
         assert (status, len(written), last) == (200, 30, "event: end\ndata:")
-        for pixels in ([1, 2, 3], ["1"] * 64, {"1": 2}, [10**400] + [0] * 63):
+        nonsense = [[number] + [0] * 63 for number in (10**400, math.nan, math.inf, -1, 17)]
+        for pixels in ([1, 2, 3], ["1"] * 64, {"1": 2}, *nonsense):
             assert (await ask(server, request(pixels=pixels)))[0] == 400
         assert (await ask(server, request(pixels=[0] * 5000)))[0] == 413
         assert (await ask(server, text_request("The", "many")))[0] == 400
@@ -371,20 +373,37 @@ def test_a_client_that_reads_nothing_or_sends_half_is_given_up_in_time(serve):
         run(main(server))
 
 
+def test_a_client_that_sends_no_request_is_hung_up_on_however_slowly_it_does_so(serve):
+    async def main(server):
+        idle, slow, served = [await Connection.open(server) for _ in range(3)]
+        assert (await served.ask(request(3)))[0] == 200
+        slow.writer.write(b"GET /stat")
+        served.writer.write(b"GET /stat")
+        while not all(each.reader.at_eof() for each in (idle, slow, served)):
+            for each in (slow, served):
+                each.writer.write(b"a")
+            await asyncio.sleep(0.05)
+        assert (await ask(server, request(3)))[0] == 200
+
+    with serve(HEAD_SECONDS=1.5) as server:
+        run(main(server))
+
+
 # ----------------------------------------------------------------- functions that fail
 
 
 def test_a_function_that_raises_fails_its_batch_and_no_more(serve):
     async def main(server):
-        for _ in range(3):
-            status, _, body = await ask(server, request(1, 1))
-            assert (status, json.loads(body)) == (500, {"error": "OSError"})
+        for number, raised in ((1, "OSError"), (3, "SystemExit"), (4, "KeyboardInterrupt")):
+            told = "OSError" if number == 1 else "RuntimeError"
+            status, _, body = await ask(server, request(1, number))
+            assert (status, json.loads(body)) == (500, {"error": told})
             status, _, body = await ask(server, request(4))
             assert (status, json.loads(body)) == (200, {"digit": 4})
-        status, _, body = await ask(server, text_request("OSError", 5))
-        assert (status, body) == (200, b'event: error\ndata: "OSError"\n\n')
-        status, _, body = await ask(server, text_request("b1", 5))
-        assert tokens(body) == (["b."] * 5, "event: end\ndata:")
+            status, _, body = await ask(server, text_request(raised, 5))
+            assert (status, body) == (200, f'event: error\ndata: "{told}"\n\n'.encode())
+            status, _, body = await ask(server, text_request("b1", 5))
+            assert tokens(body) == (["b."] * 5, "event: end\ndata:")
 
     with serve() as server:
         run(main(server))
@@ -402,8 +421,12 @@ def test_while_the_function_hangs_everybody_is_answered_and_the_server_can_be_en
         assert (await hangs)[0] == 504
         status, _, body = await ask(server, text_request("b1", 5))
         assert (status, tokens(body)[0]) == (200, ["b."] * 5)
+        status, _, body = await ask(server, text_request("hang", 5))
+        assert (status, body) == (200, b'event: error\ndata: "TimeoutError"\n\n')
+        assert (await statistics(server))["running"] == 1
 
-    constants = {"SECONDS": 1, "NOTICE": 0.1, "GRACE": 1, "MAX_QUEUE": 30, "MAX_BATCH": 20}
+    constants = {"SECONDS": 1, "TEXT_SECONDS": 3, "NOTICE": 0.1, "GRACE": 1}
+    constants |= {"MAX_QUEUE": 30, "MAX_BATCH": 20}
     with serve(**constants) as server:
         run(main(server))
         server.terminate()
@@ -411,6 +434,19 @@ def test_while_the_function_hangs_everybody_is_answered_and_the_server_can_be_en
 
 
 # ------------------------------------------------------------------------------ shutdown
+
+
+def test_clients_that_do_not_read_do_not_keep_the_server_from_ending(serve):
+    async def main(server):
+        for _ in range(5):
+            deaf = await Connection.open(server)
+            deaf.writer.write(text_request("a50000", 1000))
+            await deaf.reader.readuntil(b"data: ")
+        server.terminate()
+        assert await asyncio.to_thread(server.exit_code, PATIENCE) == 0
+
+    with serve(NOTICE=0.1, GRACE=1) as server:
+        run(main(server))
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
