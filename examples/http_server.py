@@ -8,17 +8,21 @@
 
 Starlette on uvicorn, with uvloop. ``POST /digit`` takes the 64 pixels of an image, 0 to 16, and
 answers with the digit, by the classifier of quickstart.py behind a `Batcher`. ``GET /text``
-continues a text: one thread takes a token for every text at a time, and each goes to its client
-as a server-sent event. What a server has to stand:
+continues a text: one thread takes a few tokens of every text at a time, and each token goes to its
+client, through a `ValueStream`, as a server-sent event. What a server has to stand:
 
 - Too many requests: they are answered 503 at once, those in the queue in their turn.
 - A request that takes too long: it is answered 504, and its image is skipped.
 - A client that leaves: its image is skipped, its text ends.
 - A client that reads slowly: its text waits for it, for a while, and the other texts do not.
-- A function that raises: these requests are answered 500. One that hangs: 504, then 503.
+- A client that sends slowly, or nothing: it is answered 408, or its connection closed.
+- A function that raises, be it SystemExit: these requests are answered 500. One that hangs: 504,
+  then 503.
 - SIGTERM, or Ctrl-C: no more connections are accepted. For a second, those that there are may
   send requests, and each answer tells its client to connect anew, elsewhere. What has come by
-  then is answered.
+  then is answered, unless its client does not read.
+
+How many connections one client may have is up to the proxy in front.
 """
 
 import asyncio
@@ -28,13 +32,13 @@ import os
 import signal
 import socket
 import sys
-from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from itertools import pairwise
 from queue import Empty, SimpleQueue
 from threading import Thread
+from typing import TypeVar
 
 import anyio
 import anyio.to_thread
@@ -48,16 +52,26 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-from torchfut_aio import Batcher, BatcherClosedError, Future, QueueFullError
+from torchfut_aio import (
+    Batcher,
+    BatcherClosedError,
+    Future,
+    QueueFullError,
+    StreamClosedError,
+    ValueStream,
+)
 
 MAX_BATCH = 64
 MAX_QUEUE = 256  # images that wait
 MAX_TEXTS = 100  # at a time
 MAX_LENGTH = 1000  # tokens of a text
 MAX_AHEAD = 16  # tokens that a client has yet to read
+MAX_STEP = 4  # tokens of a text at a time
 MAX_BODY = 10_000  # bytes
 MAX_CONNECTIONS = 900  # as most systems let a process have 1,024 files
+HEAD_SECONDS = 5.0  # for a request to come, without its body
 BODY_SECONDS = 5.0  # for an image to come
 SECONDS = 5.0  # for its digit, from then on
 TEXT_SECONDS = 60.0  # for a text
@@ -66,78 +80,43 @@ GRACE = 10.0  # seconds for what has come by then
 
 logger = logging.getLogger("http_server")
 
+T = TypeVar("T")
+R = TypeVar("R")
 Classify = Callable[[list[torch.Tensor]], list[int]]
-Continue = Callable[[list[str]], list[str]]  # the next token of each text
-
-
-class TokenStream:
-    """Tokens from a thread to a task of an asyncio loop, at most MAX_AHEAD ahead of it."""
-
-    def __init__(self) -> None:
-        self.listening = True
-        self._tokens: deque[str] = deque()
-        self._end: list[BaseException | None] = []
-        self._loop = asyncio.get_running_loop()
-        self._came = asyncio.Event()
-
-    def try_push(self, token: str) -> bool:
-        """Adds a token, unless the client has yet to read too many; from the thread."""
-        if len(self._tokens) >= MAX_AHEAD:
-            return False
-        self._tokens.append(token)
-        self._wake()
-        return True
-
-    def close(self, error: BaseException | None = None) -> None:
-        """Ends the stream behind what was pushed; from the thread."""
-        self._end.append(error)
-        self._wake()
-
-    def stop_listening(self) -> None:
-        """Tells the thread that nobody reads any more."""
-        self.listening = False
-
-    def _wake(self) -> None:
-        with suppress(RuntimeError):  # the loop has closed
-            self._loop.call_soon_threadsafe(self._came.set)
-
-    async def __aiter__(self) -> AsyncIterator[str]:
-        while True:
-            await self._came.wait()
-            self._came.clear()
-            end = self._end[:1]
-            while self._tokens:
-                yield self._tokens.popleft()
-            for error in end:
-                if error is not None:
-                    raise error
-                return
+Continue = Callable[[list[str]], list[list[str]]]  # the next few tokens of each text
 
 
 class Text:
-    """A text that grows."""
+    """A text that grows, at most MAX_AHEAD tokens ahead of its client."""
 
     def __init__(self, prompt: str, length: int) -> None:
         self.text = prompt
         self.left = length
-        self.token: str | None = None  # what the stream had no room for
-        self.stream = TokenStream()
+        self.tokens = ValueStream[str](max_size=MAX_AHEAD)
 
-    def push(self) -> bool:
-        """Tells whether the text can go on: its client listens, and has read enough."""
-        if self.token is not None and self.stream.listening:
-            if not self.stream.try_push(self.token):
-                return False
-            self.text += self.token
-            self.token = None
-            self.left -= 1
-            if self.left == 0:
-                self.stream.close()
-        return self.left > 0 and self.stream.listening
+    @property
+    def goes_on(self) -> bool:
+        """Whether it has not ended, and its client listens."""
+        return self.tokens.listening and not self.tokens.closed
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the client has read enough for another step."""
+        return len(self.tokens) + MAX_STEP <= MAX_AHEAD
+
+    def grow(self, tokens: list[str]) -> None:
+        """Sends the tokens to the client; does not block if there is room."""
+        tokens = tokens[: min(self.left, MAX_STEP)]
+        self.text += "".join(tokens)
+        self.left -= len(tokens)
+        with suppress(StreamClosedError):  # the client has left
+            self.tokens.push_many(tokens)
+        if self.left == 0:
+            self.tokens.close()
 
 
 class Writer:
-    """Continues all texts at once, in a thread: each step takes one token of each."""
+    """Continues all texts at once, in a thread: each step takes a few tokens of each."""
 
     def __init__(self, next_tokens: Continue) -> None:
         self.texts: list[Text] = []
@@ -147,11 +126,11 @@ class Writer:
         self._thread = Thread(target=self._run, name="writer")
         self._thread.start()
 
-    def write(self, prompt: str, length: int) -> TokenStream:
+    def write(self, prompt: str, length: int) -> ValueStream[str]:
         """Returns the tokens that follow the prompt, as they come."""
         text = Text(prompt, length)
         self._new.put(text)
-        return text.stream
+        return text.tokens
 
     def close(self, timeout: float) -> None:
         """Returns when all texts have ended.
@@ -166,18 +145,19 @@ class Writer:
 
     def _run(self) -> None:
         while self.texts or not self._is_closing:
-            able = [text for text in self.texts if text.push()]
-            self.texts = [text for text in self.texts if text.left and text.stream.listening]
-            self._take_in(may_wait=not able)
+            able = [text for text in self.texts if text.has_room]
             try:
-                tokens = self._next_tokens([text.text for text in able]) if able else []
-                for text, token in zip(able, tokens, strict=True):
-                    text.token = token
-            except BaseException as error:
+                for text, tokens in zip(able, self._continue(able), strict=True):
+                    text.grow(tokens)
+            except Exception as error:
                 logger.exception("the texts failed")
                 for text in able:
-                    text.left = 0
-                    text.stream.close(error)
+                    text.tokens.close(error)
+            self._take_in(may_wait=not able)
+            self.texts = [text for text in self.texts if text.goes_on]
+
+    def _continue(self, texts: list[Text]) -> list[list[str]]:
+        return self._next_tokens([text.text for text in texts]) if texts else []
 
     def _take_in(self, may_wait: bool) -> None:
         """Takes in new texts; waits for one if no other can go on, or for a client to read."""
@@ -190,6 +170,20 @@ class Writer:
                     self._is_closing = True
                 else:
                     self.texts.append(text)
+
+
+def contained(function: Callable[[list[T]], R]) -> Callable[[list[T]], R]:
+    """Has a function raise nothing that would end the event loop, where its callers await it."""
+
+    def call(items: list[T]) -> R:
+        try:
+            return function(items)
+        except Exception:
+            raise
+        except BaseException as error:
+            raise RuntimeError(f"the function raised {type(error).__name__}") from error
+
+    return call
 
 
 class ClientLeftError(Exception):
@@ -226,21 +220,24 @@ async def read_image(request: Request) -> torch.Tensor:
                 body += chunk
                 if len(body) > MAX_BODY:
                     raise HTTPException(413)
-        return torch.tensor(json.loads(body), dtype=torch.float32).reshape(1, 8, 8) / 16
+        image = torch.tensor(json.loads(body), dtype=torch.float32).reshape(1, 8, 8)
+        if not ((image >= 0) & (image <= 16)).all():  # as NaN
+            raise ValueError
     except TimeoutError:
         raise HTTPException(408) from None
     except (ArithmeticError, RuntimeError, TypeError, ValueError):
-        raise HTTPException(400, "the body must be a list of 64 numbers") from None
+        raise HTTPException(400, "the body must be a list of 64 numbers, 0 to 16") from None
+    return image / 16
 
 
 class TextResponse(StreamingResponse):
     """Server-sent events, a token each, and ``end`` or ``error`` as the last."""
 
-    def __init__(self, tokens: TokenStream) -> None:
+    def __init__(self, tokens: ValueStream[str]) -> None:
         super().__init__(self._events(tokens), media_type="text/event-stream")
         self._tokens = tokens
 
-    async def _events(self, tokens: TokenStream) -> AsyncIterator[str]:
+    async def _events(self, tokens: ValueStream[str]) -> AsyncIterator[str]:
         try:
             async for token in tokens:
                 yield f"data: {json.dumps(token)}\n\n"
@@ -251,11 +248,12 @@ class TextResponse(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the tokens until they end, the client leaves, or the time is over."""
-        try:
-            with anyio.move_on_after(TEXT_SECONDS):
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(TEXT_SECONDS, self._tokens.close, TimeoutError())
+        async with self._tokens:
+            with anyio.move_on_after(1.1 * TEXT_SECONDS):  # the client may not read that
                 await super().__call__(scope, receive, send)
-        finally:
-            self._tokens.stop_listening()
+        timer.cancel()
 
 
 class Service:
@@ -264,9 +262,9 @@ class Service:
     def __init__(self, classify: Classify, next_tokens: Continue) -> None:
         self.is_ending = False
         self.hangs = False
-        self._texts: list[TokenStream] = []
-        self._classify = classify
-        self._next_tokens = next_tokens
+        self._texts: list[ValueStream[str]] = []
+        self._classify = contained(classify)
+        self._next_tokens = contained(next_tokens)
         routes = [
             Route("/digit", self.digit, methods=["POST"]),
             Route("/text", self.text),
@@ -340,6 +338,30 @@ class Service:
         return JSONResponse({**self._batcher.statistics()._asdict(), "texts": texts})
 
 
+class Protocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+    """Closes a connection whose client takes too long to send a request."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Waits for the first request."""
+        super().connection_made(transport)
+        self._timer: asyncio.TimerHandle | None = None
+        self._await_request()
+
+    def data_received(self, data: bytes) -> None:
+        """Waits for the rest of a request, if this is not all."""
+        super().data_received(data)
+        if self._timer is None and (self.cycle is None or self.cycle.response_complete):
+            self._await_request()
+
+    def _await_request(self) -> None:
+        self._timer = self.loop.call_later(HEAD_SECONDS, self._close_unless_after, self.cycle)
+
+    def _close_unless_after(self, cycle: object) -> None:
+        self._timer = None
+        if self.cycle is cycle:
+            self.transport.close()
+
+
 class Server(uvicorn.Server):
     """Tells its clients when it is about to end."""
 
@@ -362,6 +384,9 @@ class Server(uvicorn.Server):
         # use are closed by agreement with their clients. uvicorn closes the idle ones then.
         await asyncio.sleep(NOTICE)
         await super().shutdown(sockets)
+        # Those who do not read: uvloop would wait for them when it is closed.
+        for connection in [*self.server_state.connections]:
+            connection.transport.abort()
 
     def _stop_listening(self) -> list[socket.socket]:
         """Closes the listeners; returns the connections that the loop has not accepted yet.
@@ -381,9 +406,8 @@ class Server(uvicorn.Server):
         return connected
 
     def _protocol(self) -> asyncio.Protocol:
-        protocol = self.config.http_protocol_class
         state = self.lifespan.state
-        return protocol(config=self.config, server_state=self.server_state, app_state=state)  # type: ignore[call-arg]
+        return Protocol(config=self.config, server_state=self.server_state, app_state=state)
 
 
 def serve(service: Service, port: int) -> None:
@@ -392,6 +416,7 @@ def serve(service: Service, port: int) -> None:
         service,
         port=port,
         loop="uvloop",
+        http=Protocol,
         ws="none",
         lifespan="on",
         log_level="warning",
@@ -417,9 +442,11 @@ def bigrams(text: str) -> Continue:
         counts[place[before], place[after]] += 1
     counts[counts.sum(dim=1) == 0] = 1  # the last one may have no other after it
 
-    def next_tokens(texts: list[str]) -> list[str]:
-        rows = counts[[place.get(text[-1], 0) for text in texts]]
-        return [characters[n] for n in torch.multinomial(rows, 1).flatten().tolist()]
+    def next_tokens(texts: list[str]) -> list[list[str]]:
+        steps = [torch.tensor([place.get(text[-1], 0) for text in texts])]
+        for _ in range(MAX_STEP):
+            steps.append(torch.multinomial(counts[steps[-1]], 1).flatten())
+        return [[characters[n] for n in row] for row in torch.stack(steps[1:], dim=1).tolist()]
 
     return next_tokens
 

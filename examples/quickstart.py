@@ -28,7 +28,7 @@ try:
 except ModuleNotFoundError:
     sys.exit("This example needs scikit-learn: pip install 'torchfut-aio[examples]'")
 
-EPOCHS = 20
+EPOCHS = 10
 CLIENTS = 256
 REPEATS = 80  # of each held-out image
 MAX_BATCH = 64

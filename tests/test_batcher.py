@@ -8,7 +8,6 @@ import gc
 import math
 import subprocess
 import sys
-import textwrap
 import threading
 import time
 import weakref
@@ -27,6 +26,7 @@ from torchfut_aio import (
     QueueFullError,
     _batch_worker,
     _batcher,
+    _loops,
     _worker,
     gather,
 )
@@ -196,7 +196,28 @@ async def test_results_that_kernels_still_fill_are_ready_when_they_are_awaited(a
             assert [row.item() for row in reader.outcome] == [7, 7]
 
 
-def test_nothing_keeps_an_item_or_its_result_once_it_is_delivered():
+@on_asyncio
+async def test_a_loop_is_woken_once_for_a_batch(gated, monkeypatch):
+    batcher = batcher_of(gated, max_batch=64, max_wait=math.inf)
+    tasks = [asyncio.ensure_future(batcher.submit(n)) for n in range(64)]
+    await eventually(gated.began.is_set)
+    ours, asked = _loops.current_asyncio(), []
+    call_soon = type(ours).call_soon
+
+    def counted(self, function):
+        asked.append(self)
+        return call_soon(self, function)
+
+    monkeypatch.setattr(type(ours), "call_soon", counted)
+    gated.may_return.set()
+    assert await asyncio.gather(*tasks) == [2 * n for n in range(64)]
+    assert asked == [ours]
+    await batcher.aclose()
+
+
+def test_nothing_keeps_an_item_or_its_result_once_it_is_delivered(monkeypatch):
+    monkeypatch.setattr(_batch_worker, "_LINGER", math.inf)
+
     class Thing:
         pass
 
@@ -633,62 +654,60 @@ def test_close_returns_though_no_thread_can_start(monkeypatch):
         batcher.submit(1)
 
 
-def python(program):
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", PRELUDE + textwrap.dedent(program)],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_WITH_PROCESSES,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    return done.stdout
-
-
-PRELUDE = """
-import os, sys, threading, time, warnings
+# One interpreter, as it takes seconds to import torch, and a fork of it for each promise. A fork
+# that comes to the end of the program exits as any interpreter.
+PROGRAM = """
+import atexit, os, sys, time, warnings
 from torchfut_aio import Batcher
 
 def double(items):
     time.sleep(0.01)
     return [2 * item for item in items]
 
+def queued_at_exit():
+    for n in range(5):
+        batcher.submit(n).add_done_callback(lambda fut: print(fut.value(), flush=True))
+
+def idle_at_exit():
+    assert [batcher.submit(n) for n in range(2)][1].wait(30) == 2
+    # The interpreter waits for threads before it calls what is registered here.
+    atexit.register(lambda end: print(time.monotonic() - end), time.monotonic())
+
+def forked():
+    warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads
+    pending = batcher.submit(1)
+    if child := os.fork():
+        assert os.waitpid(child, 0)[1] == 0
+        batcher.submit(5)
+        print(pending.wait(30))
+    else:
+        print(batcher.statistics().queued)
+        print([batcher.submit(n) for n in (6, 7)][1].wait(30), flush=True)
+        os._exit(0)
+
 batcher = Batcher(double, max_batch=2, max_wait=3600, max_queue=100)
+for each in (queued_at_exit, idle_at_exit, forked):
+    if child := os.fork():
+        assert os.waitpid(child, 0)[1] == 0
+        print(flush=True)
+    else:
+        each()
+        break
 """
 
 
-def test_an_interpreter_that_exits_completes_what_is_queued_first():
-    printed = python("""
-        for n in range(5):
-            batcher.submit(n).add_done_callback(lambda fut: print(fut.value(), flush=True))
-    """)
-    assert printed.split() == ["0", "2", "4", "6", "8"]
-
-
-def test_an_idle_batcher_does_not_keep_the_interpreter_from_exiting():
-    waited = python("""
-        import atexit
-        assert [batcher.submit(n) for n in range(2)][1].wait(30) == 2
-        # The interpreter waits for threads before it calls what is registered here.
-        atexit.register(lambda end: print(time.monotonic() - end), time.monotonic())
-    """)
+def test_an_exit_completes_what_is_queued_and_waits_for_no_idle_thread_and_a_fork_begins_anew():
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", PROGRAM],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_WITH_PROCESSES,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    queued, waited, forked = done.stdout.strip().split("\n\n")
+    assert queued.split() == ["0", "2", "4", "6", "8"]
     assert float(waited) < _batch_worker._LINGER / 2
-
-
-def test_a_child_process_begins_with_nothing_queued_and_a_batcher_that_works():
-    printed = python("""
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads
-        pending = batcher.submit(1)
-        if child := os.fork():
-            assert os.waitpid(child, 0)[1] == 0
-            batcher.submit(5)
-            print(pending.wait(30))
-        else:
-            print(batcher.statistics().queued)
-            print([batcher.submit(n) for n in (6, 7)][1].wait(30))
-        sys.stdout.flush()
-        os._exit(0)
-    """)
-    assert printed.split() == ["0", "14", "2"]
+    assert forked.split() == ["0", "14", "2"]
 
 
 # ------------------------------------------------------------------ struck at every point

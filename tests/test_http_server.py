@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
+import math
+import multiprocessing
 import os
 import pathlib
 import random
@@ -12,97 +15,73 @@ import signal
 import socket
 import subprocess
 import sys
-import textwrap
-import threading
 import time
 from contextlib import contextmanager, suppress
-from queue import SimpleQueue
 from typing import ClassVar
 
 import pytest
 
 from .threads import PATIENCE, PATIENCE_WITH_PROCESSES, until
 
+datasets = pytest.importorskip("sklearn.datasets", reason="the classifier learns from its digits")
 for module in ("starlette", "uvicorn"):
     pytest.importorskip(module, reason="the HTTP server needs it: see the extra server")
-datasets = pytest.importorskip("sklearn.datasets", reason="the classifier learns from its digits")
+http_service = importlib.import_module("tests.http_service")  # which needs all of these
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 
-# A server whose classifier answers with the first pixel, once the file `gate` is there. It raises
-# if the second pixel is 1, and hangs if that is 2. Its tokens are large enough to fill buffers.
-PRELUDE = """
-import os, sys, time
-sys.path.insert(0, {examples!r})
-import http_server
-
-def classify(images):
-    while not os.path.exists({gate!r}):
-        time.sleep(0.001)
-    numbers = [(image.flatten()[:2] * 16).tolist() for image in images]
-    if any(second == 1 for _, second in numbers):
-        raise OSError("the model is broken")
-    if any(second == 2 for _, second in numbers):
-        time.sleep(3600)
-    return [round(first) for first, _ in numbers]
-
-def next_tokens(texts):
-    if any(text.startswith("raise") for text in texts):
-        raise OSError("the model is broken")
-    time.sleep(0.0005)
-    return [text[0] * int(text[1:].partition(".")[0]) + "." for text in texts]
-"""
+# They are forked from one that has imported all, which takes seconds.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["tests.http_service"])
 
 
 class Served:
     """A server that runs: where, and how to end it."""
 
-    def __init__(self, process, gate):
+    def __init__(self, process, output, gate=None):
         self.process = process
+        self.output = output
         self.gate = gate
-        self.port = None
-        self.lines = SimpleQueue()
-        self.reader = threading.Thread(target=self.read)
-        self.reader.start()
-
-    def read(self):
-        for line in self.process.stdout:
-            if found := re.match(r"serving on http://127.0.0.1:(\d+)", line):
-                self.port = int(found[1])
-                self.lines.put(None)
-        self.lines.put(None)
 
     @property
-    def url(self):
-        return f"http://127.0.0.1:{self.port}"
+    def port(self):
+        written = self.output.read_text() if self.output.exists() else ""
+        found = re.search(r"serving on http://127.0.0.1:(\d+)\n", written)
+        return int(found[1]) if found else None
+
+    def exit_code(self, timeout=PATIENCE_WITH_PROCESSES):
+        """Waits until the server has ended; None if it does not in time."""
+        with suppress(subprocess.TimeoutExpired):
+            if isinstance(self.process, subprocess.Popen):
+                return self.process.wait(timeout)
+            self.process.join(timeout)
+            return self.process.exitcode
 
     def open_gate(self):
         self.gate.touch()
 
-    def terminate(self):
-        self.process.send_signal(signal.SIGTERM)
+    def terminate(self, number=signal.SIGTERM):
+        os.kill(self.process.pid, number)
 
-    def ended(self):
-        return self.process.wait(PATIENCE_WITH_PROCESSES)
-
-    def files(self):
-        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+    def sockets(self):
+        found = 0
+        for descriptor in pathlib.Path(f"/proc/{self.process.pid}/fd").iterdir():
+            with suppress(FileNotFoundError):
+                found += os.readlink(descriptor).startswith("socket:")
+        return found
 
 
 @contextmanager
-def served(command, gate, log):
-    with open(log, "w") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
-    server = Served(process, gate)
+def ended_at_last(server, log):
+    give_up = time.monotonic() + PATIENCE_WITH_PROCESSES
     try:
-        server.lines.get(timeout=PATIENCE_WITH_PROCESSES)
-        assert server.port, log.read_text()
+        while not server.port:
+            assert server.exit_code(0.01) is None, log.read_text()
+            assert time.monotonic() < give_up
         yield server
     finally:
-        process.kill()
-        process.wait(PATIENCE)
-        server.reader.join(PATIENCE)
-        process.stdout.close()
+        server.process.kill()
+        server.exit_code(PATIENCE)
 
 
 @pytest.fixture(autouse=True)
@@ -116,14 +95,13 @@ def serve(tmp_path):
 
     @contextmanager
     def serve(*, is_open=True, **constants):
-        gate = tmp_path / "gate"
+        gate, output, log = (tmp_path / name for name in ("gate", "output", "log"))
         if is_open:
             gate.touch()
-        program = PRELUDE.format(examples=str(EXAMPLES), gate=str(gate))
-        program += "".join(f"http_server.{name} = {value}\n" for name, value in constants.items())
-        program += "http_server.serve(http_server.Service(classify, next_tokens), 0)\n"
-        command = [sys.executable, "-W", "error", "-c", textwrap.dedent(program)]
-        with served(command, gate, tmp_path / "log") as server:
+        arguments = (*map(str, (gate, output, log)), constants)
+        process = PROCESSES.Process(target=http_service.serve, args=arguments)
+        process.start()
+        with ended_at_last(Served(process, output, gate), log) as server:
             yield server
 
     return serve
@@ -247,18 +225,22 @@ def test_the_example_tells_digits_and_writes_texts(tmp_path):
         assert headers["content-type"].startswith("text/event-stream")
         written, last = tokens(body)
         assert (status, len(written), last) == (200, 30, "event: end\ndata:")
-        for pixels in ([1, 2, 3], ["1"] * 64, {"1": 2}, [10**400] + [0] * 63):
+        nonsense = [[number] + [0] * 63 for number in (10**400, math.nan, math.inf, -1, 17)]
+        for pixels in ([1, 2, 3], ["1"] * 64, {"1": 2}, *nonsense):
             assert (await ask(server, request(pixels=pixels)))[0] == 400
         assert (await ask(server, request(pixels=[0] * 5000)))[0] == 413
         assert (await ask(server, text_request("The", "many")))[0] == 400
         assert (await statistics(server))["items"] == 50
 
     command = [sys.executable, "-W", "error", EXAMPLES / "http_server.py", "0"]
-    with served(command, None, tmp_path / "log") as server:
+    output, log = tmp_path / "output", tmp_path / "log"
+    with output.open("w") as written, log.open("w") as errors:
+        process = subprocess.Popen(command, stdout=written, stderr=errors)
+    with ended_at_last(Served(process, output), log) as server:
         run(main(server))
         server.terminate()
-        assert server.ended() == 0
-    assert (tmp_path / "log").read_text() == ""
+        assert server.exit_code() == 0
+    assert log.read_text() == ""
 
 
 # ------------------------------------------------------------------------------- overload
@@ -327,7 +309,7 @@ def test_texts_beyond_the_limit_are_answered_503(serve):
 def test_300_clients_that_leave_take_nothing_with_them_and_leave_nothing_behind(serve):
     async def main(server):
         await statistics(server)
-        before = server.files()
+        before = server.sockets()
         stay = [asyncio.ensure_future(ask(server, request(n))) for n in range(10)]
         await eventually(server, lambda s: s["queued"] + s["running"] == 10)
         connections = [await Connection.open(server) for _ in range(300)]
@@ -337,7 +319,7 @@ def test_300_clients_that_leave_take_nothing_with_them_and_leave_nothing_behind(
         for connection in connections:
             await connection.close()
         await eventually(server, lambda s: s["texts"] == 0)
-        until(lambda: server.files() <= before + 10)
+        until(lambda: server.sockets() <= before + 10)
         server.open_gate()
         for n, (status, _, body) in enumerate(await asyncio.gather(*stay)):
             assert (status, json.loads(body)) == (200, {"digit": n})
@@ -391,25 +373,42 @@ def test_a_client_that_reads_nothing_or_sends_half_is_given_up_in_time(serve):
         run(main(server))
 
 
+def test_a_client_that_sends_no_request_is_hung_up_on_however_slowly_it_does_so(serve):
+    async def main(server):
+        idle, slow, served = [await Connection.open(server) for _ in range(3)]
+        assert (await served.ask(request(3)))[0] == 200
+        slow.writer.write(b"GET /stat")
+        served.writer.write(b"GET /stat")
+        while not all(each.reader.at_eof() for each in (idle, slow, served)):
+            for each in (slow, served):
+                each.writer.write(b"a")
+            await asyncio.sleep(0.05)
+        assert (await ask(server, request(3)))[0] == 200
+
+    with serve(HEAD_SECONDS=1.5) as server:
+        run(main(server))
+
+
 # ----------------------------------------------------------------- functions that fail
 
 
 def test_a_function_that_raises_fails_its_batch_and_no_more(serve):
     async def main(server):
-        for _ in range(3):
-            status, _, body = await ask(server, request(1, 1))
-            assert (status, json.loads(body)) == (500, {"error": "OSError"})
+        for number, raised in ((1, "OSError"), (3, "SystemExit"), (4, "KeyboardInterrupt")):
+            told = "OSError" if number == 1 else "RuntimeError"
+            status, _, body = await ask(server, request(1, number))
+            assert (status, json.loads(body)) == (500, {"error": told})
             status, _, body = await ask(server, request(4))
             assert (status, json.loads(body)) == (200, {"digit": 4})
-        status, _, body = await ask(server, text_request("raise", 5))
-        assert (status, body) == (200, b'event: error\ndata: "OSError"\n\n')
-        status, _, body = await ask(server, text_request("b1", 5))
-        assert tokens(body) == (["b."] * 5, "event: end\ndata:")
+            status, _, body = await ask(server, text_request(raised, 5))
+            assert (status, body) == (200, f'event: error\ndata: "{told}"\n\n'.encode())
+            status, _, body = await ask(server, text_request("b1", 5))
+            assert tokens(body) == (["b."] * 5, "event: end\ndata:")
 
     with serve() as server:
         run(main(server))
         server.terminate()
-        assert server.ended() == 0
+        assert server.exit_code() == 0
 
 
 def test_while_the_function_hangs_everybody_is_answered_and_the_server_can_be_ended(serve):
@@ -422,15 +421,32 @@ def test_while_the_function_hangs_everybody_is_answered_and_the_server_can_be_en
         assert (await hangs)[0] == 504
         status, _, body = await ask(server, text_request("b1", 5))
         assert (status, tokens(body)[0]) == (200, ["b."] * 5)
+        status, _, body = await ask(server, text_request("hang", 5))
+        assert (status, body) == (200, b'event: error\ndata: "TimeoutError"\n\n')
+        assert (await statistics(server))["running"] == 1
 
-    constants = {"SECONDS": 1, "NOTICE": 0.1, "GRACE": 1, "MAX_QUEUE": 30, "MAX_BATCH": 20}
+    constants = {"SECONDS": 1, "TEXT_SECONDS": 3, "NOTICE": 0.1, "GRACE": 1}
+    constants |= {"MAX_QUEUE": 30, "MAX_BATCH": 20}
     with serve(**constants) as server:
         run(main(server))
         server.terminate()
-        assert server.ended() == 1
+        assert server.exit_code() == 1
 
 
 # ------------------------------------------------------------------------------ shutdown
+
+
+def test_clients_that_do_not_read_do_not_keep_the_server_from_ending(serve):
+    async def main(server):
+        for _ in range(5):
+            deaf = await Connection.open(server)
+            deaf.writer.write(text_request("a50000", 1000))
+            await deaf.reader.readuntil(b"data: ")
+        server.terminate()
+        assert await asyncio.to_thread(server.exit_code, PATIENCE) == 0
+
+    with serve(NOTICE=0.1, GRACE=1) as server:
+        run(main(server))
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
@@ -456,7 +472,7 @@ def test_a_shutdown_under_load_drops_no_response(serve, signal_number, tmp_path)
             if headers.get("connection") == "close":
                 refused.append(n)
                 break
-            await asyncio.sleep(0.2 * random.random())  # it thinks, and its connection is idle
+            await asyncio.sleep(0.1 * random.random())  # it thinks, and its connection is idle
         await connection.close()
 
     async def connects_anew(server, n):
@@ -486,13 +502,13 @@ def test_a_shutdown_under_load_drops_no_response(serve, signal_number, tmp_path)
         clients += [reads_a_text(server) for _ in range(20)]
         load = asyncio.ensure_future(asyncio.gather(*clients))
         await enough.wait()
-        server.process.send_signal(signal_number)
+        server.terminate(signal_number)
         await load
 
     patience = PATIENCE_WITH_PROCESSES
-    with serve(SECONDS=patience, TEXT_SECONDS=patience, GRACE=patience, NOTICE=4) as server:
+    with serve(SECONDS=patience, TEXT_SECONDS=patience, GRACE=patience, NOTICE=2) as server:
         run(main(server))
-        assert server.ended() == 0
+        assert server.exit_code() == 0
     assert dropped == []
     assert len(refused) == 64 + 16
     assert texts == [200] * 20

@@ -21,7 +21,7 @@ from torchfut_aio import (
     set_results,
 )
 
-from .accelerator import FIRST, NEW, being_filled, told_or_not
+from .accelerator import FIRST, NEW, SECOND, being_filled, simulated_only, told_or_not
 from .explorer import strikes
 from .loops import on_asyncio, on_every_loop
 from .threads import PATIENCE, alongside, running, until
@@ -248,3 +248,66 @@ async def test_values_are_ready_when_they_are_awaited(accelerator, producer, dev
         accelerator.wake()
     assert got == [NEW]
     assert isinstance(futures[1].exception(), ValueError)
+
+
+def a_host_value(_accelerator):
+    return torch.ones(1)
+
+
+def what_cannot_be_pickled(_accelerator):
+    return [torch.ones(1, device=FIRST), lambda: None]
+
+
+def on_another_device(_accelerator):
+    return torch.ones(1, device=SECOND)
+
+
+def behind_a_failed_kernel(accelerator):
+    value = torch.ones(1, device=FIRST)
+    accelerator.fail("the kernel failed")
+    return value
+
+
+def without_events(accelerator):
+    accelerator.take_events_away()
+    return torch.ones(1, device=FIRST)
+
+
+def seen(fut):
+    """What Python, C++ and callbacks see of a future."""
+    in_callback, in_cpp = [], None
+    fut.add_done_callback(lambda fut: in_callback.append(fut.done()))
+    try:
+        torch._C.Future.wait(fut)
+    except Exception as raised:
+        in_cpp = str(raised)
+    error = fut.exception()
+    return type(error), str(error), error or fut.value(), in_cpp, in_callback
+
+
+@told_or_not
+@simulated_only
+@pytest.mark.device
+@pytest.mark.several_devices
+@pytest.mark.parametrize(
+    "make",
+    [
+        a_host_value,
+        what_cannot_be_pickled,
+        on_another_device,
+        behind_a_failed_kernel,
+        without_events,
+    ],
+)
+def test_each_value_is_what_set_result_would_make_of_it(accelerator, producer, devices, make):
+    alone, before, after = (Future(devices=devices) for _ in range(3))
+    with producer:
+        value = make(accelerator)
+        alone.set_result(value)
+        assert set_results([before, after], [value, value]) == []
+    expected = seen(alone)
+    for fut in (before, after):
+        found = seen(fut)
+        assert found[:2] == expected[:2]
+        assert found[2] is expected[2] or isinstance(found[2], Exception)
+        assert found[3:] == expected[3:]

@@ -19,13 +19,13 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 from ._errors import BatcherClosedError, drop_catching_frame
 from ._future import Future
-from ._worker import Worker, WorkerThread, call_contained
+from ._set_results import set_results
+from ._worker import Worker, WorkerThread
 
 _LINGER = 10.0  # seconds for which a thread waits for more; to start one takes a tenth of a ms
 _LOOK = 0.1  # seconds after which a thread that waits looks whether the interpreter exits
@@ -65,17 +65,16 @@ class BatchWorker(Worker):
         start = time.monotonic()
         if start < self._may_purge_at:
             return False
-        for future in [*self.work]:
-            if given_up(future) and self.work.pop(future, None):
-                self.skipped += 1
+        waiting = self._waiting(max_queue)
         now = time.monotonic()
         self._may_purge_at = now + 20 * (now - start)  # it takes at most 5% of the time
-        return len(self.work) < max_queue
+        return len(waiting) < max_queue
 
     def fail_queued(self, error: BaseException) -> None:
         """Fails all that is queued."""
-        for future in [*self.work]:
-            complete(future, error)
+        futures = [*self.work]
+        _fail(futures, error)
+        for future in futures:
             self.work.pop(future, None)
 
     def begin_to_close(self) -> None:
@@ -90,13 +89,12 @@ class BatchWorker(Worker):
     def abandon(self, error: BaseException) -> None:
         """Fails all that is pending, and has the function run no more, whatever the thread does."""
         self.closing = True
-        complete(self.ended, None)
+        self.ended.try_set_result(None)
         self.fail_queued(error)
         self._fail_batch(error)
 
     def _fail_batch(self, error: BaseException) -> None:
-        for future, _ in [*self.batch]:
-            complete(future, error)
+        _fail([future for future, _ in self.batch], error)
 
     # ---------------------------------------------------------------------------- as a `Worker`
 
@@ -116,60 +114,60 @@ class BatchWorker(Worker):
             text = "the thread that ran the batch was struck before this future was done"
             self._fail_batch(RuntimeError(text))
             self.batch = []
-        queue: deque[Future[Any]] = deque()
-        while self._await_batch(queue):
-            self._rings_at = math.inf  # it will look again
-            self._fill_batch(queue)
+        while self._take_batch():
             self._run_batch()
         if self.ended.done() or (self.closing and not super().has_work()):
-            complete(self.ended, None)
+            self.ended.try_set_result(None)
             self.fail_queued(BatcherClosedError("the batcher is closed"))
 
-    def _await_batch(self, queue: deque[Future[Any]]) -> bool:
-        """Waits until it is time to run what is queued; returns False if the thread is to end."""
+    def _await_batch(self) -> list[Future[Any]]:
+        """Waits until it is time to run what is queued; returns nothing if the thread is to end."""
         give_up = time.monotonic() + _LINGER
         while not self.ended.done():
-            # Read first: what was submitted before that is seen below.
+            # Both first: what is submitted before is seen below, and who submits later rings.
             is_last = self.closing or not threading.main_thread().is_alive()
-            self._take_in(queue)
-            self._rings_at = self.max_batch if queue else 1
-            if self._take_in(queue):  # whoever submitted before that may not have rung
-                continue
+            self._rings_at = 1
+            futures = self._waiting(self.max_batch)
             now = time.monotonic()
-            if queue:
-                _, submitted = self.work.get(queue[0], (None, now))
+            if futures:
+                self._rings_at = self.max_batch
+                _, submitted = self.work.get(futures[0], (None, now))
                 left = submitted + self.max_wait - now
-                if left <= 0 or len(queue) >= self.max_batch or is_last:
-                    return True
+                if left <= 0 or len(futures) == self.max_batch or is_last:
+                    return futures
             else:
                 left = give_up - now
                 if left <= 0 or is_last:
-                    return False
+                    return []
             self.rest(min(left, _LOOK))
-        return False
+        return []
 
-    def _take_in(self, queue: deque[Future[Any]]) -> bool:
-        """Adds what is new to the queue, drops what has gone from its head; tells of the new."""
-        new = self.take()
-        queue.extend(new)
-        while queue and (given_up(queue[0]) or queue[0] not in self.work):
-            self.skipped += self.work.pop(queue.popleft(), None) is not None
-        return bool(new)
-
-    def _fill_batch(self, queue: deque[Future[Any]]) -> None:
-        batch = self.batch
-        now = time.monotonic()
-        while queue and len(batch) < self.max_batch:
-            future = queue.popleft()
-            entry = self.work.get(future)
-            if entry is None:  # it was withdrawn, or is twice in the queue
-                continue
-            if given_up(future):
-                self.skipped += 1
+    def _waiting(self, at_most: int) -> list[Future[Any]]:
+        """Returns those that have waited longest; drops what was given up before them."""
+        waiting: list[Future[Any]] = []
+        self.new.clear()  # all is in ``work``
+        for future in [*self.work]:
+            if future.done():
+                self.skipped += self.work.pop(future, None) is not None
             else:
-                batch.append((future, entry[0]))
-                self.waited += now - entry[1]
-            self.work.pop(future, None)
+                waiting.append(future)
+                if len(waiting) == at_most:
+                    break
+        return waiting
+
+    def _take_batch(self) -> bool:
+        """Waits for a batch; returns False if the thread is to end."""
+        futures = self._await_batch()
+        self._rings_at = math.inf  # it will look again
+        now = time.monotonic()
+        for future in futures:
+            entry = self.work.get(future)
+            if entry is not None:  # it was not withdrawn
+                item, submitted = entry
+                self.batch.append((future, item))
+                self.waited += now - submitted
+                self.work.pop(future, None)
+        return bool(futures)
 
     def _run_batch(self) -> None:
         futures = [future for future, _ in self.batch]
@@ -184,7 +182,10 @@ class BatchWorker(Worker):
         self.batches += 1
         self.items += len(futures)
         self.ran += time.monotonic() - start
-        complete_all(futures, results)
+        try:
+            set_results(futures, results)
+        except BaseException as error:  # there was no memory, or a callback raised it
+            self._fail_batch(drop_catching_frame(error))
         self.batch = []
 
 
@@ -203,29 +204,6 @@ def _results_of(function: Callable[[list[Any]], Any], items: list[Any]) -> list[
     return results
 
 
-def complete_all(futures: list[Future[Any]], results: list[Any]) -> None:
-    """Completes each future with its result, or its error if that is an exception."""
-    for future, result in zip(futures, results, strict=True):
-        try:
-            complete(future, result)
-        except BaseException as error:
-            call_contained(_complete_or_log, future, error)
-
-
-def _complete_or_log(future: Future[Any], error: BaseException) -> None:
-    if future.done():
-        raise error  # a callback raised it
-    complete(future, drop_catching_frame(error))
-
-
-def complete(future: Future[Any], result: object) -> None:
-    """Completes a future, unless it is done."""
-    if isinstance(result, BaseException):
-        future.try_set_exception(result)
-    else:
-        future.try_set_result(result)
-
-
-def given_up(future: Future[Any]) -> bool:
-    """Tells whether nobody wants the future's result any more."""
-    return future.done()
+def _fail(futures: list[Future[Any]], error: BaseException) -> None:
+    """Fails those of the futures that are not done."""
+    set_results(futures, [error] * len(futures))
