@@ -45,6 +45,8 @@ from ._stream import ValueStream
 from ._tasks import start_soon, submit
 from ._timeouts import with_timeout
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Batcher",
     "BatcherClosedError",
