@@ -96,6 +96,7 @@ LAYERS = [
     "_stream_state",
     "_stream",
     "distributed",
+    "debug",
 ]
 
 
