@@ -32,7 +32,7 @@ class Recording:
     """Notes who waits for which future, and who completes it, while its ``with`` block runs.
 
     Meanwhile `pending_futures` knows since when each waits. One recording may be on at a time, for
-    all threads and loops of the process. An await takes about twice as long meanwhile.
+    all threads and loops of the process. An await takes two to three times as long meanwhile.
 
     Args:
         max_events: How many waits and callbacks it keeps at most: the last ones.
@@ -115,6 +115,7 @@ _switching = threading.Lock()
 
 
 class _ThisThread(threading.local):
+    native_id: int  # to ask for it is a system call
     name: str | None = None
     starting: Wait | None = None  # of the task that is about to add a waiter
 
@@ -128,8 +129,9 @@ def _here() -> Moment:
     if name is None:
         # Not current_thread(), which would register a thread that is not Python's for ever.
         names = {thread.ident: thread.name for thread in threading.enumerate()}
+        _this_thread.native_id = threading.get_native_id()
         name = _this_thread.name = names.get(threading.get_ident(), "of C++")
-    return Moment(perf_counter(), threading.get_native_id(), name)
+    return Moment(perf_counter(), _this_thread.native_id, name)
 
 
 def _recorded_await(future: Future[Any], ready: bool = True) -> Generator[Any, Any, Any]:
