@@ -33,7 +33,7 @@ async def request(batcher: Batcher[torch.Tensor, torch.Tensor], number: int) -> 
     await asyncio.sleep(0.005 * number)
     answer = await batcher.submit(torch.randn(64))
     if number == 2:
-        time.sleep(0.03)  # what no task should do: all others stand still
+        time.sleep(0.03)  # noqa: ASYNC251  what no task should do: all others stand still
     await batcher.submit(answer)
 
 
@@ -45,13 +45,17 @@ async def lost(future: Future[None]) -> None:
     await future
 
 
-async def serve() -> None:
+async def serve(path: str) -> None:
     never = Future[None]()
-    never.add_done_callback(note)
-    task = asyncio.create_task(lost(never), name="lost request")
-    async with Batcher(model, max_batch=4, max_wait=0.002, max_queue=100) as batcher:
-        requests = [asyncio.create_task(request(batcher, n), name=f"request {n}") for n in range(6)]
-        await asyncio.wait(requests)
+    with Recording() as recording:
+        never.add_done_callback(note)
+        task = asyncio.create_task(lost(never), name="lost request")
+        async with Batcher(model, max_batch=4, max_wait=0.002, max_queue=100) as batcher:
+            requests = [
+                asyncio.create_task(request(batcher, n), name=f"request {n}") for n in range(6)
+            ]
+            await asyncio.wait(requests)
+        await asyncio.to_thread(recording.save, path)
     for pending in pending_futures():
         print(pending)
     never.cancel()
@@ -61,11 +65,9 @@ async def serve() -> None:
 def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(sys.argv[1] if len(sys.argv) > 1 else f"{folder}/trace.json")
-        with Recording() as recording:
-            asyncio.run(serve())
-        recording.save(path)
-        print(f"recorded {path.stat().st_size // 1000} kB for https://ui.perfetto.dev")
+        path = sys.argv[1] if len(sys.argv) > 1 else f"{folder}/trace.json"
+        asyncio.run(serve(path))
+        print(f"recorded {Path(path).stat().st_size // 1000} kB for https://ui.perfetto.dev")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,11 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -20,7 +25,9 @@ from torchfut_aio import Future, _core, gather, set_results
 from torchfut_aio.debug import PendingFuture, Recording, pending_futures
 
 from .loops import on_asyncio, on_every_loop
-from .threads import PATIENCE, until
+from .threads import PATIENCE, PATIENCE_WITH_PROCESSES, until
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 def waiting_for(future):
@@ -423,3 +430,44 @@ def test_pending_futures_may_be_asked_while_another_thread_makes_and_completes_s
         stop.set()
         thread.join(PATIENCE)
     gc.collect()
+
+
+# ------------------------------------------------------------------------- what is documented
+
+
+GUIDE = (ROOT / "docs" / "guides" / "seeing.md").read_text()
+SHOWN = re.findall(
+    r"```python\n(.*?)```\n(?:\nIt prints:\n\n```\n(.*?)```\n)?", GUIDE, flags=re.DOTALL
+)
+
+
+def printed_by(*arguments, folder):
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_WITH_PROCESSES,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(("code", "expected"), SHOWN, ids=range(len(SHOWN)))
+def test_the_guides_examples_print_what_it_says(tmp_path, code, expected):
+    printed = printed_by("-c", code, folder=tmp_path)
+    assert printed == expected or not expected
+
+
+def test_the_example_names_the_request_that_waits_for_ever(tmp_path):
+    printed = printed_by(ROOT / "examples" / "tracing.py", "trace.json", folder=tmp_path)
+    assert re.match(
+        r"<Future pending waiters=1 callbacks=1>\n"
+        r"  task lost request, for [\d.]+ s\n"
+        r"  callback __main__.note, for [\d.]+ s\n"
+        r"recorded \d+ kB",
+        printed,
+    )
+    shown = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert {"waits", "completes", "has yet to go on"} <= {event["name"] for event in shown}

@@ -37,9 +37,9 @@ def pending_futures() -> list[PendingFuture]:
     For a program that hangs: call it in a signal handler, another thread or a debugger. It needs
     no preparation. Since when they wait is known of those who began while a `Recording` was on.
 
-    It looks through all objects that the garbage collector tracks, some milliseconds for every
-    100,000, and all else stands still meanwhile. It misses futures that ``gc.freeze`` has hidden,
-    and what PyTorch's C++ has attached itself.
+    It looks through all objects that the garbage collector tracks, some tens of milliseconds for
+    every 100,000, and all else stands still meanwhile. It misses futures that ``gc.freeze`` has
+    hidden, and what PyTorch's C++ has attached itself.
 
     Returns:
         Those whose oldest wait began first come first; those of which that is unknown, last.

@@ -13,14 +13,13 @@ import threading
 from collections import deque
 from collections.abc import Generator
 from pathlib import Path
-from time import perf_counter, time
+from time import perf_counter, perf_counter_ns, time_ns
 from types import TracebackType
 from typing import Any
 
 from .. import _core, _loops
 from .._future import Future
 from .._loops import Waker, Who
-from ._pending import pending_futures
 from ._trace import Moment, Step, Trace, Wait, save
 
 _add_waiter = _core.add_waiter
@@ -55,7 +54,8 @@ class Recording:
 
     def __init__(self, *, max_events: int = 100_000) -> None:
         self._ended: deque[Wait | Step] = deque(maxlen=max_events)
-        self._epoch = time() - perf_counter()
+        self._live: dict[int, Wait] = {}
+        self._epoch = time_ns() - perf_counter_ns()
 
     def __enter__(self) -> Recording:
         global _on
@@ -94,20 +94,23 @@ class Recording:
             profile: A trace that ``torch.profiler`` has exported, in this process: what it shows
                 is written there, too, on the same time.
         """
-        live: list[Wait | Step] = [
-            Wait(id(pending.future), who)
-            for pending in pending_futures()
-            for who in pending.who
-            if who.since is not None and who.kind != "callback"
-        ]
-        save(
-            Trace([*self._ended.copy(), *live], self._epoch),
-            Path(path),
-            None if profile is None else Path(profile),
-        )
+        now = perf_counter()
+        events = [*self._ended.copy(), *[*self._live.values()]]
+        trace = Trace(events, now, self._epoch)
+        save(trace, Path(path), None if profile is None else Path(profile))
 
-    def note(self, event: Wait | Step) -> None:
+    def begin(self, wait: Wait) -> None:
+        """Notes that a wait has begun."""
+        self._live[id(wait)] = wait
+
+    def end(self, event: Wait | Step) -> None:
+        """Notes that a wait has ended, or a callback."""
+        self._live.pop(id(event), None)
         self._ended.append(event)
+
+    def forget(self, wait: Wait) -> None:
+        """Notes that a wait did not take place, as the future was done."""
+        self._live.pop(id(wait), None)
 
 
 _on: Recording | None = None
@@ -140,12 +143,15 @@ def _recorded_await(future: Future[Any], ready: bool = True) -> Generator[Any, A
         return (yield from _await(future, ready))
     who = Who("task", _loops.current().current_task_name(), perf_counter())
     wait = _this_thread.starting = Wait(id(future), who)
+    recording.begin(wait)
     try:
         return (yield from _await(future, ready))
     finally:
         wait.ended = perf_counter()
-        if wait.completed is not None or not future.done():  # or there was nothing to wait for
-            recording.note(wait)
+        if wait.completed is None and future.done():
+            recording.forget(wait)
+        else:
+            recording.end(wait)
 
 
 def _recorded_waiter(future: _core.Completable[Any], waiter: Any, waker: Waker) -> bool:
@@ -157,6 +163,7 @@ def _recorded_waiter(future: _core.Completable[Any], waiter: Any, waker: Waker) 
         here, who = _here(), waker.who(waiter)
         if who.kind == "thread":
             wait = Wait(id(future), Who("thread", here.name, here.time), here)
+            recording.begin(wait)
         else:  # a copy for asyncio
             wait = Wait(id(future), who._replace(since=here.time))
     return _add_waiter(future, waiter, _RecordedWaker(recording, wait, waker))
@@ -191,7 +198,7 @@ class _RecordedWaker:
         wait = self._wait
         if wait.blocked is not None:  # tasks tell themselves
             wait.ended = perf_counter() if wait.completed is None else wait.completed.time
-            self._recording.note(wait)
+            self._recording.end(wait)
 
 
 def _recorded_callback(future: _core.Completable[Any], callback: _core.DoneCallback) -> None:
@@ -221,7 +228,7 @@ class _RecordedCallback(_core.DoneCallback):
         try:
             self._callback.run(future)
         finally:
-            self._recording.note(Step(id(future), name, start, perf_counter()))
+            self._recording.end(Step(id(future), name, start, perf_counter()))
 
     def fail(self, future: Any, error: BaseException) -> None:
         self._callback.fail(future, error)

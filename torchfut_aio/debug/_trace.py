@@ -10,13 +10,13 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
 from typing import Any, NamedTuple
 
 from .._loops import Who
 
-_FIRST_TASK = 1 << 32  # for lines of tasks: beyond the numbers that threads have
-_BRIEF = 1e-6  # seconds, of what has no length
+_FIRST_TASK = (
+    1 << 30
+)  # for lines of tasks: beyond the ids of threads, within the 32 bits of Perfetto
 _CATEGORY = "torchfut_aio"
 
 
@@ -49,18 +49,20 @@ class Step(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """What was recorded, and what to add to its times to have those of ``time.time``."""
+    """What was recorded until now; ``epoch`` and a time are nanoseconds of ``time.time_ns``."""
 
     events: list[Wait | Step]
-    epoch: float
+    now: float
+    epoch: int
 
 
 def save(trace: Trace, path: Path, profile: Path | None) -> None:
     """Writes the trace to a file, together with what is in another, of ``torch.profiler``."""
-    whole: dict[str, Any] = {"traceEvents": [], "displayTimeUnit": "ms"}
+    # Times count from a base that is near: as numbers of JSON, they are not exact otherwise.
+    whole: dict[str, Any] = {"traceEvents": [], "baseTimeNanoseconds": trace.epoch}
     if profile is not None:
         whole = json.loads(profile.read_text())
-    writer = _Writer(trace.epoch - whole.get("baseTimeNanoseconds", 0) / 1e9)
+    writer = _Writer(trace.now, trace.epoch - whole.get("baseTimeNanoseconds", 0))
     for event in sorted(trace.events, key=_start):
         if isinstance(event, Wait):
             writer.wait(event)
@@ -78,8 +80,9 @@ def _start(event: Wait | Step) -> float:
 class _Writer:
     """Makes the events of the format."""
 
-    def __init__(self, offset: float) -> None:
+    def __init__(self, now: float, offset: int) -> None:
         self.events: list[dict[str, Any]] = []
+        self._now = now
         self._offset = offset
         self._process = os.getpid()
         self._threads: set[int] = set()
@@ -105,8 +108,8 @@ class _Writer:
 
     def wait(self, wait: Wait) -> None:
         """Shows a wait: until the future was completed, and until the task went on."""
-        start, now = wait.who.since or 0.0, perf_counter()
-        end = now if wait.ended is None else wait.ended
+        start = wait.who.since or 0.0
+        end = self._now if wait.ended is None else wait.ended
         if wait.blocked is not None:
             line = self.thread(wait.blocked)
         else:
@@ -118,7 +121,7 @@ class _Writer:
         if done is None:
             return
         by = self.thread(done)
-        self.slice(by, "completes", until, until + _BRIEF, wait.future)
+        self.slice(by, "completes", until, until, wait.future)
         if wait.blocked is None:
             self.slice(line, "has yet to go on", until, end, wait.future)
             arrow: dict[str, Any] = {"name": "completes", "cat": _CATEGORY, "id": next(self._count)}
@@ -128,14 +131,15 @@ class _Writer:
     def slice(self, line: int, name: str, start: float, end: float, future: int) -> None:
         """Shows something that takes time."""
         arguments = {"future": f"{future:#x}"}
-        duration = max(end - start, 0) * 1e6
+        duration = (self._nanoseconds(end) - self._nanoseconds(start)) / 1e3
         self._add("X", line, start, name=name, cat=_CATEGORY, dur=duration, args=arguments)
 
     def _name(self, line: int, name: str) -> None:
         self._add("M", line, 0, name="thread_name", args={"name": name})
 
     def _add(self, phase: str, line: int, seconds: float, **more: Any) -> None:
-        microseconds = (seconds + self._offset) * 1e6
-        self.events.append(
-            {"ph": phase, "pid": self._process, "tid": line, "ts": microseconds, **more}
-        )
+        time = self._nanoseconds(seconds) / 1e3
+        self.events.append({"ph": phase, "pid": self._process, "tid": line, "ts": time, **more})
+
+    def _nanoseconds(self, seconds: float) -> int:
+        return int(seconds * 1e9) + self._offset
