@@ -20,6 +20,7 @@ the kernels that fill a value, and when they are done. ``_cpython.py`` has all t
 CPython.
 
 ``distributed/`` is imported by those who use it: async functions as RPC handlers and as DDP hooks.
+So is ``debug/``: who waits for which future, and traces.
 """
 
 from ._adopt import as_future
