@@ -1,9 +1,9 @@
 """The tests on every Python and PyTorch that is supported, and the other checks.
 
-``nox`` runs all, ``nox -s lint types`` some, ``nox -s 'tests(python=3.12, torch=2.14.1)'``
+``nox`` runs all, ``nox -s check examples`` some, ``nox -s 'tests(python=3.12, torch=2.14.1)'``
 one; what follows ``--`` goes to pytest. A Python that is not on this machine is an error:
-nothing has been tested there. ``scripts/test-on-debian`` runs the tests on Debian's own
-build of PyTorch.
+nothing has been tested there. Each session installs what it needs and runs one of ``scripts``.
+``scripts/test-on-debian`` runs the tests on Debian's own build of PyTorch.
 """
 
 from __future__ import annotations
@@ -45,6 +45,11 @@ def install(session: nox.Session, extras: str, torch: str = PINNED) -> None:
     session.install(f"torch=={torch}", *others, f".[{extras}]")
 
 
+def run(session: nox.Session, script: str, *arguments: str) -> None:
+    """Runs one of ``scripts`` in the environment of the session."""
+    session.run(str(HERE / "scripts" / script), *arguments, external=True)
+
+
 @nox.session
 @nox.parametrize(
     ("python", "torch"),
@@ -54,50 +59,38 @@ def install(session: nox.Session, extras: str, torch: str = PINNED) -> None:
 def tests(session: nox.Session, torch: str) -> None:
     """The test suite."""
     install(session, "examples,test", torch)
-    session.run("python", "-m", "pytest", *session.posargs)
+    run(session, "test", *session.posargs)
 
 
 @nox.session(python=PYTHON)
-def lint(session: nox.Session) -> None:
-    """Style and format, with ruff."""
-    session.install("-c", "constraints.txt", "ruff")
-    session.run("ruff", "check", ".")
-    session.run("ruff", "format", "--check", ".")
-
-
-@nox.session(python=PYTHON)
-def types(session: nox.Session) -> None:
-    """The package and the examples, with mypy."""
+def check(session: nox.Session) -> None:
+    """Lint, format and types."""
     install(session, "examples,test")
-    session.run("mypy")
+    run(session, "check")
 
 
 @nox.session(python=PYTHON)
 def examples(session: nox.Session) -> None:
     """Each example runs; a warning is an error."""
     install(session, "examples")
-    for example in ("quickstart", "gpu_pipeline", "script"):
-        session.run("python", "-W", "error", f"examples/{example}.py")
-    for loop in ("asyncio", "uvloop", "trio"):
-        session.run("python", "-W", "error", "examples/task_group.py", loop)
-    for example, processes in (("rpc_service", 3), ("ddp_async_hook", 2)):
-        session.run(
-            "torchrun",
-            "--standalone",
-            f"--nproc-per-node={processes}",
-            f"examples/{example}.py",
-        )
+    run(session, "examples")
 
 
 @nox.session(python=PYTHON)
 def integrations(session: nox.Session) -> None:
     """The futures of other libraries, with the libraries themselves."""
     install(session, "examples,test,integrations")
-    session.run("python", "-m", "pytest", "tests/test_integrations.py", *session.posargs)
+    run(session, "test", "tests/test_integrations.py", *session.posargs)
+
+
+@nox.session(python=False)
+def dist(session: nox.Session) -> None:
+    """The sdist and the wheel, in environments that the script makes."""
+    run(session, "dist")
 
 
 @nox.session(python=PYTHON)
 def docs(session: nox.Session) -> None:
     """What the README and the docstrings show happens as they say."""
     install(session, "examples,test")
-    session.run("python", "-m", "pytest", "tests/test_documentation.py", *session.posargs)
+    run(session, "test", "tests/test_documentation.py", *session.posargs)

@@ -96,6 +96,7 @@ LAYERS = [
     "_stream_state",
     "_stream",
     "distributed",
+    "debug",
 ]
 
 
@@ -129,5 +130,5 @@ def test_imports_run_one_way():
 
 
 def test_the_version_is_the_distributions():
-    assert importlib.metadata.version("torchfut-aio")
+    assert importlib.metadata.version("torchfut-aio") == torchfut_aio.__version__
     assert (ROOT / "torchfut_aio" / "py.typed").exists()

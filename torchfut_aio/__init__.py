@@ -20,6 +20,7 @@ the kernels that fill a value, and when they are done. ``_cpython.py`` has all t
 CPython.
 
 ``distributed/`` is imported by those who use it: async functions as RPC handlers and as DDP hooks.
+So is ``debug/``: who waits for which future, and traces.
 """
 
 from ._adopt import as_future
@@ -44,6 +45,8 @@ from ._set_results import set_results
 from ._stream import ValueStream
 from ._tasks import start_soon, submit
 from ._timeouts import with_timeout
+
+__version__ = "0.1.0"
 
 __all__ = [
     "Batcher",

@@ -65,6 +65,28 @@ def still_waits(callback: Callable[..., Any], future: asyncio.Future[Any]) -> bo
     return getattr(task, "_fut_waiter", None) is future
 
 
+def waiting_task(future: asyncio.Future[Any]) -> asyncio.Task[Any] | None:
+    """Returns the asyncio task that waits for a future, if one does and can be found."""
+    found = resume_callback(future)
+    return None if found is None else getattr(found[0], "__self__", None)
+
+
+def callers_of(function: Callable[..., Any]) -> dict[int, Any]:
+    """Returns the ``self`` of the innermost call of a method that each thread is in.
+
+    By the threads' identifiers. Empty where the interpreter does not tell.
+    """
+    frames: dict[int, FrameType] = getattr(sys, "_current_frames", dict)()
+    code, found = getattr(function, "__code__", None), {}
+    for thread, innermost in frames.items():
+        frame: FrameType | None = innermost
+        while frame is not None and frame.f_code is not code:
+            frame = frame.f_back
+        if frame is not None:
+            found[thread] = frame.f_locals.get("self")
+    return found
+
+
 _Future: type[Any] = asyncio.Future  # written in C
 _Task: type[Any] = asyncio.Task
 

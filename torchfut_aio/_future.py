@@ -343,8 +343,7 @@ class Future(Settable[T]):
         """
         removed = 0
         for attached in _core.followers(self)[1]:
-            is_it = isinstance(attached, _core.FunctionCallback) and attached.run == callback
-            if is_it and _core.remove(self, attached):
+            if attached.is_for(callback) and _core.remove(self, attached):
                 removed += 1
         return removed
 

@@ -6,6 +6,10 @@ to a bounded depth, ``_then.py`` fills the child of ``then``, and ``_torch_futur
 file that touches the C++ future underneath.
 """
 
+from collections.abc import Callable
+from typing import Any
+
+from .._loops import Waker
 from ._callbacks import DoneCallback, FunctionCallback, run_deferred
 from ._completion import (
     OUTCOME,
@@ -28,6 +32,7 @@ from ._completion import (
     remove,
     try_complete_with_error,
     try_complete_with_value,
+    waiters_of,
 )
 from ._outcome import Outcome, outcome_of_error, outcome_of_value
 from ._then import ThenCallback
@@ -63,4 +68,18 @@ __all__ = [
     "run_deferred",
     "try_complete_with_error",
     "try_complete_with_value",
+    "waiters_of",
 ]
+
+
+def follow_by(
+    waiter_adder: Callable[[Completable[Any], Any, Waker], bool],
+    callback_adder: Callable[[Completable[Any], DoneCallback], None],
+) -> None:
+    """Has these called in the place of `add_waiter` and `add_callback`, by all who follow.
+
+    For whoever records who follows which future; nobody else pays for that.
+    """
+    global add_waiter, add_callback
+    add_waiter = waiter_adder  # type: ignore[assignment]
+    add_callback = callback_adder  # type: ignore[assignment]

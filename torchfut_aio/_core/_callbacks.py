@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Final
 
-from .._repr import function_name
+from .._repr import function_name, type_name
 from ._outcome import Outcome
 
 MAX_DEPTH = 32
@@ -44,6 +44,18 @@ class DoneCallback:
     run: Callable[[Any], object]
     """Called with the future, once that has completed."""
 
+    since: float | None = None
+    """When it was added, on the clock of ``time.perf_counter``, if that was recorded."""
+
+    @property
+    def name(self) -> str:
+        """What logs call it."""
+        return type_name(self)
+
+    def is_for(self, _function: object, /) -> bool:
+        """Tells whether ``add_done_callback`` was given this function."""
+        return False
+
     def fail(self, future: Any, error: BaseException, /) -> None:
         """Called if ``error`` aborted `run`, possibly before its first line.
 
@@ -58,6 +70,13 @@ class FunctionCallback(DoneCallback):
 
     def __init__(self, function: Callable[[Any], object]) -> None:
         self.run = function
+
+    @property
+    def name(self) -> str:
+        return function_name(self.run)
+
+    def is_for(self, function: object) -> bool:
+        return self.run == function
 
     def fail(self, future: Any, error: BaseException) -> None:
         """Does nothing: no future of this package depends on the function."""
@@ -203,7 +222,7 @@ def _fail(future: Any, callback: DoneCallback, error: BaseException) -> BaseExce
         return error
     _logger.error(
         "Got the following error when running the callback %s of %r:",
-        function_name(callback.run),
+        callback.name,
         future,
         exc_info=error,
     )

@@ -287,6 +287,12 @@ def followers(future: Completable[Any]) -> tuple[list[object], list[DoneCallback
     return [follower for follower in all_of_them if follower not in callbacks], callbacks
 
 
+def waiters_of(future: Completable[Any]) -> list[tuple[Any, Waker]]:
+    """Returns the waiters of the future, as of now, each with what wakes it."""
+    wakers = [(waiter, future._state.get(waiter)) for waiter in followers(future)[0]]
+    return [(waiter, waker) for waiter, waker in wakers if waker is not None]
+
+
 def ignore_error(future: Completable[Any]) -> None:
     """Has nothing logged if the future fails, or has, and nobody retrieves the error.
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .._errors import InvalidStateError, callback_error, drop_catching_frame
+from .._repr import function_name
 from ._callbacks import DoneCallback
 from ._completion import (
     Completable,
@@ -24,6 +25,10 @@ class ThenCallback(DoneCallback):
     def __init__(self, function: Callable[[Any], object], child: Completable[Any]) -> None:
         self.function = function
         self.child: Any = child
+
+    @property
+    def name(self) -> str:
+        return function_name(self.function)
 
     def run(self, future: Completable[Any]) -> None:
         try:

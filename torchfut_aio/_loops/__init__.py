@@ -21,7 +21,7 @@ from typing import Any
 
 from . import _asyncio
 from ._alarm import Alarm
-from ._loop import THREADS, Loop, ThreadWaiter, Waker
+from ._loop import THREADS, Loop, ThreadWaiter, Waker, Who
 
 __all__ = [
     "THREADS",
@@ -29,6 +29,7 @@ __all__ = [
     "Loop",
     "ThreadWaiter",
     "Waker",
+    "Who",
     "current",
     "current_asyncio",
     "loop_in_this_thread",

@@ -71,6 +71,14 @@ class AsyncioLoop(Loop):
             if self.wake_up is None:
                 self.ask_for_wake_up()
 
+    def task_name(self, waiter: asyncio.Future[None]) -> str | None:
+        task = _cpython.waiting_task(waiter)
+        return None if task is None else task.get_name()
+
+    def current_task_name(self) -> str | None:
+        task = asyncio.current_task(self._running())
+        return None if task is None else task.get_name()
+
     def checkpoint(self) -> Iterable[Any]:
         # As with an asyncio future that is done: the task goes on at once.
         return ()

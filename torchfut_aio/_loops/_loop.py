@@ -28,8 +28,9 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable
 from contextlib import suppress
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
+from .._cpython import callers_of
 from ._alarm import Alarm, TimerFd
 
 AsyncFunction = Callable[..., Coroutine[Any, Any, None]]
@@ -45,6 +46,24 @@ class Waker(Protocol):
 
     def wake_all(self, waiters: list[Any], /) -> None:
         """Does the same for many, with one wake-up for all."""
+
+    def who(self, waiter: Any, /) -> Who:
+        """Tells who waits; for people to read, and from any thread."""
+
+
+class Who(NamedTuple):
+    """Who waits for a future.
+
+    Attributes:
+        kind: "task", "thread" or "callback".
+        name: That of the task, the thread or the function; None if nobody can tell.
+        since: When the wait began, on the clock of ``time.perf_counter``; None unless waits were
+            recorded then.
+    """
+
+    kind: str
+    name: str | None
+    since: float | None = None
 
 
 class ThreadWaiter:
@@ -78,6 +97,12 @@ class _Threads:
     def wake_all(self, waiters: list[ThreadWaiter], /) -> None:
         for waiter in waiters:
             waiter.unblock()
+
+    def who(self, waiter: ThreadWaiter, /) -> Who:
+        blocked = callers_of(ThreadWaiter.block)
+        threads = [one for one, blocked_on in blocked.items() if blocked_on is waiter]
+        names = [thread.name for thread in threading.enumerate() if thread.ident in threads]
+        return Who("thread", names[0] if names else None)
 
 
 THREADS: Final = _Threads()
@@ -178,6 +203,18 @@ class Loop(ABC):
         self.queue.extend(waiters)
         if self.wake_up is None:
             self.ask_for_wake_up()
+
+    def who(self, waiter: Any, /) -> Who:
+        """As `Waker.who`."""
+        return Who("task", self.task_name(waiter))
+
+    def task_name(self, _waiter: Any) -> str | None:
+        """Returns the name of the task that waits, from any thread; None if nobody can tell."""
+        return None
+
+    def current_task_name(self) -> str | None:
+        """Returns the name of the task that calls; None if nobody can tell."""
+        return None
 
     @abstractmethod
     def checkpoint(self) -> Iterable[Any]:

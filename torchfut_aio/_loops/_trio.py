@@ -77,6 +77,13 @@ class TrioLoop(Loop):
         else:
             self.post(waiter)
 
+    def task_name(self, waiter: _Waiter) -> str | None:
+        task = waiter.task
+        return None if task is None else task.name
+
+    def current_task_name(self) -> str | None:
+        return trio.lowlevel.current_task().name
+
     def checkpoint(self) -> Iterable[Any]:
         return trio.lowlevel.checkpoint().__await__()  # noqa: ASYNC105
 

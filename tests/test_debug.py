@@ -1,0 +1,473 @@
+"""Who waits for what: the list, the recording, and its trace; and what is left of them."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from contextlib import suppress
+
+import anyio
+import anyio.to_thread
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from torchfut_aio import Future, _core, gather, set_results
+from torchfut_aio.debug import PendingFuture, Recording, pending_futures
+
+from .loops import on_asyncio, on_every_loop
+from .threads import PATIENCE, PATIENCE_WITH_PROCESSES, until
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def waiting_for(future):
+    """Who waits for the future, as kinds and names."""
+    return [(who.kind, who.name) for who in listed(future).who]
+
+
+def listed(future):
+    (found,) = [pending for pending in pending_futures() if pending.future is future]
+    return found
+
+
+def log(future):
+    pass
+
+
+async def spawn(group, function, name):
+    """Starts a task of that name, and returns when it waits."""
+    group.start_soon(function, name=name)
+    await anyio.wait_all_tasks_blocked()
+
+
+# ------------------------------------------------------------------------------ the list
+
+
+@on_every_loop
+async def test_it_names_the_tasks_that_wait():
+    future = Future()
+
+    async def wait():
+        await future
+
+    async with anyio.create_task_group() as group:
+        await spawn(group, wait, "request 1")
+        await spawn(group, wait, "request 2")
+        assert waiting_for(future) == [("task", "request 1"), ("task", "request 2")]
+        future.set_result(5)
+
+
+def test_it_names_the_threads_that_block():
+    future = Future()
+    threads = [threading.Thread(target=future.wait, name=f"worker {n}") for n in range(2)]
+    for thread in threads:
+        thread.start()
+    expected = [("thread", "worker 0"), ("thread", "worker 1")]
+    until(lambda: sorted(waiting_for(future), key=str) == expected)
+    future.set_result(5)
+    for thread in threads:
+        thread.join(PATIENCE)
+
+
+def test_it_names_callbacks_and_what_is_made_of_the_future():
+    future = Future()
+    future.add_done_callback(log)
+    child = future.then(log)
+    gathered = gather([future])
+    of_log = ("callback", f"{__name__}.log")
+    assert waiting_for(future)[:2] == [of_log, of_log]
+    ((kind, name),) = waiting_for(future)[2:]
+    assert kind == "callback"
+    assert name.startswith("torchfut_aio.")
+    assert waiting_for(child) == waiting_for(gathered) == []
+
+
+def test_a_future_that_is_done_is_not_listed():
+    future = Future()
+    future.set_result(5)
+    assert not any(pending.future is future for pending in pending_futures())
+
+
+def test_it_reads_as_a_line_for_the_future_and_one_for_each_who_waits():
+    future = Future()
+    future.add_done_callback(log)
+    assert str(listed(future)) == (
+        f"<Future pending waiters=0 callbacks=1>\n  callback {__name__}.log"
+    )
+
+
+def test_without_a_recording_nobody_knows_since_when():
+    future = Future()
+    future.add_done_callback(log)
+    assert [who.since for who in listed(future).who] == [None]
+
+
+def test_the_list_keeps_nothing_alive(no_collector):
+    future = Future()
+    future.add_done_callback(log)
+    ref = weakref.ref(future)
+    listed(future)
+    del future
+    assert ref() is None
+
+
+def test_what_is_half_made_is_passed_over():
+    half_made = Future.__new__(Future)
+    assert not any(pending.future is half_made for pending in pending_futures())
+
+
+# ----------------------------------------------------------------- since when, while recording
+
+
+@on_every_loop
+async def test_a_recording_knows_since_when_tasks_wait():
+    future = Future()
+
+    async def wait():
+        await future
+
+    with Recording():
+        before = time.perf_counter()
+        async with anyio.create_task_group() as group:
+            await spawn(group, wait, "request 1")
+            after = time.perf_counter()
+            (who,) = listed(future).who
+            assert (who.kind, who.name) == ("task", "request 1")
+            assert before <= who.since <= after
+            assert "task request 1, for " in str(listed(future))
+            future.set_result(5)
+
+
+def test_a_recording_knows_since_when_threads_block_and_callbacks_are_there():
+    future = Future()
+    with Recording():
+        before = time.perf_counter()
+        future.add_done_callback(log)
+        thread = threading.Thread(target=future.wait, name="worker")
+        thread.start()
+        until(lambda: ("thread", "worker") in waiting_for(future))
+        assert all(before <= who.since <= time.perf_counter() for who in listed(future).who)
+        future.set_result(5)
+        thread.join(PATIENCE)
+
+
+def test_the_oldest_wait_comes_first():
+    unknown, second, first = Future(), Future(), Future()
+    unknown.add_done_callback(log)
+    with Recording():
+        first.add_done_callback(log)
+        second.add_done_callback(log)
+        ours = [p.future for p in pending_futures() if p.future in (first, second, unknown)]
+    assert ours == [first, second, unknown]
+
+
+# ------------------------------------------------------------------ while recording, all is as ever
+
+
+@on_every_loop
+async def test_while_recording_values_and_errors_arrive():
+    with Recording():
+        futures = [Future() for _ in range(3)]
+        failed = Future()
+        threading.Thread(target=set_results, args=(futures, [1, 2, 3])).start()
+        assert await gather(futures) == [1, 2, 3]
+        threading.Thread(target=failed.set_exception, args=(ValueError("foo"),)).start()
+        with pytest.raises(ValueError, match="foo"):
+            await failed
+        assert await futures[0] == 1
+
+
+@on_every_loop
+async def test_while_recording_a_wait_given_up_leaves_nothing():
+    future = Future()
+    with Recording():
+        with anyio.move_on_after(0.001):
+            await future
+        with pytest.raises(TimeoutError):
+            await anyio.to_thread.run_sync(future.wait, 0.001)
+    assert not future.has_waiters()
+
+
+def test_while_recording_callbacks_can_be_removed():
+    future = Future()
+    with Recording():
+        future.add_done_callback(log)
+        combined = gather([future, Future()])
+        assert future.remove_done_callback(log) == 1
+        assert combined.cancel()
+        future.set_result(5)
+
+
+def test_while_recording_an_error_of_a_callback_is_its_own(caplog):
+    future = Future()
+    with Recording():
+        future.add_done_callback(lambda fut: 1 / 0)
+        child = future.then(lambda fut: 1 / 0)
+        future.set_result(5)
+        with pytest.raises(ZeroDivisionError):
+            child.wait()
+    assert f"callback {__name__}." in caplog.text
+
+
+@on_every_loop
+async def test_who_began_to_wait_while_it_was_on_is_served_afterwards():
+    future, got = Future(), []
+
+    async def wait():
+        got.append(await future)
+
+    async with anyio.create_task_group() as group:
+        with Recording():
+            await spawn(group, wait, "request 1")
+            future.add_done_callback(lambda fut: got.append("callback"))
+        future.set_result(5)
+    assert sorted(got, key=str) == [5, "callback"]
+
+
+def test_a_recording_keeps_nothing_alive(no_collector):
+    class Value:
+        pass
+
+    with Recording():
+        future, value = Future(), Value()
+        refs = [weakref.ref(future), weakref.ref(value)]
+        future.add_done_callback(log)
+        future.set_result(value)
+        del future, value
+        assert [ref() for ref in refs] == [None, None]
+
+
+def test_a_future_nobody_completes_is_collected_while_recording(collected):
+    with Recording():
+        future = Future()
+        future.add_done_callback(lambda fut, future=future: None)
+        ref = weakref.ref(future)
+        del future
+        collected()
+        assert ref() is None
+
+
+def test_switched_off_it_leaves_nothing():
+    before = Future.__await__, _core.add_waiter, _core.add_callback
+    with suppress(ZeroDivisionError), Recording():
+        assert Future.__await__ is not before[0]
+        raise ZeroDivisionError
+    assert before == (Future.__await__, _core.add_waiter, _core.add_callback)
+
+
+def test_one_recording_is_on_at_a_time():
+    with Recording():
+        with pytest.raises(RuntimeError, match="another Recording is on"), Recording():
+            pass
+        assert _core.add_callback.__module__ == "torchfut_aio.debug._recording"
+    with Recording():
+        pass
+
+
+# -------------------------------------------------------------------------------- the trace
+
+
+async def shown_by(recording, tmp_path):
+    return await anyio.to_thread.run_sync(Shown, recording, tmp_path)
+
+
+class Shown:
+    """A trace, as Perfetto would show it."""
+
+    def __init__(self, recording, tmp_path, **options):
+        path = tmp_path / "trace.json"
+        recording.save(path, **options)
+        self.events = json.loads(path.read_text())["traceEvents"]
+        self.lines = {
+            e["tid"]: e["args"]["name"] for e in self.events if e.get("name") == "thread_name"
+        }
+
+    def on(self, line):
+        """The slices of the line of that name, in order, as names."""
+        return [e["name"] for e in self.slices(line)]
+
+    def slices(self, line):
+        found = [e for e in self.events if e["ph"] == "X" and self.lines.get(e["tid"]) == line]
+        return sorted(found, key=lambda event: event["ts"])
+
+
+@on_every_loop
+async def test_the_trace_shows_who_waited_who_completed_and_when_the_task_went_on(tmp_path):
+    future = Future()
+
+    async def wait():
+        await future
+
+    with Recording() as recording:
+        async with anyio.create_task_group() as group:
+            await spawn(group, wait, "request 1")
+            worker = threading.Thread(target=future.set_result, args=(5,), name="worker")
+            worker.start()
+    shown = await shown_by(recording, tmp_path)
+    assert shown.on("task request 1") == ["waits", "has yet to go on"]
+    (completes,) = shown.slices("thread worker")
+    waits, yet = shown.slices("task request 1")
+    assert waits["ts"] + waits["dur"] == pytest.approx(completes["ts"]) == yet["ts"]
+    start, finish = [next(e for e in shown.events if e["ph"] == phase) for phase in "sf"]
+    assert (start["id"], start["tid"]) == (finish["id"], completes["tid"])
+    assert finish["tid"] == yet["tid"]
+    worker.join(PATIENCE)
+
+
+@on_every_loop
+async def test_the_trace_shows_who_gave_up_and_who_still_waits(tmp_path):
+    future = Future()
+
+    async def give_up():
+        with anyio.move_on_after(0.001):
+            await future
+
+    async def wait():
+        await future
+
+    with Recording() as recording:
+        async with anyio.create_task_group() as group:
+            await spawn(group, wait, "patient")
+            async with anyio.create_task_group() as others:
+                others.start_soon(give_up, name="hasty")
+            shown = await shown_by(recording, tmp_path)
+            future.set_result(5)
+    assert shown.on("task hasty") == ["waits, and gives up"]
+    assert shown.on("task patient") == ["waits"]
+
+
+def test_the_trace_shows_threads_that_block_and_callbacks_that_run(tmp_path):
+    future = Future()
+    with Recording() as recording:
+        thread = threading.Thread(target=future.wait, name="blocked")
+        thread.start()
+        until(lambda: ("thread", "blocked") in waiting_for(future))
+        future.add_done_callback(log)
+        with pytest.raises(TimeoutError):
+            future.wait(0.001)
+        future.set_result(5)
+        thread.join(PATIENCE)
+    shown = Shown(recording, tmp_path)
+    assert shown.on("thread blocked") == ["waits"]
+    names = ["waits, and gives up", "completes", f"{__name__}.log"]
+    assert shown.on("thread MainThread") == names
+
+
+@on_asyncio
+async def test_tasks_of_one_name_that_wait_at_once_have_lines_of_their_own(tmp_path):
+    futures = [Future() for _ in range(3)]
+
+    async def wait(future):
+        await future
+
+    with Recording() as recording:
+        for both in futures[:2], futures[2:]:
+            tasks = [asyncio.create_task(wait(future), name="request") for future in both]
+            await asyncio.sleep(0)
+            set_results(both, both)
+            await asyncio.gather(*tasks)
+    shown = await shown_by(recording, tmp_path)
+    assert list(shown.lines.values()).count("task request") == 2
+    assert shown.on("task request").count("waits") == 3
+
+
+def test_it_keeps_the_last_events(tmp_path):
+    with Recording(max_events=2) as recording:
+        for _ in range(5):
+            future = Future()
+            future.add_done_callback(log)
+            future.set_result(5)
+    assert Shown(recording, tmp_path).on("thread MainThread") == [f"{__name__}.log"] * 2
+
+
+def test_a_trace_of_pytorchs_profiler_is_shown_on_the_same_time(tmp_path):
+    future = Future()
+
+    def callback(fut):
+        with record_function("within the callback"):
+            torch.ones(3).sum()
+
+    future.add_done_callback(log)
+    with profile(activities=[ProfilerActivity.CPU]) as profiled, Recording() as recording:
+        future.add_done_callback(callback)
+        future.set_result(5)
+    profiled.export_chrome_trace(str(tmp_path / "profile.json"))
+    shown = Shown(recording, tmp_path, profile=tmp_path / "profile.json")
+    (outer,) = [e for e in shown.events if e.get("name", "").endswith("locals>.callback")]
+    (inner,) = [e for e in shown.events if e.get("name") == "within the callback"]
+    assert (outer["pid"], outer["tid"]) == (inner["pid"], inner["tid"])
+    # The profiler's clock and Python's agree to some microseconds.
+    assert outer["ts"] - 1e3 <= inner["ts"]
+    assert inner["ts"] + inner["dur"] <= outer["ts"] + outer["dur"] + 1e3
+
+
+def test_pending_futures_may_be_asked_while_another_thread_makes_and_completes_some():
+    stop = threading.Event()
+
+    def churn():
+        while not stop.is_set():
+            future = Future()
+            future.add_done_callback(log)
+            future.then(log)
+            future.set_result(5)
+
+    thread = threading.Thread(target=churn)
+    thread.start()
+    try:
+        for _ in range(5):
+            assert all(isinstance(pending, PendingFuture) for pending in pending_futures())
+    finally:
+        stop.set()
+        thread.join(PATIENCE)
+    gc.collect()
+
+
+# ------------------------------------------------------------------------- what is documented
+
+
+GUIDE = (ROOT / "docs" / "guides" / "seeing.md").read_text()
+SHOWN = re.findall(
+    r"```python\n(.*?)```\n(?:\nIt prints:\n\n```\n(.*?)```\n)?", GUIDE, flags=re.DOTALL
+)
+
+
+def printed_by(*arguments, folder):
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_WITH_PROCESSES,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(("code", "expected"), SHOWN, ids=range(len(SHOWN)))
+def test_the_guides_examples_print_what_it_says(tmp_path, code, expected):
+    printed = printed_by("-c", code, folder=tmp_path)
+    assert printed == expected or not expected
+
+
+def test_the_example_names_the_request_that_waits_for_ever(tmp_path):
+    printed = printed_by(ROOT / "examples" / "tracing.py", "trace.json", folder=tmp_path)
+    assert re.match(
+        r"<Future pending waiters=1 callbacks=1>\n"
+        r"  task lost request, for [\d.]+ s\n"
+        r"  callback __main__.note, for [\d.]+ s\n"
+        r"recorded \d+ kB",
+        printed,
+    )
+    shown = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert {"waits", "completes", "has yet to go on"} <= {event["name"] for event in shown}
