@@ -95,6 +95,8 @@ LAYERS = [
     "_timeouts",
     "_stream_state",
     "_stream",
+    "_thread_state",
+    "_task_state",
     "distributed",
     "debug",
 ]

@@ -14,6 +14,8 @@ copies for asyncio and concurrent.futures; ``_collect.py``, ``_gather.py`` and
 other kinds, ``_tasks.py`` makes futures of tasks, ``_timeouts.py`` gives futures a deadline.
 ``_batcher.py`` runs a function on many items at once, in the thread of ``_batch_worker.py``.
 ``_stream.py`` has no future at all: outcomes, one after the other (``_stream_state.py``).
+``_task_state.py`` has none either: it gives tasks what torch keeps for threads
+(``_thread_state.py``).
 ``_worker.py`` is beneath every thread. ``_errors.py`` has the package's errors, and
 ``_rpc_errors.py`` translates errors for C++ and from it. ``_devices/`` knows of accelerators: of
 the kernels that fill a value, and when they are done. ``_cpython.py`` has all that is private to
@@ -38,11 +40,13 @@ from ._errors import (
     QueueFullError,
     RpcError,
     StreamClosedError,
+    TaskStateWarning,
 )
 from ._future import Future
 from ._gather import gather
 from ._set_results import set_results
 from ._stream import ValueStream
+from ._task_state import check_task_state, task_local_state
 from ._tasks import start_soon, submit
 from ._timeouts import with_timeout
 
@@ -63,9 +67,11 @@ __all__ = [
     "RpcError",
     "Statistics",
     "StreamClosedError",
+    "TaskStateWarning",
     "ValueStream",
     "as_completed",
     "as_future",
+    "check_task_state",
     "collect_all",
     "gather",
     "set_poll_policy",
@@ -74,6 +80,7 @@ __all__ = [
     "statistics",
     "submit",
     "synchronize",
+    "task_local_state",
     "to_host",
     "wait_all",
     "with_timeout",

@@ -71,16 +71,28 @@ class BlockingWaitWarning(RuntimeWarning):
     """
 
 
+class TaskStateWarning(RuntimeWarning):
+    """A task awaits with a state of torch that was not there when `check_task_state` was called.
+
+    The state belongs to the thread, so all other tasks have it until this one goes on.
+    """
+
+
 def warn_that_wait_blocks_a_loop(
     what: str = "waiting for a pending future blocks the event loop that this thread runs; "
     "await the future instead (wait_all: await gather(); for: async for)",
 ) -> None:
     """Warns, at the line outside this package that led to the wait."""
+    warn_at_users_line(what, BlockingWaitWarning)
+
+
+def warn_at_users_line(what: str, kind: type[Warning]) -> None:
+    """Warns, at the line outside this package that led here."""
     package = __name__.partition(".")[0]
     level, frame = 1, inspect.currentframe()  # None, if the interpreter has no frames to show
     while frame is not None and frame.f_back is not None and _package_of(frame) == package:
         level, frame = level + 1, frame.f_back
-    warnings.warn(what, BlockingWaitWarning, stacklevel=level)
+    warnings.warn(what, kind, stacklevel=level)
 
 
 def _package_of(frame: types.FrameType) -> str:

@@ -10,6 +10,7 @@ used, serves where no loop runs.
 Nothing here knows what a future of this package is.
 """
 
+from ._current import CurrentStreams
 from ._events import RecordedEvent, already_recorded, record_event, says_no_events
 from ._policy import PollPolicy, set_poll_policy
 from ._readiness import Readiness, declared_readiness, found_readiness, joint_readiness
@@ -21,6 +22,7 @@ from ._watcher import statistics
 
 __all__ = [
     "HOST_ONLY",
+    "CurrentStreams",
     "PollPolicy",
     "Readiness",
     "RecordedEvent",

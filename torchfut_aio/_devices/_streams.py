@@ -70,13 +70,21 @@ def _is_another(device: torch.device | None) -> TypeGuard[torch.device]:
 
 def restore_current(kind: str, index: int) -> None:
     """Makes a device current that was so before, without giving it a context."""
-    if index == torch.accelerator.current_device_index():
-        return
+    if index != torch.accelerator.current_device_index():
+        device_exchange(kind)(index)
+
+
+@functools.cache
+def device_exchange(kind: str) -> Callable[[int], object]:
+    """Returns what makes a device current without giving it a context, if there is such."""
     # CUDA and XPU remember the device, even if it has no context. Others leave, as torch's own
     # ``device_index()`` does, another one current then.
-    restore = getattr(torch.get_device_module(kind), "_maybe_exchange_device", None)
-    restore = restore or getattr(torch._C, "_accelerator_maybeExchangeDevice", None)
-    (restore or torch.accelerator.set_device_index)(index)
+    exchange: Callable[[int], object] | None = (
+        getattr(torch._C, f"_{kind}_maybeExchangeDevice", None)
+        or getattr(torch.get_device_module(kind), "_maybe_exchange_device", None)
+        or getattr(torch._C, "_accelerator_maybeExchangeDevice", None)
+    )
+    return exchange or torch._C._accelerator_setDeviceIndex
 
 
 def current_stream(device: torch.device) -> torch.Stream:

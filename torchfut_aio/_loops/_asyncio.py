@@ -52,6 +52,8 @@ class AsyncioLoop(Loop):
         self.event_loop = weakref.ref(event_loop, lambda _: self.abandon())
 
     def waiter(self) -> asyncio.Future[None]:
+        if self.before_wait is not None:
+            self.before_wait()
         if self.wake_up is not None:
             self.renew_wake_up()
         event_loop = self.event_loop()

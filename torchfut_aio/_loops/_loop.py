@@ -28,7 +28,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable
 from contextlib import suppress
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, ClassVar, Final, NamedTuple, Protocol
 
 from .._cpython import callers_of
 from ._alarm import Alarm, TimerFd
@@ -115,7 +115,10 @@ class Loop(ABC):
         queue: Those that were completed elsewhere and await their wake-up.
         wake_up: What stands for the wake-up under way; None if there is none.
         watcher: What the device side keeps for this loop.
+        before_wait: A method that is called before each wait, on any loop; None if there is none.
     """
+
+    before_wait: ClassVar[Callable[[Any], object] | None] = None
 
     __slots__ = ("__weakref__", "_renewed", "queue", "wake_up", "watcher")
 

@@ -67,6 +67,8 @@ class TrioLoop(Loop):
         self._token = token
 
     def waiter(self) -> _Waiter:
+        if self.before_wait is not None:
+            self.before_wait()
         if self.wake_up is not None:
             self.renew_wake_up()
         return _Waiter()
