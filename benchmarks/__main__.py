@@ -1,35 +1,33 @@
-"""Runs all benchmarks, one after the other, each in a process of its own.
+"""Runs benchmarks, one after the other.
 
-    python -m benchmarks [--quick] [--results FOLDER] [NAME ...]
+    python -m benchmarks [--quick] [--save] [--rounds N] [--loop LOOP] [NAME ...]
 
-If one fails, the others run all the same, and the exit status tells. In the end the goals
-are printed, with what became of them.
+Each runs in a process of its own. With ``--save``, results, tables and plots go to
+benchmarks/results. If one fails, the others run all the same, and the exit status tells.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import importlib
+import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
-from time import monotonic
 
-from ._options import RESULTS
-from ._report import print_goals
-from ._rounds import duration
+from rich.console import Console
 
-# What they take, in minutes, on a machine with two cores, and with --quick.
+from ._bench import Bench
+from ._report import RESULTS, about, save
+
+# What they take, in minutes, on a machine with two cores.
 BENCHMARKS = {
-    "await_throughput": (8, 0.2),
-    "await_latency": (5, 0.1),
-    "scale": (20, 0.1),
-    "callbacks": (1, 0.1),
-    "imports": (2, 0.2),
-    "watcher": (8, 0.5),
-    "rpc": (0.5, 0.1),
-    "streams": (0.5, 0.1),
+    "throughput": 8,
+    "latency": 5,
+    "scale": 20,
+    "streams": 1,
+    "serving": 4,
+    "watcher": 8,
 }
 
 
@@ -37,48 +35,44 @@ def main() -> int:
     parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__.split("\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(BENCHMARKS))
     parser.add_argument("--quick", action="store_true", help="little of each, to see that all work")
+    parser.add_argument("--save", action="store_true", help="write results, tables and plots")
     parser.add_argument(
-        "--results",
-        type=Path,
-        metavar="FOLDER",
-        help="where results and plots go (default: benchmarks/results; with --quick, nowhere)",
+        "--folder", type=Path, default=RESULTS, help="where to (default: %(default)s)"
     )
+    parser.add_argument("--rounds", type=int, help="runs of each peer")
+    parser.add_argument("--loop", choices=("asyncio", "uvloop", "trio"), help="only this one")
     options = parser.parse_args()
     names: list[str] = options.names or list(BENCHMARKS)
     if unknown := set(names) - set(BENCHMARKS):
         parser.error(f"there is no benchmark {unknown.pop()!r}, but {', '.join(BENCHMARKS)}")
-    if options.results or not options.quick:
-        return run_all(names, options.quick, options.results or RESULTS)
-    with tempfile.TemporaryDirectory() as folder:
-        return run_all(names, options.quick, Path(folder))
-
-
-def run_all(names: list[str], quick: bool, folder: Path) -> int:
-    minutes = {name: BENCHMARKS[name][quick] for name in names}
-    results, failed = {}, []
-    start = monotonic()
-    for number, name in enumerate(names):
-        done = sum(minutes[name] for name in names[:number])
-        left = sum(minutes.values()) - done
-        if done:  # this machine may be faster, or slower
-            left *= (monotonic() - start) / 60 / done
-        print(
-            f"\n== {name}, {number + 1} of {len(names)}, about {duration(left * 60)} left\n",
-            flush=True,
-        )
-        result = folder / f"{name}.json"
-        command = [sys.executable, "-m", f"benchmarks.{name}", "--json", str(result)]
-        status = subprocess.run([*command, *["--quick"] * quick], check=False).returncode
-        if status:
+    if len(names) == 1:
+        run_one(names[0], options)
+        return 0
+    given = [argument for argument in sys.argv[1:] if argument not in names]
+    failed = []
+    for name in names:
+        print(f"\n== {name}, about {BENCHMARKS[name]} min if not --quick\n", flush=True)
+        command = [sys.executable, "-m", "benchmarks", name, *given]
+        if subprocess.run(command, check=False).returncode:
             failed.append(name)
-            print(f"{name} failed, with status {status}", file=sys.stderr)
-        else:
-            results[name] = json.loads(result.read_text())["goals"]
-    print(f"\n== all, in {duration(monotonic() - start)}")
-    print_goals(results)
     if failed:
         print(f"\nfailed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def run_one(name: str, options: argparse.Namespace) -> None:
+    module = importlib.import_module(f"benchmarks.{name}")
+    bench = Bench(options)
+    command = f"python -m benchmarks {name}" + " --quick" * options.quick
+    load = f"{os.getloadavg()[0]:.1f}"
+    module.main(bench)
+    facts = about(command, bench.rounds, load, bench.notes)
+    for table in bench.tables:
+        table.print_to(Console(width=130))
+    for key, value in facts.items():
+        print(f"{key}: {value}")
+    if options.save:
+        save(name, options.folder, facts, bench.tables)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a benchmark has found: samples, in tables; on which machine; for people and as JSON."""
+"""What a benchmark has found: samples in tables, shown on a terminal, as Markdown, JSON, plots."""
 
 from __future__ import annotations
 
@@ -6,228 +6,170 @@ import importlib.metadata
 import json
 import os
 import platform
-import shlex
+import re
 import subprocess
-import sys
-from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
-from itertools import chain
+from io import StringIO
+from itertools import cycle
 from pathlib import Path
 from statistics import median, quantiles
-from time import monotonic
 from typing import Any
 
-from ._options import RESULTS
+import rich.box
+import rich.table
+from rich.console import Console
 
-__all__ = ["Report", "Table", "quartiles", "rounded"]
-
-OURS = "await fut"
+RESULTS = Path(__file__).parent / "results"
+# Visible on white and on black.
+GREY, OURS_COLOURS = "#7d8590", ("#2f81f7", "#a371f7")
+OTHER_COLOURS = ("#d9822b", "#c9a227", "#c0504d", "#b0708f", "#3a9a6b", "#2a9d9d", "#7d8590")
 
 
 class Table:
-    """Samples of one quantity, by peer and by what is varied.
+    """Samples by peer and by column.
 
     Args:
         title: What is measured, and under which circumstances.
         unit: Of the samples.
-        x: What is varied, if something is: a number of tasks, an operation.
-        ours: The peer that the others are compared with.
+        x: What the columns are.
+        ours: The peers that are ours, of which the first is what the others are compared with.
         more_is_better: As with a rate; otherwise less is, as with a time.
+        plot: Whether the table is drawn: the named column as bars, or all as lines.
     """
 
     def __init__(
-        self, title: str, unit: str, x: str = "", ours: str = OURS, more_is_better: bool = False
+        self,
+        title: str,
+        unit: str,
+        x: str,
+        ours: Sequence[str],
+        more_is_better: bool = False,
+        plot: bool | str = False,
     ) -> None:
         self.title, self.unit, self.x, self.ours = title, unit, x, ours
-        self.more_is_better = more_is_better
+        self.more_is_better, self.plot = more_is_better, plot
         self.samples: dict[str, dict[Any, list[float]]] = {}
 
-    def add(self, peer: str, x: Any, sample: float) -> None:
+    def add(self, peer: str, column: Any, sample: float) -> None:
         """Adds the sample of one round."""
-        self.samples.setdefault(peer, {}).setdefault(x, []).append(sample)
+        self.samples.setdefault(peer, {}).setdefault(column, []).append(sample)
 
-    def at(self, x: Any) -> dict[str, list[float]]:
-        """Returns the samples of each peer that has any at ``x``."""
-        return {peer: by_x[x] for peer, by_x in self.samples.items() if x in by_x}
+    def columns(self) -> list[Any]:
+        """Returns all columns that have samples."""
+        return list(dict.fromkeys(column for row in self.samples.values() for column in row))
 
-    def gains(self, peer: str, x: Any) -> list[float]:
-        """Returns how many times better ours is than ``peer``, round by round.
+    def cell(self, peer: str, column: Any) -> str:
+        """Returns the median, and the median ratio to ours of the same round."""
+        samples = self.samples[peer].get(column)
+        if not samples:
+            return ""
+        of_ours = self.samples[self.ours[0]].get(column, ())
+        ratios = [other / mine for mine, other in zip(of_ours, samples, strict=False) if mine]
+        text = rounded(median(samples))
+        return f"{text} (×{median(ratios):.2f})" if ratios and peer != self.ours[0] else text
 
-        A round is one moment of the machine: these ratios vary less than the samples.
-        """
-        ours, theirs = self.samples[self.ours].get(x, ()), self.samples[peer][x]
-        pairs = zip(ours, theirs, strict=False)
-        if self.more_is_better:
-            return [mine / other for mine, other in pairs if other]
-        return [other / mine for mine, other in pairs if mine]
+    def print_to(self, console: Console, box: rich.box.Box = rich.box.SIMPLE) -> None:
+        """Prints a row for each peer, or for each column if there are many."""
+        peers, columns = list(self.samples), self.columns()
+        by_peer = len(columns) <= len(peers)
+        table = rich.table.Table(self.x, box=box)
+        for head in columns if by_peer else peers:
+            table.add_column(label(head), justify="right")
+        if by_peer:
+            for peer in peers:
+                table.add_row(peer, *(self.cell(peer, column) for column in columns))
+        else:
+            for column in columns:
+                table.add_row(label(column), *(self.cell(peer, column) for peer in peers))
+        better = f"{self.unit}; {'more' if self.more_is_better else 'less'} is better; "
+        how_to_read = f"{better if self.unit else ''}×: times {self.ours[0]}"
+        console.print(f"**{self.title}** ({how_to_read})\n", table)
 
-    def gain(self, peer: str, x: Any = None) -> float:
-        """Returns the median of the `gains`."""
-        return median(self.gains(peer, x))
-
-    def __str__(self) -> str:
-        better = "more" if self.more_is_better else "less"
-        peers = max(map(len, self.samples))
-        xs = list(dict.fromkeys(chain.from_iterable(self.samples.values())))
-        labels = [_label(x) for x in xs]
-        wide = max(map(len, [self.x, *labels])) + 2 * bool(self.x)
-        head = f"{'median':>10}{'quartiles':>20}{'gain':>8}{'quartiles':>16}"
-        lines = [
-            f"{self.title}\n{self.unit}, {better} is better",
-            f"  {self.x:<{wide}}{'':{peers}}{head}",
-        ]
-        for x, label in zip(xs, labels, strict=True):
-            for peer, samples in self.at(x).items():
-                low, middle, high = quartiles(samples)
-                spread = f"{rounded(low)} to {rounded(high)}"
-                line = f"  {label:<{wide}}{peer:{peers}}{rounded(middle):>10}{spread:>20}"
-                gains = self.gains(peer, x)
-                if peer != self.ours and gains:
-                    low, middle, high = quartiles(gains)
-                    line += f"{middle:8.2f}{f'{low:.2f} to {high:.2f}':>16}"
-                lines.append(line)
-                label = ""
-        return "\n".join(lines)
-
-
-def _arguments() -> list[str]:
-    # Not those that tell where the checkout is.
-    root = f"{Path(__file__).parents[1]}{os.sep}"
-    return [argument.removeprefix(root) for argument in sys.argv[1:]]
-
-
-class Report:
-    """All that a run of a benchmark gives.
-
-    Args:
-        name: Of the benchmark.
-        options: As `Options.parse` returns them.
-    """
-
-    def __init__(self, name: str, options: Namespace) -> None:
-        self.tables: list[Table] = []
-        self.notes: list[str] = []
-        self._name, self._options, self._start = name, options, monotonic()
-        self._goals: list[dict[str, Any]] = []
-        self._plots: dict[str, str] = {}
-        self._machine = machine()
-        rounds = "1 round" if options.rounds == 1 else f"{options.rounds} interleaved rounds"
-        quick = ", quick ones: judge nothing by them" if options.quick else ""
-        print(f"benchmarks.{name}: {rounds}{quick}")
-        for key, value in self._machine.items():
-            print(f"  {key:8} {value}", flush=True)  # before what goes to stderr
-
-    def table(self, *args: Any, **kwargs: Any) -> Table:
-        """Returns a new `Table` of this report."""
-        self.tables.append(Table(*args, **kwargs))
-        return self.tables[-1]
-
-    def goal(
-        self,
-        text: str,
-        figure: float,
-        *,
-        at_least: float | None = None,
-        at_most: float | None = None,
-    ) -> None:
-        """Compares a figure with what it is meant to be. To miss a goal is no failure."""
-        limit: dict[str, float] = {}
-        if at_least is not None:
-            limit["at_least"] = at_least
-        if at_most is not None:
-            limit["at_most"] = at_most
-        self._goals.append({"goal": text, "figure": figure, **limit})
-
-    def plot(self, slug: str, svg: str) -> None:
-        """Has ``svg`` saved beside the result, as NAME-SLUG.svg, or NAME.svg without a slug."""
-        self._plots[slug] = svg
-
-    def print(self) -> None:
-        """Prints notes, tables and goals."""
-        if self.tables:
-            print(
-                "\ngain: how many times better ours is, by the median of the ratios of each round",
-                end="",
-            )
-        for table in self.tables:
-            if table.samples:
-                print(f"\n\n{table}", end="")
-        print()
-        for note in self.notes:
-            print(f"\n{note}")
-        print_goals({self._name: self._goals})
-
-    def save(self) -> None:
-        """Writes result and plots, if the options say where."""
-        path: Path | None = self._options.json
-        if path is None:
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(_json(self._as_dict()))
-        for slug, svg in self._plots.items():
-            path.with_name("-".join(filter(None, [path.stem, slug])) + ".svg").write_text(svg)
-        print(f"\nwritten to {path}", file=sys.stderr)
-
-    def finish(self) -> None:
-        """Prints and saves."""
-        self.print()
-        self.save()
-
-    def _as_dict(self) -> dict[str, Any]:
-        return {
-            "benchmark": self._name,
-            "command": shlex.join(["python", "-m", f"benchmarks.{self._name}", *_arguments()]),
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "seconds": round(monotonic() - self._start),
-            "commit": commit(),
-            "machine": self._machine,
-            "rounds": self._options.rounds,
-            "quick": self._options.quick,
-            "goals": [goal | {"figure": _four_digits(goal["figure"])} for goal in self._goals],
-            "notes": self.notes,
-            "tables": [
-                {
-                    "title": table.title,
-                    "unit": table.unit,
-                    "more_is_better": table.more_is_better,
-                    "ours": table.ours,
-                    "x": table.x,
-                    # Each sample, in the order of the rounds: a list for each peer and x.
-                    "samples": [
-                        {"peer": peer, "x": x, "values": list(map(_four_digits, samples))}
-                        for peer, by_x in table.samples.items()
-                        for x, samples in by_x.items()
-                    ],
-                }
-                for table in self.tables
-            ],
+    def as_dict(self) -> dict[str, Any]:
+        """Returns every sample, in the order of the rounds."""
+        samples = {
+            peer: {str(column): [float(f"{one:.4g}") for one in row[column]] for column in row}
+            for peer, row in self.samples.items()
         }
+        return {"title": self.title, "unit": self.unit, "x": self.x, "samples": samples}
 
 
-def print_goals(goals: dict[str, list[dict[str, Any]]]) -> None:
-    """Prints the goals of each benchmark that has any, and which were missed."""
-    rows = []
-    for name, of_one in goals.items():
-        for goal in of_one:
-            figure, least, most = goal["figure"], goal.get("at_least"), goal.get("at_most")
-            limit = f"at least {least:g}" if least is not None else f"at most {most:g}"
-            met = figure >= least if least is not None else figure <= most
-            rows.append((f"{name}: {goal['goal']}", figure, limit, "" if met else "missed"))
-    if rows:
-        wide = max(len(text) for text, *_ in rows)
-        print(f"\n{'goals':{wide + 2}}{'is':>8}{'meant to be':>16}")
-        for text, figure, limit, verdict in rows:
-            print(f"  {text:{wide}}{figure:8.2f}{limit:>16}  {verdict}".rstrip())
+def save(name: str, folder: Path, about: dict[str, Any], tables: Sequence[Table]) -> None:
+    """Writes NAME.json, NAME.md, and NAME.svg if a table is to be drawn."""
+    folder.mkdir(parents=True, exist_ok=True)
+    everything = about | {"tables": [table.as_dict() for table in tables]}
+    (folder / f"{name}.json").write_text(json.dumps(everything) + "\n")
+    page = StringIO()
+    console = Console(file=page, width=1_000)
+    for table in tables:
+        table.print_to(console, rich.box.MARKDOWN)
+    console.print("; ".join(f"{key}: {value}" for key, value in about.items()))
+    (folder / f"{name}.md").write_text(re.sub(" +\n", "\n", page.getvalue()))
+    if drawn := [table for table in tables if table.plot and table.samples]:
+        draw(folder / f"{name}.svg", drawn)
 
 
-def quartiles(samples: Iterable[float]) -> tuple[float, float, float]:
-    """Returns the lower quartile, the median and the upper quartile."""
-    samples = list(samples)
-    if len(samples) == 1:
-        samples *= 2
-    low, middle, high = quantiles(samples, n=4, method="inclusive")
-    return low, middle, high
+def draw(path: Path, tables: Sequence[Table]) -> None:
+    """Draws the tables beneath each other, medians with quartiles, on no background."""
+    import matplotlib as mpl
+    from matplotlib import pyplot
+
+    mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": path.stem, "font.size": 10})
+    mpl.rcParams.update(
+        {f"{what}.color": GREY for what in ("text", "xtick", "ytick")}
+        | {f"axes.{what}color": GREY for what in ("label", "edge")}
+    )
+    figure, axes = pyplot.subplots(
+        len(tables), squeeze=False, figsize=(8, 3.4 * len(tables)), layout="constrained"
+    )
+    for axis, table in zip(axes.flat, tables, strict=True):
+        is_bars = isinstance(table.plot, str)
+        others = cycle([GREY] if is_bars else OTHER_COLOURS)
+        colours = dict(zip(table.ours, OURS_COLOURS, strict=False))
+        colours = {peer: colours.get(peer) or next(others) for peer in table.samples}
+        (bars if is_bars else lines)(axis, table, colours)
+        axis.set_title(table.title, loc="left", fontweight="bold", fontsize=11)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25, axis="x" if is_bars else "both")
+    figure.savefig(path, transparent=True, metadata={"Date": None})
+
+
+def bars(axis: Any, table: Table, colours: dict[str, Any]) -> None:
+    for peer, row in table.samples.items():
+        middle, *spread = middle_and_spread(row[table.plot])
+        drawn = axis.barh(
+            peer, middle, xerr=[[each] for each in spread], color=colours[peer], ecolor=GREY
+        )
+        axis.bar_label(drawn, [rounded(middle)], padding=4)
+    axis.invert_yaxis()
+    axis.set_xlabel(", ".join(filter(None, [table.unit, str(table.plot)])))
+
+
+def lines(axis: Any, table: Table, colours: dict[str, Any]) -> None:
+    from matplotlib.ticker import LogLocator
+
+    for peer, row in table.samples.items():
+        middles, *spreads = zip(*map(middle_and_spread, row.values()), strict=True)
+        style = "-o" if peer in table.ours else "--" if peer.startswith("floor") else "-"
+        wide = 2.4 if peer in table.ours else 1.2
+        axis.errorbar(
+            list(row), middles, spreads, fmt=style, lw=wide, ms=4, color=colours[peer], label=peer
+        )
+    axis.set(xscale="log", yscale="log", xlabel=table.x, ylabel=table.unit)
+    axis.set_xticks(table.columns(), map(label, table.columns()))
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.minorticks_off()
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=9)
+
+
+def middle_and_spread(samples: Sequence[float]) -> tuple[float, float, float]:
+    """Returns the median, and how far the quartiles are below and above it."""
+    several = samples if len(samples) > 1 else samples * 2
+    low, middle, high = quantiles(several, n=4, method="inclusive")
+    return middle, middle - low, high - middle
 
 
 def rounded(figure: float) -> str:
@@ -237,76 +179,45 @@ def rounded(figure: float) -> str:
     return f"{figure:,.{digits}f}"
 
 
-def machine() -> dict[str, str]:
-    """Describes where this runs."""
-    versions = []
-    for name in ("torch", "uvloop", "trio", "anyio"):
+def label(column: Any) -> str:
+    return f"{column:,}" if isinstance(column, int) else str(column)
+
+
+def about(command: str, rounds: int, load: str, notes: Sequence[str]) -> dict[str, Any]:
+    """Returns when, where, and of what the figures are."""
+    versions = [f"Python {platform.python_version()}"]
+    for name in ("torch", "uvloop", "trio", "anyio", "uvicorn", "janus", "culsans"):
         try:
             versions.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
             continue
     return {
-        "CPU": f"{_cpu()}, {_cores()}",
+        "command": command,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "rounds": rounds,
+        "machine": f"{cpu()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}",
         # At most a few tenths, or somebody else is at work there, too.
-        "load": f"{os.getloadavg()[0]:.1f} in the minute before",
-        "memory": f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f} GiB",
-        "system": platform.platform(),
-        "Python": f"{platform.python_implementation()} {platform.python_version()}",
-        "packages": ", ".join(versions),
-    }
+        "load before": load,
+        "versions": ", ".join(versions),
+    } | ({"notes": " ".join(notes)} if notes else {})
 
 
-def commit() -> str | None:
-    """Returns the commit of this checkout, marked if something but results has been changed."""
-    revision = _git("rev-parse", "--short=12", "HEAD")
-    changed = _git("status", "--porcelain", "--", ":/", f":(exclude){RESULTS}")
-    return f"{revision}-dirty" if revision and changed else revision
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        return subprocess.run(
-            ["git", *arguments],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # no git, or no checkout
-        return None
-
-
-def _cpu() -> str:
-    try:
+def cpu() -> str:
+    with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
+                return line.partition(": ")[2]
     return platform.processor() or platform.machine()
 
 
-def _cores() -> str:
-    cores = os.cpu_count() or 1
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
-    text = f"{cores} core{'s' * (cores != 1)}"
-    return text if usable == cores else f"{text}, of which {usable} for this process"
-
-
-def _label(x: Any) -> str:
-    return "" if x is None else f"{x:,}" if isinstance(x, int) else str(x)
-
-
-def _four_digits(figure: float) -> float:
-    return float(f"{figure:.4g}")
-
-
-def _json(result: dict[str, Any]) -> str:
-    # A line for each list of samples: neither a line of 100 kB, nor a line for each sample.
-    tables = result.pop("tables")
-    text = json.dumps(result, indent=1)[:-2] + ',\n "tables": ['
-    for n, table in enumerate(tables):
-        samples = table.pop("samples")
-        lines = ",\n    ".join(map(json.dumps, samples))
-        text += "," * (n > 0) + f'\n  {json.dumps(table)[:-1]}, "samples": [\n    {lines}\n  ]}}'
-    return text + "\n ]\n}\n"
+def commit() -> str:
+    """Returns the commit of this checkout, marked if something but results has been changed."""
+    git = ["git", "-C", str(RESULTS.parent)]
+    try:
+        head = subprocess.check_output([*git, "rev-parse", "--short=12", "HEAD"], text=True)
+        ours = [":/", f":(exclude){RESULTS}"]
+        changed = subprocess.check_output([*git, "status", "--porcelain", "--", *ours])
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.strip() + ("-dirty" if changed else "")

@@ -1,7 +1,9 @@
 """Ways of awaiting what another thread completes: ours, and what is written today.
 
-Each function is called on the loop that its futures are for, and is what a peer is made
-of. Those that await need nothing else; those that complete are in another thread.
+`Way.complete` is called in another thread, with all the futures that it completes in one go, and
+with their values. What a loop itself has for this is a bare future: ``loop.create_future()``, on
+trio an Event and a value, which has no torch object. The floor is the least that can be done for
+one future at a time: a deque, and one wake-up of the loop for many.
 """
 
 from __future__ import annotations
@@ -9,168 +11,40 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
-from queue import SimpleQueue
-from threading import Thread, get_ident
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
-import anyio
-import anyio.from_thread
 import torch
 
 import torchfut_aio
 
-__all__ = ["FLOOR", "FLOOR_OF_TORCH", "Way", "bare", "bare_name", "producers", "run", "ways"]
-
-FLOOR = "floor: no torch"
-FLOOR_OF_TORCH = "floor, and a C++ future"
+SET_RESULT, SET_RESULTS = "set_result", "set_results"
+BARE, BARE_BATCH = "bare future", "bare future, one wake-up a batch"
+BRIDGE, WRAP, THREAD = "bridge by hand", "asyncio.wrap_future", "a thread in fut.wait()"
+FLOOR, FLOOR_OF_TORCH = "floor: no torch", "floor, and a C++ future"
 
 
 class Way(NamedTuple):
-    """How a future is made, awaited, and completed with a value."""
+    """How a future is made and awaited, and how many are completed."""
 
     new: Callable[[], Any]
     wait: Callable[[Any], Awaitable[Any]]
-    complete: Callable[[Any, Any], object]
-    around: AbstractAsyncContextManager[Any] = nullcontext()
-    """Entered while it is used."""
+    complete: Callable[[Sequence[Any], Sequence[Any]], object]
 
 
-def ours() -> Way:
-    return Way(torchfut_aio.Future, lambda fut: fut, torchfut_aio.Future.set_result)
+class Native(NamedTuple):
+    """A bare future of a loop: how it is made, awaited and set, and how the loop is woken."""
 
-
-def through_portal() -> Way:
-    portal = anyio.from_thread.BlockingPortal()
-    thread = get_ident()
-
-    async def wait(fut: torch.futures.Future[Any]) -> Any:
-        arrived = anyio.Event()
-
-        def wake(_: object) -> None:
-            if get_ident() == thread:  # it was done already
-                arrived.set()
-            else:
-                portal.start_task_soon(arrived.set)
-
-        fut.add_done_callback(wake)
-        await arrived.wait()
-        return fut.value()
-
-    return Way(torch.futures.Future, wait, torch.futures.Future.set_result, portal)
-
-
-# ----------------------------------------------------------------------- asyncio, uvloop
-
-
-def hand_written_bridge() -> Way:
-    loop = asyncio.get_running_loop()
-
-    def wait(fut: torch.futures.Future[Any]) -> asyncio.Future[Any]:
-        waiter: asyncio.Future[Any] = loop.create_future()
-
-        def resume(value: Any) -> None:
-            if not waiter.done():
-                waiter.set_result(value)
-
-        def bridge(fut: torch.futures.Future[Any]) -> None:
-            loop.call_soon_threadsafe(resume, fut.value())
-
-        fut.add_done_callback(bridge)
-        return waiter
-
-    return Way(torch.futures.Future, wait, torch.futures.Future.set_result)
-
-
-def wrap_future() -> Way:
-    kind = concurrent.futures.Future
-    return Way(kind, asyncio.wrap_future, kind.set_result)
-
-
-def run_in_executor() -> Way:
-    loop = asyncio.get_running_loop()
-    kind = torch.futures.Future
-    return Way(kind, lambda fut: loop.run_in_executor(None, fut.wait), kind.set_result)
-
-
-def to_thread() -> Way:
-    kind = torch.futures.Future
-    return Way(kind, lambda fut: asyncio.to_thread(fut.wait), kind.set_result)
-
-
-def floor() -> Way:
-    """The least that any way can do: a deque, and one wake-up of the loop a batch."""
-    loop = asyncio.get_running_loop()
-    arrived: deque[tuple[asyncio.Future[Any], Any]] = deque()
-    armed = False
-
-    def serve() -> None:
-        nonlocal armed
-        armed = False
-        for _ in range(len(arrived)):
-            fut, value = arrived.popleft()
-            fut.set_result(value)
-
-    def complete(fut: asyncio.Future[Any], value: Any) -> None:
-        nonlocal armed
-        arrived.append((fut, value))
-        if not armed:
-            armed = True
-            loop.call_soon_threadsafe(serve)
-
-    return Way(loop.create_future, lambda fut: fut, complete)
-
-
-def floor_of_torch() -> Way:
-    """The least that any way can do that also completes a C++ future of torch for each."""
-    _, _, complete, _ = floor()
-    loop = asyncio.get_running_loop()
-
-    def complete_both(futures: tuple[asyncio.Future[Any], torch._C.Future], value: Any) -> None:
-        complete(futures[0], value)
-        futures[1].set_result(value)
-
-    return Way(
-        lambda: (loop.create_future(), torch._C.Future([])), lambda pair: pair[0], complete_both
-    )
-
-
-def call_soon_threadsafe() -> Way:
-    loop = asyncio.get_running_loop()
-    return Way(
-        loop.create_future,
-        lambda fut: fut,
-        lambda fut, value: loop.call_soon_threadsafe(fut.set_result, value),
-    )
-
-
-# ---------------------------------------------------------------------------------- trio
-
-
-def trio_bridge() -> Way:
-    import trio
-
-    token = trio.lowlevel.current_trio_token()
-
-    async def wait(fut: torch.futures.Future[Any]) -> Any:
-        arrived = trio.Event()
-        fut.add_done_callback(lambda _: token.run_sync_soon(arrived.set))
-        await arrived.wait()
-        return fut.value()
-
-    return Way(torch.futures.Future, wait, torch.futures.Future.set_result)
-
-
-def trio_thread() -> Way:
-    import trio
-
-    kind = torch.futures.Future
-    return Way(kind, lambda fut: trio.to_thread.run_sync(fut.wait), kind.set_result)
+    new: Callable[[], Any]
+    wait: Callable[[Any], Awaitable[Any]]
+    set: Callable[[Any, Any], None]
+    wake: Callable[..., object]
+    wait_in_thread: Callable[[Any], Awaitable[Any]]
 
 
 class Arrival:
-    """A value, and the event that tells that it is there."""
+    """A bare future of trio."""
 
     __slots__ = ("event", "value")
 
@@ -181,114 +55,145 @@ class Arrival:
 
         self.event = trio.Event()
 
+    def set(self, value: Any) -> None:
+        """Gives the value to the task that waits."""
+        self.value = value
+        self.event.set()
+
     async def wait(self) -> Any:
+        """Returns the value."""
         await self.event.wait()
         return self.value
 
 
-def trio_floor() -> Way:
-    import trio
+def set_unless_done(fut: asyncio.Future[Any], value: Any) -> None:
+    if not fut.done():
+        fut.set_result(value)
 
-    token = trio.lowlevel.current_trio_token()
-    arrived: deque[Arrival] = deque()
+
+def itself(fut: Any) -> Any:
+    return fut
+
+
+def native(loop_name: str) -> Native:
+    if loop_name == "trio":
+        import trio
+
+        wake: Callable[..., object] = trio.lowlevel.current_trio_token().run_sync_soon
+        return Native(
+            Arrival,
+            Arrival.wait,
+            Arrival.set,
+            wake,
+            lambda fut: trio.to_thread.run_sync(fut.wait),
+        )
+    loop = asyncio.get_running_loop()
+    return Native(
+        loop.create_future,
+        itself,
+        set_unless_done,
+        loop.call_soon_threadsafe,
+        lambda fut: loop.run_in_executor(None, fut.wait),
+    )
+
+
+def one_by_one(
+    complete: Callable[[Any, Any], object],
+) -> Callable[[Sequence[Any], Sequence[Any]], None]:
+    def complete_all(futures: Sequence[Any], values: Sequence[Any]) -> None:
+        for fut, value in zip(futures, values, strict=True):
+            complete(fut, value)
+
+    return complete_all
+
+
+def through_deque(of: Native) -> Callable[[Any, Any], None]:
+    arrived: deque[tuple[Any, Any]] = deque()
     armed = False
 
     def serve() -> None:
         nonlocal armed
         armed = False
         for _ in range(len(arrived)):
-            arrived.popleft().event.set()
+            of.set(*arrived.popleft())
 
-    def complete(arrival: Arrival, value: Any) -> None:
+    def complete(fut: Any, value: Any) -> None:
         nonlocal armed
-        arrival.value = value
-        arrived.append(arrival)
+        arrived.append((fut, value))
         if not armed:
             armed = True
-            token.run_sync_soon(serve)
+            of.wake(serve)
 
-    return Way(Arrival, Arrival.wait, complete)
-
-
-def run_sync_soon() -> Way:
-    import trio
-
-    token = trio.lowlevel.current_trio_token()
-
-    def complete(arrival: Arrival, value: Any) -> None:
-        arrival.value = value
-        token.run_sync_soon(arrival.event.set)
-
-    return Way(Arrival, Arrival.wait, complete)
+    return complete
 
 
-# ------------------------------------------------------------------------- for each loop
+def bare(of: Native) -> Way:
+    return Way(of.new, of.wait, one_by_one(partial(of.wake, of.set)))
 
-_ASYNCIO = {
-    "await fut": ours,
-    "bridge by hand": hand_written_bridge,
-    "asyncio.wrap_future": wrap_future,
-    "run_in_executor": run_in_executor,
-    "asyncio.to_thread": to_thread,
-    "anyio's portal": through_portal,
+
+def bare_batch(of: Native) -> Way:
+    return Way(of.new, of.wait, partial(of.wake, one_by_one(of.set)))
+
+
+def floor(of: Native) -> Way:
+    return Way(of.new, of.wait, one_by_one(through_deque(of)))
+
+
+def floor_of_torch(of: Native) -> Way:
+    complete = through_deque(of)
+
+    def complete_both(futures: tuple[Any, torch._C.Future], value: Any) -> None:
+        complete(futures[0], value)
+        futures[1].set_result(value)
+
+    return Way(
+        lambda: (of.new(), torch._C.Future([])),
+        lambda pair: of.wait(pair[0]),
+        one_by_one(complete_both),
+    )
+
+
+def bridge(of: Native) -> Way:
+    def wait(fut: torch.futures.Future[Any]) -> Awaitable[Any]:
+        waiter = of.new()
+        fut.add_done_callback(lambda fut: of.wake(of.set, waiter, fut.value()))
+        return of.wait(waiter)
+
+    return Way(torch.futures.Future, wait, one_by_one(torch.futures.Future.set_result))
+
+
+def in_thread(of: Native) -> Way:
+    kind = torch.futures.Future
+    return Way(kind, of.wait_in_thread, one_by_one(kind.set_result))
+
+
+def wrap_future(_: Native) -> Way:
+    kind = concurrent.futures.Future
+    return Way(kind, asyncio.wrap_future, one_by_one(kind.set_result))
+
+
+def ours(complete: Callable[[Sequence[Any], Sequence[Any]], object], _: Native) -> Way:
+    return Way(torchfut_aio.Future, itself, complete)
+
+
+_WAYS: dict[str, Callable[[Native], Way]] = {
+    SET_RESULT: partial(ours, one_by_one(torchfut_aio.Future.set_result)),
+    SET_RESULTS: partial(ours, torchfut_aio.set_results),
+    BARE: bare,
+    BARE_BATCH: bare_batch,
+    BRIDGE: bridge,
+    WRAP: wrap_future,
+    THREAD: in_thread,
     FLOOR_OF_TORCH: floor_of_torch,
     FLOOR: floor,
 }
-_TRIO = {
-    "await fut": ours,
-    "bridge by hand": trio_bridge,
-    "trio.to_thread": trio_thread,
-    "anyio's portal": through_portal,
-    FLOOR: trio_floor,
-}
 
 
-def ways(loop: str) -> dict[str, Callable[[], Way]]:
-    """Returns the ways of awaiting that there are on a loop, by name."""
-    return dict(_TRIO if loop == "trio" else _ASYNCIO)
+def ways(loop: str) -> list[str]:
+    """Returns the names of the ways that there are on a loop."""
+    return [name for name in _WAYS if loop != "trio" or name != WRAP]
 
 
-def bare_name(loop: str) -> str:
-    """Returns what the loop's own function is called that wakes it from another thread."""
-    return "bare run_sync_soon" if loop == "trio" else "bare call_soon_threadsafe"
-
-
-def bare(loop: str) -> Callable[[], Way]:
-    """Returns the way that calls this function for every future, and has no torch."""
-    return run_sync_soon if loop == "trio" else call_soon_threadsafe
-
-
-def run(loop: str, function: Callable[..., Awaitable[Any]], *args: Any) -> Any:
-    """Runs an async function on a fresh loop, "asyncio", "uvloop" or "trio"."""
-    backend = "trio" if loop == "trio" else "asyncio"
-    options = {"use_uvloop": loop == "uvloop"} if backend == "asyncio" else {}
-    return anyio.run(function, *args, backend=backend, backend_options=options)
-
-
-@contextmanager
-def producers(
-    complete: Callable[[Any, Any], object], count: int
-) -> Iterator[Callable[[Sequence[Sequence[Any]]], None]]:
-    """Runs threads, and gives what hands each of them its share of futures to complete."""
-    queues: list[SimpleQueue[Sequence[Any] | None]] = [SimpleQueue() for _ in range(count)]
-
-    def produce(queue: SimpleQueue[Sequence[Any] | None]) -> None:
-        while (futures := queue.get()) is not None:
-            for fut in futures:
-                complete(fut, 1)
-            futures = fut = None  # nobody pays for freeing them while the clock runs again
-
-    def hand_out(shares: Sequence[Sequence[Any]]) -> None:
-        for queue, share in zip(queues, shares, strict=True):
-            queue.put(share)
-
-    threads = [Thread(target=produce, args=(queue,)) for queue in queues]
-    for thread in threads:
-        thread.start()
-    try:
-        yield hand_out
-    finally:
-        for queue in queues:
-            queue.put(None)
-        for thread in threads:
-            thread.join()
+def way(loop: str, name: str) -> Way:
+    """Returns a way, for the loop that runs in this thread."""
+    return _WAYS[name](native(loop))
