@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
 import importlib
 import json
@@ -155,6 +156,17 @@ def test_the_server_of_the_tutorial_answers_what_the_tutorial_says(tmp_path):
             server.terminate()
             server.stderr.read()
     assert len(asked) == 2
+
+
+def test_the_messages_in_the_troubleshooting_page_are_those_of_the_package():
+    trees = [ast.parse(path.read_text()) for path in (ROOT / "torchfut_aio").rglob("*.py")]
+    said = [n.value for t in trees for n in ast.walk(t) if isinstance(n, ast.Constant)]
+    texts = [text for text in said if isinstance(text, str)]
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    messages = re.findall(r"^### `(.*)`$", page, flags=re.M)
+    parts = [part for message in messages for part in message.split("…")]
+    assert len(parts) > 40
+    assert [part for part in parts if not any(part in text for text in texts)] == []
 
 
 def test_every_public_name_is_in_the_reference():
