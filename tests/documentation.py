@@ -29,7 +29,10 @@ _BLOCK = re.compile(
 
 
 class Block(NamedTuple):
-    """A block of code on a page, and what the page says that it prints."""
+    """A block of code on a page, and what the page says that it prints.
+
+    After the block, under "It prints:", or in comments that begin with ``#>``.
+    """
 
     page: str
     line: int
@@ -47,7 +50,9 @@ def blocks(language: str) -> list[Block]:
             if match["language"] == language:
                 line = text.count("\n", 0, match.start()) + 1
                 name = str(page.relative_to(ROOT))
-                found.append(Block(name, line, language, match["code"], match["printed"] or ""))
+                code = match["code"]
+                printed = match["printed"] or "".join(re.findall(r"#> (.*\n)", code))
+                found.append(Block(name, line, language, code, printed))
     return found
 
 
