@@ -38,13 +38,15 @@ napoleon_custom_sections = [("Warns", "params_style")]
 myst_enable_extensions = ["colon_fence", "deflist", "attrs_inline"]
 myst_heading_anchors = 3
 
+highlight_language = "none"
+pygments_dark_style = "a11y-high-contrast-dark"
 html_theme = "furo"
 html_title = f"torchfut-aio {version}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_show_copyright = False
 html_copy_source = False
-copybutton_exclude = ".linenos, .gp, .go"
+copybutton_exclude = ".linenos, .gp, .go"  # prompts and what is printed
 
 linkcheck_timeout = 20
 linkcheck_retries = 2
@@ -65,8 +67,8 @@ class LinkPublicNames(SphinxPostTransform):
 
     def run(self, **_: object) -> None:
         """Looks at every literal of the page."""
-        if self.env.docname.startswith("reference/"):
-            return
+        if self.env.docname.startswith("reference/") and self.env.docname != "reference/index":
+            return  # links would lead to where they are
         for literal in [*self.document.findall(nodes.literal)]:
             parts = literal.astext().removesuffix("()").split(".")
             inside_link = isinstance(literal.parent, (nodes.reference, pending_xref))
