@@ -91,6 +91,14 @@ def dist(session: nox.Session) -> None:
 
 @nox.session(python=PYTHON)
 def docs(session: nox.Session) -> None:
-    """What the README and the docstrings show happens as they say."""
-    install(session, "examples,test")
+    """The site is built without a warning, and what it and the docstrings show happens."""
+    install(session, "docs,examples,test")
+    run(session, "docs")
     run(session, "test", "tests/test_documentation.py", *session.posargs)
+
+
+@nox.session(python=PYTHON, default=False)
+def links(session: nox.Session) -> None:
+    """What the site links to elsewhere is there; takes the network."""
+    install(session, "docs")
+    session.run("python", "-m", "sphinx", "-b", "linkcheck", "docs", "build/linkcheck")

@@ -1,24 +1,29 @@
-"""What is documented is true: docstrings, README, and torch's own documentation."""
+"""What is documented is true: docstrings, README, ``docs/``, and torch's own documentation."""
 
 from __future__ import annotations
 
+import ast
 import doctest
 import importlib
-import pathlib
+import json
+import os
 import pkgutil
 import re
 import subprocess
 import sys
+import threading
 import types
+import urllib.request
 
 import pytest
 import torch
+from torch.distributed import rpc
 
-import torchfut_aio
+import torchfut_aio.distributed
 
-from .threads import PATIENCE_WITH_PROCESSES
+from .documentation import ROOT, blocks
+from .threads import PATIENCE, PATIENCE_WITH_PROCESSES
 
-ROOT = pathlib.Path(__file__).parents[1]
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
@@ -72,11 +77,6 @@ def test_the_examples_of_torchs_documentation_run_as_written(name):
     check_examples(TORCHS[name], name, {"torch": ours})
 
 
-def readme_blocks(language):
-    readme = (ROOT / "README.md").read_text()
-    return re.findall(rf"^```{language}\n(.*?)^```$", readme, flags=re.M | re.S)
-
-
 RUN = {
     "asyncio": "anyio.run(main)",
     "uvloop": "anyio.run(main, backend_options={'use_uvloop': True})",
@@ -84,28 +84,107 @@ RUN = {
 }
 
 
+@pytest.fixture(scope="module")
+def run_program():
+    """Runs a program in an interpreter that has torch already; returns what became of it."""
+    with subprocess.Popen(
+        [sys.executable, "-W", "error", "-m", "tests.documentation"],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as server:
+
+        def run(code):
+            give_up = threading.Timer(PATIENCE_WITH_PROCESSES, os.killpg, (server.pid, 9))
+            give_up.start()
+            try:
+                print(json.dumps(code), file=server.stdin, flush=True)
+                return json.loads(server.stdout.readline())
+            finally:
+                give_up.cancel()
+
+        yield run
+
+
 @pytest.mark.parametrize(
-    ("number", "loop"),
+    ("block", "loop"),
     [
-        (number, loop)
-        for number, code in enumerate(readme_blocks("python"))
-        for loop in (RUN if RUN["asyncio"] in code else ["asyncio"])
+        pytest.param(block, loop, id=f"{block.page}:{block.line}-{loop}")
+        for block in blocks("python")
+        if not block.code.startswith("# app.py")  # which the server below runs
+        for loop in (RUN if RUN["asyncio"] in block.code else ["asyncio"])
     ],
 )
-def test_the_readmes_examples_print_what_it_says(number, loop):
-    readme = (ROOT / "README.md").read_text()
-    code = readme_blocks("python")[number]
-    _, _, after = readme.partition(code)
-    expected = re.match(r"```\n\nIt prints:\n\n```\n(.*?)```\n", after, flags=re.S)
-    code = code.replace(RUN["asyncio"], RUN[loop])
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
-        capture_output=True,
+def test_every_program_in_the_documentation_prints_what_its_page_says(run_program, block, loop):
+    if "init_rpc" in block.code and getattr(rpc, "_is_tensorpipe_available", None) is False:
+        pytest.skip("this build of PyTorch has no TensorPipe, so RPC cannot be started")
+    done = run_program(block.code.replace(RUN["asyncio"], RUN[loop]))
+    assert (done["returncode"], done["stderr"]) == (0, "")
+    assert done["stdout"] == block.printed
+
+
+def test_the_server_of_the_tutorial_answers_what_the_tutorial_says(tmp_path):
+    tutorial = ROOT / "docs" / "tutorial.md"
+    (app,) = [b.code for b in blocks("python") if b.code.startswith("# app.py")]
+    asked = [b for b in blocks("sh") if b.page == "docs/tutorial.md" and "curl" in b.code]
+    (tmp_path / "app.py").write_text(app)
+    command = "python -m uvicorn app:app --loop uvloop --port 8000"
+    assert f"```sh\n{command}\n```" in tutorial.read_text()
+    with subprocess.Popen(
+        [sys.executable, *command.split()[1:-1], "0"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}"},
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=PATIENCE_WITH_PROCESSES,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == expected[1]
+    ) as server:
+        try:
+            address = None
+            while address is None:
+                line = server.stderr.readline()
+                assert line, "the server has ended"
+                address = re.search(r"running on (http://\S+)", line)
+            for block in asked:
+                url = re.search(r"http://127.0.0.1:8000(/[^\s']*)", block.code)[1]
+                body = re.search(r"-d '(.*?)'", block.code)
+                request = urllib.request.Request(
+                    address[1] + url, body and body[1].encode(), {"Content-Type": "text/plain"}
+                )
+                with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+                    assert answer.read().decode().strip() == block.printed.strip()
+        finally:
+            server.terminate()
+            server.stderr.read()
+    assert len(asked) == 2
+
+
+def test_the_messages_in_the_troubleshooting_page_are_those_of_the_package():
+    trees = [ast.parse(path.read_text()) for path in (ROOT / "torchfut_aio").rglob("*.py")]
+    said = [n.value for t in trees for n in ast.walk(t) if isinstance(n, ast.Constant)]
+    texts = [text for text in said if isinstance(text, str)]
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    messages = re.findall(r"^### `(.*)`$", page, flags=re.M)
+    parts = [part for message in messages for part in message.split("…")]
+    assert len(parts) > 40
+    assert [part for part in parts if not any(part in text for text in texts)] == []
+
+
+def test_every_public_name_is_in_the_reference():
+    pages = (ROOT / "docs" / "reference").glob("*.md")
+    text = "\n".join(page.read_text() for page in pages)
+    described = set(re.findall(r"^\.\. auto\w+:: (?:torchfut_aio::)?([\w.]+)", text, flags=re.M))
+    names = {*torchfut_aio.__all__, *torchfut_aio.distributed.__all__}
+    for name, thing in vars(torchfut_aio).items():
+        if name in names and isinstance(thing, type) and not issubclass(thing, BaseException):
+            members = {m for base in thing.__mro__ if is_ours(base) for m in vars(base)}
+            fields = {*getattr(thing, "_fields", ()), *getattr(thing, "__dataclass_fields__", ())}
+            names |= {f"{name}.{m}" for m in members - fields if not m.startswith("_")}
+    assert described - {"as_future.register"} == names
+
+
+def is_ours(thing):
+    return thing.__module__.partition(".")[0] == "torchfut_aio"
 
 
 def test_the_quickstart_runs_and_serves_what_it_learned():

@@ -59,8 +59,8 @@ class BatcherStatistics(NamedTuple):
 class Batcher(Generic[T, R]):
     """Runs a function on many items at once, and makes a future of each item's result.
 
-    A batch begins when `max_batch` items are there, or when the first of them has waited for
-    `max_wait` seconds. One batch runs at a time, in a thread of the batcher; what comes meanwhile
+    A batch begins when ``max_batch`` items are there, or when the first of them has waited for
+    ``max_wait`` seconds. One batch runs at a time, in a thread of the batcher; what comes meanwhile
     waits for the next. The thread ends when it has had nothing to do for some seconds, and another
     starts when there is something.
 
@@ -139,7 +139,7 @@ class Batcher(Generic[T, R]):
         """Queues an item, from any thread, and returns the future of its result.
 
         Raises:
-            QueueFullError: `max_queue` items wait.
+            QueueFullError: ``max_queue`` items wait.
             BatcherClosedError: The batcher is closed, or is being closed.
             RuntimeError: The function is async and no loop has entered the batcher, or no thread
                 could be started.

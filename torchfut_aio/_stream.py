@@ -235,7 +235,7 @@ class ValueStream(Generic[T]):
 
     @property
     def listening(self) -> bool:
-        """Whether somebody listens, or nobody has listened yet: see the class."""
+        """Whether somebody listens, or nobody has listened yet; see the class."""
         return self._state.is_listening()
 
     @property

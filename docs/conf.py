@@ -1,0 +1,87 @@
+"""How Sphinx builds the documentation: ``sphinx-build -W -n docs build/docs``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+from docutils import nodes
+from sphinx.addnodes import pending_xref
+from sphinx.application import Sphinx
+from sphinx.transforms.post_transforms import SphinxPostTransform
+
+import torchfut_aio
+import torchfut_aio.distributed
+
+project = "torchfut-aio"
+author = "the authors of torchfut-aio"
+copyright = author  # noqa: A001  Sphinx calls it that
+version = release = importlib.metadata.version("torchfut-aio")
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
+exclude_patterns = ["_results"]
+nitpicky = True
+# Types that the signatures name and this site does not describe.
+nitpick_ignore_regex = [
+    ("py:.*", r"(anyio|asyncio|collections|concurrent|contextlib|torch|trio|types|typing)\..*"),
+    ("py:.*", r"torchfut_aio\..*\._\w+\.[A-Z]|torchfut_aio\._\w+\.[A-Z]|_asyncio\.Future|P"),
+]
+
+default_role = "py:obj"
+autodoc_typehints_format = "short"
+autodoc_member_order = "bysource"
+autodoc_class_signature = "mixed"
+maximum_signature_line_length = 60
+python_use_unqualified_type_names = True
+napoleon_numpy_docstring = False
+napoleon_custom_sections = [("Warns", "params_style")]
+
+myst_enable_extensions = ["colon_fence", "deflist", "attrs_inline"]
+myst_heading_anchors = 3
+
+highlight_language = "none"
+pygments_dark_style = "a11y-high-contrast-dark"
+html_theme = "furo"
+html_title = f"torchfut-aio {version}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_show_copyright = False
+html_copy_source = False
+copybutton_exclude = ".linenos, .gp, .go"  # prompts and what is printed
+
+linkcheck_timeout = 20
+linkcheck_retries = 2
+
+PUBLIC = {}
+for module in (torchfut_aio, torchfut_aio.distributed):
+    for public in module.__all__:
+        PUBLIC[public] = f"{module.__name__}.{public}"
+        # Signatures and bases then name it as it is imported, not by its private module.
+        if public != "as_future":  # an object, whose class would be renamed
+            getattr(module, public).__module__ = module.__name__
+
+
+class LinkPublicNames(SphinxPostTransform):
+    """Makes a link to the reference of a public name that a page has in code quotes."""
+
+    default_priority = 5  # before references are resolved
+
+    def run(self, **_: object) -> None:
+        """Looks at every literal of the page."""
+        if self.env.docname.startswith("reference/") and self.env.docname != "reference/index":
+            return  # links would lead to where they are
+        for literal in [*self.document.findall(nodes.literal)]:
+            parts = literal.astext().removesuffix("()").split(".")
+            inside_link = isinstance(literal.parent, (nodes.reference, pending_xref))
+            if inside_link or parts[0] not in PUBLIC or not all(map(str.isidentifier, parts)):
+                continue
+            target = ".".join([PUBLIC[parts[0]], *parts[1:]])
+            link = pending_xref(
+                "", refdomain="py", reftype="obj", reftarget=target, refdoc=self.env.docname
+            )
+            literal.replace_self(link)
+            link += literal
+
+
+def setup(app: Sphinx) -> None:
+    """Adds the above."""
+    app.add_post_transform(LinkPublicNames)
