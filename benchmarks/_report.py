@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
+from functools import partial
 from io import StringIO
 from itertools import cycle
 from pathlib import Path
@@ -213,11 +214,11 @@ def cpu() -> str:
 
 def commit() -> str:
     """Returns the commit of this checkout, marked if something but results has been changed."""
+    output = partial(subprocess.check_output, text=True, stderr=subprocess.DEVNULL)
     git = ["git", "-C", str(RESULTS.parent)]
     try:
-        head = subprocess.check_output([*git, "rev-parse", "--short=12", "HEAD"], text=True)
-        ours = [":/", f":(exclude){RESULTS}"]
-        changed = subprocess.check_output([*git, "status", "--porcelain", "--", *ours])
+        head = output([*git, "rev-parse", "--short=12", "HEAD"])
+        changed = output([*git, "status", "--porcelain", "--", ":/", f":(exclude){RESULTS}"])
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head.strip() + ("-dirty" if changed else "")

@@ -151,7 +151,7 @@ def cpu_of(process: int) -> float:
 
 
 class Client(asyncio.Protocol):
-    """A connection that sends a request whenever it has its answer."""
+    """A connection that sends a request, and the next one when it has its answer, if it may."""
 
     def __init__(self, way: int, latencies: list[float], errors: list[str]) -> None:
         head = f"POST /{way} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(PIXELS)}\r\n\r\n"
@@ -159,19 +159,21 @@ class Client(asyncio.Protocol):
         self._latencies, self._errors = latencies, errors
         self._answer = b""
         self._is_closing = False
+        self.goes_on = False
+        self.answered = asyncio.Event()
 
     def connection_made(self, transport: Any) -> None:
-        """Sends the first request."""
+        """Keeps the transport."""
         self._transport = transport
-        self._send()
 
-    def _send(self) -> None:
+    def send(self) -> None:
+        """Sends a request."""
         self._sent = monotonic()
         self._answer = b""
         self._transport.write(self._request)
 
     def data_received(self, data: bytes) -> None:
-        """Sends the next request if the answer is complete."""
+        """Takes in an answer, or a part of it."""
         self._answer += data
         head, _, body = self._answer.partition(b"\r\n\r\n")
         length = re.search(rb"content-length: (\d+)", head)
@@ -180,16 +182,19 @@ class Client(asyncio.Protocol):
         self._latencies.append(monotonic() - self._sent)
         if not head.startswith(b"HTTP/1.1 200"):
             self._errors.append(head.decode())
-        if not self._is_closing:
-            self._send()
+        self.answered.set()
+        if self.goes_on:
+            self.send()
 
     def connection_lost(self, _error: Exception | None) -> None:
         """Notes if it was the server that closed the connection."""
         if not self._is_closing:
             self._errors.append("the server closed the connection")
+            self.answered.set()
 
     def close(self) -> None:
         """Closes the connection."""
+        self.goes_on = False
         self._is_closing = True
         self._transport.close()
 
@@ -198,11 +203,18 @@ async def load(port: int, process: int, way: int, seconds: float) -> list[float]
     """Returns requests a second, ms of p50 and p99, us of CPU a request, and errors."""
     latencies: list[float] = []
     errors: list[str] = []
-    create = asyncio.get_running_loop().create_connection
-    clients = [
-        (await create(partial(Client, way, latencies, errors), "127.0.0.1", port))[1]
-        for _ in range(CONNECTIONS)
-    ]
+    clients = []
+    for _ in range(CONNECTIONS):
+        new = partial(Client, way, latencies, errors)
+        _, client = await asyncio.get_running_loop().create_connection(new, "127.0.0.1", port)
+        clients.append(client)
+        # uvloop accepts one connection a turn: if those before it were at work already, the
+        # last would wait for 256 long turns.
+        client.send()
+        await client.answered.wait()
+    for client in clients:
+        client.goes_on = True
+        client.send()
     await asyncio.sleep(seconds / 4)  # it warms up
     latencies.clear()
     cpu, begin = cpu_of(process), monotonic()
