@@ -21,9 +21,10 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from torchfut_aio import Future, _core, gather, set_results
-from torchfut_aio.debug import PendingFuture, Recording, pending_futures
+from torchfut_aio import Future, _core, debug, gather, set_results
+from torchfut_aio.debug import PendingFuture, Recording, Who, pending_futures
 
+from .explorer import strikes
 from .loops import on_asyncio, on_every_loop
 from .threads import PATIENCE, PATIENCE_WITH_PROCESSES, until
 
@@ -202,10 +203,10 @@ def test_while_recording_callbacks_can_be_removed():
     future = Future()
     with Recording():
         future.add_done_callback(log)
-        combined = gather([future, Future()])
+        copy = future.as_concurrent()
         assert future.remove_done_callback(log) == 1
-        assert combined.cancel()
-        future.set_result(5)
+        assert copy.cancel()
+        assert not future.has_waiters()
 
 
 def test_while_recording_an_error_of_a_callback_is_its_own(caplog):
@@ -272,6 +273,37 @@ def test_one_recording_is_on_at_a_time():
         assert _core.add_callback.__module__ == "torchfut_aio.debug._recording"
     with Recording():
         pass
+
+
+class Waiter:
+    """Counts how often it is woken; its own waker, too."""
+
+    woken = 0
+
+    def wake(self, _waiter):
+        self.woken += 1
+
+    def who(self, _waiter):
+        return Who("thread", None)
+
+
+@pytest.mark.parametrize(("at", "error"), [("signals", KeyboardInterrupt), ("calls", MemoryError)])
+def test_while_recording_an_interrupt_leaves_nobody_waiting(at, error):
+    for strike in strikes(debug, at=at, error=error):
+        with Recording():
+            future, waiter = Future(), Waiter()
+            _core.add_waiter(future, waiter, waiter)
+            children = [future.then(lambda fut: 6), gather([future])]
+            with strike:
+                future.set_result(5)
+            if not future.done():
+                future.set_result(5)
+            until(lambda children=children: all(child.done() for child in children))
+            assert waiter.woken
+            values = [child.exception() or child.value() for child in children]
+            if strike.where is None:
+                assert values == [6, [5]]
+    assert _core.add_waiter.__module__ == "torchfut_aio._core._completion"
 
 
 # -------------------------------------------------------------------------------- the trace
@@ -379,6 +411,19 @@ async def test_tasks_of_one_name_that_wait_at_once_have_lines_of_their_own(tmp_p
     shown = await shown_by(recording, tmp_path)
     assert list(shown.lines.values()).count("task request") == 2
     assert shown.on("task request").count("waits") == 3
+
+
+@on_every_loop
+async def test_an_await_that_another_thread_was_faster_than_is_no_wait(tmp_path):
+    class Racing(Future):
+        def done(self):
+            was_done = super().done()
+            self.try_set_result(5)  # right after it was asked
+            return was_done
+
+    with Recording() as recording:
+        assert await Racing() == 5
+    assert (await shown_by(recording, tmp_path)).events == []
 
 
 def test_it_keeps_the_last_events(tmp_path):

@@ -62,9 +62,13 @@ class Recording:
         with _switching:
             if _on is not None:
                 raise RuntimeError("another Recording is on; one may be at a time")
-            _on = self
-            _core.follow_by(_recorded_waiter, _recorded_callback)
-            Future.__await__ = _recorded_await  # type: ignore[assignment, method-assign]
+            try:
+                _on = self
+                _core.follow_by(_recorded_waiter, _recorded_callback)
+                Future.__await__ = _recorded_await  # type: ignore[assignment, method-assign]
+            except BaseException:  # or the block would not be entered, and nothing would switch off
+                _switch_off()
+                raise
         return self
 
     def __exit__(
@@ -73,11 +77,8 @@ class Recording:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        global _on
         with _switching:
-            Future.__await__ = _await  # type: ignore[method-assign]
-            _core.follow_by(_add_waiter, _add_callback)
-            _on = None
+            _switch_off()
 
     def save(
         self, path: str | os.PathLike[str], *, profile: str | os.PathLike[str] | None = None
@@ -115,6 +116,13 @@ class Recording:
 
 _on: Recording | None = None
 _switching = threading.Lock()
+
+
+def _switch_off() -> None:
+    global _on
+    Future.__await__ = _await  # type: ignore[method-assign]
+    _core.follow_by(_add_waiter, _add_callback)
+    _on = None
 
 
 class _ThisThread(threading.local):
