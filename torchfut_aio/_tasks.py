@@ -52,8 +52,11 @@ def start_soon(
     it, it is logged when the future goes. KeyboardInterrupt, SystemExit and cancellation also
     act on the group, as from any of its tasks. A task that is cancelled, or that ends with its
     loop, fails the future with ``concurrent.futures.CancelledError``; so a future of a group
-    that has exited is done. If you cancel or complete the future yourself, the task goes on, and
-    its result is dropped.
+    that has exited is done.
+
+    If you cancel or complete the future yourself, the task goes on, and its result is dropped:
+    others may still want what it does. ``asyncio.Task`` and the futures of anyio's portals are not
+    like that. To end a task, cancel its group, or a cancel scope that it has entered.
 
     Args:
         task_group: A task group of anyio, an ``asyncio.TaskGroup`` or a ``trio.Nursery``,
