@@ -3,6 +3,9 @@
 ``TORCHFUT_AIO_TEST_DEVICE=cuda`` chooses; the tests are the same. A kernel that "runs until
 woken" does so on both, so "while the kernels run" is a fact in a test, and a copy that is
 made too early has the old value.
+
+``TORCHFUT_AIO_TEST_SWITCHES`` names functions of the simulated device that every test is to begin
+with, such as ``reach_events_late``: to see what the tests rely on that is not so everywhere.
 """
 
 from __future__ import annotations
@@ -53,6 +56,8 @@ def accelerator(accelerator_module: Any, request: pytest.FixtureRequest) -> Iter
     needs_two = request.node.get_closest_marker("several_devices") is not None
     if needs_two and accelerator_module.device_count() < 2:
         pytest.skip("this machine has one accelerator")
+    for switch in os.environ.get("TORCHFUT_AIO_TEST_SWITCHES", "").split():
+        getattr(accelerator_module, switch)()
     accelerator_module.reset_counters()
     yield accelerator_module
     accelerator_module.reset()

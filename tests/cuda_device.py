@@ -1,8 +1,13 @@
-"""A CUDA GPU, with the functions of the simulated device that the tests use."""
+"""A GPU under ``torch.cuda``, of CUDA or ROCm, with the functions of the simulated device.
+
+It needs nothing but torch, and the driver that torch has loaded.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import functools
+from typing import Any
 
 import pytest
 import torch
@@ -11,18 +16,46 @@ device_count = torch.cuda.device_count
 
 # Where a stream waits for a number in the memory of the host, nothing computes, and no
 # time limit is needed: the driver lets a stream wait until the number is large enough.
-_driver = ctypes.CDLL("libcuda.so.1")
-_woken = torch.zeros(1, dtype=torch.int32).pin_memory()
+_UNTIL_AT_LEAST = ctypes.c_uint(0)
+
+
+@functools.cache
+def _woken() -> torch.Tensor:
+    # Not when this is imported, as it gives the current device a context.
+    return torch.zeros(1, dtype=torch.int32).pin_memory()
+
+
+@functools.cache
+def _wait_value() -> Any:
+    """Returns ``function(stream, address, number)`` of the driver."""
+    if torch.version.hip:
+        function = ctypes.CDLL("libamdhip64.so").hipStreamWaitValue32
+        all_bits = ctypes.c_uint32(0xFFFFFFFF)
+        return lambda *arguments: function(*arguments, _UNTIL_AT_LEAST, all_bits)
+    function = ctypes.CDLL("libcuda.so.1").cuStreamWaitValue32_v2
+    return lambda *arguments: function(*arguments, _UNTIL_AT_LEAST)
 
 
 def _wait_until_woken() -> None:
-    status = _driver.cuStreamWaitValue32_v2(
+    status = _wait_value()(
         ctypes.c_void_p(torch.cuda.current_stream().cuda_stream),
-        ctypes.c_uint64(_woken.data_ptr()),
-        ctypes.c_uint32(int(_woken.item()) + 1),
-        ctypes.c_uint(0),  # until it is that, or greater
+        ctypes.c_void_p(_woken().data_ptr()),
+        ctypes.c_uint32(int(_woken().item()) + 1),
     )
-    assert status == 0, f"cuStreamWaitValue32 returned {status}"
+    assert status == 0, f"the driver returned {status} for a stream that is to wait"
+
+
+@functools.cache
+def _cycles_per_second() -> float:
+    """Measures what `torch.cuda.clock_rate` would ask nvidia-ml-py for, which need not be there."""
+    # An idle GPU is slow: the first is for its clock to speed up.
+    for cycles in (10**9, 10**8):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        torch.cuda._sleep(cycles)
+        end.record()
+        end.synchronize()
+    return cycles / begin.elapsed_time(end) * 1e3
 
 
 def sleep(seconds: float) -> None:
@@ -30,7 +63,7 @@ def sleep(seconds: float) -> None:
     if seconds > 1:
         _wait_until_woken()
     else:
-        torch.cuda._sleep(int(seconds * torch.cuda.clock_rate() * 1e6))
+        torch.cuda._sleep(int(seconds * _cycles_per_second()))
 
 
 def fill_after(tensor: torch.Tensor, value: float, seconds: float) -> None:
@@ -42,7 +75,7 @@ def fill_after(tensor: torch.Tensor, value: float, seconds: float) -> None:
 
 def wake() -> None:
     """Ends all sleep enqueued so far."""
-    _woken.add_(1)
+    _woken().add_(1)
 
 
 def reset() -> None:
@@ -53,7 +86,8 @@ def reset() -> None:
 
 
 def reset_counters() -> None:
-    """Does nothing: CUDA counts nothing."""
+    """Measures the clock, while no stream is held up; CUDA counts nothing."""
+    _cycles_per_second()
 
 
 def counters() -> dict[str, int]:

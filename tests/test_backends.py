@@ -51,6 +51,7 @@ SWITCHES = {
 
 # Where there is no pool, nothing has dedicated streams, and torch's own futures do not work.
 NOT_WITHOUT_POOL = {
+    # Below is one for this case.
     "test_an_adopted_torch_future_is_ready_when_its_kernels_are_done",
     "test_an_adopted_torch_future_is_ready_when_its_kernels_are_done_on_trio",
     "test_torchs_own_future_does_on_this_device_what_it_does_on_a_gpu",
@@ -154,6 +155,47 @@ async def test_without_streams_of_its_own_values_are_copied_and_combined(acceler
     accelerator.wake()
     assert [f.value().tolist() for f in await collect_all(futs)] == [NEW, NEW]
     assert (await to_host(futs[0].value())).tolist() == NEW
+
+
+# ------------------------------------------------------------------------ no stream pool
+
+
+@on_every_loop
+@pytest.mark.parametrize("is_done", [False, True], ids=["pending", "done"])
+@told_or_not
+async def test_without_a_pool_an_adopted_torch_future_is_ready_when_its_kernels_are_done(
+    accelerator, devices, producer, is_done
+):
+    accelerator.take_stream_pool_away()
+    source = torch.futures.Future(devices=devices)
+    with producer:
+        tensor = being_filled(accelerator)
+        if is_done:
+            source.set_result(tensor)
+        reader = Reader(as_future(source))
+        if not is_done:
+            source.set_result(tensor)  # raises nothing
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(reader)
+        for _ in range(5):
+            await anyio.sleep(0.001)
+        assert reader.outcome is None
+        accelerator.wake()
+    assert reader.outcome.tolist() == NEW
+
+
+@on_every_loop
+@pytest.mark.parametrize("is_done", [False, True], ids=["pending", "done"])
+async def test_without_a_pool_the_error_of_an_adopted_torch_future_arrives(accelerator, is_done):
+    accelerator.take_stream_pool_away()
+    source = torch.futures.Future(devices=[FIRST])
+    if is_done:
+        source.set_exception(ValueError("foo"))
+    fut = as_future(source)
+    if not is_done:
+        source.set_exception(ValueError("foo"))
+    with pytest.raises(ValueError, match="foo"):
+        await fut
 
 
 # ------------------------------------------------------- event classes, where threads block

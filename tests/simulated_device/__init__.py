@@ -89,6 +89,9 @@ as on CUDA and XPU."""
 keep_first_recordings = _extension.keep_first_recordings
 """``keep_first_recordings()``: an event that is recorded again while it is pending is done at its
 first recording, as on torch_openreg."""
+reach_events_late = _extension.reach_events_late
+"""``reach_events_late()``: an event is reached half a millisecond after what is before it, on an
+idle stream, too, as no GPU reaches one at once."""
 begin_capture = _extension.begin_capture
 """``begin_capture()``: some thread captures a graph in "global" mode, as on CUDA. Queries raise,
 and invalidate the capture, except in threads that are in thread-local capture mode."""

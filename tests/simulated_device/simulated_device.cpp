@@ -70,6 +70,7 @@ c10::Stream next_of_ring(c10::Device device, int priority) {
 // module has for tests.
 std::atomic<bool> lacks_pool{false}, lacks_new_streams{false}, lacks_events{false};
 std::atomic<bool> refuses_events{false}, shares_rings{false}, keeps_first_recording{false};
+std::atomic<bool> reaches_late{false};
 
 // A thread that captures a graph in "global" mode forbids queries to all threads but those in
 // "thread-local" mode, which is 1, as in CUDA. A query that it forbids invalidates the capture.
@@ -157,6 +158,8 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
               const c10::EventFlag) const override {
     check_events();
     TORCH_CHECK(!refuses_events, "the device is lost");
+    if (reaches_late)
+      launch(stream, sleeper(0.0005));
     auto mark = simulated::record(stream);
     Lock lock(mutex);
     if (*event == nullptr) {
@@ -434,7 +437,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   });
   module.def("reset", [] {
     lacks_pool = lacks_new_streams = lacks_events = refuses_events = false;
-    shares_rings = keeps_first_recording = counts_contexts = capturing = false;
+    shares_rings = keeps_first_recording = reaches_late = counts_contexts = capturing = false;
     reset();
   }, Released());
   module.def("take_stream_pool_away", [] { lacks_pool = true; });
@@ -444,6 +447,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("make_external", &make_external, Released());
   module.def("share_rings", [] { shares_rings = true; });
   module.def("keep_first_recordings", [] { keeps_first_recording = true; });
+  module.def("reach_events_late", [] { reaches_late = true; });
   module.def("begin_capture", [] { capture_is_valid = capturing = true; });
   module.def("end_capture", [] {
     capturing = false;

@@ -13,7 +13,7 @@ from .._future import Future
 from .._rpc_errors import parse_fetched_error
 from ._registry import adopts, copy_outcome, once
 from ._threads import complete_in_thread
-from ._torch import read
+from ._torch import follow
 
 if TYPE_CHECKING:
     from torch.distributed._functional_collectives import AsyncCollectiveTensor
@@ -27,7 +27,7 @@ def _from_work(source: torch.distributed.Work, future: Future[Any]) -> None:
     except RuntimeError:  # some works of gloo have none
         complete_in_thread(future, lambda future: copy_outcome(lambda: _wait_for(source), future))
     else:
-        native.add_done_callback(lambda done: copy_outcome(lambda: read(done), future))
+        follow(native, future)
 
 
 def _wait_for(work: torch.distributed.Work) -> None:

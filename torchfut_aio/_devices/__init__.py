@@ -15,7 +15,12 @@ from ._events import RecordedEvent, already_recorded, record_event, says_no_even
 from ._policy import PollPolicy, set_poll_policy
 from ._readiness import Readiness, declared_readiness, found_readiness, joint_readiness
 from ._statistics import Statistics
-from ._streams import devices_in_use, finish_current_streams
+from ._streams import (
+    devices_in_use,
+    finish_current_streams,
+    finish_devices,
+    has_streams_for_callbacks,
+)
 from ._synchronize import synchronize, to_host
 from ._tensors import HOST_ONLY
 from ._watcher import statistics
@@ -31,7 +36,9 @@ __all__ = [
     "declared_readiness",
     "devices_in_use",
     "finish_current_streams",
+    "finish_devices",
     "found_readiness",
+    "has_streams_for_callbacks",
     "joint_readiness",
     "record_event",
     "says_no_events",

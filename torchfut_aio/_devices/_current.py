@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ._streams import accelerator_in_use, current_stream, device_exchange, devices_in_use
+from ._streams import current_stream, device_exchange, devices_in_use
 
 
 class CurrentStreams:
@@ -19,11 +19,11 @@ class CurrentStreams:
     __slots__ = ("device", "streams")
 
     def __init__(self) -> None:
-        self.device = 0  # which a thread begins with
-        self.streams: dict[torch.device, torch.Stream] = {}
-        if accelerator_in_use() is not None:
-            self.device = torch.accelerator.current_device_index()
-            self.streams = {device: current_stream(device) for device in devices_in_use()}
+        self.streams = {
+            device: torch.accelerator.current_stream(device.index) for device in devices_in_use()
+        }
+        # Which a thread begins with is 0.
+        self.device = torch.accelerator.current_device_index() if self.streams else 0
 
     def restoring(self, seen: CurrentStreams | None) -> list[Callable[[], Any]]:
         """Returns calls, all into C, that make all this current again where ``seen`` is."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TypeGuard, TypeVar
 
 import torch
@@ -100,6 +101,24 @@ def finish_current_streams() -> None:
     """Blocks until the work on the streams that are current in this thread is done."""
     for device in devices_in_use():
         current_stream(device).synchronize()
+
+
+def finish_devices() -> None:
+    """Blocks until the devices that are in use have done all their work."""
+    for device in devices_in_use():
+        call_with_current(device, partial(torch.accelerator.synchronize, device))
+
+
+def has_streams_for_callbacks() -> bool:
+    """Tells whether C++ can run callbacks of a future on devices, which takes a pool of streams."""
+    for device in devices_in_use()[:1]:
+        future: torch._C.Future[None] = torch._C.Future([device])
+        future.set_result(None)
+        try:
+            call_with_current(device, partial(future.add_done_callback, lambda _: None))
+        except RuntimeError:
+            return False
+    return True
 
 
 def new_stream(device: torch.device) -> torch.Stream:

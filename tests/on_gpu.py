@@ -1,0 +1,175 @@
+"""All that is tested on a GPU, and a report of it: see ``scripts/test-on-gpu``.
+
+Each part runs in a process of its own, with a time limit, so that none can keep another from being
+reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from benchmarks._report import commit, machine
+
+from .gpu_checks import CHECKS, MISSING
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+NO_GPU = 75
+
+
+class Part(NamedTuple):
+    name: str
+    about: str
+    command: Sequence[str]
+    limit: float  # seconds
+
+
+class Result(NamedTuple):
+    part: Part
+    outcome: str  # "passed", "failed", "timed out" or "cannot be checked here"
+    seconds: float
+    output: str
+
+    @property
+    def is_well(self) -> bool:
+        return self.outcome in ("passed", "cannot be checked here")
+
+
+def parts(quick: bool, watcher_json: Path) -> list[Part]:
+    """All parts, in the order in which to look at them."""
+    python = [sys.executable, "-m"]
+    suite = [*python, "pytest", "-p", "no:cacheprovider", "-q", "-m", "device", "tests"]
+    # A quick one is saved nowhere, but for its output.
+    watcher = ["--quick"] if quick else ["--json", str(watcher_json)]
+    return [
+        *(
+            Part(
+                name,
+                (check.__doc__ or "").partition("\n")[0],
+                [*python, "tests.gpu_checks", name],
+                120,
+            )
+            for name, check in CHECKS.items()
+        ),
+        Part("suite", "The tests that are marked as those of devices.", suite, 1200),
+        Part(
+            "watcher",
+            "How late a task resumes, and what the waiting costs.",
+            [*python, "benchmarks.watcher", "--device", "cuda", *watcher],
+            300 if quick else 3600,
+        ),
+    ]
+
+
+def run(part: Part) -> Result:
+    """Runs a part, and ends it with all that it has started if it takes too long."""
+    environment = os.environ | {"TORCHFUT_AIO_TEST_DEVICE": "cuda", "PYTHONFAULTHANDLER": "1"}
+    start = time.monotonic()
+    process = subprocess.Popen(
+        part.command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=part.limit)
+        outcome = {0: "passed", MISSING: "cannot be checked here"}.get(process.returncode, "failed")
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGABRT)  # which shows where each thread is
+        try:
+            output, _ = process.communicate(timeout=10)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output, _ = process.communicate()
+        outcome = "timed out"
+    return Result(part, outcome, time.monotonic() - start, output)
+
+
+def gpus() -> list[str]:
+    """Describes the GPUs of this machine."""
+    described = []
+    for n in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(n)
+        described.append(f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+    return described
+
+
+def driver() -> str:
+    """Names the driver, as far as it tells."""
+    if torch.version.hip:
+        return f"ROCm {torch.version.hip}"
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):
+        told = "unknown\n"
+    return f"{told.splitlines()[0]}, CUDA {torch.version.cuda}"
+
+
+def report(results: Iterable[Result], gpus: Sequence[str], driver: str, when: datetime) -> str:
+    """Returns the report as Markdown."""
+    results = list(results)
+    facts = {
+        "date": when.isoformat(timespec="seconds"),
+        "commit": commit() or "unknown",
+        "GPUs": "; ".join(gpus),
+        "driver": driver,
+        "torch": torch.__version__,
+        "Python": platform.python_version(),
+        **{name: text for name, text in machine().items() if name in ("CPU", "memory", "system")},
+    }
+    lines = ["# On a GPU: `scripts/test-on-gpu`", ""]
+    lines += [f"- {name}: {text}" for name, text in facts.items()]
+    lines += ["", "| part | outcome | seconds | |", "|---|---|---|---|"]
+    lines += [
+        f"| {r.part.name} | {r.outcome} | {r.seconds:.0f} | {r.part.about} |" for r in results
+    ]
+    for result in results:
+        tail = result.output.replace(str(ROOT), ".").strip().splitlines()[-100:]
+        if tail:
+            lines += ["", f"## {result.part.name}", "", "```", *tail, "```"]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("scripts/test-on-gpu", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="little of the benchmark")
+    parser.add_argument("parts", nargs="*", help="the names of some parts (default: all)")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("!!!! NOT TESTED ON A GPU: torch finds none here. No report is written.")
+        return NO_GPU
+    when = datetime.now(timezone.utc)
+    path = RESULTS / f"gpu-{when:%Y-%m-%d}.md"
+    results = []
+    wanted = parts(options.quick, RESULTS / "watcher-gpu.json")
+    for part in wanted:
+        if options.parts and part.name not in options.parts:
+            continue
+        print(f"== {part.name}", flush=True)
+        results.append(run(part))
+        print(f"{results[-1].output}{part.name}: {results[-1].outcome}", flush=True)
+        # After each, so that what is known stays if this is cut off.
+        path.write_text(report(results, gpus(), driver(), when))
+    print(f"written to {path.relative_to(ROOT)}")
+    return 0 if results and all(result.is_well for result in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
