@@ -99,7 +99,7 @@ def _run(code: str) -> None:
     except BaseException:
         traceback.print_exc()
         status = 1
-    threading._shutdown()  # type: ignore[attr-defined]
+    threading._shutdown()
     atexit._run_exitfuncs()
     main.__dict__.clear()
     gc.collect()  # an error that nobody has retrieved is logged
