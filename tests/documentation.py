@@ -31,7 +31,7 @@ _BLOCK = re.compile(
 class Block(NamedTuple):
     """A block of code on a page, and what the page says that it prints.
 
-    After the block, under "It prints:", or in comments that begin with ``#>``.
+    After the block, under "It prints:", or in comments that begin with ``# prints``.
     """
 
     page: str
@@ -51,7 +51,7 @@ def blocks(language: str) -> list[Block]:
                 line = text.count("\n", 0, match.start()) + 1
                 name = str(page.relative_to(ROOT))
                 code = match["code"]
-                printed = match["printed"] or "".join(re.findall(r"#> (.*\n)", code))
+                printed = match["printed"] or "".join(re.findall(r"# prints (.*\n)", code))
                 found.append(Block(name, line, language, code, printed))
     return found
 
@@ -99,7 +99,7 @@ def _run(code: str) -> None:
     except BaseException:
         traceback.print_exc()
         status = 1
-    threading._shutdown()  # type: ignore[attr-defined]
+    threading._shutdown()
     atexit._run_exitfuncs()
     main.__dict__.clear()
     gc.collect()  # an error that nobody has retrieved is logged

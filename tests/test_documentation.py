@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import doctest
 import importlib
 import json
@@ -108,12 +109,16 @@ def run_program():
         yield run
 
 
+def is_app(block):
+    return block.code.startswith("# app.py")
+
+
 @pytest.mark.parametrize(
     ("block", "loop"),
     [
         pytest.param(block, loop, id=f"{block.page}:{block.line}-{loop}")
         for block in blocks("python")
-        if not block.code.startswith("# app.py")  # which the server below runs
+        if not is_app(block)  # which the server runs
         for loop in (RUN if RUN["asyncio"] in block.code else ["asyncio"])
     ],
 )
@@ -125,16 +130,28 @@ def test_every_program_in_the_documentation_prints_what_its_page_says(run_progra
     assert done["stdout"] == block.printed
 
 
-def test_the_server_of_the_tutorial_answers_what_the_tutorial_says(tmp_path):
-    tutorial = ROOT / "docs" / "tutorial.md"
-    (app,) = [b.code for b in blocks("python") if b.code.startswith("# app.py")]
-    asked = [b for b in blocks("sh") if b.page == "docs/tutorial.md" and "curl" in b.code]
+SERVE = "python -m uvicorn app:app --loop uvloop --port 8000"
+
+
+@pytest.mark.parametrize("page", ["docs/tutorial.md", "docs/guides/serving.md"])
+def test_the_server_of_a_page_answers_what_the_page_says(tmp_path, page):
+    (app,) = [b.code for b in blocks("python") if b.page == page and is_app(b)]
+    commands = [b for b in blocks("sh") if b.page == page]
+    assert [b.code for b in commands if "uvicorn" in b.code] == [f"{SERVE}\n"]
+    asked = [b for b in commands if b.code.startswith("curl")]
+    assert asked
     (tmp_path / "app.py").write_text(app)
-    command = "python -m uvicorn app:app --loop uvloop --port 8000"
-    assert f"```sh\n{command}\n```" in tutorial.read_text()
+    with served(tmp_path) as address:
+        for block in asked:
+            assert answer_to(block.code, address).strip() == block.printed.strip()
+
+
+@contextlib.contextmanager
+def served(folder):
+    """The address at which a server runs the ``app.py`` in the folder."""
     with subprocess.Popen(
-        [sys.executable, *command.split()[1:-1], "0"],
-        cwd=tmp_path,
+        [sys.executable, *SERVE.replace("8000", "0").split()[1:]],
+        cwd=folder,
         env={**os.environ, "PYTHONPATH": f"{ROOT}"},
         stderr=subprocess.PIPE,
         text=True,
@@ -145,18 +162,21 @@ def test_the_server_of_the_tutorial_answers_what_the_tutorial_says(tmp_path):
                 line = server.stderr.readline()
                 assert line, "the server has ended"
                 address = re.search(r"running on (http://\S+)", line)
-            for block in asked:
-                url = re.search(r"http://127.0.0.1:8000(/[^\s']*)", block.code)[1]
-                body = re.search(r"-d '(.*?)'", block.code)
-                request = urllib.request.Request(
-                    address[1] + url, body and body[1].encode(), {"Content-Type": "text/plain"}
-                )
-                with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
-                    assert answer.read().decode().strip() == block.printed.strip()
+            yield address[1]
         finally:
             server.terminate()
             server.stderr.read()
-    assert len(asked) == 2
+
+
+def answer_to(curl, address):
+    """What curl would print for the answer, from another address."""
+    path = re.search(r"http://127.0.0.1:8000(/[^\s']*)", curl)[1]
+    body = re.search(r"-d '(.*?)'", curl)
+    request = urllib.request.Request(
+        address + path, body and body[1].encode(), {"Content-Type": "text/plain"}
+    )
+    with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+        return answer.read().decode()
 
 
 def test_the_messages_in_the_troubleshooting_page_are_those_of_the_package():
@@ -170,6 +190,13 @@ def test_the_messages_in_the_troubleshooting_page_are_those_of_the_package():
     assert [part for part in parts if not any(part in text for text in texts)] == []
 
 
+def test_the_readme_links_to_what_is_there():
+    links = re.findall(r"\]\(([^)#]+)", (ROOT / "README.md").read_text())
+    here = [link for link in links if not link.startswith("http")]
+    assert here
+    assert [link for link in here if not (ROOT / link).exists()] == []
+
+
 def test_every_public_name_is_in_the_reference():
     pages = (ROOT / "docs" / "reference").glob("*.md")
     text = "\n".join(page.read_text() for page in pages)
@@ -180,7 +207,7 @@ def test_every_public_name_is_in_the_reference():
             members = {m for base in thing.__mro__ if is_ours(base) for m in vars(base)}
             fields = {*getattr(thing, "_fields", ()), *getattr(thing, "__dataclass_fields__", ())}
             names |= {f"{name}.{m}" for m in members - fields if not m.startswith("_")}
-    assert described - {"as_future.register"} == names
+    assert names - described == set()
 
 
 def is_ours(thing):
