@@ -30,8 +30,8 @@ from torchfut_aio import (
 )
 from torchfut_aio._errors import rpc_error
 
+from .documentation import ROOT, blocks
 from .loops import on_asyncio, on_every_loop
-from .test_documentation import ROOT, readme_blocks
 from .threads import PATIENCE, alongside, running
 
 # ------------------------------------------------------------------------------ cancel
@@ -381,15 +381,19 @@ def test_a_timeout_or_an_iterator_that_is_over_waits_no_more():
     assert not fut.has_waiters()
 
 
-# ------------------------------------------------- the README's client, the quickstart's worker
+# ------------------------------------------- the guide's client, the quickstart's worker
 
 
 @pytest.fixture
 def client():
-    """The README's recipe for giving up, as it stands there."""
-    [block] = [code for code in readme_blocks("python") if "async def client(" in code]
+    """The documentation's recipe for giving up, as it stands there."""
+    [recipe] = [
+        block.code
+        for block in blocks("python")
+        if block.page == "docs/guides/cancelling.md" and "async def client(" in block.code
+    ]
     names = {}
-    exec(block.partition("def worker(")[0], names)
+    exec(recipe.partition("def worker(")[0], names)
     return names["client"]
 
 
