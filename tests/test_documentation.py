@@ -20,7 +20,8 @@ import pytest
 import torch
 from torch.distributed import rpc
 
-import torchfut_aio.distributed
+import torchfut_aio
+from torchfut_aio import debug, distributed
 
 from .documentation import ROOT, blocks
 from .threads import PATIENCE, PATIENCE_WITH_PROCESSES
@@ -119,6 +120,7 @@ def is_app(block):
         pytest.param(block, loop, id=f"{block.page}:{block.line}-{loop}")
         for block in blocks("python")
         if not is_app(block)  # which the server runs
+        and block.page != "docs/guides/seeing.md"  # which test_debug.py runs: they write files
         for loop in (RUN if RUN["asyncio"] in block.code else ["asyncio"])
     ],
 )
@@ -201,7 +203,7 @@ def test_every_public_name_is_in_the_reference():
     pages = (ROOT / "docs" / "reference").glob("*.md")
     text = "\n".join(page.read_text() for page in pages)
     described = set(re.findall(r"^\.\. auto\w+:: (?:torchfut_aio::)?([\w.]+)", text, flags=re.M))
-    names = {*torchfut_aio.__all__, *torchfut_aio.distributed.__all__}
+    names = {*torchfut_aio.__all__, *distributed.__all__, *debug.__all__}
     for name, thing in vars(torchfut_aio).items():
         if name in names and isinstance(thing, type) and not issubclass(thing, BaseException):
             members = {m for base in thing.__mro__ if is_ours(base) for m in vars(base)}
