@@ -152,9 +152,9 @@ def test_an_error_survives_the_way_through_rpc_whatever_its_text(text, kind):
 
 def test_long_texts_take_no_time():
     for text in ("  \n" * 100_000, "a." * 100_000, "\n\nAt:\n  x" * 50_000, "'" * 100_000):
-        start = time.perf_counter()
+        start = time.thread_time()
         adopted(remote(text))
-        assert time.perf_counter() - start < 5
+        assert time.thread_time() - start < 5
 
 
 def _value_in_cpp(fut):

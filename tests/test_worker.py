@@ -14,7 +14,7 @@ from torchfut_aio import _worker
 from torchfut_aio._worker import Worker
 
 from . import explorer
-from .threads import PATIENCE, running, until
+from .threads import PATIENCE, PATIENCE_WITH_PROCESSES, running, until
 
 NAME = "torchfut_aio worker in a test"
 
@@ -257,7 +257,7 @@ def python(program):
         [sys.executable, "-W", "error", "-c", PRELUDE + textwrap.dedent(program)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_WITH_PROCESSES,
     )
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
