@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Generator, Iterable, Iterator
 from types import TracebackType
 from typing import Any, Generic, NoReturn, TypeVar
 
-from . import _core
+from . import _core, _loops
 from ._arguments import timeout_checked
 from ._errors import StreamClosedError
 from ._stream_state import ROOM, StreamState
@@ -331,11 +331,19 @@ class _Listener(AsyncIterator[T], Iterator[T]):
             outcome = state.first()
             if outcome is None:
                 if not state.end:
+                    # As in Waiters.wait(), without its two calls: see benchmarks/NOTES.md.
+                    loop = _loops.current()
+                    waiter = loop.waiter()
+                    waiting = state.readers.waiting
                     try:
-                        await state.readers.wait(state.can_read)
+                        waiting[waiter] = loop
+                        if not state.values and not state.end:
+                            await waiter
                     except BaseException:
                         del self  # or a traceback that is kept would keep the listener
                         raise
+                    finally:
+                        waiting.pop(waiter, None)
                     continue
                 outcome = state.first()
                 if outcome is None:

@@ -232,11 +232,12 @@ class Waiters:
 
     def wake(self) -> None:
         """Wakes all of them; may be called again if it is interrupted."""
-        for waiter in [*self.waiting]:
-            waker = self.waiting.get(waiter)
+        waiting = self.waiting
+        for waiter in [*waiting]:
+            waker = waiting.get(waiter)
             if waker is not None:
                 waker.wake(waiter)
-                self.waiting.pop(waiter, None)
+                waiting.pop(waiter, None)
 
     def wake_again(self) -> None:
         """As `wake`, which was interrupted; in a thread if need be, as where the stack is full."""

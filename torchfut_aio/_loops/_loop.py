@@ -26,7 +26,7 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Generator, Iterable
 from contextlib import suppress
 from typing import Any, ClassVar, Final, NamedTuple, Protocol
 
@@ -64,6 +64,14 @@ class Who(NamedTuple):
     kind: str
     name: str | None
     since: float | None = None
+
+
+class TaskWaiter(Protocol):
+    """One wait of a task: for ``await``, or for ``yield from`` in a generator."""
+
+    def __await__(self) -> Generator[Any, Any, None]: ...
+
+    def __iter__(self) -> Generator[Any, Any, None]: ...
 
 
 class ThreadWaiter:
@@ -191,10 +199,10 @@ class Loop(ABC):
         return False
 
     @abstractmethod
-    def waiter(self) -> Iterable[Any]:
+    def waiter(self) -> TaskWaiter:
         """Returns a waiter, hashable, for one wait of the current task.
 
-        ``yield from waiter`` suspends the task until `wake` is called, or it is cancelled.
+        ``await waiter`` suspends the task until `wake` is called, or it is cancelled.
         """
 
     def wake(self, waiter: Any, /) -> None:

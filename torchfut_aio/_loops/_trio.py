@@ -43,6 +43,8 @@ class _Waiter:
                 "future or a cancellation may wake it"
             )
 
+    __await__ = __iter__
+
     def resume(self) -> None:
         """Resumes the task, in trio's thread; may be called again."""
         self._woken = True
