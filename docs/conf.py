@@ -22,7 +22,7 @@ exclude_patterns = ["_results"]
 nitpicky = True
 # Types that the signatures name and this site does not describe.
 nitpick_ignore_regex = [
-    ("py:.*", r"(anyio|asyncio|collections|concurrent|contextlib|torch|trio|types|typing)\..*"),
+    ("py:.*", r"(anyio|asyncio|collections|concurrent|contextlib|os|torch|trio|types|typing)\..*"),
     ("py:.*", r"torchfut_aio\..*\._\w+\.[A-Z]|torchfut_aio\._\w+\.[A-Z]|_asyncio\.Future|P"),
 ]
 

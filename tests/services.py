@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import logging
 import sys
 import threading
 from contextlib import ExitStack
@@ -293,6 +295,36 @@ def failures(function: Any, number: int) -> list[str]:
         return [str(fut.exception().args[0]) async for fut in as_completed(calls)]
 
     return run_on("asyncio", main)
+
+
+class _Notes(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.errors: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        assert record.exc_info is not None
+        self.errors.append(repr(record.exc_info[1]))
+
+
+_notes = _Notes()
+_unretrieved = logging.getLogger("torchfut_aio.unretrieved")
+
+
+def begin_to_note_errors_that_nobody_retrieved() -> None:
+    gc.collect()
+    _notes.errors.clear()
+    _unretrieved.addHandler(_notes)
+
+
+def drop_the_error_of_a_direct_call() -> None:
+    fails_at_once("odd").then(lambda _: None).wait(PATIENCE)
+
+
+def errors_that_nobody_retrieved() -> list[str]:
+    gc.collect()
+    _unretrieved.removeHandler(_notes)
+    return _notes.errors
 
 
 def many_calls(loop: str, number: int) -> int:

@@ -135,6 +135,14 @@ def test_of_many_errors_each_has_its_traceback(pair):
         assert "in fails\n" in text
 
 
+def test_an_error_that_the_caller_raises_is_not_logged_at_the_callee(pair):
+    pair.call(1, services.begin_to_note_errors_that_nobody_retrieved)
+    assert len(pair.call(0, services.failures, services.fails_at_once, 50)) == 50
+    pair.call(1, services.drop_the_error_of_a_direct_call)
+    [error] = pair.call(1, services.errors_that_nobody_retrieved)
+    assert error.startswith("Odd(")
+
+
 def test_the_error_of_an_async_function_keeps_its_text(pair):
     _, text = pair.call(0, services.failure, "asyncio", services.fails_later, "value")
     assert text.endswith("ValueError: wrong: 'ü' \n x\n")

@@ -173,8 +173,10 @@ def laid_out_by_c(kind: type[Any]) -> bool:
     return kind.__module__ == "builtins"
 
 
-def calling_module() -> str | None:
+def calling_module(beyond: str = "") -> str | None:
     """Returns the name of the module from which the function that asks was called.
+
+    If that is ``beyond``, the one from which that was called.
 
     None if a C++ thread called it that runs no Python code; "" if the interpreter does not tell.
     """
@@ -182,6 +184,8 @@ def calling_module() -> str | None:
     if frame is None or frame.f_back is None:
         return ""
     caller = frame.f_back.f_back
+    while caller is not None and caller.f_globals.get("__name__") == beyond:
+        caller = caller.f_back
     return None if caller is None else str(caller.f_globals.get("__name__", ""))
 
 

@@ -32,7 +32,7 @@ class PendingFuture:
 
 
 def pending_futures() -> list[PendingFuture]:
-    """Lists every pending `Future` of the process, and who waits for each.
+    """Lists every pending `torchfut_aio.Future` of the process, and who waits for each.
 
     For a program that hangs: call it in a signal handler, another thread or a debugger. It needs
     no preparation. Since when they wait is known of those who began while a `Recording` was on.
