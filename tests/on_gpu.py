@@ -156,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("!!!! NOT TESTED ON A GPU: torch finds none here. No report is written.")
         return NO_GPU
     when = datetime.now(timezone.utc)
-    path = RESULTS / f"gpu-{when:%Y-%m-%d}.md"
+    path = RESULTS / f"gpu-{when:%Y-%m-%d-%H%M}.md"
     results = []
     wanted = parts(options.quick, RESULTS / "watcher-gpu.json")
     for part in wanted:
