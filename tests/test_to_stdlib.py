@@ -92,6 +92,20 @@ class Evasive(Exception):
         raise RuntimeError("asked for the class")
 
 
+def test_an_error_that_hides_its_class_is_no_cancellation_and_may_leave_a_callback():
+    fut, others = Future(), []
+    fut.add_done_callback(raise_evasive)
+    fut.add_done_callback(others.append)
+    fut.set_exception(Evasive())
+    assert not fut.cancelled()
+    assert others == [fut]
+    assert type(fut.exception()) is Evasive
+
+
+def raise_evasive(_):
+    raise Evasive
+
+
 @pytest.mark.asyncio
 async def test_an_error_that_hides_its_class_arrives_in_copies():
     fut = Future()

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Generic, NoReturn, TypeVar
 
 from . import _core, _loops
-from ._arguments import timeout_checked
+from ._arguments import exception_checked, timeout_checked
 from ._errors import StreamClosedError
 from ._stream_state import ROOM, StreamState
 
@@ -205,10 +205,8 @@ class ValueStream(Generic[T]):
         if error is None:
             self._state.close(None)
             return
-        if not isinstance(error, BaseException):
-            kind = type(error).__qualname__
-            raise TypeError(f"close() takes an exception instance, or None; not a {kind}")
-        if isinstance(error, (StopIteration, StopAsyncIteration)):
+        exception_checked(error, "close")
+        if issubclass(type(error), (StopIteration, StopAsyncIteration)):
             replacement = RuntimeError(f"the producer failed with {type(error).__qualname__}")
             replacement.__cause__ = error
             error = replacement
