@@ -35,6 +35,7 @@ from torchfut_aio import (
     statistics,
     submit,
     synchronize,
+    task_local_state,
     to_host,
     wait_all,
     with_timeout,
@@ -252,3 +253,17 @@ def for_torch(fut: Future[int]) -> torch.futures.Future[int]:
 
     print(takes_torchs(fut))
     return fut
+
+
+# ------------------------------------------------------------------------- a task's state
+
+
+@task_local_state
+async def predict(fut: Future[int], *, scale: float) -> float:
+    with torch.no_grad():
+        return await fut * scale
+
+
+async def predicts(fut: Future[int]) -> None:
+    assert_type(await predict(fut, scale=2.0), float)
+    assert_type(await task_local_state(predict(fut, scale=2.0)), float)
