@@ -18,7 +18,8 @@ from pathlib import Path
 from rich.console import Console
 
 from ._bench import Bench
-from ._report import RESULTS, about, save
+from ._machine import RESULTS
+from ._report import about, save
 
 # What they take, in minutes, on a machine with two cores.
 BENCHMARKS = {

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 import re
-import subprocess
 from collections.abc import Sequence
-from contextlib import suppress
 from datetime import datetime, timezone
-from functools import partial
 from io import StringIO
 from itertools import cycle
 from pathlib import Path
@@ -22,7 +18,8 @@ import rich.box
 import rich.table
 from rich.console import Console
 
-RESULTS = Path(__file__).parent / "results"
+from ._machine import commit, machine
+
 # Visible on white and on black.
 GREY, OURS_COLOURS = "#7d8590", ("#2f81f7", "#a371f7")
 OTHER_COLOURS = ("#d9822b", "#c9a227", "#c0504d", "#b0708f", "#3a9a6b", "#2a9d9d", "#7d8590")
@@ -197,28 +194,8 @@ def about(command: str, rounds: int, load: str, notes: Sequence[str]) -> dict[st
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
         "rounds": rounds,
-        "machine": f"{cpu()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}",
+        "machine": machine(),
         # At most a few tenths, or somebody else is at work there, too.
         "load before": load,
         "versions": ", ".join(versions),
     } | ({"notes": " ".join(notes)} if notes else {})
-
-
-def cpu() -> str:
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(": ")[2]
-    return platform.processor() or platform.machine()
-
-
-def commit() -> str:
-    """Returns the commit of this checkout, marked if something but results has been changed."""
-    output = partial(subprocess.check_output, text=True, stderr=subprocess.DEVNULL)
-    git = ["git", "-C", str(RESULTS.parent)]
-    try:
-        head = output([*git, "rev-parse", "--short=12", "HEAD"])
-        changed = output([*git, "status", "--porcelain", "--", ":/", f":(exclude){RESULTS}"])
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head.strip() + ("-dirty" if changed else "")

@@ -20,12 +20,11 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks._report import commit, machine
+from benchmarks._machine import RESULTS, commit, machine
 
 from .gpu_checks import CHECKS, MISSING
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 NO_GPU = 75
 
 
@@ -127,12 +126,12 @@ def report(results: Iterable[Result], gpus: Sequence[str], driver: str, when: da
     results = list(results)
     facts = {
         "date": when.isoformat(timespec="seconds"),
-        "commit": commit() or "unknown",
+        "commit": commit(),
         "GPUs": "; ".join(gpus),
         "driver": driver,
         "torch": torch.__version__,
         "Python": platform.python_version(),
-        **{name: text for name, text in machine().items() if name in ("CPU", "memory", "system")},
+        "machine": machine(),
     }
     lines = ["# On a GPU: `scripts/test-on-gpu`", ""]
     lines += [f"- {name}: {text}" for name, text in facts.items()]
