@@ -148,7 +148,8 @@ class BatchWorker(Worker):
         self.new.clear()  # all is in ``work``
         for future in [*self.work]:
             if future.done():
-                self.skipped += self.work.pop(future, None) is not None
+                self.skipped += future in self.work  # first, for whoever sees that it has gone
+                self.work.pop(future, None)
             else:
                 waiting.append(future)
                 if len(waiting) == at_most:
