@@ -12,7 +12,8 @@ import types
 import typing
 from typing import Any
 
-import torch
+# By its name, as PyTorch does: a program may put our class in its place.
+from torch.futures import Future as TorchFuture
 
 
 class FutureAlias(types.GenericAlias):
@@ -20,7 +21,7 @@ class FutureAlias(types.GenericAlias):
 
     @property
     def __origin__(self) -> Any:
-        return torch.futures.Future
+        return TorchFuture
 
     def __getattribute__(self, name: str) -> Any:
         # In Python 3.10, an alias of a class says that it is a class.
@@ -31,11 +32,11 @@ class FutureAlias(types.GenericAlias):
         return FutureAlias(substituted.__origin__, substituted.__args__)
 
     def __eq__(self, other: object) -> bool:
-        is_future = typing.get_origin(other) is torch.futures.Future
+        is_future = typing.get_origin(other) is TorchFuture
         return is_future and typing.get_args(other) == self.__args__
 
     def __ne__(self, other: object) -> bool:
         return not self == other
 
     def __hash__(self) -> int:
-        return hash((torch.futures.Future, self.__args__))  # as that of PyTorch's
+        return hash((TorchFuture, self.__args__))  # as that of PyTorch's
