@@ -63,6 +63,13 @@ def test_torchscript_takes_a_function_whose_annotation_is_ours():
     assert torch.jit.script(use)().tolist() == [1]
 
 
+def test_it_stays_pytorchs_where_a_program_puts_our_class_in_the_place_of_pytorchs(monkeypatch):
+    theirs = torch.futures.Future
+    monkeypatch.setattr(torch.futures, "Future", Future)
+    assert Future[int] == theirs[int]
+    assert torch._jit_internal.is_future(Future[int])  # as TorchScript asks
+
+
 def test_it_is_equal_to_pytorchs_and_to_no_other():
     for args in (int, torch.Tensor, int | None, "forward", None):
         assert Future[args] == Future[args]
