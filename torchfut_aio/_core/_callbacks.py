@@ -211,14 +211,14 @@ def _run_each(
                     state[callback] = CALLBACK
                     raise
                 for one in (error, struck):
-                    if isinstance(one, (KeyboardInterrupt, SystemExit)):
+                    if issubclass(type(one), (KeyboardInterrupt, SystemExit)):
                         interrupt = one
     return interrupt
 
 
 def _fail(future: Any, callback: DoneCallback, error: BaseException) -> BaseException | None:
     callback.fail(future, error)
-    if isinstance(error, (KeyboardInterrupt, SystemExit)):
+    if issubclass(type(error), (KeyboardInterrupt, SystemExit)):
         return error
     _logger.error(
         "Got the following error when running the callback %s of %r:",
