@@ -156,9 +156,9 @@ def already_recorded(event: torch.Event) -> RecordedEvent:
     return RecordedEvent(event)
 
 
-def says_no_events(error: Exception) -> bool:
+def says_no_events(error: BaseException) -> bool:
     """Tells whether ``error`` is what a device says that has no events at all."""
-    return "doesn't support events" in str(error)
+    return issubclass(type(error), RuntimeError) and "doesn't support events" in str(error)
 
 
 def _new_event(device: torch.device, blocking: bool) -> torch.Event:
