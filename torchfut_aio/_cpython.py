@@ -134,6 +134,17 @@ _RUN_CALLBACK: object = getattr(asyncio.Handle._run, "__code__", None)
 what_shield_leaves: object = getattr(asyncio.tasks, "_log_on_exception", asyncio)
 
 
+def is_within(function: Callable[..., Any]) -> bool:
+    """Tells whether a call of ``function``, written in Python, is under way in this thread.
+
+    False, too, where the interpreter does not tell.
+    """
+    code, frame = getattr(function, "__code__", None), _get_frame()
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame is not None
+
+
 def is_inner(coroutine: object, other: object) -> bool:
     """Tells whether ``coroutine`` runs within ``other``, of which both are running here.
 

@@ -12,7 +12,6 @@ strikes, a state is restored as a whole, by two means:
 from __future__ import annotations
 
 import functools
-import inspect
 import itertools
 import operator
 from collections import deque
@@ -22,6 +21,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from ._cpython import is_within
 from ._devices import CurrentStreams
 
 T = TypeVar("T")
@@ -146,7 +146,4 @@ class OwnState:
 
 def in_own_state() -> bool:
     """Tells whether an `OwnState` calls the caller."""
-    frame = inspect.currentframe()  # None, if the interpreter has no frames to show
-    while frame is not None and frame.f_code is not OwnState.call.__code__:
-        frame = frame.f_back
-    return frame is not None
+    return is_within(OwnState.call)
