@@ -117,7 +117,12 @@ def is_app(block):
 @pytest.mark.parametrize(
     ("block", "loop"),
     [
-        pytest.param(block, loop, id=f"{block.page}:{block.line}-{loop}")
+        pytest.param(
+            block,
+            loop,
+            id=f"{block.page}:{block.line}-{loop}",
+            marks=[pytest.mark.usefixtures("gloo_of_half")] if "float16" in block.code else [],
+        )
         for block in blocks("python")
         if not is_app(block)  # which the server runs
         and block.page != "docs/guides/seeing.md"  # which test_debug.py runs: they write files
@@ -137,6 +142,7 @@ SERVE = "python -m uvicorn app:app --loop uvloop --port 8000"
 
 @pytest.mark.parametrize("page", ["docs/tutorial.md", "docs/guides/serving.md"])
 def test_the_server_of_a_page_answers_what_the_page_says(tmp_path, page):
+    pytest.importorskip("uvicorn", reason="install the extra `server` to test servers")
     (app,) = [b.code for b in blocks("python") if b.page == page and is_app(b)]
     commands = [b for b in blocks("sh") if b.page == page]
     assert [b.code for b in commands if "uvicorn" in b.code] == [f"{SERVE}\n"]
