@@ -117,12 +117,7 @@ def is_app(block):
 @pytest.mark.parametrize(
     ("block", "loop"),
     [
-        pytest.param(
-            block,
-            loop,
-            id=f"{block.page}:{block.line}-{loop}",
-            marks=[pytest.mark.usefixtures("gloo_of_half")] if "float16" in block.code else [],
-        )
+        pytest.param(block, loop, id=f"{block.page}:{block.line}-{loop}")
         for block in blocks("python")
         if not is_app(block)  # which the server runs
         and block.page != "docs/guides/seeing.md"  # which test_debug.py runs: they write files
@@ -133,6 +128,8 @@ def test_every_program_in_the_documentation_prints_what_its_page_says(run_progra
     if "init_rpc" in block.code and getattr(rpc, "_is_tensorpipe_available", None) is False:
         pytest.skip("this build of PyTorch has no TensorPipe, so RPC cannot be started")
     done = run_program(block.code.replace(RUN["asyncio"], RUN[loop]))
+    if "float16" in block.code and "Invalid scalar type" in done["stderr"]:
+        pytest.skip("this build of PyTorch has a gloo that reduces no float16")
     assert (done["returncode"], done["stderr"]) == (0, "")
     assert done["stdout"] == block.printed
 
