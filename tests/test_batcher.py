@@ -143,8 +143,7 @@ def test_a_batch_begins_as_soon_as_it_is_full():
 def test_a_batch_that_is_not_full_begins_when_its_first_item_has_waited_for_max_wait():
     with batcher_of(max_wait=0.05) as batcher:
         start = time.monotonic()
-        first, second = batcher.submit(1), batcher.submit(2)
-        assert (first.wait(PATIENCE), second.wait(PATIENCE)) == (2, 4)
+        assert batcher.submit(1).wait(PATIENCE) == 2
         assert time.monotonic() - start >= 0.05
         statistics = batcher.statistics()
     assert statistics.batches == 1
@@ -413,7 +412,7 @@ def test_an_error_in_the_block_closes_without_draining(gated):
 def test_after_the_timeout_of_close_nothing_is_pending_though_the_function_hangs(gated):
     batcher, first = running_batcher(gated)
     queued = batcher.submit(1)
-    with pytest.raises(TimeoutError):
+    with pytest.raises(TimeoutError, match="did not return within"):
         batcher.close(timeout=0.01)
     for fut in (first, queued):
         with pytest.raises(BatcherClosedError, match="did not return in time"):
@@ -428,7 +427,7 @@ def test_after_the_timeout_of_close_nothing_is_pending_though_the_function_hangs
 async def test_after_the_timeout_of_aclose_nothing_is_pending_though_the_function_hangs(gated):
     batcher, first = running_batcher(gated)
     queued = batcher.submit(1)
-    with pytest.raises(TimeoutError):
+    with pytest.raises(TimeoutError, match="did not return within"):
         await batcher.aclose(timeout=0.01)
     for fut in (first, queued):
         with pytest.raises(BatcherClosedError, match="did not return in time"):

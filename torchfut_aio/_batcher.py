@@ -79,10 +79,10 @@ class Batcher(Generic[T, R]):
             that are current when it returns. If it works on a stream of its own, it has the
             current one wait for that.
         max_batch: The most items in a batch.
-        max_wait: How many seconds an item may wait for more to come. With 0, a batch is what has
-            come while the batch before it ran.
-        max_queue: The most items that may wait; `submit` refuses more. Threads that submit at
-            the same time may exceed it by one each.
+        max_wait: How many seconds an item may wait for more to come. With 0 or less, a batch is
+            what has come while the batch before it ran.
+        max_queue: The most items that may wait, at least `max_batch`; `submit` refuses more.
+            Threads that submit at the same time may exceed it by one each.
         name: The name of the thread, or of the task.
 
     Raises:
@@ -200,8 +200,7 @@ class Batcher(Generic[T, R]):
         try:
             ended.wait(timeout)
         except TimeoutError:
-            self._abandon()
-            raise
+            raise self._abandon(timeout) from None
 
     async def aclose(self, drain: bool = True, *, timeout: float | None = None) -> None:
         """Does what `close` does, and waits without blocking the loop.
@@ -224,8 +223,7 @@ class Batcher(Generic[T, R]):
             with anyio.fail_after(timeout_checked(timeout)):
                 await ended
         except TimeoutError:
-            self._abandon()
-            raise
+            raise self._abandon(timeout) from None
 
     def _begin_to_close(self, drain: bool) -> Future[None]:
         worker = self._worker
@@ -236,9 +234,14 @@ class Batcher(Generic[T, R]):
             worker.begin_to_close()
         return worker.ended
 
-    def _abandon(self) -> None:
+    def _abandon(self, timeout: float | None) -> TimeoutError:
         text = "the batcher was closed, and its function did not return in time"
         self._worker.abandon(BatcherClosedError(text))
+        seconds = timeout_checked(timeout or 0.0)
+        return TimeoutError(
+            f"the function of the batcher did not return within {seconds:g} s; what was pending "
+            "has failed"
+        )
 
     def __enter__(self) -> Batcher[T, R]:
         if self._needs_loop:

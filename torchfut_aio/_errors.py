@@ -34,9 +34,9 @@ class InvalidStateError(RuntimeError, asyncio.InvalidStateError):
 class CancelledError(asyncio.CancelledError, concurrent.futures.CancelledError):
     """The future was cancelled by `Future.cancel`.
 
-    On asyncio and uvloop it is an ``asyncio.CancelledError``, as tasks and timeouts expect. In
-    threads and on trio it is a ``concurrent.futures.CancelledError``, an ``Exception``: there it
-    ends nothing but what waited for the future.
+    It is two things at once. It is an ``asyncio.CancelledError``: a task of asyncio's that does not
+    catch it ends as cancelled. And it is a ``concurrent.futures.CancelledError``, an ``Exception``,
+    which ends nothing but what waited for the future.
 
     Example:
         >>> fut = torchfut_aio.Future()

@@ -123,8 +123,8 @@ def gather(futures: Iterable[Any], *, return_exceptions: bool = False) -> Future
         A future of the list of the values, in the order of ``futures``. (For type checkers, that
         of a tuple is a tuple, as with ``asyncio.gather``, so that each value keeps its type.)
         When one fails it fails with that error at once, and waits for none of
-        the others, which go on undisturbed. A caller who loses interest in it leaves it attached
-        to those until they complete.
+        the others, which go on undisturbed. To cancel it, or to time out on it, leaves them as
+        they are, and it stays attached to them until they complete.
 
     Raises:
         NotAFutureError: One of them is None, or cannot be adopted.

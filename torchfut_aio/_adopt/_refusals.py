@@ -53,9 +53,10 @@ def refusal(source: object, accepted: Iterable[str]) -> NotAFutureError:
     problem = f"{described(source)} is not a future"
     if source is None:
         problem = "Future can't be None"
+    cure = _cure(type(source))
     return NotAFutureError(
-        f"{problem}; as_future() accepts {', '.join(accepted)}, "
-        f"and what is added with as_future.register(). {_cure(type(source))}".rstrip()
+        f"{problem}. {cure}{' ' if cure else ''}as_future() accepts {', '.join(accepted)}, "
+        "and what is added with as_future.register()."
     )
 
 
