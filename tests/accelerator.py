@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from torchfut_aio import Future
+from torchfut_aio._devices import _events
 from torchfut_aio._devices._synchronize import side_stream
 
 from .threads import PATIENCE
@@ -59,6 +60,7 @@ def accelerator(accelerator_module: Any, request: pytest.FixtureRequest) -> Iter
     for switch in os.environ.get("TORCHFUT_AIO_TEST_SWITCHES", "").split():
         getattr(accelerator_module, switch)()
     accelerator_module.reset_counters()
+    _events._pools.clear()  # of events of a backend that an earlier test played
     yield accelerator_module
     accelerator_module.reset()
 
