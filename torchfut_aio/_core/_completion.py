@@ -283,8 +283,8 @@ def remove(future: Completable[Any], follower: object) -> bool:
 def followers(future: Completable[Any]) -> tuple[list[object], list[DoneCallback]]:
     """Returns the waiters and the callbacks of the future, as of now."""
     all_of_them = [f for f in [*future._state] if f is not OUTCOME and f is not IGNORED]
-    callbacks = [follower for follower in all_of_them if isinstance(follower, DoneCallback)]
-    return [follower for follower in all_of_them if follower not in callbacks], callbacks
+    callbacks = [f for f in all_of_them if isinstance(f, DoneCallback)]
+    return [f for f in all_of_them if not isinstance(f, DoneCallback)], callbacks
 
 
 def waiters_of(future: Completable[Any]) -> list[tuple[Any, Waker]]:
