@@ -348,11 +348,11 @@ def until_reached(events: Sequence[RecordedEvent]) -> Generator[Any, Any, None]:
     loop = current()
     watcher = watcher_of(loop)
     waits = watcher.waits
-    waiter = loop.waiter()
     wait = Wait(events, lambda _: loop.wake(waiter))
     try:
         if not watcher.watch(wait):
             return
+        waiter = loop.waiter()  # in time: the loop notifies when this task has suspended
         yield from waiter
     except BaseException:
         if wait in waits:

@@ -51,11 +51,7 @@ class AsyncioLoop(Loop):
         self.thread = 0
         self.event_loop = weakref.ref(event_loop, lambda _: self.abandon())
 
-    def waiter(self) -> asyncio.Future[None]:
-        if self.before_wait is not None:
-            self.before_wait()
-        if self.wake_up is not None:
-            self.renew_wake_up()
+    def new_waiter(self) -> asyncio.Future[None]:
         event_loop = self.event_loop()
         assert event_loop is not None  # it is running the caller
         return event_loop.create_future()

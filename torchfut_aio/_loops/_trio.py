@@ -68,11 +68,7 @@ class TrioLoop(Loop):
         super().__init__()
         self._token = token
 
-    def waiter(self) -> _Waiter:
-        if self.before_wait is not None:
-            self.before_wait()
-        if self.wake_up is not None:
-            self.renew_wake_up()
+    def new_waiter(self) -> _Waiter:
         return _Waiter()
 
     def wake(self, waiter: _Waiter, /) -> None:
