@@ -203,7 +203,7 @@ def _run_each(
             try:
                 interrupt = _fail(future, callback, error) or interrupt
             except BaseException as struck:
-                # As where the stack is full: a new thread has one of its own.
+                # The stack may be full; a new thread has its own.
                 try:
                     start_new_thread(callback.fail, (future, error))
                 except BaseException:

@@ -101,7 +101,7 @@ class Readiness:
         try:
             self._cpp.add_done_callback(call.run)
             if not call.begun:
-                # What interrupts C++ on its way into Python is printed there, and lost.
+                # Ctrl-C between C++ and the first line of `run` is printed and lost: once more.
                 self._cpp.add_done_callback(call.run)
                 interrupted = call.begun
         except Exception as error:
