@@ -32,6 +32,7 @@ class Recording:
 
     Meanwhile `pending_futures` knows since when each waits. One recording may be on at a time, for
     all threads and loops of the process. An await takes two to three times as long meanwhile.
+    Waits for a `torchfut_aio.ValueStream` are not shown.
 
     Args:
         max_events: How many waits and callbacks it keeps at most: the last ones.
