@@ -65,7 +65,7 @@ class Recording:
                 raise RuntimeError("another Recording is on; one may be at a time")
             try:
                 _on = self
-                _core.follow_by(_recorded_waiter, _recorded_callback)
+                _core.replace_add_functions(_recorded_waiter, _recorded_callback)
                 Future.__await__ = _recorded_await  # type: ignore[assignment, method-assign]
             except BaseException:  # or the block would not be entered, and nothing would switch off
                 _switch_off()
@@ -122,7 +122,7 @@ _switching = threading.Lock()
 def _switch_off() -> None:
     global _on
     Future.__await__ = _await  # type: ignore[method-assign]
-    _core.follow_by(_add_waiter, _add_callback)
+    _core.replace_add_functions(_add_waiter, _add_callback)
     _on = None
 
 
