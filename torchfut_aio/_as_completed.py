@@ -235,5 +235,5 @@ class _AsCompleted(AsyncIterator[Future[T]], Iterator[Future[T]]):
 
     def __del__(self) -> None:
         arrivals: Any = getattr(self, "_arrivals", None)
-        if arrivals is not None:  # no interrupt struck at the very beginning
+        if arrivals is not None:  # it was not interrupted at the very beginning
             arrivals.withdraw()

@@ -367,7 +367,7 @@ class _Listener(AsyncIterator[T], Iterator[T]):
     def __del__(self) -> None:
         key = getattr(self, "_key", None)
         state: StreamState | None = getattr(self, "_state", None)
-        if state is not None:  # no interrupt struck at the very beginning
+        if state is not None:  # it was not interrupted at the very beginning
             try:
                 state.leave(key)
             except BaseException:

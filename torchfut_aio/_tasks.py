@@ -235,7 +235,7 @@ class Promise:
 
     def end(self, _task: object = None) -> None:
         """Fails the future if it is pending: its task has ended."""
-        future = getattr(self, "_future", None)  # unless an interrupt struck before it was whole
+        future = getattr(self, "_future", None)  # unless it was interrupted before it was whole
         if future is not None and not future.done():
             self.cancel("before its first step, or because its event loop ended")
 

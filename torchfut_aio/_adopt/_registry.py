@@ -247,7 +247,7 @@ class Adoption:
 
     def end(self, why: str) -> None:
         """Fails the future with CancelledError if it is pending."""
-        future = getattr(self, "_future", None)  # unless an interrupt struck before it was whole
+        future = getattr(self, "_future", None)  # unless it was interrupted before it was whole
         if future is not None and not future.done():
             error = concurrent.futures.CancelledError(f"the adopted future was pending when {why}")
             future.try_set_exception(error)

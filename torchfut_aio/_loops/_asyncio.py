@@ -34,7 +34,7 @@ class AsyncioLoop(Loop):
 
     A waiter is one of asyncio's own futures, unless the event loop makes others: tasks have a
     fast path for these. All that a task calls of it is C: Ctrl-C cannot strike while the task
-    parks, or wakes up.
+    suspends, or wakes up.
 
     Attributes:
         event_loop: Returns the event loop, or None if it has gone.
@@ -151,7 +151,7 @@ class AsyncioLoop(Loop):
             except asyncio.InvalidStateError:
                 pass  # it has been cancelled
             # No call stands between this `del` and `context.run`, so Ctrl-C cannot strike between
-            # them. If it struck earlier, the waiter is still in the queue, and the callback in
+            # them. If it came earlier, the waiter is still in the queue, and the callback in
             # `_taken`.
             del waiters[0]
             taken = self._taken

@@ -13,7 +13,7 @@ None and wakes the loop, or the loop sees the waiter. (Where there is no GIL, ap
 and copying it lock it; asking for its length does not. So the loop copies it.)
 
 Ctrl-C may strike in the loop when it has taken the call of `Loop.serve` from its list, and has
-not made it. If posters went on to count on this call, the loop would be deaf for ever. So
+not made it. If posters went on to count on this call, the loop would never wake again. So
 ``wake_up`` is a weak reference to the call, which tells when the loop drops it. A traceback may
 keep the call for longer. So a task that is about to wait, and finds a wake-up under way, asks for
 another. (A poster does not. Most posters find one under way, and each would have to look at the

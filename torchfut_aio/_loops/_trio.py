@@ -141,7 +141,7 @@ class TrioLoop(Loop):
         try:
             await _call_whenever_readable(timer, function)
         except (trio.ClosedResourceError, trio.BusyResourceError):
-            # `unwatch` was called; or Ctrl-C struck `watch`, and another task watches it.
+            # `unwatch` was called; or Ctrl-C interrupted `watch`, and another task watches it.
             pass
         except trio.Cancelled:  # the run ends
             self.abandon()
