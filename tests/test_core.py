@@ -216,6 +216,25 @@ def test_a_callback_is_run_or_removed_wherever_the_removal_comes_between():
         assert len(ran) + sum(removed) == 1
 
 
+class Incomparable(_core.FunctionCallback):
+    def __eq__(self, other):
+        raise AssertionError("compared: each with each, that would be quadratic")
+
+    __hash__ = object.__hash__
+
+
+def test_the_followers_are_told_apart_without_comparing_them():
+    fut, waiter = Future(), Waiter()
+    callbacks = [Incomparable(print) for _ in range(3)]
+    _core.add_waiter(fut, waiter, waiter)
+    for callback in callbacks:
+        _core.add_callback(fut, callback)
+    waiters, found = _core.followers(fut)
+    assert [*map(id, waiters)] == [id(waiter)]
+    assert [*map(id, found)] == [*map(id, callbacks)]
+    assert repr(fut) == "<Future pending waiters=1 callbacks=3>"
+
+
 @errors
 def test_whatever_strikes_a_wait_it_leaves_nothing_behind(error, at):
     for strike in strikes(*MODULES, every=EVERY, error=error, at=at):

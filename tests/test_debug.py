@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from torchfut_aio import Future, _core, debug, gather, set_results
+from torchfut_aio import Future, _core, as_completed, debug, gather, set_results
 from torchfut_aio.debug import PendingFuture, Recording, Who, pending_futures
 
 from .explorer import strikes
@@ -91,6 +91,33 @@ def test_it_names_callbacks_and_what_is_made_of_the_future():
     assert kind == "callback"
     assert name.startswith("torchfut_aio.")
     assert waiting_for(child) == waiting_for(gathered) == []
+
+
+@on_every_loop
+async def test_it_names_the_task_that_waits_for_the_next_of_many():
+    futures = [Future(), Future()]
+
+    async def wait():
+        async for _ in as_completed(futures):
+            pass
+
+    async with anyio.create_task_group() as group:
+        await spawn(group, wait, "request 1")
+        for future in futures:
+            assert waiting_for(future) == [("callback", "as_completed() for task request 1")]
+        set_results(futures, [1, 2])
+
+
+def test_it_names_the_thread_that_waits_for_the_next_of_many():
+    future = Future()
+    thread = threading.Thread(target=lambda: [*as_completed([future])], name="worker")
+    thread.start()
+    until(lambda: waiting_for(future) == [("callback", "as_completed() for thread worker")])
+    future.set_result(5)
+    thread.join(PATIENCE)
+    idle = as_completed([unfinished := Future()])
+    assert waiting_for(unfinished) == [("callback", "as_completed()")]
+    del idle
 
 
 def test_a_future_that_is_done_is_not_listed():

@@ -10,7 +10,7 @@ from torchfut_aio._loops._loop import Loop
 class HandCrankedLoop(Loop):
     """A loop whose turns the test takes, and on which no task waits."""
 
-    waiter = checkpoint = spawn = watch = unwatch = call_later = None
+    new_waiter = checkpoint = spawn = watch = unwatch = call_later = None
 
     def __init__(self):
         super().__init__()
@@ -130,3 +130,14 @@ def test_who_is_about_to_wait_renews_a_wake_up_that_a_traceback_keeps_but_once()
     assert loop.resumed == [0]
     del kept
     assert loop.wake_ups == 2
+
+
+def test_each_wait_of_a_task_is_announced_on_any_kind_of_loop(monkeypatch):
+    loop, announced = HandCrankedLoop(), []
+    loop.new_waiter = object
+    monkeypatch.setattr(Loop, "before_wait", lambda loop: announced.append(loop))
+    loop.waiter()
+    assert (announced, loop.wake_ups) == ([loop], 0)
+    loop.post(0)
+    loop.waiter()
+    assert (announced, loop.wake_ups) == ([loop, loop], 2)  # that under way may be lost

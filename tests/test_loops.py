@@ -347,7 +347,7 @@ class OneTask(_loops.Loop):
         self.calls.put(function)
         return True
 
-    def waiter(self):
+    def new_waiter(self):
         return OneWait()
 
     def checkpoint(self):

@@ -31,7 +31,7 @@ from torchfut_aio._loops import Loop
 
 from .accelerator import FIRST, SECOND, being_filled, current_stream, several_devices
 from .explorer import strikes
-from .loops import on_every_loop
+from .loops import on_asyncio, on_every_loop
 from .threads import PATIENCE, alongside, running
 
 # 1 is every point.
@@ -561,6 +561,25 @@ async def test_a_task_with_a_state_of_its_own_is_not_warned_of(checked):
 async def awaited_without_grad(fut):
     with torch.no_grad():
         return await fut
+
+
+@on_asyncio
+async def test_a_copy_for_asyncio_is_not_warned_of_where_it_is_made(checked):
+    async for fut in soon():
+        with torch.no_grad():
+            copy = fut.as_asyncio()  # nothing is awaited here
+        assert await copy == 5
+
+
+@pytest.mark.device
+@on_every_loop
+async def test_an_await_that_does_not_suspend_is_not_warned_of(accelerator, checked):
+    fut = Future()
+    fut.set_result(being_filled(accelerator))
+    accelerator.wake()
+    torch.accelerator.synchronize()
+    with torch.no_grad():
+        assert (await fut).tolist() == [7.0, 7.0]
 
 
 @pytest.mark.device

@@ -37,7 +37,10 @@ def exception_checked(error: object, by: str) -> None:
 
 
 def devices_checked(devices: Iterable[int | str | torch.device]) -> tuple[torch.device, ...]:
-    """Returns the devices as a tuple; raises TypeError for one in no list, or what is none."""
+    """Returns the devices as a tuple.
+
+    Raises TypeError for a single device, or an item that is no device.
+    """
     if isinstance(devices, (str, int, torch.device)):
         raise TypeError(f"devices must be a list of devices, such as [{short(devices)}]")
     return tuple(map(_device, devices))

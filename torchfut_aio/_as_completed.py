@@ -81,6 +81,14 @@ class _Arrivals(_core.DoneCallback):
         # How many were yielded since somebody last had to wait.
         self.streak = 0
 
+    @property
+    def name(self) -> str:
+        """It tells who waits: ``as_completed() for task Task-1``."""
+        wakers = [(waiter, self.waiters.get(waiter)) for waiter in [*self.waiters]]
+        who = [waker.who(waiter) for waiter, waker in wakers if waker is not None]
+        names = [f"{one.kind} {one.name or 'of unknown name'}" for one in who]
+        return f"as_completed() for {', '.join(names)}" if names else "as_completed()"
+
     def run(self, future: Future[Any]) -> None:
         # Not with append(): an interrupt may strike after a call, and these go together.
         self.arrived += (future,)
@@ -227,5 +235,5 @@ class _AsCompleted(AsyncIterator[Future[T]], Iterator[Future[T]]):
 
     def __del__(self) -> None:
         arrivals: Any = getattr(self, "_arrivals", None)
-        if arrivals is not None:  # no interrupt struck at the very beginning
+        if arrivals is not None:  # it was not interrupted at the very beginning
             arrivals.withdraw()

@@ -5,7 +5,7 @@ batch that runs is in ``batch``. These rules keep every future from being lost:
 
 1. A future stays in ``work`` or ``batch`` until it is done, or whoever submitted it was told that
    it was not. It is put into ``batch`` before it is taken out of ``work``.
-2. A thread that begins fails what it finds in ``batch``: the thread before it was struck, by
+2. A thread that begins fails what it finds in ``batch``: the thread before it was interrupted, by
    MemoryError, say. It does not run these items again.
 3. No batch begins once ``ended`` is done. Who completes ``ended`` looks at ``work`` afterwards,
    and who submits looks at ``ended`` afterwards: one of them sees the other, and fails what is
@@ -111,7 +111,7 @@ class BatchWorker(Worker):
 
     def serve(self, _thread: WorkerThread) -> None:
         if self.batch:
-            text = "the thread that ran the batch was struck before this future was done"
+            text = "the thread that ran the batch was interrupted before this future was done"
             self._fail_batch(RuntimeError(text))
             self.batch = []
         while self._take_batch():

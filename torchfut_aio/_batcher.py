@@ -154,7 +154,7 @@ class Batcher(Generic[T, R]):
             raise QueueFullError(f"the queue is full: {self._max_queue} items wait")
         future: Future[R] = Future()
         worker.submit(future, (item, time.monotonic()))
-        if worker.ended.done():  # since we looked
+        if worker.ended.done():  # it may have ended meanwhile: rule 3 of `_batch_worker.py`
             worker.fail_queued(BatcherClosedError("the batcher is closed"))
         return future
 

@@ -157,7 +157,7 @@ class Future(Settable[T]):
             if _core.add_waiter(self, waiter, _loops.THREADS):
                 waiter.block(timeout)
         finally:
-            try:  # noqa: SIM105  a call could be struck before it has begun; a statement cannot
+            try:  # noqa: SIM105  a call could be interrupted before it begins; a statement cannot
                 del self._state[waiter]
             except KeyError:
                 pass  # it has been woken

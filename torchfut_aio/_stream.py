@@ -295,16 +295,13 @@ class _Listener(AsyncIterator[T], Iterator[T]):
         del self  # or a traceback that is kept would keep the listener
         while True:
             outcome = state.first()
-            if outcome is None:
-                if not state.end:
-                    state.readers.block(state.can_read, None, _BLOCKS)
-                    continue
-                outcome = state.first()
-                if outcome is None:
-                    state.raise_end(StopIteration)
-            failure = outcome.error
-            if outcome.readiness is not None:
-                failure = _wait_in_thread(outcome.readiness)
+            if outcome is None and not state.end:
+                state.readers.block(state.can_read, None, _BLOCKS)
+                continue
+            if outcome is None and (outcome := state.first()) is None:
+                state.raise_end(StopIteration)
+            readiness = outcome.readiness
+            failure = outcome.error if readiness is None else _wait_in_thread(readiness)
             # As in __anext__().
             try:
                 del state.values[outcome]
@@ -327,29 +324,26 @@ class _Listener(AsyncIterator[T], Iterator[T]):
         state = self._state
         while True:
             outcome = state.first()
-            if outcome is None:
-                if not state.end:
-                    # As in Waiters.wait(), without its two calls: see benchmarks/NOTES.md.
-                    loop = _loops.current()
-                    waiter = loop.waiter()
-                    waiting = state.readers.waiting
-                    try:
-                        waiting[waiter] = loop
-                        if not state.values and not state.end:
-                            await waiter
-                    except BaseException:
-                        del self  # or a traceback that is kept would keep the listener
-                        raise
-                    finally:
-                        waiting.pop(waiter, None)
-                    continue
-                outcome = state.first()
-                if outcome is None:
-                    del self
-                    state.raise_end(StopAsyncIteration)
-            failure = outcome.error
-            if outcome.readiness is not None:
-                failure = await _wait_in_task(outcome.readiness)
+            if outcome is None and not state.end:
+                # As in Waiters.wait(), without its two calls: see benchmarks/NOTES.md.
+                loop = _loops.current()
+                waiter = loop.waiter()
+                waiting = state.readers.waiting
+                try:
+                    waiting[waiter] = loop
+                    if not state.values and not state.end:
+                        await waiter
+                except BaseException:
+                    del self  # or a traceback that is kept would keep the listener
+                    raise
+                finally:
+                    waiting.pop(waiter, None)
+                continue
+            if outcome is None and (outcome := state.first()) is None:
+                del self
+                state.raise_end(StopAsyncIteration)
+            readiness = outcome.readiness
+            failure = outcome.error if readiness is None else await _wait_in_task(readiness)
             # Whoever deletes it has read it. From here on, nothing that can be interrupted may
             # keep it from being delivered.
             try:
@@ -373,7 +367,7 @@ class _Listener(AsyncIterator[T], Iterator[T]):
     def __del__(self) -> None:
         key = getattr(self, "_key", None)
         state: StreamState | None = getattr(self, "_state", None)
-        if state is not None:  # no interrupt struck at the very beginning
+        if state is not None:  # it was not interrupted at the very beginning
             try:
                 state.leave(key)
             except BaseException:

@@ -153,7 +153,7 @@ class StreamState:
         self.values[outcome] = None
         self.values.move_to_end(outcome, last=False)
         if self.room is not None:
-            try:  # noqa: SIM105  a call could be struck before it has begun
+            try:  # noqa: SIM105  a call could be interrupted before it begins
                 del self.room[-1]
             except IndexError:
                 pass  # somebody has just pushed: there is one value too many for a while

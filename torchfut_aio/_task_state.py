@@ -97,7 +97,7 @@ def _steps(coroutine: Coroutine[Any, Any, T]) -> Generator[Any, Any, T]:
         result: T = yield from _each_step(own, coroutine)
         return result
     except BaseException:
-        # Ctrl-C may have struck between two steps. If the coroutine has ended, this does nothing.
+        # Ctrl-C may have come between two steps. If the coroutine has ended, this does nothing.
         own.call(coroutine.close)
         raise
 

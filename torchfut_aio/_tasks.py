@@ -17,7 +17,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from . import _loops
-from ._errors import InvalidStateError, drop_catching_frame
+from ._errors import drop_catching_frame
 from ._future import Future
 from ._repr import described, function_name, short
 from ._worker import Worker, WorkerThread, call_contained
@@ -219,15 +219,13 @@ class Promise:
     def keep(self, result: object) -> None:
         """Completes the future, unless it is done."""
         if self._future is not None:
-            with suppress(InvalidStateError):  # somebody else has completed it
-                self._future.set_result(result)
+            self._future.try_set_result(result)
             self._future = None
 
     def fail(self, error: BaseException) -> None:
         """Fails the future, unless it is done."""
         if self._future is not None:
-            with suppress(InvalidStateError):
-                self._future.set_exception(error)
+            self._future.try_set_exception(error)
             self._future = None
 
     def cancel(self, *why: object) -> None:
@@ -237,7 +235,7 @@ class Promise:
 
     def end(self, _task: object = None) -> None:
         """Fails the future if it is pending: its task has ended."""
-        future = getattr(self, "_future", None)  # unless an interrupt struck before it was whole
+        future = getattr(self, "_future", None)  # unless it was interrupted before it was whole
         if future is not None and not future.done():
             self.cancel("before its first step, or because its event loop ended")
 

@@ -30,15 +30,17 @@ _C: Any = torch._C
 
 _call: Any = operator.methodcaller("__call__")
 
-# Both return how deep autocast is nested then.
+# Autocast's nesting can only be changed by one. Both return what it is then.
 _DEEPER, _LESS_DEEP = _C.autocast_increment_nesting, _C.autocast_decrement_nesting
-_DEEP = 100
+_DEEP = 100  # no nesting that is supported is deeper
 
 
 class ThreadState:
     """The state of the thread that makes it."""
 
     __slots__ = ("_current", "_nesting", "inference", "keys", "values")
+
+    _nesting: int
 
     def __init__(self) -> None:
         self.inference = torch.is_inference_mode_enabled()
@@ -47,7 +49,8 @@ class ThreadState:
         accelerator = torch.accelerator.current_accelerator()
         settings = _settings(accelerator and accelerator.type)
         self.values = [(name, setter, getter()) for name, (getter, setter) in settings.items()]
-        self._nesting: int = list(map(_call, (_DEEPER, _LESS_DEEP)))[1]
+        # Both calls in one instruction: no interrupt can come between them.
+        _, self._nesting = map(_call, (_DEEPER, _LESS_DEEP))
         self._current = CurrentStreams()
 
     def restoring(self, seen: ThreadState | None = None) -> Callable[[], object]:
@@ -60,7 +63,7 @@ class ThreadState:
             partial(setter, value) for _, setter, value in self.values
         ]
         if seen is None:
-            # Up, past where anybody is, and down until the answer is right.
+            # The nesting is unknown: raise it above any depth, then lower it until it is ours.
             calls += [_DEEPER] * (self._nesting + _DEEP)
             down = itertools.islice(iter(_LESS_DEEP, self._nesting), 10 * _DEEP)
             calls.append(_one_call(down))

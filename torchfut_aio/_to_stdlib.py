@@ -35,7 +35,9 @@ def copy_to_asyncio(source: _core.Completable[T]) -> asyncio.Future[T]:
         )
     target: _AsyncioCopy[T] = _AsyncioCopy()
     if _core.outcome_of(source) is None:
-        waiter: asyncio.Future[None] = loop.waiter()
+        waiter = loop.new_waiter()  # for the copy: this task does not wait
+        if loop.wake_up is not None:
+            loop.renew_wake_up()
 
         def withdraw(_: object) -> None:
             link.target = None

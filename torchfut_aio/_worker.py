@@ -15,8 +15,8 @@ What a `Worker` promises:
   C starts in one call, starts that of the worker.
 - **An item stays in** ``work`` **until somebody pops it, and whoever pops it deals with it.** A
   thread that begins looks at all that is there, whatever became of the thread before it.
-- **It ends when there is no work**, but not with work left: it says first that it will not look
-  again, and then looks once more. Whoever submits does these in the opposite order.
+- **It ends when there is no work**, but not with work left. Before it ends, the thread sets
+  `will_look` to False, then checks for work. A submitter adds work, then reads `will_look`.
 - **A fork leaves a worker that works** in the child, without the threads of the parent.
 - **At exit** the interpreter waits for threads that are no daemons; daemons are told to end and
   waited for a moment, or left where they are.
@@ -46,7 +46,7 @@ _logger = logging.getLogger("torchfut_aio")
 def call_contained(function: Callable[..., object], *args: object) -> None:
     """Calls what may run callbacks of others, whose errors must not end the thread."""
     try:
-        # Nobody is above to take what a callback of a future may pass on.
+        # A worker thread has no caller to pass KeyboardInterrupt on to.
         with suppress(KeyboardInterrupt, SystemExit):
             function(*args)
     except Exception:

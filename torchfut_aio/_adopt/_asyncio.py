@@ -154,7 +154,7 @@ class _LoopEnd:
 
     def reach(self) -> None:
         """Fails all that is pending."""
-        for adoption in [*getattr(self, "adoptions", ())]:  # none if an interrupt struck the maker
+        for adoption in [*getattr(self, "adoptions", ())]:  # none if its maker was interrupted
             call_contained(adoption.end, _ENDED)
 
     __del__ = reach

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import Any
 
 import torch
 
 from .._devices import RecordedEvent, already_recorded, record_event
-from .._errors import InvalidStateError
 from .._future import Future
 from ._registry import Devices, adopts
 
@@ -46,11 +44,10 @@ def _from_recorded(event: RecordedEvent, devices: Devices) -> Future[None]:
     future: Future[None] = Future(devices=devices)
 
     def complete(error: Exception | None) -> None:
-        with suppress(InvalidStateError):  # somebody else has completed it
-            if error is None:
-                future.set_result(None)
-            else:
-                future.set_exception(error)
+        if error is None:
+            future.try_set_result(None)
+        else:
+            future.try_set_exception(error)
 
     when_reached(event, complete)
     return future

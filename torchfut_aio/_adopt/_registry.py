@@ -124,9 +124,10 @@ _ours: dict[str, _Adapter] = {}
 
 
 def adopts(*names: str, kind: type[Any] | None = None) -> Callable[[_A], _A]:
-    """Registers what adopts instances of the types of these names; or of ``kind``, so called.
+    """Registers what adopts instances of the types of these names.
 
-    A type need not be imported yet: `as_future` looks again once it gets something unknown.
+    ``kind`` is a class to register at once; ``names`` are what messages call it. Without it, a type
+    need not be imported yet: `as_future` looks again once it gets something unknown.
     """
 
     def register(adapter: _A) -> _A:
@@ -150,7 +151,8 @@ def _register_imported() -> None:
 @functools.singledispatch
 def _adapters(source: object, *, devices: Devices = None) -> Future[Any]:
     _register_imported()
-    # Once more, as that forgets what another thread has looked up before, and noted just now.
+    # Registering clears the cache of singledispatch. Another thread may have cached its old answer
+    # after the first clear, so register once more.
     _adapters.register(object, _adapters.registry[object])
     adapter = _adapter_of(type(source))
     if adapter is not _adapters.registry[object]:
@@ -245,7 +247,7 @@ class Adoption:
 
     def end(self, why: str) -> None:
         """Fails the future with CancelledError if it is pending."""
-        future = getattr(self, "_future", None)  # unless an interrupt struck before it was whole
+        future = getattr(self, "_future", None)  # unless it was interrupted before it was whole
         if future is not None and not future.done():
             error = concurrent.futures.CancelledError(f"the adopted future was pending when {why}")
             future.try_set_exception(error)

@@ -72,13 +72,14 @@ __all__ = [
 ]
 
 
-def follow_by(
+def replace_add_functions(
     waiter_adder: Callable[[Completable[Any], Any, Waker], bool],
     callback_adder: Callable[[Completable[Any], DoneCallback], None],
 ) -> None:
     """Has these called in the place of `add_waiter` and `add_callback`, by all who follow.
 
-    For whoever records who follows which future; nobody else pays for that.
+    So call them as `_core.add_waiter`, never by an imported name. It is for whoever records who
+    follows which future; nobody else pays for that.
     """
     global add_waiter, add_callback
     add_waiter = waiter_adder  # type: ignore[assignment]

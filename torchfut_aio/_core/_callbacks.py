@@ -173,12 +173,12 @@ def _run_deferred(here: _Nesting) -> BaseException | None:
 def _run_until_done(due: tuple[Any, Outcome, _State, _Callbacks]) -> BaseException | None:
     try:
         return _run_each(*due)
-    except BaseException as struck:  # somewhere in between: what is left is still in the state
+    except BaseException as interrupt:  # in between: what is left is still in the state
         try:
             _run_each(*due)
         except BaseException:
             start_new_thread(_run_each, due)
-        return struck
+        return interrupt
 
 
 # A function of its own: from Python 3.12 on, an interrupt at the jump that closes a loop may
@@ -202,15 +202,15 @@ def _run_each(
         except BaseException as error:
             try:
                 interrupt = _fail(future, callback, error) or interrupt
-            except BaseException as struck:
-                # As where the stack is full: a new thread has one of its own.
+            except BaseException as second:
+                # The stack may be full; a new thread has its own.
                 try:
                     start_new_thread(callback.fail, (future, error))
                 except BaseException:
                     # Not one call is possible, so it has not begun. Whoever serves again runs it.
                     state[callback] = CALLBACK
                     raise
-                for one in (error, struck):
+                for one in (error, second):
                     if issubclass(type(one), (KeyboardInterrupt, SystemExit)):
                         interrupt = one
     return interrupt

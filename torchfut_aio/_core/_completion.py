@@ -1,10 +1,15 @@
-"""The state of a future: its followers and its outcome. Every change of state is in this file.
+"""The state of a future: its followers and its outcome. It is changed here.
+
+Two changes are in ``_future.py``: `Future` makes the state, and a wait that ends deletes its own
+waiter. It does so by a statement, as Ctrl-C may strike a call before that has begun.
 
 The state is one dict. Each step below is one operation on it that no other thread can divide.
 
 1. A *follower* is a key of the dict: a waiter, stored with the waker that wakes it, or a
    `DoneCallback`, stored with ``CALLBACK``. A completion wakes the waiters and runs the
    callbacks. A thread deletes a callback before it runs it, so no callback runs twice.
+   ``IGNORED`` is a third kind of key, with the value None: nobody is told of it, but if the
+   future fails, its error counts as retrieved.
 2. The outcome is stored under the key ``OUTCOME``, by ``dict.setdefault``. If several threads
    try, the dict keeps the first outcome, and the thread that finds its own there has won. So one
    step both claims the future and publishes the outcome. Neither changes again.
@@ -15,6 +20,8 @@ The state is one dict. Each step below is one operation on it that no other thre
    future, and runs the callbacks. Each step can be repeated. If an exception interrupts them,
    such as KeyboardInterrupt or MemoryError, the completion repeats them all, then raises the
    exception. If the repetition fails, too, for instance on a full stack, a new thread serves.
+   `complete_all` completes the C++ futures first, so that no awake loop competes for the GIL. A
+   RuntimeError of a device without events is not raised.
 5. There is no lock, so nothing here can deadlock. A signal handler, a finaliser or a C++ callback
    may use the same future in the middle of any step; it is no different from another thread.
 
@@ -41,7 +48,7 @@ from ._torch_future import complete_in_torch, set_value_in_torch
 T = TypeVar("T")
 
 OUTCOME: Final = "outcome"
-IGNORED: Final = "ignored"  # stored by `ignore_error`; no follower either
+IGNORED: Final = "ignored"  # stored by `ignore_error`
 
 _GONE: Any = object()
 
@@ -80,14 +87,15 @@ def complete(future: Completable[Any], outcome: Outcome) -> None:
             try:
                 _serve_again(future, outcome, state)
             except BaseException:
-                # The stack has room for this: what was interrupted was a frame further down.
+                # This call fits on the stack: the exception came from a deeper one.
                 start_new_thread(_serve_in_thread, (future, outcome, state))
-            # Of a device that has no events C++ complains, but then its future is complete.
+            # Without events, C++ raises after completing its future. That is no failure.
             if says_no_events(error):
                 return
         raise
     if not won:
-        outcome.exception()  # which the caller still has
+        # The caller still has this error: do not log it as unretrieved.
+        outcome.exception()
         _refuse_second(future)
 
 
@@ -146,7 +154,7 @@ def _complete_all(
             if callbacks:
                 due.append((future, outcome, state, callbacks))
         else:
-            outcome.exception()  # which the caller still has
+            outcome.exception()  # as in `complete`
             refused.append(future)
     # C++ let go of the GIL for each of them: now that a loop wakes up, nobody fights for it.
     for waker, of_waker in waiters.items():
@@ -283,8 +291,8 @@ def remove(future: Completable[Any], follower: object) -> bool:
 def followers(future: Completable[Any]) -> tuple[list[object], list[DoneCallback]]:
     """Returns the waiters and the callbacks of the future, as of now."""
     all_of_them = [f for f in [*future._state] if f is not OUTCOME and f is not IGNORED]
-    callbacks = [follower for follower in all_of_them if isinstance(follower, DoneCallback)]
-    return [follower for follower in all_of_them if follower not in callbacks], callbacks
+    callbacks = [f for f in all_of_them if isinstance(f, DoneCallback)]
+    return [f for f in all_of_them if not isinstance(f, DoneCallback)], callbacks
 
 
 def waiters_of(future: Completable[Any]) -> list[tuple[Any, Waker]]:

@@ -80,7 +80,7 @@ class _Error(Outcome):
 
     def __del__(self) -> None:
         if getattr(self, "is_retrieved", True) or sys is None or sys.is_finalizing():
-            return  # or an interrupt struck before it was whole
+            return  # or it was interrupted before it was whole
         if not issubclass(type(self.error), CANCELLATIONS):
             _logger.error("A future failed, and nobody retrieved its error:", exc_info=self.error)
 

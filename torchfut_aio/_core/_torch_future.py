@@ -1,7 +1,7 @@
 """The C++ future underneath: what consumers in PyTorch's own C++ see.
 
-It is completed once, after those who follow the future in Python have been woken: callbacks of
-C++ consumers run inside of that, with the GIL released around them.
+It is completed once, by whoever completes the future: rule 4 of ``_completion.py`` says when.
+Callbacks of C++ consumers run inside of that, with the GIL released around them.
 
 C++ knows an error of Python's as a value that raises when it is unwrapped. The garbage collector
 does not see what C++ holds, and a traceback often leads back to the future: so C++ gets a

@@ -30,7 +30,10 @@ def when_reached(recorded: RecordedEvent, notify: Notify) -> None:
 
 
 class _Watching(Worker):
-    """Runs an event loop while there is an event to watch. The work: whom to notify, of which."""
+    """Runs an event loop while there is an event to watch.
+
+    ``work`` maps each notify function to its event.
+    """
 
     # A daemon, as an interpreter that exits does not wait for kernels that may take long. But a
     # query lets go of the GIL, and a thread that asks for it back once the interpreter has

@@ -22,7 +22,7 @@ class CurrentStreams:
         self.streams = {
             device: torch.accelerator.current_stream(device.index) for device in devices_in_use()
         }
-        # Which a thread begins with is 0.
+        # A new thread has device 0 current.
         self.device = torch.accelerator.current_device_index() if self.streams else 0
 
     def restoring(self, seen: CurrentStreams | None) -> list[Callable[[], Any]]:

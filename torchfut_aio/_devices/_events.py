@@ -95,7 +95,7 @@ class RecordedEvent:
                 sleep(_CAPTURE)
 
     def __del__(self) -> None:
-        # An interrupt may have struck before the attributes were set.
+        # It may have been interrupted before the attributes were set.
         if getattr(self, "is_reached", False) and self._pool is not None:
             self._pool.append(self.event)
 

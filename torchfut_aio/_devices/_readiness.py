@@ -18,7 +18,7 @@ no synchronisation at all. A process that uses no accelerator pays a glance at t
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
 
@@ -41,7 +41,7 @@ from ._watcher import Attach, until_reached, watcher_of
 class Readiness:
     """When the kernels that fill a value have finished, and how to order streams after them."""
 
-    __slots__ = ("_cpp", "_device", "_events", "error")
+    __slots__ = ("_cpp", "_device", "_events")
 
     def __init__(
         self,
@@ -50,8 +50,6 @@ class Readiness:
         events: Sequence[RecordedEvent] | None = None,
     ) -> None:
         used = _devices_of(found)
-        self.error: Exception | None = None
-        """What the device said when streams could not be ordered for a callback."""
         self._device = next(iter(used), None)  # one that has a context
         completed = partial(_completed, list(devices or used), found)
         self._cpp = call_with_current(self._device, completed)
@@ -92,34 +90,28 @@ class Readiness:
         """Calls ``callback``, once, on dedicated streams that are ordered after the kernels.
 
         On the current streams, where the device has no others. If nothing can be ordered, as
-        after a kernel's error, it is called all the same, and ``error`` tells why. Raises what the
-        callback raised, or an interrupt that may have struck before the callback was called.
+        after a kernel's error, it is called all the same. Raises what the callback raised, or an
+        interrupt that may have come before the callback was called.
         """
         call = _Call(callback)
-        failure: Exception | None = None
         interrupted = False
         try:
             self._cpp.add_done_callback(call.run)
             if not call.begun:
-                # What interrupts C++ on its way into Python is printed there, and lost.
+                # Ctrl-C between C++ and the first line of `run` is printed and lost: once more.
                 self._cpp.add_done_callback(call.run)
                 interrupted = call.begun
-        except Exception as error:
-            failure = error
+        except Exception:
+            pass  # nothing can be ordered, or there are no dedicated streams
         if not call.begun:
-            self._order_current_streams(failure)
+            with suppress(Exception):
+                self.wait()
             callback()
         if call.error is not None or interrupted:
             try:
                 raise call.error or KeyboardInterrupt
             finally:
                 del call
-
-    def _order_current_streams(self, failure: Exception | None) -> None:
-        try:
-            self.wait()
-        except Exception as error:
-            self.error = (failure or error).with_traceback(None)
 
     def tensors(self) -> list[torch.Tensor]:
         """Returns the tensors; raises if one is on a device that was not declared."""

@@ -18,7 +18,11 @@ from ._policy import policy
 
 
 class Poll(NamedTuple):
-    """A poll of a stream. All times are seconds since the wait began."""
+    """A poll of a stream. All times are seconds since the stream began the awaited work.
+
+    That was when its last awaited event was reached, or this one recorded, whichever is later.
+    ``at`` may be before ``due``.
+    """
 
     before: float  # when the work was last known to be pending: at the last poll, or the start
     due: float  # when this poll was due: what ``next_poll(before)`` returned
@@ -27,7 +31,10 @@ class Poll(NamedTuple):
 
 
 class Schedule(Protocol):
-    """Tells when to poll one stream."""
+    """Tells when to poll one stream.
+
+    Times count as in `Poll`. A schedule keeps to ``policy().shortest`` and ``.longest`` itself.
+    """
 
     @property
     def interval(self) -> float:
@@ -36,7 +43,7 @@ class Schedule(Protocol):
     def next_poll(self, waited: float) -> float:
         """Returns when to poll next if the work is pending ``waited`` seconds into the wait.
 
-        In seconds since the wait began, and later than ``waited``. Changes nothing.
+        Later than ``waited``. Changes nothing.
         """
 
     def observe(self, poll: Poll) -> None:

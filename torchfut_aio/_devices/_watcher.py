@@ -12,7 +12,7 @@ next poll does again whatever was left half done:
 - A poll takes events out of a queue only after it has put their waits into ``_over``, and a wait
   out of ``_over`` only after it has notified it. It may notify a wait twice, never zero times.
 - The alarm keeps going off until it is set anew, and a poll does that last: a poll that was
-  struck is repeated. ``_alarm_at`` is never earlier than what the alarm is set to, so the next
+  interrupted is repeated. ``_alarm_at`` is never earlier than what the alarm is set to, so the next
   wait sets it if there is any doubt.
 
 All of this runs in the thread of the loop. But a finaliser may close a coroutine, and so give up
@@ -48,7 +48,7 @@ from ._stream_queue import AwaitedEvent, StreamQueue, Wait, search
 _QUEUES_AT_REST = 256
 
 # Where a thread blocks for a stream, the stream is polled all the same after so many seconds,
-# in case an interrupt struck the wake-up.
+# in case the wake-up was interrupted.
 _FALLBACK = 1.0
 
 Attach = Callable[[Callable[..., None]], object]
@@ -308,7 +308,7 @@ class Watcher:
         self.close_if_idle()
 
     def __del__(self) -> None:
-        if hasattr(self, "_over"):  # unless an interrupt struck before it was whole
+        if hasattr(self, "_over"):  # unless it was interrupted before it was whole
             self.abandon()
             if not sys.is_finalizing():
                 _ended.append(self.statistics())
@@ -348,11 +348,11 @@ def until_reached(events: Sequence[RecordedEvent]) -> Generator[Any, Any, None]:
     loop = current()
     watcher = watcher_of(loop)
     waits = watcher.waits
-    waiter = loop.waiter()
     wait = Wait(events, lambda _: loop.wake(waiter))
     try:
         if not watcher.watch(wait):
             return
+        waiter = loop.waiter()  # in time: the loop notifies when this task has suspended
         yield from waiter
     except BaseException:
         if wait in waits:

@@ -1,7 +1,7 @@
 """How a completion, in any thread, reaches a task that waits on an event loop.
 
 One file a kind of loop, and one interface, `Loop`. A task that waits gets a *waiter* of its loop,
-leaves both where the completing thread will find them, and parks. The completing thread calls
+leaves both where the completing thread will find them, and suspends. The completing thread calls
 ``loop.wake(waiter)``; nothing else crosses threads. `_loop` says how that wakes the loop, and
 `_asyncio` follows a completion to its task.
 

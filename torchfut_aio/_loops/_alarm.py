@@ -7,14 +7,14 @@ call for each time.
 
 Whatever interrupts a step of it:
 
-- A descriptor that is closed while a loop watches it makes the loop deaf, or breaks whoever opens
-  the next file. So only the finaliser of a `TimerFd` closes one, and a loop that watches a
+- If a descriptor is closed while a loop watches it, the loop never wakes again, or whoever opens
+  the next file fails. So only the finaliser of a `TimerFd` closes one, and a loop that watches a
   `TimerFd` refers to it.
 - A timer stays readable until it is set again. So when Ctrl-C keeps the loop from calling the
   function, the loop finds the timer in its next turn.
 - A timer counts as watched only once `Loop.watch` has returned. Until then the next use begins
   afresh: it has the loop forget the file, of which the loop may know half, and watch it.
-- A call that the loop drops without making it, as Ctrl-C struck in between, is asked for again.
+- A call that the loop drops without making it, as Ctrl-C came in between, is asked for again.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class Alarm:
     def _ring(self, timer: TimerFd | None = None) -> None:
         self._call = None
         if timer is not self._timer and timer is not None:
-            # The loop still watches it, as Ctrl-C struck whoever closed the alarm.
+            # The loop still watches it, as Ctrl-C interrupted whoever closed the alarm.
             timer.set(math.inf)
             self._loop.unwatch(timer)
             return

@@ -34,7 +34,7 @@ class AsyncioLoop(Loop):
 
     A waiter is one of asyncio's own futures, unless the event loop makes others: tasks have a
     fast path for these. All that a task calls of it is C: Ctrl-C cannot strike while the task
-    parks, or wakes up.
+    suspends, or wakes up.
 
     Attributes:
         event_loop: Returns the event loop, or None if it has gone.
@@ -47,15 +47,11 @@ class AsyncioLoop(Loop):
         super().__init__()
         self._burst = Burst(self.alarm(self.serve))
         # What resumes a task, from when it is taken from the waiter until it is called.
-        self._taken: tuple[asyncio.Future[None], ResumeCallback] | None = None
+        self._taken: ResumeCallback | None = None
         self.thread = 0
         self.event_loop = weakref.ref(event_loop, lambda _: self.abandon())
 
-    def waiter(self) -> asyncio.Future[None]:
-        if self.before_wait is not None:
-            self.before_wait()
-        if self.wake_up is not None:
-            self.renew_wake_up()
+    def new_waiter(self) -> asyncio.Future[None]:
         event_loop = self.event_loop()
         assert event_loop is not None  # it is running the caller
         return event_loop.create_future()
@@ -148,19 +144,20 @@ class AsyncioLoop(Loop):
             # None for tasks written in Python: these are what runs a loop within a loop, which then
             # has to find the others.
             if not apart and (callback := resume_callback(waiter)) is not None:
-                self._taken = (waiter, callback)
+                self._taken = callback
                 waiter.remove_done_callback(callback[0])
             try:  # noqa: SIM105  a context manager would cost as much as all the rest
                 waiter.set_result(None)
             except asyncio.InvalidStateError:
                 pass  # it has been cancelled
-            # There is no call from here to the task, so Ctrl-C, which strikes at calls,
-            # cannot. If it has before, what resumes the task is still there.
+            # No call stands between this `del` and `context.run`, so Ctrl-C cannot strike between
+            # them. If it came earlier, the waiter is still in the queue, and the callback in
+            # `_taken`.
             del waiters[0]
             taken = self._taken
             if taken is not None:
                 self._taken = None
-                function, context = taken[1]
+                function, context = taken
                 try:
                     context.run(function, waiter)
                 except BaseException:

@@ -13,7 +13,7 @@ None and wakes the loop, or the loop sees the waiter. (Where there is no GIL, ap
 and copying it lock it; asking for its length does not. So the loop copies it.)
 
 Ctrl-C may strike in the loop when it has taken the call of `Loop.serve` from its list, and has
-not made it. If posters went on to count on this call, the loop would be deaf for ever. So
+not made it. If posters went on to count on this call, the loop would never wake again. So
 ``wake_up`` is a weak reference to the call, which tells when the loop drops it. A traceback may
 keep the call for longer. So a task that is about to wait, and finds a wake-up under way, asks for
 another. (A poster does not. Most posters find one under way, and each would have to look at the
@@ -123,7 +123,7 @@ class Loop(ABC):
         queue: Those that were completed elsewhere and await their wake-up.
         wake_up: What stands for the wake-up under way; None if there is none.
         watcher: What the device side keeps for this loop.
-        before_wait: A method that is called before each wait, on any loop; None if there is none.
+        before_wait: A method that `waiter` calls before each wait of a task, on any loop; or None.
     """
 
     before_wait: ClassVar[Callable[[Any], object] | None] = None
@@ -198,8 +198,16 @@ class Loop(ABC):
         """
         return False
 
-    @abstractmethod
     def waiter(self) -> TaskWaiter:
+        """Announces that the current task is about to wait, and returns a waiter for that."""
+        if self.before_wait is not None:
+            self.before_wait()
+        if self.wake_up is not None:
+            self.renew_wake_up()
+        return self.new_waiter()
+
+    @abstractmethod
+    def new_waiter(self) -> TaskWaiter:
         """Returns a waiter, hashable, for one wait of the current task.
 
         ``await waiter`` suspends the task until `wake` is called, or it is cancelled.

@@ -68,11 +68,7 @@ class TrioLoop(Loop):
         super().__init__()
         self._token = token
 
-    def waiter(self) -> _Waiter:
-        if self.before_wait is not None:
-            self.before_wait()
-        if self.wake_up is not None:
-            self.renew_wake_up()
+    def new_waiter(self) -> _Waiter:
         return _Waiter()
 
     def wake(self, waiter: _Waiter, /) -> None:
@@ -145,7 +141,7 @@ class TrioLoop(Loop):
         try:
             await _call_whenever_readable(timer, function)
         except (trio.ClosedResourceError, trio.BusyResourceError):
-            # `unwatch` was called; or Ctrl-C struck `watch`, and another task watches it.
+            # `unwatch` was called; or Ctrl-C interrupted `watch`, and another task watches it.
             pass
         except trio.Cancelled:  # the run ends
             self.abandon()

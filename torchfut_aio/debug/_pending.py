@@ -36,6 +36,7 @@ def pending_futures() -> list[PendingFuture]:
 
     For a program that hangs: call it in a signal handler, another thread or a debugger. It needs
     no preparation. Since when they wait is known of those who began while a `Recording` was on.
+    Whoever waits for a `torchfut_aio.ValueStream` waits for no future, and is not shown.
 
     It looks through all objects that the garbage collector tracks, some tens of milliseconds for
     every 100,000, and all else stands still meanwhile. It misses futures that ``gc.freeze`` has

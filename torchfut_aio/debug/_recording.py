@@ -32,6 +32,7 @@ class Recording:
 
     Meanwhile `pending_futures` knows since when each waits. One recording may be on at a time, for
     all threads and loops of the process. An await takes two to three times as long meanwhile.
+    Waits for a `torchfut_aio.ValueStream` are not shown.
 
     Args:
         max_events: How many waits and callbacks it keeps at most: the last ones.
@@ -64,7 +65,7 @@ class Recording:
                 raise RuntimeError("another Recording is on; one may be at a time")
             try:
                 _on = self
-                _core.follow_by(_recorded_waiter, _recorded_callback)
+                _core.replace_add_functions(_recorded_waiter, _recorded_callback)
                 Future.__await__ = _recorded_await  # type: ignore[assignment, method-assign]
             except BaseException:  # or the block would not be entered, and nothing would switch off
                 _switch_off()
@@ -121,7 +122,7 @@ _switching = threading.Lock()
 def _switch_off() -> None:
     global _on
     Future.__await__ = _await  # type: ignore[method-assign]
-    _core.follow_by(_add_waiter, _add_callback)
+    _core.replace_add_functions(_add_waiter, _add_callback)
     _on = None
 
 

@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 
 from .._loops import Who
 
-_FIRST_TASK = (
-    1 << 30
-)  # for lines of tasks: beyond the ids of threads, within the 32 bits of Perfetto
+# For lines of tasks: beyond the ids of threads, within the 32 bits of Perfetto.
+_FIRST_TASK = 1 << 30
 _CATEGORY = "torchfut_aio"
 
 

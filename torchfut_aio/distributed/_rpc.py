@@ -135,7 +135,7 @@ class _Host:
             self._asked = None
 
     def _cancel_lost(self, asked: object) -> None:
-        # The loop has dropped the call, as Ctrl-C struck it. Had it made it, this would be None.
+        # Ctrl-C had the loop drop the call. Had it made it, this would be None.
         if self._asked is asked:
             self._ask_to_cancel()
 
