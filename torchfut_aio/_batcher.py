@@ -81,7 +81,7 @@ class Batcher(Generic[T, R]):
         max_batch: The most items in a batch.
         max_wait: How many seconds an item may wait for more to come. With 0 or less, a batch is
             what has come while the batch before it ran.
-        max_queue: The most items that may wait, at least `max_batch`; `submit` refuses more.
+        max_queue: The most items that may wait, at least ``max_batch``; `submit` refuses more.
             Threads that submit at the same time may exceed it by one each.
         name: The name of the thread, or of the task.
 
