@@ -243,9 +243,8 @@ async def test_an_await_disturbs_no_capture_where_a_thread_has_a_mode_for_that(
 ):
     monkeypatch.setattr(_capture, "mode_exchange", lambda kind: accelerator.exchange_capture_mode)
     own = torch.Event(DEVICE)
-    with producer:
-        fut = completed_on(producer, accelerator, None)
-        own.record(producer)
+    fut = completed_on(producer, accelerator, None)
+    own.record(producer)
     adopted = as_future(own)
     accelerator.begin_capture()
     readers = [Reader(fut), Reader(adopted), Reader(synchronize(own))]

@@ -9,6 +9,7 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .._devices import finish_current_streams
+from .._errors import NotAFutureError
 from .._future import Future
 from .._rpc_errors import parse_fetched_error
 from ._registry import adopts, copy_outcome, once
@@ -42,6 +43,12 @@ def _from_tensor(source: AsyncCollectiveTensor, future: Future[Any]) -> None:
     # torch has the work in a registry of C++'s, and takes it out to wait for it.
     if source.completed:
         future.set_result(source.elem)
+    elif torch.__version__ < "2.13":  # that of 2.7 is for each thread; those between were not run
+        raise NotAFutureError(
+            "an AsyncCollectiveTensor cannot be awaited with this PyTorch, which waits for it only "
+            "in the thread that began it: pass the Work that dist.all_reduce(tensor, "
+            "async_op=True) and the like return, or use PyTorch 2.13 or newer"
+        )
     else:
         complete_in_thread(future, lambda future: copy_outcome(source.trigger_wait, future))
 

@@ -50,9 +50,9 @@ class _AsFuture:
             - a ``concurrent.futures.Future``; an ``asyncio.Future`` or ``Task``, of any loop; a
               ``TaskHandle`` or ``Future`` of anyio, of the loop that runs in this thread; an
               ``AsyncResult`` of a ``multiprocessing`` pool;
-            - a ``torch.distributed`` ``Work``; an ``AsyncCollectiveTensor``, for the reduced
-              tensor: leave the source alone until then; an ``RRef``, for what its ``to_here``
-              returns; an ``AsyncSaveResponse``, for the end of the upload;
+            - a ``torch.distributed`` ``Work``; an ``AsyncCollectiveTensor``, from PyTorch 2.13 on,
+              for the reduced tensor: leave the source alone until then; an ``RRef``, for what its
+              ``to_here`` returns; an ``AsyncSaveResponse``, for the end of the upload;
             - a ``torch.Event`` that has been recorded, or one of ``torch.cuda``, ``torch.xpu`` or
               ``torch.mps``; a ``torch.Stream``, for the work enqueued on it so far. These give
               None;
