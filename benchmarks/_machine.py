@@ -14,7 +14,8 @@ RESULTS = Path(__file__).parent / "results"
 
 def machine() -> str:
     """Describes where this runs."""
-    return f"{_cpu()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}"
+    release = platform.release().partition("-")[0]
+    return f"{_cpu()}, {os.cpu_count()} cores, {platform.system()} {release}"
 
 
 def _cpu() -> str:
