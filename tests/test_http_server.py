@@ -320,6 +320,7 @@ def test_300_clients_that_leave_take_nothing_with_them_and_leave_nothing_behind(
             await connection.close()
         await eventually(server, lambda s: s["texts"] == 0)
         until(lambda: server.sockets() <= before + 10)
+        await statistics(server)  # so the handler of who left last has run since, too
         server.open_gate()
         for n, (status, _, body) in enumerate(await asyncio.gather(*stay)):
             assert (status, json.loads(body)) == (200, {"digit": n})
