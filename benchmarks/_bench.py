@@ -10,77 +10,60 @@ from __future__ import annotations
 import gc
 import importlib.util
 import sys
-from argparse import Namespace
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import anyio
-from rich.console import Console
-from rich.progress import track
+import pandas as pd
+from tqdm import tqdm
 
-from ._report import Table
+Figures = Mapping[tuple[str, Any], float]
+"""What a peer gives when it is run once, by the title of a table and the column in it."""
 
 
 class Case(NamedTuple):
-    """Peers to be measured side by side.
+    """Peers that are measured side by side, of which the others are compared with the first.
 
     Args:
-        cells: A table and its column for each of the figures that a peer gives.
         peers: By name, what runs a peer once.
         at_most: Rounds, for what takes long.
     """
 
-    cells: Sequence[tuple[Table, Any]]
-    peers: Mapping[str, Callable[[], Sequence[float]]]
+    peers: Mapping[str, Callable[[], Figures]]
     at_most: int = sys.maxsize
 
 
-class Bench:
-    """One benchmark: what the command line asks for, its tables, and what fills them."""
-
-    def __init__(self, options: Namespace) -> None:
-        self.quick: bool = options.quick
-        self.tables: list[Table] = []
-        self.cases: list[Case] = []
-        self.notes: list[str] = []
-        self.rounds = 0
-        self._options = options
-
-    def loops(self, *loops: str) -> list[str]:
-        """Returns those that are installed, or the one that was asked for."""
-        asked = [self._options.loop] if self._options.loop else loops
-        return [loop for loop in asked if importlib.util.find_spec(loop)]
-
-    def table(self, *args: Any, **kwargs: Any) -> Table:
-        """Returns a new `Table`."""
-        self.tables.append(Table(*args, **kwargs))
-        return self.tables[-1]
-
-    def measure(self, rounds: int) -> None:
-        """Measures all cases, this many times unless the command line says otherwise."""
-        self.rounds = self._options.rounds or (1 if self.quick else rounds)
-        # Of what torch imported nothing will ever be rubbish. Frozen, it is not looked through
-        # while the clock runs: the collector sees what the peers make, as it does in a server.
-        gc.collect()
-        gc.freeze()
-        steps = [
-            (case, name)
-            for number in range(self.rounds)
-            for case in self.cases
-            if number < case.at_most
-            for name in rotated(list(case.peers), number)
-        ]
-        for case, name in track(steps, "measuring", console=Console(stderr=True)):
-            gc.collect()  # nobody pays for the rubbish of the one before
-            figures = case.peers[name]()
-            for (table, column), figure in zip(case.cells, figures, strict=True):
-                table.add(name, column, figure)
+def measure(cases: Iterable[Case], rounds: int) -> pd.DataFrame:
+    """Measures all cases, this many times, and returns each figure with where it belongs."""
+    cases = list(cases)
+    steps = [
+        (number, peer, case.peers[peer])
+        for number in range(rounds)
+        for case in cases
+        if number < case.at_most
+        for peer in rotated(list(case.peers), number)
+    ]
+    # Of what torch imported nothing will ever be rubbish. Frozen, it is not looked through while
+    # the clock runs: the collector sees what the peers make, as it does in a server.
+    gc.collect()
+    gc.freeze()
+    rows = []
+    for number, peer, run_once in tqdm(steps, disable=None):
+        gc.collect()  # nobody pays for the rubbish of the one before
+        for (table, column), figure in run_once().items():
+            rows.append((table, column, peer, number, figure))
+    return pd.DataFrame(rows, columns=["table", "column", "peer", "round", "figure"])
 
 
 def rotated(names: list[str], number: int) -> list[str]:
     """Returns ``names`` in the order of this round."""
     first = number % len(names)
     return names[first:] + names[:first]
+
+
+def installed(*loops: str) -> list[str]:
+    """Returns those event loops that can be imported."""
+    return [loop for loop in loops if importlib.util.find_spec(loop)]
 
 
 def run(loop: str, function: Callable[..., Awaitable[Any]], *args: Any) -> Any:

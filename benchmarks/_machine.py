@@ -5,34 +5,31 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "docs" / "_results"
 
 
 def machine() -> str:
     """Describes where this runs."""
+    cpus = Path("/proc/cpuinfo")
+    lines = cpus.read_text().splitlines() if cpus.exists() else []
+    models = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
     release = platform.release().partition("-")[0]
-    return f"{_cpu()}, {os.cpu_count()} cores, {platform.system()} {release}"
-
-
-def _cpu() -> str:
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(": ")[2]
-    return platform.processor() or platform.machine()
+    cpu = models[0] if models else platform.processor() or platform.machine()
+    return f"{cpu}, {os.cpu_count()} cores, {platform.system()} {release}"
 
 
 def commit() -> str:
     """Returns the commit of this checkout, marked if something but results has been changed."""
-    output = partial(subprocess.check_output, text=True, stderr=subprocess.DEVNULL)
-    git = ["git", "-C", str(RESULTS.parent)]
+    status = ["status", "--porcelain", "--", ":/", f":(exclude){RESULTS}"]
     try:
-        head = output([*git, "rev-parse", "--short=12", "HEAD"])
-        changed = output([*git, "status", "--porcelain", "--", ":/", f":(exclude){RESULTS}"])
+        head, changed = (
+            subprocess.check_output(
+                ["git", "-C", str(RESULTS.parent), *arguments], text=True, stderr=subprocess.DEVNULL
+            ).strip()
+            for arguments in (["rev-parse", "--short=12", "HEAD"], status)
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return head.strip() + ("-dirty" if changed else "")
+    return head + ("-dirty" if changed else "")

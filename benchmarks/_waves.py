@@ -12,59 +12,48 @@ from time import perf_counter
 from typing import Any
 
 import anyio
+import trio
 
 from ._ways import Way
 
-HandOut = Callable[[list[Any]], None]
+Act = Callable[[list[Any], Callable[[], object]], object]
 
 
-class Wave:
-    """Tasks that each await a future of their own; `note` is called with what each got."""
+async def wave(
+    loop: str, way: Way, count: int, act: Act, note: Callable[[Any], object]
+) -> tuple[float, float]:
+    """Starts tasks that await a future each, and ends them by ``act(futures, cancel)``.
 
-    def __init__(self, loop: str, way: Way, count: int, note: Callable[[Any], object]) -> None:
-        self.futures: list[Any] = []
-        self._loop, self._way, self._count, self._note = loop, way, count, note
-        self._waiting = self._ended = 0
-        self._all_wait, self._all_ended = anyio.Event(), anyio.Event()
-        self._last = 0.0
+    ``note`` is called with what each got. Returns seconds until all wait, and from then until the
+    last has ended.
+    """
+    waiting = ended = 0
+    last = 0.0
+    all_wait, all_ended = anyio.Event(), anyio.Event()
 
-    async def complete(self, hand_out: HandOut) -> tuple[float, float]:
-        """Returns seconds until all wait, and from the first completed to the last resumed."""
-        async with native_tasks(self._loop) as (start_soon, _):
-            starting = await self._start(start_soon)
-            begin = perf_counter()
-            hand_out(self.futures)
-            await self._all_ended.wait()
-        return starting, self._last - begin
-
-    async def cancel(self, while_pending: Callable[[], object]) -> float:
-        """Returns seconds from when the tasks are cancelled until the last has ended."""
-        async with native_tasks(self._loop) as (start_soon, cancel):
-            await self._start(start_soon)
-            while_pending()
-            begin = perf_counter()
-            cancel()
-        return self._last - begin
-
-    async def _start(self, start_soon: Callable[..., object]) -> float:
-        begin = perf_counter()
-        self.futures = [self._way.new() for _ in range(self._count)]
-        for fut in self.futures:
-            start_soon(self._task, fut)
-        await self._all_wait.wait()
-        return perf_counter() - begin
-
-    async def _task(self, fut: Any) -> None:
-        self._waiting += 1
-        if self._waiting == self._count:
-            self._all_wait.set()
+    async def task(fut: Any) -> None:
+        nonlocal waiting, ended, last
+        waiting += 1
+        if waiting == count:
+            all_wait.set()
         try:
-            self._note(await self._way.wait(fut))
+            note(await way.wait(fut))
         finally:
-            self._ended += 1
-            if self._ended == self._count:
-                self._last = perf_counter()
-                self._all_ended.set()
+            ended += 1
+            if ended == count:
+                last = perf_counter()
+                all_ended.set()
+
+    async with native_tasks(loop) as (start_soon, cancel):
+        begin = perf_counter()
+        futures = [way.new() for _ in range(count)]
+        for fut in futures:
+            start_soon(task, fut)
+        await all_wait.wait()
+        started = perf_counter()
+        act(futures, cancel)
+        await all_ended.wait()
+    return started - begin, last - started
 
 
 @asynccontextmanager
@@ -74,8 +63,6 @@ async def native_tasks(loop: str) -> AsyncIterator[tuple[Callable[..., object], 
     A task group would do more for each task that ends, while the clock runs.
     """
     if loop == "trio":
-        import trio
-
         async with trio.open_nursery() as nursery:
             yield nursery.start_soon, nursery.cancel_scope.cancel
         return
@@ -84,15 +71,14 @@ async def native_tasks(loop: str) -> AsyncIterator[tuple[Callable[..., object], 
         lambda function, *args: tasks.append(asyncio.create_task(function(*args))),
         lambda: [task.cancel() for task in tasks],
     )
-    await asyncio.wait(tasks)
-    for task in tasks:
-        if not task.cancelled():
-            task.result()  # or its error
+    for ended in await asyncio.gather(*tasks, return_exceptions=True):
+        if isinstance(ended, Exception):  # rather than cancelled
+            raise ended
 
 
 @contextmanager
-def producers(way: Way, threads: int = 1, pause: float = 0) -> Iterator[HandOut]:
-    """Gives what hands futures to threads that complete them, a share each, in one go.
+def producers(way: Way, threads: int = 1, pause: float = 0.0) -> Iterator[Act]:
+    """Gives an act that hands futures to threads, which complete them, a share each, in one go.
 
     The value is the time at which the thread began, ``pause`` seconds after it was asked to.
     """
@@ -100,22 +86,18 @@ def producers(way: Way, threads: int = 1, pause: float = 0) -> Iterator[HandOut]
 
     def produce(queue: SimpleQueue[list[Any] | None]) -> None:
         while (futures := queue.get()) is not None:
-            if pause:
-                time.sleep(pause)
+            time.sleep(pause)
             way.complete(futures, [perf_counter()] * len(futures))
             futures = None  # nobody pays for freeing them while the clock runs again
 
-    def hand_out(futures: list[Any]) -> None:
+    def hand_out(futures: list[Any], _cancel: object = None) -> None:
         for n, queue in enumerate(queues):
             queue.put(futures[n::threads])
 
-    running = [Thread(target=produce, args=(queue,)) for queue in queues]
-    for thread in running:
-        thread.start()
+    for queue in queues:
+        Thread(target=produce, args=(queue,)).start()
     try:
         yield hand_out
     finally:
         for queue in queues:
             queue.put(None)
-        for thread in running:
-            thread.join()

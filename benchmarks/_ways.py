@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import trio
 
 import torchfut_aio
 
@@ -23,6 +24,7 @@ SET_RESULT, SET_RESULTS = "set_result", "set_results"
 BARE, BARE_BATCH = "bare future", "bare future, one wake-up a batch"
 BRIDGE, WRAP, THREAD = "bridge by hand", "asyncio.wrap_future", "a thread in fut.wait()"
 FLOOR, FLOOR_OF_TORCH = "floor: no torch", "floor, and a C++ future"
+WAYS = (SET_RESULT, SET_RESULTS, BARE, BARE_BATCH, BRIDGE, WRAP, THREAD, FLOOR_OF_TORCH, FLOOR)
 
 
 class Way(NamedTuple):
@@ -40,7 +42,7 @@ class Native(NamedTuple):
     wait: Callable[[Any], Awaitable[Any]]
     set: Callable[[Any, Any], None]
     wake: Callable[..., object]
-    wait_in_thread: Callable[[Any], Awaitable[Any]]
+    run_in_thread: Callable[[Callable[[], Any]], Awaitable[Any]]
 
 
 class Arrival:
@@ -48,11 +50,7 @@ class Arrival:
 
     __slots__ = ("event", "value")
 
-    value: Any
-
     def __init__(self) -> None:
-        import trio
-
         self.event = trio.Event()
 
     def set(self, value: Any) -> None:
@@ -71,35 +69,20 @@ def set_unless_done(fut: asyncio.Future[Any], value: Any) -> None:
         fut.set_result(value)
 
 
+def native(loop_name: str) -> Native:
+    if loop_name == "trio":
+        wake: Callable[..., object] = trio.lowlevel.current_trio_token().run_sync_soon
+        return Native(Arrival, Arrival.wait, Arrival.set, wake, trio.to_thread.run_sync)
+    loop = asyncio.get_running_loop()
+    in_thread = partial(loop.run_in_executor, None)
+    return Native(loop.create_future, itself, set_unless_done, loop.call_soon_threadsafe, in_thread)
+
+
 def itself(fut: Any) -> Any:
     return fut
 
 
-def native(loop_name: str) -> Native:
-    if loop_name == "trio":
-        import trio
-
-        wake: Callable[..., object] = trio.lowlevel.current_trio_token().run_sync_soon
-        return Native(
-            Arrival,
-            Arrival.wait,
-            Arrival.set,
-            wake,
-            lambda fut: trio.to_thread.run_sync(fut.wait),
-        )
-    loop = asyncio.get_running_loop()
-    return Native(
-        loop.create_future,
-        itself,
-        set_unless_done,
-        loop.call_soon_threadsafe,
-        lambda fut: loop.run_in_executor(None, fut.wait),
-    )
-
-
-def one_by_one(
-    complete: Callable[[Any, Any], object],
-) -> Callable[[Sequence[Any], Sequence[Any]], None]:
+def each(complete: Callable[[Any, Any], object]) -> Callable[[Sequence[Any], Sequence[Any]], None]:
     def complete_all(futures: Sequence[Any], values: Sequence[Any]) -> None:
         for fut, value in zip(futures, values, strict=True):
             complete(fut, value)
@@ -127,73 +110,39 @@ def through_deque(of: Native) -> Callable[[Any, Any], None]:
     return complete
 
 
-def bare(of: Native) -> Way:
-    return Way(of.new, of.wait, one_by_one(partial(of.wake, of.set)))
-
-
-def bare_batch(of: Native) -> Way:
-    return Way(of.new, of.wait, partial(of.wake, one_by_one(of.set)))
-
-
-def floor(of: Native) -> Way:
-    return Way(of.new, of.wait, one_by_one(through_deque(of)))
-
-
-def floor_of_torch(of: Native) -> Way:
-    complete = through_deque(of)
-
-    def complete_both(futures: tuple[Any, torch._C.Future], value: Any) -> None:
-        complete(futures[0], value)
-        futures[1].set_result(value)
-
-    return Way(
-        lambda: (of.new(), torch._C.Future([])),
-        lambda pair: of.wait(pair[0]),
-        one_by_one(complete_both),
-    )
-
-
-def bridge(of: Native) -> Way:
-    def wait(fut: torch.futures.Future[Any]) -> Awaitable[Any]:
-        waiter = of.new()
-        fut.add_done_callback(lambda fut: of.wake(of.set, waiter, fut.value()))
-        return of.wait(waiter)
-
-    return Way(torch.futures.Future, wait, one_by_one(torch.futures.Future.set_result))
-
-
-def in_thread(of: Native) -> Way:
-    kind = torch.futures.Future
-    return Way(kind, of.wait_in_thread, one_by_one(kind.set_result))
-
-
-def wrap_future(_: Native) -> Way:
-    kind = concurrent.futures.Future
-    return Way(kind, asyncio.wrap_future, one_by_one(kind.set_result))
-
-
-def ours(complete: Callable[[Sequence[Any], Sequence[Any]], object], _: Native) -> Way:
-    return Way(torchfut_aio.Future, itself, complete)
-
-
-_WAYS: dict[str, Callable[[Native], Way]] = {
-    SET_RESULT: partial(ours, one_by_one(torchfut_aio.Future.set_result)),
-    SET_RESULTS: partial(ours, torchfut_aio.set_results),
-    BARE: bare,
-    BARE_BATCH: bare_batch,
-    BRIDGE: bridge,
-    WRAP: wrap_future,
-    THREAD: in_thread,
-    FLOOR_OF_TORCH: floor_of_torch,
-    FLOOR: floor,
-}
-
-
-def ways(loop: str) -> list[str]:
-    """Returns the names of the ways that there are on a loop."""
-    return [name for name in _WAYS if loop != "trio" or name != WRAP]
+def bridged(of: Native, fut: torch.futures.Future[Any]) -> Awaitable[Any]:
+    waiter = of.new()
+    fut.add_done_callback(lambda fut: of.wake(of.set, waiter, fut.value()))
+    return of.wait(waiter)
 
 
 def way(loop: str, name: str) -> Way:
     """Returns a way, for the loop that runs in this thread."""
-    return _WAYS[name](native(loop))
+    of = native(loop)
+    ours, torchs, plain = torchfut_aio.Future, torch.futures.Future, concurrent.futures.Future
+    from_deque = through_deque(of)
+
+    def complete_both(pair: tuple[Any, torch._C.Future], value: Any) -> None:
+        from_deque(pair[0], value)
+        pair[1].set_result(value)
+
+    return {
+        SET_RESULT: Way(ours, itself, each(ours.set_result)),
+        SET_RESULTS: Way(ours, itself, torchfut_aio.set_results),
+        BARE: Way(of.new, of.wait, each(partial(of.wake, of.set))),
+        BARE_BATCH: Way(of.new, of.wait, partial(of.wake, each(of.set))),
+        BRIDGE: Way(torchs, partial(bridged, of), each(torchs.set_result)),
+        WRAP: Way(plain, asyncio.wrap_future, each(plain.set_result)),
+        THREAD: Way(torchs, lambda fut: of.run_in_thread(fut.wait), each(torchs.set_result)),
+        FLOOR: Way(of.new, of.wait, each(from_deque)),
+        FLOOR_OF_TORCH: Way(
+            lambda: (of.new(), torch._C.Future([])),
+            lambda pair: of.wait(pair[0]),
+            each(complete_both),
+        ),
+    }[name]
+
+
+def ways(loop: str) -> list[str]:
+    """Returns the names of the ways that there are on a loop."""
+    return [name for name in WAYS if loop != "trio" or name != WRAP]

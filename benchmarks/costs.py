@@ -17,8 +17,8 @@ import json
 import sys
 import threading
 import tracemalloc
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from inspect import isawaitable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -28,7 +28,7 @@ import trio
 import trio.testing
 
 import torchfut_aio
-from torchfut_aio import Future
+from torchfut_aio import Future, as_completed, collect_all, gather
 
 COMMITTED = Path(__file__).with_suffix(".json")
 PACKAGE = str(Path(torchfut_aio.__file__).parent)
@@ -37,108 +37,22 @@ MANY = 1_000
 ROOM, ROOM_FOR_OTHER_VERSIONS, FEW = 1.1, 1.5, 2
 
 Futures = list[Future[int]]
-
-
-class Instructions:
-    """Counts bytecode instructions while `counting`."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    @contextmanager
-    def counting(self) -> Iterator[None]:
-        """Counts in this thread."""
-        sys.settrace(self._trace)
-        try:
-            yield
-        finally:
-            sys.settrace(None)
-
-    def complete_in_thread(self, futures: Futures) -> None:
-        """Counts in another thread, too, while this one stands still: nothing is a race."""
-
-        def counted() -> None:
-            with self.counting():
-                complete(futures)
-
-        thread = threading.Thread(target=counted)
-        thread.start()
-        thread.join()
-
-    def _trace(self, frame: FrameType, event: str, _: object) -> Callable[..., Any] | None:
-        if event == "opcode":
-            self.count += 1
-        elif event == "call":
-            caller = frame.f_back
-            ours = frame.f_code.co_filename.startswith(PACKAGE)
-            if not ours and (caller is None or not caller.f_trace_opcodes):
-                return None
-            frame.f_trace_opcodes, frame.f_trace_lines = True, False
-        return self._trace
-
-
-# ------------------------------ the paths, of pending futures or done ones; all of it counts
-
 Complete = Callable[[Futures], None]
+
+# -------------------------------------------------------------------------------- the paths
 
 
 def nothing(_: object) -> None:
     pass
 
 
-def complete(futures: Futures) -> None:
+def complete_here(futures: Futures) -> None:
     for fut in futures:
         fut.set_result(1)
 
 
-def pending() -> Futures:
-    return [Future() for _ in range(COUNT)]
-
-
-def done() -> Futures:
-    futures = pending()
-    complete(futures)
-    return futures
-
-
-async def create(_: Futures, __: Complete) -> None:
-    pending()
-
-
-async def create_set_read(_: Futures, __: Complete) -> None:
-    for fut in done():
-        fut.value()
-
-
-async def callback(futures: Futures, _: Complete) -> None:
-    for fut in futures:
-        fut.add_done_callback(nothing)
-    complete(futures)
-
-
-async def then(futures: Futures, _: Complete) -> None:
-    children = [fut.then(nothing) for fut in futures]
-    complete(futures)
-    del children
-
-
-async def wait(futures: Futures, _: Complete) -> None:
-    for fut in futures:
-        fut.wait()
-
-
-async def collect_all(futures: Futures, _: Complete) -> None:
-    torchfut_aio.collect_all(futures)
-    complete(futures)
-
-
-async def await_done(futures: Futures, _: Complete) -> None:
-    for fut in futures:
-        await fut
-
-
-async def value_of(fut: Awaitable[Any]) -> Any:
-    return await fut
+async def value_of(awaitable: Any) -> Any:
+    return await awaitable
 
 
 async def waiting(awaitables: list[Any]) -> list[asyncio.Task[Any]]:
@@ -147,18 +61,19 @@ async def waiting(awaitables: list[Any]) -> list[asyncio.Task[Any]]:
     return tasks
 
 
-async def await_here(futures: Futures, _: Complete) -> None:
-    await await_elsewhere(futures, complete)
-
-
-async def await_elsewhere(futures: Futures, complete: Complete) -> None:
-    tasks = await waiting(futures)
+async def awaited(awaitables: list[Any], futures: Futures, complete: Complete) -> None:
+    tasks = await waiting(awaitables)
     complete(futures)
     for task in tasks:
         await task
 
 
-async def await_on_trio(futures: Futures, complete: Complete) -> None:
+async def awaited_one_by_one(futures: Futures) -> None:
+    for fut in futures:
+        await fut
+
+
+async def awaited_on_trio(futures: Futures, complete: Complete) -> None:
     async with trio.open_nursery() as nursery:
         for fut in futures:
             nursery.start_soon(value_of, fut)
@@ -166,104 +81,112 @@ async def await_on_trio(futures: Futures, complete: Complete) -> None:
         complete(futures)
 
 
-async def await_cancelled(futures: Futures, _: Complete) -> None:
+async def cancelled(futures: Futures) -> None:
     tasks = await waiting(futures)
     for task in tasks:
         task.cancel()
-    for task in tasks:
-        await asyncio.wait([task])
+    await asyncio.wait(tasks)
 
 
-async def gather(futures: Futures, complete: Complete) -> None:
-    [task] = await waiting([torchfut_aio.gather(futures)])
-    complete(futures)
-    await task
+async def take_all(futures: Futures) -> None:
+    async for fut in as_completed(futures):
+        fut.value()
 
 
-async def as_completed(futures: Futures, complete: Complete) -> None:
-    async def take_all() -> None:
-        async for fut in torchfut_aio.as_completed(futures):
-            fut.value()
-
-    [task] = await waiting([take_all()])
-    complete(futures)
-    await task
-
-
-HotPath = Callable[[Futures, Complete], Awaitable[None]]
-PATHS: dict[str, tuple[Callable[[], Futures], HotPath]] = {
-    "create": (list, create),
-    "create, set, read": (list, create_set_read),
-    "add a callback, set": (pending, callback),
-    "then, set": (pending, then),
-    "wait, when done": (done, wait),
-    "collect_all, set": (pending, collect_all),
-    "await, when done": (done, await_done),
-    "await, set by the loop's thread": (pending, await_here),
-    "await, set by another thread": (pending, await_elsewhere),
-    "await, cancelled": (pending, await_cancelled),
-    "gather, set by another thread": (pending, gather),
-    "as_completed, set by another thread": (pending, as_completed),
-    "await, set by another thread, on trio": (pending, await_on_trio),
+# Each is called with futures, pending or done, and with what completes them in another thread.
+PATHS: dict[str, Callable[[Futures, Complete], Any]] = {
+    "create": lambda _, __: [Future() for _ in range(COUNT)],
+    "set": lambda fs, _: complete_here(fs),
+    "read, when done": lambda fs, _: [fut.value() for fut in fs],
+    "add a callback, set": lambda fs, _: (
+        [fut.add_done_callback(nothing) for fut in fs],
+        complete_here(fs),
+    ),
+    "then, set": lambda fs, _: ([fut.then(nothing) for fut in fs], complete_here(fs)),
+    "wait, when done": lambda fs, _: [fut.wait() for fut in fs],
+    "collect_all, set": lambda fs, _: (collect_all(fs), complete_here(fs)),
+    "await, when done": lambda fs, _: awaited_one_by_one(fs),
+    "await, set by the loop's thread": lambda fs, _: awaited(fs, fs, complete_here),
+    "await, set by another thread": lambda fs, complete: awaited(fs, fs, complete),
+    "await, cancelled": lambda fs, _: cancelled(fs),
+    "gather, set by another thread": lambda fs, complete: awaited([gather(fs)], fs, complete),
+    "as_completed, set by another thread": lambda fs, complete: awaited(
+        [take_all(fs)], fs, complete
+    ),
+    "await, set by another thread, on trio": awaited_on_trio,
 }
 
+# --------------------------------------------------------------------------------- counting
 
-async def instructions(futures_of: Callable[[], Futures], path: HotPath) -> float:
+
+async def instructions(name: str) -> float:
+    """Counts in this thread, and in the other one while this one stands still: no races."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, _: object) -> Callable[..., Any] | None:
+        nonlocal count
+        if event == "opcode":
+            count += 1
+        elif event == "call":
+            caller = frame.f_back
+            ours = frame.f_code.co_filename.startswith(PACKAGE)
+            if not ours and (caller is None or not caller.f_trace_opcodes):
+                return None
+            frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        return trace
+
+    def complete_in_thread(futures: Futures) -> None:
+        thread = threading.Thread(target=lambda: (sys.settrace(trace), complete_here(futures)))
+        thread.start()
+        thread.join()
+
     for _ in range(2):  # what is done once, such as an import, is not of interest
-        count = Instructions()
-        futures = futures_of()
-        with count.counting():
-            await path(futures, count.complete_in_thread)
-    return count.count / COUNT
+        count, futures = 0, [Future[int]() for _ in range(COUNT)]
+        if name.endswith("when done"):
+            complete_here(futures)
+        sys.settrace(trace)
+        try:
+            result = PATHS[name](futures, complete_in_thread)
+            if isawaitable(result):
+                await result
+        finally:
+            sys.settrace(None)
+    return count / COUNT
 
 
 async def bytes_of_pending() -> float:
     tracemalloc.start()
-    try:
-        before, _ = tracemalloc.get_traced_memory()
-        futures = [Future[int]() for _ in range(MANY)]
-        tasks = await waiting(futures)
-        after, _ = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    complete(futures)
-    for task in tasks:
-        await task
+    before, _ = tracemalloc.get_traced_memory()
+    tasks = await waiting(futures := [Future[int]() for _ in range(MANY)])
+    after, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    complete_here(futures)
+    await asyncio.wait(tasks)
     return (after - before) / MANY
 
 
 # ------------------------------------------------------------------------------- comparing
 
 
-def measured() -> dict[str, float]:
-    """Returns all costs, of a future each."""
-    gc.disable()  # or finalisers would count where they happen to run
-    costs = {
-        name: anyio.run(instructions, *path, backend="trio" if "trio" in name else "asyncio")
-        for name, path in PATHS.items()
-    }
-    return costs | {"bytes of a pending await": anyio.run(bytes_of_pending)}
-
-
 def main() -> int:
+    gc.disable()  # or finalisers would count where they happen to run
+    costs: dict[str, float] = {
+        name: anyio.run(instructions, name, backend="trio" if "trio" in name else "asyncio")
+        for name in PATHS
+    }
+    costs["bytes of a pending await"] = anyio.run(bytes_of_pending)
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     committed = json.loads(COMMITTED.read_text())
-    costs = measured()
     if "--write" in sys.argv[1:]:
         committed[version] = {name: round(cost, 1) for name, cost in costs.items()}
         COMMITTED.write_text(json.dumps(committed, indent=2) + "\n")
     nearest = min(committed, key=lambda other: abs(int(other[2:]) - sys.version_info.minor))
     room = ROOM if nearest == version else ROOM_FOR_OTHER_VERSIONS
+    allowed = {name: max(cost * room, cost + FEW) for name, cost in committed[nearest].items()}
     print(f"bytecode instructions per future, Python {version}; allowed from those of {nearest}")
-    print(f"  {'':38}{'now':>10}{'committed':>12}{'allowed':>10}")
-    grown = []
     for name, cost in costs.items():
-        before = committed[nearest][name]
-        allowed = max(before * room, before + FEW)
-        more = "  MORE" if cost > allowed else ""
-        print(f"  {name:38}{cost:>10.1f}{before:>12.1f}{allowed:>10.1f}{more}")
-        grown += [name] * bool(more)
-    if grown:
+        print(f"  {name:38}{cost:>10.1f}, allowed{allowed[name]:>10.1f}")
+    if grown := [name for name, cost in costs.items() if cost > allowed[name]]:
         print(
             f"\nGrown: {'; '.join(grown)}. If that is what it takes, say why in the commit, and "
             "have the new counts committed: python -m benchmarks.costs --write",

@@ -3,11 +3,12 @@
 Tasks each await a future of their own. Time: of making a future and starting such a task, until
 it waits; of completing all futures in one other thread, in one go, until the last task has
 resumed; of cancelling all tasks, until the last has ended. Small numbers are repeated on the
-same loop, to be measurable. Threads: how many more there are while all are pending.
-A thread in fut.wait() is needed for each, by `run_in_executor`, so it is not asked for as many.
+same loop, to be measurable. A thread in fut.wait() is needed for each, by `run_in_executor`, so it
+is not asked for as many.
 
-Memory is what a fresh process grows by, in pages, when so many more futures are made and awaited
-by tasks: Python's and C++'s objects alike. A million takes up to 7 GB.
+Memory, on Linux, is what a fresh process grows by, in pages, when so many more futures are made
+and awaited by tasks: Python's and C++'s objects alike. A million takes up to 7 GB, and is left
+out where less is free.
 """
 
 from __future__ import annotations
@@ -17,63 +18,60 @@ import gc
 import os
 import subprocess
 import sys
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
-from ._bench import Bench, Case, run
-from ._report import Table
-from ._waves import Wave, native_tasks, producers
-from ._ways import BARE, BRIDGE, FLOOR, SET_RESULT, SET_RESULTS, THREAD, WRAP, way, ways
+from ._bench import Case, Figures, run
+from ._waves import native_tasks, producers, wave
+from ._ways import BARE, BRIDGE, FLOOR, SET_RESULT, THREAD, WRAP, way, ways
 
-WITH_MEMORY = (SET_RESULT, BARE, BRIDGE, WRAP)
+ROUNDS, DRAWN = 5, "complete"
 MOST_THREADS = 1_000
 MEASURABLE = 1_000
 MEMORY_EACH = 7_000  # bytes, more than any needs, even while it is cancelled
+PAGES = Path("/proc/self/statm")
 
 
-async def costs(loop: str, name: str, count: int) -> list[float]:
-    """Returns microseconds to start, complete and cancel each, and threads while pending."""
-    this = way(loop, name)
-    times = -(-MEASURABLE // count)
-    starting = completing = cancelling = threads = 0.0
+async def scale(name: str, count: int) -> Figures:
+    this = way("asyncio", name)
+    seconds: list[list[float]] = [[], [], []]
+    pending: list[Any] = []
+
+    def cancel_all(futures: list[Any], cancel: Callable[[], object]) -> None:
+        pending[:] = futures
+        cancel()
+
     with producers(this) as hand_out:
-        before = threading.active_count()
-
-        def count_threads() -> None:
-            nonlocal threads
-            threads = threading.active_count() - before
-
-        for _ in range(times):
+        for _ in range(-(-MEASURABLE // count)):
             if name == THREAD:
                 asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(count))
-            seconds = await Wave(loop, this, count, nothing).complete(hand_out)
-            starting += seconds[0]
-            completing += seconds[1]
-            wave = Wave(loop, this, count, nothing)
-            cancelling += await wave.cancel(count_threads)
+            start, complete = await wave("asyncio", this, count, hand_out, nothing)
+            _, cancel = await wave("asyncio", this, count, cancel_all, nothing)
+            for all_of_it, took in zip(seconds, (start, complete, cancel), strict=True):
+                all_of_it.append(took)
             if name == THREAD:  # or its threads would wait for ever
-                hand_out(wave.futures)
-    seconds_of_all = (starting, completing, cancelling)
-    return [*(total / times / count * 1e6 for total in seconds_of_all), threads]
+                hand_out(pending)
+    title = "Pending awaits, and microseconds to {} each of them"
+    return {
+        (title.format(what), count): mean(took) / count * 1e6
+        for what, took in zip(("start", "complete", "cancel"), seconds, strict=True)
+    }
 
 
 def nothing(_: object) -> None:
     pass
 
 
-# ---------------------------------------------------------------------------------- memory
+def pages() -> int:
+    return int(PAGES.read_text().split()[1])
 
 
-def pages_of_this_process() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1])
-
-
-async def bytes_each(loop: str, name: str, count: int) -> float:
-    this = way(loop, name)
+async def bytes_each(name: str, count: int) -> float:
+    this = way("asyncio", name)
     kept: list[Any] = []
 
     async def task(fut: Any) -> None:
@@ -84,58 +82,32 @@ async def bytes_each(loop: str, name: str, count: int) -> float:
             kept.append(this.new())
             start_soon(task, kept[-1])
         await asyncio.sleep(0)  # each of them is waiting now
-        return pages_of_this_process()
+        return pages()
 
     gc.disable()  # it would take most of the time, and find nothing
-    async with native_tasks(loop) as (start_soon, cancel):
+    async with native_tasks("asyncio") as (start_soon, cancel):
         before = await grow(start_soon, count // 10)  # what lay around free is used up
-        pages = await grow(start_soon, count) - before
+        grown = await grow(start_soon, count) - before
         cancel()
-    return pages * os.sysconf("SC_PAGE_SIZE") / count
+    return grown * os.sysconf("SC_PAGE_SIZE") / count
 
 
-def memory(loop: str, name: str, count: int) -> list[float]:
-    code = (
-        "from benchmarks.scale import *; "
-        f"print(run({loop!r}, bytes_each, {loop!r}, {name!r}, {count}))"
-    )
+def memory(name: str, count: int) -> Figures:
+    code = f"from benchmarks.scale import *; print(run('asyncio', bytes_each, {name!r}, {count}))"
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True)
-    return [float(done.stdout)]
+    return {("Pending awaits, and bytes of each with its task", count): float(done.stdout)}
 
 
-def add_memory(bench: Bench, table: Table, loop: str) -> None:
-    if not Path("/proc/self/statm").exists():
-        bench.notes.append("Memory is measured on Linux only.")
-        return
-    count = 10_000 if bench.quick else 100_000
-    peers = {name: partial(memory, loop, name, count) for name in WITH_MEMORY}
-    bench.cases.append(Case([(table, count)], peers, at_most=3))
-
-
-def main(bench: Bench) -> None:
-    counts = [10, 100] if bench.quick else [10**power for power in range(1, 7)]
+def cases(quick: bool) -> Iterator[Case]:
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if counts[-1] * MEMORY_EACH > free:
-        bench.notes.append(f"{counts.pop():,} are left out: only {free / 1e9:.1f} GB are free.")
-    for loop in bench.loops("asyncio"):
-        table = partial(bench.table, x="pending awaits", ours=(SET_RESULT, SET_RESULTS))
-        each = partial(table, unit="microseconds each")
-        start = each(f"To make a future and start a task that awaits it, on {loop}")
-        complete = each(
-            f"To complete all in another thread, until all resumed, on {loop}", plot=True
-        )
-        cancel = each(f"To cancel all, on {loop}")
-        threads = table(f"More threads while all are pending, on {loop}", unit="threads")
-        size = table(f"A pending future and the task that awaits it, on {loop}", unit="bytes each")
-        for count in counts:
-            peers = {
-                name: partial(run, loop, costs, loop, name, count)
-                for name in ways(loop)
-                if name != FLOOR and (name != THREAD or count <= MOST_THREADS)
-            }
+    for count in [10, 100] if quick else [10**power for power in range(1, 7)]:
+        if count * MEMORY_EACH < free:
+            names = [name for name in ways("asyncio") if name != THREAD or count <= MOST_THREADS]
+            peers = {name: partial(run, "asyncio", scale, name, count) for name in names}
+            del peers[FLOOR]
             # The largest take minutes a round, and vary the least.
-            at_most = 3 if count >= 1_000_000 else 5
-            cells = [(table, count) for table in (start, complete, cancel, threads)]
-            bench.cases.append(Case(cells, peers, at_most))
-        add_memory(bench, size, loop)
-    bench.measure(rounds=5)
+            yield Case(peers, at_most=3 if count >= 1_000_000 else 5)
+    if PAGES.exists():
+        count = 10_000 if quick else 100_000
+        names = [SET_RESULT, BARE, BRIDGE, WRAP]
+        yield Case({name: partial(memory, name, count) for name in names}, at_most=3)

@@ -18,10 +18,9 @@ import os
 import re
 import socket
 import sys
-import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -39,9 +38,10 @@ from starlette.routing import Route
 
 from torchfut_aio import Batcher
 
-from ._bench import Bench, Case, run
+from ._bench import Case, Figures, run
 from ._ways import BARE, BARE_BATCH, BRIDGE, THREAD, WRAP, way
 
+ROUNDS, DRAWN = 9, ""
 CONNECTIONS = 256
 MAX_BATCH, MAX_WAIT = 64, 0.002
 OURS = "Batcher"
@@ -61,8 +61,14 @@ def by_hand(name: str, predict: Predict) -> Answer:
 
     def work() -> None:
         while True:
-            images, futures = zip(*next_batch(queue), strict=True)
+            batch = [queue.get()]
+            due = monotonic() + MAX_WAIT
+            with suppress(Empty):
+                while len(batch) < MAX_BATCH:
+                    batch.append(queue.get(timeout=max(0, due - monotonic())))
+            images, futures = zip(*batch, strict=True)
             this.complete(futures, predict(list(images)))
+            del batch, images, futures
 
     async def answer(image: torch.Tensor) -> int:
         fut = this.new()
@@ -74,40 +80,23 @@ def by_hand(name: str, predict: Predict) -> Answer:
     return answer
 
 
-def next_batch(queue: SimpleQueue[Any]) -> list[Any]:
-    batch = [queue.get()]
-    due = monotonic() + MAX_WAIT
-    with suppress(Empty):
-        while len(batch) < MAX_BATCH:
-            batch.append(queue.get(timeout=max(0, due - monotonic())))
-    return batch
-
-
-class Service:
-    """Answers with the digit that an image shows, in the way that the path names."""
-
-    def __init__(self, predict: Predict) -> None:
-        self._predict = predict
-        self._answers: list[Answer] = []
-        routes = [Route("/{way:int}", self.digit, methods=["POST"])]
-        self.app = Starlette(routes=routes, lifespan=self._lifespan)
+def application(predict: Predict) -> Starlette:
+    answers: dict[int, Answer] = {}
 
     @asynccontextmanager
-    async def _lifespan(self, _app: Starlette) -> AsyncIterator[None]:
+    async def lifespan(_app: Starlette) -> AsyncIterator[None]:
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(CONNECTIONS))
-        async with Batcher(
-            self._predict, max_batch=MAX_BATCH, max_wait=MAX_WAIT, max_queue=CONNECTIONS
-        ) as batcher:
-            self._answers = [
-                batcher.submit if name == OURS else by_hand(name, self._predict) for name in NAMES
-            ]
+        options = {"max_batch": MAX_BATCH, "max_wait": MAX_WAIT, "max_queue": CONNECTIONS}
+        async with Batcher(predict, **options) as batcher:
+            for number, name in enumerate(NAMES):
+                answers[number] = batcher.submit if name == OURS else by_hand(name, predict)
             yield
 
-    async def digit(self, request: Request) -> Response:
-        """Answers a request."""
+    async def digit(request: Request) -> Response:
         image = torch.tensor(json.loads(await request.body())).reshape(1, 8, 8) / 16
-        answer = self._answers[request.path_params["way"]]
-        return JSONResponse({"digit": await answer(image)})
+        return JSONResponse({"digit": await answers[request.path_params["way"]](image)})
+
+    return Starlette(routes=[Route("/{way:int}", digit, methods=["POST"])], lifespan=lifespan)
 
 
 def serve(listener: socket.socket) -> None:
@@ -116,29 +105,10 @@ def serve(listener: socket.socket) -> None:
 
     torch.set_num_threads(1)
     quickstart.EPOCHS = 0  # a model that has learnt nothing takes as long
-    model = quickstart.train(torch.empty(0), torch.empty(0))
-    service = Service(partial(quickstart.classify, model))
-    config = uvicorn.Config(service.app, loop="uvloop", ws="none", log_level="warning")
+    predict = partial(quickstart.classify, quickstart.train(torch.empty(0), torch.empty(0)))
     gc.freeze()
+    config = uvicorn.Config(application(predict), loop="uvloop", ws="none", log_level="warning")
     uvicorn.Server(config).run([listener])
-
-
-@contextmanager
-def server() -> Iterator[tuple[int, int]]:
-    """Gives the port and the process of a server that runs until the end."""
-    context = multiprocessing.get_context("spawn")
-    with socket.create_server(("127.0.0.1", 0), backlog=2 * CONNECTIONS) as listener:
-        port: int = listener.getsockname()[1]
-        process = context.Process(target=serve, args=(listener,))
-        process.start()
-    try:
-        # It answers when it has started.
-        urllib.request.urlopen(f"http://127.0.0.1:{port}/0", PIXELS, timeout=300).close()
-        assert process.pid is not None
-        yield port, process.pid
-    finally:
-        process.terminate()
-        process.join()
 
 
 def cpu_of(process: int) -> float:
@@ -147,99 +117,62 @@ def cpu_of(process: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-# ------------------------------------------------------------------------------ the client
+# -------------------------------------------------------------------------------- the load
 
 
-class Client(asyncio.Protocol):
-    """A connection that sends a request, and the next one when it has its answer, if it may."""
-
-    def __init__(self, way: int, latencies: list[float], errors: list[str]) -> None:
-        head = f"POST /{way} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(PIXELS)}\r\n\r\n"
-        self._request = head.encode() + PIXELS
-        self._latencies, self._errors = latencies, errors
-        self._answer = b""
-        self._is_closing = False
-        self.goes_on = False
-        self.answered = asyncio.Event()
-
-    def connection_made(self, transport: Any) -> None:
-        """Keeps the transport."""
-        self._transport = transport
-
-    def send(self) -> None:
-        """Sends a request."""
-        self._sent = monotonic()
-        self._answer = b""
-        self._transport.write(self._request)
-
-    def data_received(self, data: bytes) -> None:
-        """Takes in an answer, or a part of it."""
-        self._answer += data
-        head, _, body = self._answer.partition(b"\r\n\r\n")
-        length = re.search(rb"content-length: (\d+)", head)
-        if length is None or len(body) < int(length[1]):
-            return
-        self._latencies.append(monotonic() - self._sent)
-        if not head.startswith(b"HTTP/1.1 200"):
-            self._errors.append(head.decode())
-        self.answered.set()
-        if self.goes_on:
-            self.send()
-
-    def connection_lost(self, _error: Exception | None) -> None:
-        """Notes if it was the server that closed the connection."""
-        if not self._is_closing:
-            self._errors.append("the server closed the connection")
-            self.answered.set()
-
-    def close(self) -> None:
-        """Closes the connection."""
-        self.goes_on = False
-        self._is_closing = True
-        self._transport.close()
-
-
-async def load(port: int, process: int, way: int, seconds: float) -> list[float]:
-    """Returns requests a second, ms of p50 and p99, us of CPU a request, and errors."""
+async def load(address: Any, process: int, number: int, seconds: float) -> Figures:
     latencies: list[float] = []
-    errors: list[str] = []
-    clients = []
-    for _ in range(CONNECTIONS):
-        new = partial(Client, way, latencies, errors)
-        _, client = await asyncio.get_running_loop().create_connection(new, "127.0.0.1", port)
-        clients.append(client)
-        # uvloop accepts one connection a turn: if those before it were at work already, the
-        # last would wait for 256 long turns.
-        client.send()
-        await client.answered.wait()
-    for client in clients:
-        client.goes_on = True
-        client.send()
-    await asyncio.sleep(seconds / 4)  # it warms up
+    head = f"POST /{number} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(PIXELS)}\r\n\r\n"
+    streams = [await asyncio.open_connection(*address) for _ in range(CONNECTIONS)]
+
+    async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        sent = monotonic()
+        writer.write(head.encode() + PIXELS)
+        answer = await reader.readuntil(b"\r\n\r\n")
+        length = re.search(rb"content-length: (\d+)", answer)
+        if length is None or not answer.startswith(b"HTTP/1.1 200"):
+            raise RuntimeError(answer.decode())
+        await reader.readexactly(int(length[1]))
+        latencies.append(monotonic() - sent)
+
+    async def ask_again(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while monotonic() < end:
+            await ask(reader, writer)
+        writer.close()
+
+    # uvloop accepts one connection a turn: if those before it were at work already, the last
+    # would wait for 256 long turns.
+    for stream in streams:
+        await ask(*stream)
+    begin = monotonic() + seconds / 4  # it warms up
+    end = begin + seconds
+    tasks = [asyncio.ensure_future(ask_again(*stream)) for stream in streams]
+    await asyncio.sleep(begin - monotonic())
     latencies.clear()
-    cpu, begin = cpu_of(process), monotonic()
-    await asyncio.sleep(seconds)
-    cpu, took = cpu_of(process) - cpu, monotonic() - begin
-    answered = len(latencies)
+    cpu = cpu_of(process)
+    await asyncio.sleep(end - monotonic())
+    cpu, answered = cpu_of(process) - cpu, len(latencies)
     at = quantiles(latencies, n=100, method="inclusive")
-    for client in clients:
-        client.close()
-    await asyncio.sleep(0.2)  # the server answers what is under way
-    return [answered / took, at[49] * 1e3, at[98] * 1e3, cpu / answered * 1e6, len(errors)]
+    await asyncio.gather(*tasks)  # or the error of the first that was not answered
+    columns = {
+        "requests a second": answered / seconds,
+        "p50, ms": at[49] * 1e3,
+        "p99, ms": at[98] * 1e3,
+        "CPU of a request, us": cpu / answered * 1e6,
+    }
+    title = f"A server with {CONNECTIONS} connections"
+    return {(title, column): figure for column, figure in columns.items()}
 
 
-COLUMNS = ("requests a second", "p50, ms", "p99, ms", "CPU of a request, us", "errors")
-
-
-def main(bench: Bench) -> None:
-    table = bench.table(
-        f"A server with {CONNECTIONS} connections", "", x="", ours=(OURS,), plot=COLUMNS[0]
-    )
-    seconds = 1 if bench.quick else 4
-    with server() as (port, process):
-        peers = {
-            name: partial(run, "uvloop", load, port, process, way, seconds)
-            for way, name in enumerate(NAMES)
+def cases(quick: bool) -> Iterator[Case]:
+    listener = socket.create_server(("127.0.0.1", 0), backlog=2 * CONNECTIONS)
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=serve, args=(listener,), daemon=True)
+    process.start()  # it ends with this process, and answers when it has started
+    seconds = 1 if quick else 4
+    yield Case(
+        {
+            name: partial(run, "uvloop", load, listener.getsockname(), process.pid, number, seconds)
+            for number, name in enumerate(NAMES)
         }
-        bench.cases.append(Case([(table, column) for column in COLUMNS], peers))
-        bench.measure(rounds=9)
+    )

@@ -46,12 +46,12 @@ class Result(NamedTuple):
         return self.outcome in ("passed", "cannot be checked here")
 
 
-def parts(quick: bool, watcher_json: Path) -> list[Part]:
+def parts(quick: bool, folder: Path) -> list[Part]:
     """All parts, in the order in which to look at them."""
     python = [sys.executable, "-m"]
     suite = [*python, "pytest", "-p", "no:cacheprovider", "-q", "-m", "device", "tests"]
     # A quick one is saved nowhere, but for its output.
-    watcher = ["--quick"] if quick else ["--json", str(watcher_json)]
+    watcher = ["--quick"] if quick else ["--save", "--folder", str(folder)]
     return [
         *(
             Part(
@@ -66,7 +66,7 @@ def parts(quick: bool, watcher_json: Path) -> list[Part]:
         Part(
             "watcher",
             "How late a task resumes, and what the waiting costs.",
-            [*python, "benchmarks.watcher", "--device", "cuda", *watcher],
+            [*python, "benchmarks", "watcher", *watcher],
             300 if quick else 3600,
         ),
     ]
@@ -89,6 +89,8 @@ def run(part: Part) -> Result:
     try:
         output, _ = process.communicate(timeout=part.limit)
         outcome = {0: "passed", MISSING: "cannot be checked here"}.get(process.returncode, "failed")
+        if outcome == "passed" and not output.strip():
+            outcome, output = "failed", "It printed nothing, so it has not shown that it ran.\n"
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGABRT)  # which shows where each thread is
         try:
@@ -155,9 +157,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("!!!! NOT TESTED ON A GPU: torch finds none here. No report is written.")
         return NO_GPU
     when = datetime.now(timezone.utc)
-    path = RESULTS / f"gpu-{when:%Y-%m-%d-%H%M}.md"
+    folder = RESULTS / f"gpu-{when:%Y-%m-%d-%H%M%S}"
+    folder.mkdir(parents=True)
+    path = folder / "report.md"
     results = []
-    wanted = parts(options.quick, RESULTS / "watcher-gpu.json")
+    wanted = parts(options.quick, folder)
     for part in wanted:
         if options.parts and part.name not in options.parts:
             continue

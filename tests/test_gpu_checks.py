@@ -48,11 +48,12 @@ def test_the_report_has_the_outcome_of_each_part_and_what_it_printed():
             ("raise ValueError('it is not')", PATIENCE_WITH_PROCESSES),
             (f"raise SystemExit({gpu_checks.MISSING})", PATIENCE_WITH_PROCESSES),
             ("import time; time.sleep(1000)", 0.5),
+            ("'nothing is run here'", PATIENCE_WITH_PROCESSES),
         ]
     ]
-    outcomes = ["passed", "failed", "cannot be checked here", "timed out"]
+    outcomes = ["passed", "failed", "cannot be checked here", "timed out", "failed"]
     assert [result.outcome for result in results] == outcomes
-    assert [result.is_well for result in results] == [True, False, True, False]
+    assert [result.is_well for result in results] == [True, False, True, False, False]
     when = datetime(2026, 1, 2, tzinfo=timezone.utc)
     text = on_gpu.report(results, ["a GPU, 80 GiB"], "a driver", when)
     for known in ("a GPU, 80 GiB", "a driver", "2026-01-02", "it is well", "it is not", *outcomes):

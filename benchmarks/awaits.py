@@ -1,0 +1,65 @@
+"""How fast tasks resume that await futures which other threads complete.
+
+A batch of tasks waits, each for a future of its own. A thread waits a moment, so that the loop is
+asleep. Then it looks at the clock, and completes all futures in one go, one by one or at once,
+with the time. Each task looks at the clock on its next line. What counts is, by batch, the time
+until the last of them, which makes so many a second; and the percentiles of all of one run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from statistics import quantiles
+from time import perf_counter
+
+import anyio
+
+from ._bench import Case, Figures, installed, run
+from ._waves import producers, wave
+from ._ways import way, ways
+
+ROUNDS, DRAWN = 15, "1 thread|p50"
+PAUSE = 0.0001  # seconds; longer than any of the loops takes to fall asleep
+WARM_UP = 5  # batches that do not count
+
+
+async def awaits(loop: str, name: str, batch: int, threads: int, batches: int) -> Figures:
+    this = way(loop, name)
+    seconds = 0.0
+    latencies: list[float] = []
+    times: list[tuple[float, float]] = []  # when a thread began, and when a task went on
+
+    def note(begun: float) -> None:
+        times.append((begun, perf_counter()))
+
+    with anyio.fail_after(300), producers(this, threads, PAUSE) as hand_out:
+        for number in range(WARM_UP + batches):
+            await wave(loop, this, batch, hand_out, note)
+            if number >= WARM_UP:
+                seconds += max(end for _, end in times) - min(begun for begun, _ in times)
+                latencies += [end - begun for begun, end in times]
+            times.clear()
+    assert len(latencies) == batch * batches
+    by = f"on {loop}, by {threads} thread{'s' * (threads > 1)}"
+    rate = {
+        f"Futures in a batch, and thousands awaited a second {by}": len(latencies) / seconds / 1e3
+    }
+    at = quantiles(latencies * 2, n=100, method="inclusive")
+    until = f"Futures in a batch, and microseconds until the next line on {loop}"
+    late = {f"{until}, p50": at[49] * 1e6, f"{until}, p99": at[98] * 1e6}
+    figures = rate | late if threads == 1 else rate
+    return {(title, batch): figures[title] for title in figures}
+
+
+def cases(quick: bool) -> Iterator[Case]:
+    batches = {1: (1, 64) if quick else (1, 16, 64, 256, 1_000, 10_000), 4: (64, 1_000)}
+    for loop in installed("asyncio", "uvloop", "trio"):
+        for threads in batches:
+            for batch in batches[threads]:
+                times = 5 if quick else 1 + 3_000 // (batch + 2)
+                peers = {
+                    name: partial(run, loop, awaits, loop, name, batch, threads, times)
+                    for name in ways(loop)
+                }
+                yield Case(peers)
