@@ -2,7 +2,7 @@
 
     python -m benchmarks [--quick] [--save] [--rounds N] [--folder FOLDER] [NAME ...]
 
-With ``--save``, the figures, the tables and a plot go to docs/_results. If one fails, the others
+With ``--save``, the figures, the tables and plots go to docs/_results. If one fails, the others
 run all the same, and the exit status tells.
 """
 
@@ -17,7 +17,7 @@ from ._machine import RESULTS
 from ._report import report
 
 # What they take, in minutes, on a machine with two cores.
-BENCHMARKS = {"awaits": 9, "scale": 20, "streams": 1, "serving": 6, "watcher": 8}
+BENCHMARKS = {"awaits": 9, "scale": 13, "streams": 1, "serving": 6, "watcher": 8}
 
 
 def main() -> int:

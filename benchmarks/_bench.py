@@ -2,16 +2,15 @@
 
 On a machine whose speed drifts, what is measured minutes apart cannot be compared. So a round
 measures each peer once, one right after the other, and figures of one round are compared with
-each other. Each round begins with another peer, so that none always comes after the same one.
+each other. Each round begins with another peer, and every other one goes backwards, so that
+none always comes after the same one.
 """
 
 from __future__ import annotations
 
 import gc
-import importlib.util
-import sys
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import anyio
 import pandas as pd
@@ -21,27 +20,18 @@ Figures = Mapping[tuple[str, Any], float]
 """What a peer gives when it is run once, by the title of a table and the column in it."""
 
 
-class Case(NamedTuple):
-    """Peers that are measured side by side, of which the others are compared with the first.
-
-    Args:
-        peers: By name, what runs a peer once.
-        at_most: Rounds, for what takes long.
-    """
-
-    peers: Mapping[str, Callable[[], Figures]]
-    at_most: int = sys.maxsize
+Case = Mapping[str, Callable[[], Figures]]
+"""Peers that are measured side by side: by name, what runs one once. The first is ours."""
 
 
 def measure(cases: Iterable[Case], rounds: int) -> pd.DataFrame:
     """Measures all cases, this many times, and returns each figure with where it belongs."""
     cases = list(cases)
     steps = [
-        (number, peer, case.peers[peer])
+        (number, peer, case[peer])
         for number in range(rounds)
         for case in cases
-        if number < case.at_most
-        for peer in rotated(list(case.peers), number)
+        for peer in rotated(list(case), number)
     ]
     # Of what torch imported nothing will ever be rubbish. Frozen, it is not looked through while
     # the clock runs: the collector sees what the peers make, as it does in a server.
@@ -58,12 +48,8 @@ def measure(cases: Iterable[Case], rounds: int) -> pd.DataFrame:
 def rotated(names: list[str], number: int) -> list[str]:
     """Returns ``names`` in the order of this round."""
     first = number % len(names)
-    return names[first:] + names[:first]
-
-
-def installed(*loops: str) -> list[str]:
-    """Returns those event loops that can be imported."""
-    return [loop for loop in loops if importlib.util.find_spec(loop)]
+    turned = names[first:] + names[:first]
+    return turned[::-1] if number % 2 else turned
 
 
 def run(loop: str, function: Callable[..., Awaitable[Any]], *args: Any) -> Any:

@@ -29,9 +29,9 @@ def report(name: str, options: argparse.Namespace) -> None:
     rounds = options.rounds or (1 if options.quick else module.ROUNDS)
     about = facts(f"python -m benchmarks {name}" + " --quick" * options.quick, rounds)
     figures = measure(module.cases(options.quick), rounds)
-    print(*tables(figures), about, sep="\n")
     if options.save:
         save(options.folder, name, figures, about, module.DRAWN)
+    print(*tables(figures), about, sep="\n")
 
 
 def facts(command: str, rounds: int) -> str:
@@ -41,7 +41,6 @@ def facts(command: str, rounds: int) -> str:
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return (
         f"command: {command}; rounds: {rounds}; date: {now}; commit: {commit()}; "
-        # At most a few tenths, or somebody else is at work there, too.
         f"machine: {machine()}; load before: {os.getloadavg()[0]:.1f}; "
         f"versions: Python {platform.python_version()}, {', '.join(versions)}"
     )
@@ -58,7 +57,9 @@ def tables(figures: pd.DataFrame) -> Iterator[str]:
         cells[peers[0]] = medians[peers[0]].map(rounded)
         cells = cells.where(medians.notna(), "").loc[columns].rename(index=label)
         shown = cells.T if len(columns) <= len(peers) else cells
-        yield f"**{title}** (×: times {peers[0]})\n\n{shown.to_markdown(stralign='right')}\n"
+        shown = shown.rename_axis(index=None, columns=None)
+        text = shown.to_markdown(stralign="right", disable_numparse=True)
+        yield f"**{title}** (×: times {peers[0]})\n\n{text}\n"
 
 
 def rounded(figure: float) -> str:
@@ -73,19 +74,19 @@ def label(column: Any) -> str:
 
 
 def save(folder: Path, name: str, figures: pd.DataFrame, facts: str, drawn: str) -> None:
-    """Writes NAME.json, NAME.md, and NAME.svg of the tables that have ``drawn`` in their title."""
+    """Writes NAME.json, NAME.md, and NAME.svg of the tables whose titles match ``drawn``."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.md").write_text("\n".join([*tables(figures), facts]) + "\n")
-    figures["figure"] = figures["figure"].map("{:.4g}".format).astype(float)
-    of_rounds = figures.groupby(["table", "column", "peer"], sort=False)["figure"].agg(list)
+    short = figures.assign(figure=figures["figure"].map("{:.4g}".format).astype(float))
+    of_rounds = short.groupby(["table", "column", "peer"], sort=False)["figure"].agg(list)
     rows = of_rounds.reset_index().values.tolist()
     (folder / f"{name}.json").write_text(json.dumps({"about": facts, "figures": rows}) + "\n")
+    (folder / f"{name}.md").write_text("\n".join([*tables(figures), facts]) + "\n")
     if drawn:
         draw(folder / f"{name}.svg", figures[figures["table"].str.contains(drawn)])
 
 
 def draw(path: Path, figures: pd.DataFrame) -> None:
-    """Draws the tables beneath each other, medians with quartiles, on no background."""
+    """Draws the medians of these tables, on no background."""
     import matplotlib as mpl
     import seaborn as sns
 
@@ -93,19 +94,26 @@ def draw(path: Path, figures: pd.DataFrame) -> None:
     mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": path.stem})
     mpl.rcParams.update(dict.fromkeys(texts, GREY))
     grid = sns.relplot(
-        figures.rename(columns={"column": "", "figure": " ", "peer": "  "}),
-        x="",
-        y=" ",
-        hue="  ",
-        style="  ",
+        figures,
+        x="column",
+        y="figure",
+        hue="peer",
+        style="peer",
         col="table",
         col_wrap=2,
         kind="line",
         estimator="median",
-        errorbar=("pi", 50),
+        errorbar=None,
+        markers=True,
+        dashes=False,
         height=3,
         aspect=1.6,
         facet_kws={"sharex": False, "sharey": False},
     )
-    grid.set(xscale="log", yscale="log").set_titles("{col_name}")
+    grid.set(xscale="log", yscale="log").set_titles("{col_name}").set_axis_labels("futures", "")
+    grid.legend.set_title("")
+    for axis in grid.axes.flat:
+        axis.xaxis.set_major_formatter("{x:,.0f}")
+        axis.yaxis.set_major_formatter("{x:,g}")
+        axis.yaxis.set_minor_formatter("")
     grid.savefig(path, transparent=True, metadata={"Date": None})

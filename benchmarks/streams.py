@@ -9,18 +9,18 @@ token or for ten at once, and the queues of janus and culsans.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from threading import Thread
 from time import process_time, sleep
-from typing import Any, NamedTuple
+from typing import Any
 
 import culsans
 import janus
 
 from torchfut_aio import ValueStream
 
-from ._bench import Case, Figures, installed, run
+from ._bench import Case, Figures, run
 
 ROUNDS, DRAWN = 15, ""
 STREAMS = 100
@@ -28,68 +28,57 @@ TOKENS = 100  # of a stream
 REST = 1e-3  # seconds
 
 
-class Peer(NamedTuple):
-    """How a stream is made, fed from the thread and ended there, and read."""
-
-    new: Callable[[], Any]
-    push: Callable[[Any, list[int]], object]
-    end: Callable[[Any], object]
-    read: Callable[[Any], Awaitable[None]]
-
-
-async def iterate(stream: ValueStream[int]) -> None:
-    async for _ in stream:
-        pass
-
-
-def of_stream(push: Callable[[ValueStream[int], list[int]], object]) -> Peer:
-    return Peer(ValueStream, push, ValueStream.close, iterate)
-
-
-def of_queue(new: Callable[[], Any], push: Callable[[Any, list[int]], object]) -> Peer:
-    async def read(queue: Any) -> None:
-        get = queue.get if isinstance(queue, asyncio.Queue) else queue.async_q.get
-        while await get():
-            pass
-
-    return Peer(new, push, lambda queue: push(queue, [0]), read)
-
-
-def put_each(queue: Any, tokens: list[int]) -> None:
+def put_each(put: Callable[[int], object], tokens: list[int]) -> None:
     for token in tokens:
-        queue.put_nowait(token)
+        put(token)
 
 
-# By name, what makes a peer for a loop, of which it gets ``call_soon_threadsafe``.
-PEERS: dict[str, Callable[[Callable[..., object]], Peer]] = {
-    "push": lambda _: of_stream(lambda stream, tokens: [stream.push(each) for each in tokens]),
-    "push_many": lambda _: of_stream(ValueStream.push_many),
-    "asyncio.Queue, one wake-up a token": lambda wake: of_queue(
-        asyncio.Queue, lambda queue, tokens: [wake(queue.put_nowait, each) for each in tokens]
+def put_in_thread(queue: Any, tokens: list[int], _: object) -> None:
+    put_each(queue.sync_q.put_nowait, tokens)
+
+
+# By name, what makes a stream, and what feeds it tokens, which gets ``call_soon_threadsafe``, too.
+PEERS: dict[str, tuple[Callable[[], Any], Callable[[Any, list[int], Any], object]]] = {
+    "push": (ValueStream, lambda stream, tokens, _: put_each(stream.push, tokens)),
+    "push_many": (ValueStream, lambda stream, tokens, _: stream.push_many(tokens)),
+    "asyncio.Queue, one wake-up a token": (
+        asyncio.Queue,
+        lambda queue, tokens, wake: put_each(partial(wake, queue.put_nowait), tokens),
     ),
-    "asyncio.Queue, one wake-up a batch": lambda wake: of_queue(
-        asyncio.Queue, partial(wake, put_each)
+    "asyncio.Queue, one wake-up a batch": (
+        asyncio.Queue,
+        lambda queue, tokens, wake: wake(put_each, queue.put_nowait, tokens),
     ),
-    "janus": lambda _: of_queue(janus.Queue, lambda each, tokens: put_each(each.sync_q, tokens)),
-    "culsans": lambda _: of_queue(
-        culsans.Queue, lambda each, tokens: put_each(each.sync_q, tokens)
-    ),
+    "janus": (janus.Queue, put_in_thread),
+    "culsans": (culsans.Queue, put_in_thread),
 }
 
 
+async def read(stream: Any) -> None:
+    """Reads tokens until a 0."""
+    if isinstance(stream, ValueStream):
+        async for token in stream:
+            if not token:
+                return
+    get = getattr(stream, "async_q", stream).get
+    while await get():
+        pass
+
+
 async def cost(loop: str, name: str, at_once: int, tokens: int) -> Figures:
-    peer = PEERS[name](asyncio.get_running_loop().call_soon_threadsafe)
-    streams = [peer.new() for _ in range(STREAMS)]
+    new, push = PEERS[name]
+    wake = asyncio.get_running_loop().call_soon_threadsafe
+    streams = [new() for _ in range(STREAMS)]
 
     def produce() -> None:
         for _ in range(tokens // at_once):
             for stream in streams:
-                peer.push(stream, [1] * at_once)
+                push(stream, [1] * at_once, wake)
             sleep(REST)
         for stream in streams:
-            peer.end(stream)
+            push(stream, [0], wake)
 
-    tasks = [asyncio.ensure_future(peer.read(stream)) for stream in streams]
+    tasks = [asyncio.ensure_future(read(stream)) for stream in streams]
     await asyncio.sleep(0.01)
     thread = Thread(target=produce)
     start = process_time()
@@ -103,8 +92,6 @@ async def cost(loop: str, name: str, at_once: int, tokens: int) -> Figures:
 
 def cases(quick: bool) -> Iterator[Case]:
     tokens = 20 if quick else TOKENS
-    for loop in installed("asyncio", "uvloop"):
+    for loop in ("asyncio", "uvloop"):
         for at_once in (1, 10):
-            yield Case(
-                {name: partial(run, loop, cost, loop, name, at_once, tokens) for name in PEERS}
-            )
+            yield {name: partial(run, loop, cost, loop, name, at_once, tokens) for name in PEERS}

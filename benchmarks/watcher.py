@@ -6,7 +6,7 @@ ones, from 0.1 to 1.9 times that. They come one after the other, on one stream o
 streams at once; or a thousand kernels are enqueued and awaited up front.
 
 Polling at a fixed interval meets the ends of kernels of a fixed length soon or late by chance,
-so judge it by the irregular ones. CPU is of one core, with what launching takes, as in the floor.
+so judge it by the irregular ones. CPU is that of all threads, with what launching takes.
 On CUDA, lateness includes what it took to start the kernel. Without a GPU the device is the
 simulated one of the tests, which needs a C++ compiler, and whose threads count as CPU, too.
 """
@@ -151,6 +151,5 @@ def cases(quick: bool) -> Iterator[Case]:
         for irregular in (False, True)
         for pending in ((1,) if quick else (1, STREAMS))
     ]
-    many = [Waits(0.001, True, pending, MANY) for pending in (STREAMS, MANY)]
-    for waits in few + many[quick:]:
-        yield Case({name: partial(run, "asyncio", watcher, device, name, waits) for name in WAYS})
+    for waits in [*few, Waits(0.001, True, MANY, MANY)]:
+        yield {name: partial(run, "asyncio", watcher, device, name, waits) for name in WAYS}

@@ -153,6 +153,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="little of the benchmark")
     parser.add_argument("parts", nargs="*", help="the names of some parts (default: all)")
     options = parser.parse_args(arguments)
+    names = [part.name for part in parts(options.quick, RESULTS)]
+    if unknown := set(options.parts) - set(names):
+        parser.error(f"there is no part {unknown.pop()!r}, but {', '.join(names)}")
     if not torch.cuda.is_available():
         print("!!!! NOT TESTED ON A GPU: torch finds none here. No report is written.")
         return NO_GPU
