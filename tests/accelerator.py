@@ -13,7 +13,6 @@ from __future__ import annotations
 import importlib
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -57,6 +56,7 @@ def accelerator(accelerator_module: Any, request: pytest.FixtureRequest) -> Iter
     needs_two = request.node.get_closest_marker("several_devices") is not None
     if needs_two and accelerator_module.device_count() < 2:
         pytest.skip("this machine has one accelerator")
+    write_zeros(accelerator_module)
     for switch in os.environ.get("TORCHFUT_AIO_TEST_SWITCHES", "").split():
         getattr(accelerator_module, switch)()
     accelerator_module.reset_counters()
@@ -82,16 +82,25 @@ def _stream() -> torch.Stream:
     return stream
 
 
+# Whether a stream will soon write zeros, or is held up by a kernel that is not to end yet, nobody
+# can tell. So those that `being_filled` returns are written before a test begins.
+_zeros: dict[torch.device, list[torch.Tensor]] = {}
+_memory: list[Any] = []  # of theirs: not to be freed while a kernel may still write to it
+
+
+def write_zeros(accelerator: Any, count: int = 80) -> None:
+    """Writes tensors for `being_filled`, on each device, which is at rest."""
+    _memory.clear()
+    for index in range(min(2, accelerator.device_count())):
+        device = torch.device(DEVICE, index)
+        _zeros[device] = [torch.zeros(2, device=device) for _ in range(count)]
+        _memory.extend(tensor.untyped_storage() for tensor in _zeros[device])
+        torch.accelerator.current_stream(device).synchronize()
+
+
 def being_filled(accelerator: Any, device: str = FIRST, value: float = 7) -> torch.Tensor:
     """A tensor of zeros, and a kernel on the current stream that fills it once woken."""
-    stream = torch.accelerator.current_stream(device)
-    # If the stream is idle, the zeros are there when this returns. If not, it may be held up
-    # by another such kernel, and nobody can tell from here.
-    patience = PATIENCE if stream.query() else 0.02
-    tensor = torch.zeros(2, device=device)
-    give_up = time.monotonic() + patience
-    while not stream.query() and time.monotonic() < give_up:
-        pass
+    tensor = _zeros[torch.device(device)].pop()
     accelerator.fill_after(tensor, value, PATIENCE)
     return tensor
 

@@ -11,7 +11,7 @@ import torch
 from torchfut_aio import Future, PollPolicy, set_poll_policy, statistics, synchronize
 from torchfut_aio._devices import _readiness, _schedule, _stream_queue, _watcher
 
-from .accelerator import FIRST, being_filled
+from .accelerator import FIRST, being_filled, write_zeros
 from .explorer import strikes
 from .threads import PATIENCE
 
@@ -93,6 +93,7 @@ def test_whatever_strikes_the_watcher_the_others_resume_and_so_do_new_waits(
     idle = registered(loop)
     for strike in strikes(*WATCHER, every=EVERY, error=error, at=at):
         accelerator.reset()
+        write_zeros(accelerator, 1)
         tasks.clear()
         main = loop.create_task(wait())
         with strike:
