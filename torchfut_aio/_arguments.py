@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import math
 import numbers
-from collections.abc import Iterable
+from collections import UserString
+from collections.abc import Iterable, Iterator, Sequence, ValuesView
+from typing import Any
 
 import torch
 
@@ -83,3 +85,36 @@ def async_function_checked(func: object, by: str) -> None:
     if not inspect.iscoroutinefunction(func):
         what = function_name(func) if callable(func) else described(func)
         raise TypeError(f"{by} takes an async def function, not {what}")
+
+
+def listed(values: Any, what: str) -> list[Any]:
+    """Return a list of ``values``, one for each future or place in a stream.
+
+    Only what has one order and one meaning passes: a sequence that is not text, or a tensor or
+    array of at least one dimension. The type decides, as an object may define its ``__class__``.
+
+    Args:
+        values: What the user passed or returned.
+        what: What takes the values, for the error: "push_many() takes ...".
+
+    Raises:
+        TypeError: ``values`` is anything else, such as a mapping, a text, or an iterator.
+    """
+    kind: Any = type(values)
+    if issubclass(kind, torch.Tensor) or hasattr(kind, "__dlpack__"):
+        if values.ndim:
+            return [*values]
+        problem = f"{described(values)} of no dimensions"
+    elif issubclass(kind, tuple) and (hasattr(kind, "_fields") or hasattr(kind, "n_fields")):
+        # namedtuple, and what torch.max() and os.stat() return: the fields of one thing.
+        problem = f"{described(values)}, whose items are named: pass one of them, or a list"
+    elif issubclass(kind, Sequence) and not issubclass(kind, _TEXT):
+        return [*values]
+    elif issubclass(kind, (Iterator, ValuesView)):
+        problem = f"{described(values)}: make a list of it first"
+    else:
+        problem = described(values)
+    raise TypeError(f"{what} a list, a tuple, or a tensor with a row for each, not {problem}")
+
+
+_TEXT = (str, bytes, bytearray, memoryview, UserString)
