@@ -74,6 +74,7 @@ LAYERS = [
     "_cpython",
     "_annotations",
     "_repr",
+    "_process_local",
     "_arguments",
     "_errors",
     "_worker",

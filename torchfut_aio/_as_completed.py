@@ -74,7 +74,8 @@ class _Arrivals(_core.DoneCallback):
     def __init__(self, futures: Iterable[Future[Any]], timeout: float | None) -> None:
         self.timeout = timeout
         self.deadline = math.inf if timeout is None else time.monotonic() + timeout
-        self.pending = dict.fromkeys(futures)
+        # By identity, as a class may define `==`.
+        self.pending = {id(future): future for future in futures}
         self.left = self.pending.copy()  # those that have not been yielded
         self.arrived: deque[Future[Any]] = deque()
         self.waiters: dict[object, _loops.Waker] = {}
@@ -91,14 +92,16 @@ class _Arrivals(_core.DoneCallback):
 
     def run(self, future: Future[Any]) -> None:
         # Not with append(): an interrupt may strike after a call, and these go together.
+        key = id(future)
         self.arrived += (future,)
-        del self.pending[future]
+        del self.pending[key]
         self.wake()
 
     def fail(self, future: Future[Any], _error: BaseException) -> None:
-        if future in self.pending:
+        key = id(future)
+        if key in self.pending:
             self.arrived += (future,)
-            del self.pending[future]
+            del self.pending[key]
         self.wake()
 
     def wake(self) -> None:
@@ -125,7 +128,7 @@ class _Arrivals(_core.DoneCallback):
         self.wake()
 
     def withdraw(self) -> None:
-        for future in [*self.pending]:
+        for future in [*self.pending.values()]:
             _core.remove(future, self)
 
     def time_left(self) -> float | None:
@@ -188,7 +191,7 @@ class _AsCompleted(AsyncIterator[Future[T]], Iterator[Future[T]]):
 
     def __init__(self, futures: list[Future[T]], timeout: float | None) -> None:
         self._arrivals = _Arrivals(futures, timeout)
-        for future in [*self._arrivals.left]:
+        for future in [*self._arrivals.left.values()]:
             _core.add_callback(future, self._arrivals)
 
     def __iter__(self) -> _AsCompleted[T]:
@@ -207,7 +210,8 @@ class _AsCompleted(AsyncIterator[Future[T]], Iterator[Future[T]]):
                 continue
             try:
                 future = arrived[0]
-                del left[future]
+                key = id(future)
+                del left[key]
             except (KeyError, IndexError):  # another thread yields it
                 continue
             del arrived[0]
@@ -225,7 +229,8 @@ class _AsCompleted(AsyncIterator[Future[T]], Iterator[Future[T]]):
                 continue
             try:
                 future = arrived[0]
-                del left[future]
+                key = id(future)
+                del left[key]
             except (KeyError, IndexError):  # another task yields it
                 continue
             del arrived[0]

@@ -19,7 +19,8 @@ from ._arguments import timeout_checked
 from ._batch_worker import BatchWorker
 from ._errors import BatcherClosedError, QueueFullError
 from ._future import Future
-from ._tasks import Promise, run_contained
+from ._core import Promise
+from ._tasks import run_contained
 
 T = TypeVar("T")
 R = TypeVar("R")

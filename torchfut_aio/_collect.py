@@ -102,7 +102,7 @@ class Collector(_core.DoneCallback):
     ) -> None:
         self.result = result
         self.futures = futures
-        self.distinct = list(dict.fromkeys(futures))
+        self.distinct = distinct(futures)
         self.combined: Future[Any] = Future()
         # Popping from a list is one indivisible step: whoever finds it empty is the last.
         self.tickets = [None] * (len(self.distinct) - 1)
@@ -185,6 +185,11 @@ class Gatherer(Collector):
     def withdraw(self) -> None:
         for future in self.distinct:
             _core.remove(future, self)
+
+
+def distinct(futures: list[Future[Any]]) -> list[Future[Any]]:
+    """Return the futures without repetitions: by identity, as a class may define ``==``."""
+    return list({id(future): future for future in futures}.values())
 
 
 def not_done_within(timeout: float | None, pending: int) -> TimeoutError:

@@ -279,7 +279,8 @@ class Future(Settable[T]):
         """Runs ``callback(self)`` when the future completes; inline now, if it is done.
 
         Callbacks run in the thread that completes the future, in the order in which
-        they were added. If the future has devices, dedicated streams are current
+        they were added, each in a copy of the context (`contextvars`) in which it was
+        added. If the future has devices, dedicated streams are current
         while a callback runs, synchronised with the kernels that fill the value. What
         a callback raises is logged, to the logger ``torchfut_aio``, and touches neither
         the future nor other callbacks; KeyboardInterrupt and SystemExit go on to the
@@ -303,7 +304,7 @@ class Future(Settable[T]):
     def then(self, callback: Callable[[Future[T]], S]) -> Future[S]:
         """Returns a child future of what ``callback(self)`` returns.
 
-        The callback runs as one given to `add_done_callback` does, streams included.
+        The callback runs as one given to `add_done_callback` does, context and streams included.
         A child has the devices of this future, and its class too, unless that has a
         constructor of its own. Chains may have any length.
 

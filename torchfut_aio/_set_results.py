@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
+import torch
+
 from . import _core
+from ._arguments import listed
 from ._errors import NotAFutureError
 from ._future import Future
+from ._repr import described
 
 T = TypeVar("T")
 
 
 def set_results(
-    futures: Iterable[Future[T]], values: Iterable[T | BaseException]
+    futures: Iterable[Future[T]], values: Sequence[T | BaseException] | torch.Tensor
 ) -> list[Future[T]]:
     """Completes each of ``futures`` with the value in its place.
 
@@ -24,16 +28,19 @@ def set_results(
 
     Args:
         futures: Futures of this package. One that is named twice gets the first value.
-        values: As many values. One that is an exception is an error, as if given to
-            `Future.set_exception`. A tensor stands for its rows.
+        values: As many values, as a list, a tuple or another sequence that is no text. One that is
+            an exception is an error, as if given to `Future.set_exception`. A tensor or array is
+            treated as the sequence of its rows. These share its storage: ``.clone()`` a row that is
+            kept, or sent elsewhere, without the others.
 
     Returns:
         The list of the futures that were done already; nearly always empty.
 
     Raises:
+        TypeError: ``values`` is nothing of that kind, but a dict, a text or an iterator, say.
         ValueError: There are more values than futures, or fewer.
-        NotAFutureError: One of them is no future of this package. After either of these
-            two errors all futures are as they were.
+        NotAFutureError: One of them is no future of this package. After any of these
+            errors all futures are as they were.
 
     Example:
         >>> futures = [torchfut_aio.Future() for _ in range(3)]
@@ -42,7 +49,7 @@ def set_results(
         >>> futures
         [<Future done result='a'>, <Future done error=ValueError('b')>, <Future done result='c'>]
     """
-    all_futures, all_values = list(futures), list(values)
+    all_futures, all_values = list(futures), listed(values, "set_results() takes")
     if len(all_futures) != len(all_values):
         raise ValueError(
             f"set_results() takes as many values as futures, "
@@ -50,11 +57,12 @@ def set_results(
         )
     outcomes = []
     for future, value in zip(all_futures, all_values, strict=True):
-        if not isinstance(future, Future):
-            kind = type(future).__qualname__
-            raise NotAFutureError(f"set_results() completes torchfut_aio futures, not a {kind}")
+        # By the types: to ask for its class could run the code of a proxy, which may raise.
+        if not issubclass(type(future), Future):
+            what = described(future)
+            raise NotAFutureError(f"set_results() completes torchfut_aio futures, not {what}")
         devices = _core.devices_of(future)
-        if isinstance(value, BaseException):
+        if issubclass(type(value), BaseException):
             outcomes.append(_core.outcome_of_error(value, devices))
         else:
             outcomes.append(_core.outcome_of_value(value, devices))

@@ -8,7 +8,8 @@ with it, and fails the future.
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
+import contextvars
+import functools
 import inspect
 import sys
 import weakref
@@ -17,6 +18,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from . import _loops
+from ._core import Promise
 from ._errors import drop_catching_frame
 from ._future import Future
 from ._repr import described, function_name, short
@@ -120,7 +122,8 @@ def submit(
     """Runs ``func(*args)`` on a portal's loop, from another thread; else as `start_soon`.
 
     A thread without an event loop blocks until the portal's loop has made the task. One that
-    runs a loop does not: a thread beside it hands the call over, in order for each portal.
+    runs a loop does not: a thread beside it hands the call over, in order for each portal. Either
+    way, the function runs in a copy of the caller's context (`contextvars`).
 
     Args:
         portal: An ``anyio.from_thread.BlockingPortal``.
@@ -151,7 +154,7 @@ def submit(
     # The loop's own thread, too: a portal refuses that, as it would wait for itself.
     if _loops.loop_in_this_thread():
         hand_over = _hand_overs.get(portal) or _hand_overs.setdefault(portal, _HandOver())
-        hand_over.submit(promise, (portal, func, args))
+        hand_over.submit(promise, (contextvars.copy_context(), portal, func, args))
     else:
         portal.start_task_soon(_run, promise, func, args, name=promise.name)
     return future
@@ -172,9 +175,12 @@ class _HandOver(Worker):
             if not self.rest(_LINGER):
                 return
 
-    def _hand_over(self, promise: Promise, portal: Any, func: Any, args: Any) -> None:
+    def _hand_over(
+        self, promise: Promise, context: contextvars.Context, portal: Any, func: Any, args: Any
+    ) -> None:
+        start = functools.partial(portal.start_task_soon, _run, promise, func, args)
         try:
-            portal.start_task_soon(_run, promise, func, args, name=promise.name)
+            context.run(start, name=promise.name)
         except Exception as error:
             promise.fail(drop_catching_frame(error))
 
@@ -197,49 +203,6 @@ def task_name(func: Any, name: object = None) -> str:
     if name is not None:
         return name if isinstance(name, str) else short(name)
     return function_name(func)
-
-
-def _text(why: object) -> str:
-    return why if isinstance(why, str) else short(why)
-
-
-class Promise:
-    """The only reference from a task to the future of its result.
-
-    It lets go of the future when that is done: the traceback of an error leads to the promise, so
-    the future and its error would otherwise be a cycle.
-    """
-
-    __slots__ = ("_future", "name")
-
-    def __init__(self, future: Future[Any], name: str) -> None:
-        self.name = name
-        self._future: Future[Any] | None = future
-
-    def keep(self, result: object) -> None:
-        """Completes the future, unless it is done."""
-        if self._future is not None:
-            self._future.try_set_result(result)
-            self._future = None
-
-    def fail(self, error: BaseException) -> None:
-        """Fails the future, unless it is done."""
-        if self._future is not None:
-            self._future.try_set_exception(error)
-            self._future = None
-
-    def cancel(self, *why: object) -> None:
-        """Fails the future with CancelledError, unless it is done."""
-        text = ": ".join((f"{self.name} was cancelled", *map(_text, why)))
-        self.fail(concurrent.futures.CancelledError(text))
-
-    def end(self, _task: object = None) -> None:
-        """Fails the future if it is pending: its task has ended."""
-        future = getattr(self, "_future", None)  # unless it was interrupted before it was whole
-        if future is not None and not future.done():
-            self.cancel("before its first step, or because its event loop ended")
-
-    __del__ = end
 
 
 async def run_contained(

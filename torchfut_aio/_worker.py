@@ -19,7 +19,8 @@ What a `Worker` promises:
   `will_look` to False, then checks for work. A submitter adds work, then reads `will_look`.
 - **A fork leaves a worker that works** in the child, without the threads of the parent.
 - **At exit** the interpreter waits for threads that are no daemons; daemons are told to end and
-  waited for a moment, or left where they are.
+  waited for a moment, or left where they are. After that, when the last objects are finalized,
+  nothing waits for a thread: to submit raises RuntimeError, and to end a worker returns.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from sys import is_finalizing
 from typing import Any, ClassVar
 
 from ._repr import function_name
@@ -105,9 +107,10 @@ class WorkerThread(threading.Thread):
     def has_ended(self, give_up: float) -> bool:
         """Waits until ``give_up`` on the monotonic clock for the end; tells whether it came.
 
-        Whoever runs in this thread cannot wait, nor can a finaliser in the middle of its start.
+        Whoever runs in this thread cannot wait, nor can a finaliser in the middle of its start. Once
+        the interpreter is finalizing, the thread does not run any more.
         """
-        if _thread.get_ident() in (self.ident, self._launched_by):
+        if _thread.get_ident() in (self.ident, self._launched_by) or is_finalizing():
             return True
         while self.is_there or self.is_alive():
             if time.monotonic() > give_up:
@@ -173,8 +176,11 @@ class Worker(ABC):
         """Starts a thread, unless one is running that will look at the work again.
 
         Raises:
-            RuntimeError: No thread could be started.
+            RuntimeError: No thread could be started, or the interpreter is shutting down.
         """
+        if is_finalizing():
+            # Until Python 3.12, a thread can be started now; it never runs, like those that are left.
+            raise RuntimeError(f"the interpreter is shutting down: no thread for {self.name}")
         for thread in (self._server, self.newest):
             if thread is not None and thread.will_look:
                 return

@@ -7,10 +7,10 @@ from typing import Any
 
 from .. import _loops
 from .._arguments import devices_checked
+from .._core import Promise
 from .._errors import drop_catching_frame
 from .._future import Future
 from .._repr import described
-from .._tasks import Promise
 from .._worker import call_contained
 from ._registry import Devices, adopts
 

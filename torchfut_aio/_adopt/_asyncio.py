@@ -10,20 +10,15 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import weakref
-from collections.abc import Generator
-from threading import get_ident
-from typing import Any, TypeVar
+from typing import Any
 
 from .. import _loops
-from .._cpython import running_loop, thread_of
+from .._cpython import running_loop
 from .._future import Future
 from .._worker import call_contained
-from ._registry import Adoption, Devices, adopts, once
-
-T = TypeVar("T")
+from ._registry import AdoptedFuture, Adoption, Devices, adopts, once
 
 _SECONDS = 20 * 86400.0  # which any loop's timers can count
-_ENDED = "its event loop ended"
 
 
 @adopts("asyncio.Future", "asyncio.Task")
@@ -33,34 +28,12 @@ def _from_asyncio(source: asyncio.Future[Any], *, devices: Devices = None) -> Fu
     return _adopt_once(source, devices=devices)
 
 
-class FutureOfLoop(Future[T]):
-    """A future that a certain event loop has to complete."""
-
-    __slots__ = ("source_loop",)
-
-    def __init__(self, *, devices: Devices = None) -> None:
-        super().__init__(devices=devices)
-        # A future that is kept does not keep the loop, which may go without having been closed.
-        self.source_loop: weakref.ref[asyncio.AbstractEventLoop] | None = None
-
-    def __await__(self, ready: bool = True) -> Generator[Any, Any, T]:
-        self.check_that_it_can_complete()
-        return super().__await__(ready)
-
-    def check_that_it_can_complete(self) -> None:
-        """Raises RuntimeError if it is pending, and its loop cannot run while this thread waits."""
-        loop = None if self.source_loop is None else self.source_loop()
-        if loop is not None and not self.done():
-            _check_that_it_can_run(loop)
-
-
-def _adopt(source: asyncio.Future[Any], future: Future[Any]) -> None:
-    assert isinstance(future, FutureOfLoop)
-    adoption, loop = _Adoption(future, source), source.get_loop()
+@once
+def _adopt_once(source: asyncio.Future[Any], future: AdoptedFuture[Any]) -> None:
+    adoption, loop = _Adoption(source, future), source.get_loop()
     if source.done():
-        adoption(source)
+        adoption.adopt(source)
         return
-    future.source_loop = weakref.ref(loop)
     if running_loop() is loop:
         _follow(source, adoption)
         return
@@ -68,58 +41,62 @@ def _adopt(source: asyncio.Future[Any], future: Future[Any]) -> None:
         call = loop.call_soon_threadsafe(_follow, source, adoption)
         if loop.is_closed():  # perhaps within this, and then it may keep the call for ever
             call.cancel()
-            adoption.end(_ENDED)
+            adoption.end_with_loop()
     except RuntimeError as error:
+        if not loop.is_closed():
+            raise
         if not source.done():
             raise RuntimeError(
                 "the asyncio future is pending on a loop that has closed: it will never complete"
             ) from error
-        adoption(source)
+        adoption.adopt(source)
 
 
 class _Adoption(Adoption):
-    """Has what it adopts, to look at when the loop ends: that may not have told what was done.
+    """The promise of a future that adopted one of asyncio.
 
-    The two are a cycle while the source is pending.
+    It keeps the source while that is pending: a loop may end before it has delivered an outcome.
     """
 
-    __slots__ = ("_source",)
+    __slots__ = ("_kept",)
 
-    def __init__(self, future: Future[Any], source: asyncio.Future[Any]) -> None:
-        super().__init__(future)
-        self._source: asyncio.Future[Any] | None = source
+    def __init__(self, source: asyncio.Future[Any], future: AdoptedFuture[Any]) -> None:
+        super().__init__(source, future)
+        self._kept: asyncio.Future[Any] | None = source
 
-    def __call__(self, source: Any) -> None:
-        self._source = None
-        super().__call__(source)
+    def adopt(self, source: asyncio.Future[Any]) -> None:
+        self._kept = None
+        super().adopt(source)
 
-    def end(self, why: str) -> None:
-        source = getattr(self, "_source", None)
+    def check(self) -> None:
+        source = self._source()
+        if source is not None and not source.done():
+            _check_that_it_can_run(source.get_loop())
+
+    def cancel_at_end(self) -> None:
+        source = self._kept
         if source is not None and source.done():
-            self(source)
+            self.adopt(source)
         else:
-            self._source = None
-            super().end(why)
+            super().cancel_at_end()
+
+    def end_with_loop(self) -> None:
+        """Complete the future, as the loop makes no more calls."""
+        source, self._kept = self._kept, None
+        if source is not None and source.done():
+            self.adopt(source)
+        else:
+            self.fail_pending("its event loop ended")
 
 
-_adopt_once = once(_adopt, FutureOfLoop)
-
-
-def _follow(source: asyncio.Future[Any], adoption: Adoption) -> None:
-    """Has ``source`` complete the future; called on its loop."""
+def _follow(source: asyncio.Future[Any], adoption: _Adoption) -> None:
+    """Let ``source`` complete the future; called on its loop."""
     _LoopEnd.of(source.get_loop()).adoptions.add(adoption)
-    source.add_done_callback(adoption)
+    source.add_done_callback(adoption.callback())
 
 
 def _check_that_it_can_run(loop: asyncio.AbstractEventLoop) -> None:
-    running = running_loop()
-    if running is loop:
-        return
-    if loop.is_running():
-        stands_still = thread_of(loop) == get_ident()
-    else:
-        stands_still = not loop.is_closed() and _loops.loop_in_this_thread()
-    if stands_still:
+    if _loops.stands_still(loop):
         raise RuntimeError(
             "the asyncio future is attached to a different loop, which cannot complete it while "
             "this thread runs another: await it on its own loop, or run that in a thread of its own"
@@ -135,7 +112,7 @@ class _LoopEnd:
     __slots__ = ("__weakref__", "adoptions")
 
     def __init__(self) -> None:
-        self.adoptions: weakref.WeakSet[Adoption] = weakref.WeakSet()
+        self.adoptions: weakref.WeakSet[_Adoption] = weakref.WeakSet()
 
     @classmethod
     def of(cls, loop: asyncio.AbstractEventLoop) -> _LoopEnd:
@@ -155,7 +132,7 @@ class _LoopEnd:
     def reach(self) -> None:
         """Fails all that is pending."""
         for adoption in [*getattr(self, "adoptions", ())]:  # none if its maker was interrupted
-            call_contained(adoption.end, _ENDED)
+            call_contained(adoption.end_with_loop)
 
     __del__ = reach
 

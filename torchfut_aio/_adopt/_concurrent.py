@@ -6,19 +6,19 @@ import concurrent.futures
 from typing import Any
 
 from .._future import Future
-from ._registry import Adoption, Devices, adopts, as_future, once
+from ._registry import AdoptedFuture, Adoption, Devices, adopts, as_future, once
 
 
 @adopts("concurrent.futures.Future")
 @once
-def _from_concurrent(source: concurrent.futures.Future[Any], future: Future[Any]) -> None:
-    source.add_done_callback(Adoption(future))
+def _from_concurrent(source: concurrent.futures.Future[Any], future: AdoptedFuture[Any]) -> None:
+    source.add_done_callback(Adoption(source, future).callback())
 
 
 @adopts("grpc.Future")  # of a call that blocks no loop; those of grpc.aio are awaitables
 @once
-def _from_grpc(source: Any, future: Future[Any]) -> None:
-    source.add_done_callback(Adoption(future))
+def _from_grpc(source: Any, future: AdoptedFuture[Any]) -> None:
+    source.add_done_callback(Adoption(source, future).callback())
 
 
 @adopts("torch.distributed.checkpoint.state_dict_saver.AsyncSaveResponse")

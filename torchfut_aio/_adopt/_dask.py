@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from .._future import Future
-from ._registry import Adoption, adopts, once
+from ._registry import AdoptedFuture, Adoption, adopts, once
 
 
 @adopts("distributed.client.Future")
 @once
-def _from_dask(source: Any, future: Future[Any]) -> None:
+def _from_dask(source: Any, future: AdoptedFuture[Any]) -> None:
     # Only on its client's loop can one be awaited.
     waiting, loop = _wait_for(source), source.client.loop.asyncio_loop
     try:
@@ -19,7 +18,7 @@ def _from_dask(source: Any, future: Future[Any]) -> None:
     except BaseException:
         waiting.close()
         raise
-    task.add_done_callback(Adoption(future))
+    task.add_done_callback(Adoption(task, future).callback())
     if loop.is_closed():  # perhaps within this, and then nobody runs the task
         task.cancel()
 

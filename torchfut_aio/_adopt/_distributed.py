@@ -6,14 +6,13 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 
+from .._core import Promise
 from .._devices import finish_current_streams
 from .._errors import NotAFutureError
-from .._future import Future
 from .._rpc_errors import parse_fetched_error
-from ._registry import adopts, copy_outcome, once
-from ._threads import complete_in_thread
+from ._registry import AdoptedFuture, adopts, once
+from ._threads import settle_in_thread
 from ._torch import follow
 
 if TYPE_CHECKING:
@@ -22,11 +21,13 @@ if TYPE_CHECKING:
 
 @adopts("torch.distributed.Work")
 @once
-def _from_work(source: torch.distributed.Work, future: Future[Any]) -> None:
+def _from_work(source: torch.distributed.Work, future: AdoptedFuture[Any]) -> None:
     try:
         native = source.get_future()
+    except RecursionError:
+        raise
     except RuntimeError:  # some works of gloo have none
-        complete_in_thread(future, lambda future: copy_outcome(lambda: _wait_for(source), future))
+        settle_in_thread(Promise(future, "the adopted work"), functools.partial(_wait_for, source))
     else:
         follow(native, future)
 
@@ -36,10 +37,9 @@ def _wait_for(work: torch.distributed.Work) -> None:
     finish_current_streams()
 
 
-# By identity: to compare two of these waits for both.
 @adopts("torch.distributed._functional_collectives.AsyncCollectiveTensor")
-@functools.partial(once, made_of=WeakIdKeyDictionary())
-def _from_tensor(source: AsyncCollectiveTensor, future: Future[Any]) -> None:
+@once
+def _from_tensor(source: AsyncCollectiveTensor, future: AdoptedFuture[Any]) -> None:
     # torch has the work in a registry of C++'s, and takes it out to wait for it.
     if source.completed:
         future.set_result(source.elem)
@@ -50,12 +50,10 @@ def _from_tensor(source: AsyncCollectiveTensor, future: Future[Any]) -> None:
             "async_op=True) and the like return, or use PyTorch 2.13 or newer"
         )
     else:
-        complete_in_thread(future, lambda future: copy_outcome(source.trigger_wait, future))
+        settle_in_thread(Promise(future, "the adopted tensor"), source.trigger_wait)
 
 
 @adopts("torch.distributed.rpc.RRef", "torch.distributed.rpc.PyRRef")
 @once
-def _from_rref(source: Any, future: Future[Any]) -> None:
-    complete_in_thread(
-        future, lambda future: copy_outcome(source.to_here, future, parse_fetched_error)
-    )
+def _from_rref(source: Any, future: AdoptedFuture[Any]) -> None:
+    settle_in_thread(Promise(future, "the adopted RRef"), source.to_here, parse_fetched_error)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from .._future import Future
-from ._registry import adopts, copy_outcome, once
-from ._threads import complete_in_thread
+from .._core import Promise
+from ._registry import AdoptedFuture, adopts, once
+from ._threads import settle_in_thread
 
 
 @adopts("multiprocessing.pool.AsyncResult")
 @once
-def _from_pool(source: Any, future: Future[Any]) -> None:
+def _from_pool(source: Any, future: AdoptedFuture[Any]) -> None:
+    promise = Promise(future, "the adopted future")
     if source.ready():
-        copy_outcome(source.get, future)
+        promise.settle(source.get)
     else:
-        complete_in_thread(future, lambda future: copy_outcome(source.get, future))
+        settle_in_thread(promise, source.get)

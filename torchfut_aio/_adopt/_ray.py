@@ -7,10 +7,10 @@ from typing import Any
 
 from .._arguments import devices_checked
 from .._future import Future
-from ._registry import Adoption, Devices, adopts
+from ._registry import AdoptedFuture, Adoption, Devices, adopts
 
 # The futures of pending refs, by the ids of the objects: a ref has no weak references.
-_made: weakref.WeakValueDictionary[tuple[bytes, object], Future[Any]] = (
+_made: weakref.WeakValueDictionary[tuple[bytes, object], AdoptedFuture[Any]] = (
     weakref.WeakValueDictionary()
 )
 
@@ -20,7 +20,8 @@ def _from_ray(source: Any, *, devices: Devices = None) -> Future[Any]:
     key = source.binary(), () if devices is None else devices_checked(devices)
     future = _made.get(key)
     if future is None or future.done():
-        future = Future(devices=key[1])
-        source.future().add_done_callback(Adoption(future))
+        future = AdoptedFuture(devices=key[1])
+        concurrent = source.future()
+        concurrent.add_done_callback(Adoption(concurrent, future).callback())
         _made[key] = future
     return future

@@ -6,17 +6,22 @@ import asyncio
 import concurrent.futures
 import functools
 import sys
+import time
 import weakref
-from collections.abc import Callable, Iterable, MutableMapping
+from _thread import start_new_thread
+from collections.abc import Callable, Generator, Iterable, MutableMapping
 from typing import Any, TypeAlias, TypeVar, get_type_hints, overload
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import _core
 from .._arguments import devices_checked
-from .._errors import CancelledError, drop_catching_frame
+from .._devices import finish_devices
+from .._errors import CancelledError
 from .._future import Future
 from .._repr import described
+from .._worker import call_contained
 
 T = TypeVar("T")
 Devices: TypeAlias = Iterable[int | str | torch.device] | None
@@ -32,8 +37,8 @@ class _AsFuture:
     ``concurrent.futures`` is not asyncio's. Only what RPC delivers as a text becomes an
     `RpcError`, of the original's own type, too.
 
-    A future of asyncio or ``concurrent.futures`` that nobody can complete any more, because it was
-    garbage-collected or its event loop has closed, arrives as cancelled.
+    A source that nothing can complete any more, because it was garbage-collected or its event loop
+    has closed, arrives as cancelled.
 
     For a source that is still pending, it returns the same future each time, so that asking again
     after a timeout leaves nothing behind. For an event or a stream, it makes one each time, and
@@ -179,79 +184,152 @@ def _adapter_of(kind: type[Any]) -> _Adapter:
                 raise
 
 
-# The futures of sources that may still be pending, each made once. A source holds its future
-# through the callback that it was given, not the other way.
-_Made: TypeAlias = MutableMapping[Any, weakref.WeakValueDictionary[Any, Future[Any]]]
-_made: _Made = weakref.WeakKeyDictionary()
+# Those that were interrupted before their future was done, and their sources if known.
+_stopped: dict[Adoption, Any] = {}
+
+# Seconds for a source that is done to call its callbacks.
+_GRACE = 0.05
+
+# The futures of sources that may still be pending, each made once. By identity, as a source may
+# define `==`, or what it likes. A source holds its future through the callback that it was given,
+# not the other way.
+_made: MutableMapping[Any, dict[Any, weakref.ref[Future[Any]]]] = WeakIdKeyDictionary()
 
 
-def once(
-    adopt: Callable[[Any, Future[Any]], None],
-    kind: type[Future[Any]] = Future,
-    made_of: _Made = _made,
-) -> _Adapter:
-    """Makes an adapter of ``adopt(source, future)``, which it calls once for a pending source.
-
-    It makes futures of ``kind``, and notes them in ``made_of``.
-    """
+def once(adopt: Callable[[Any, AdoptedFuture[Any]], None]) -> _Adapter:
+    """Make an adapter of ``adopt(source, future)``, which it calls once for a pending source."""
 
     def adapter(source: Any, *, devices: Devices = None) -> Future[Any]:
         key = () if devices is None else devices_checked(devices)
-        made = made_of.setdefault(source, weakref.WeakValueDictionary())
-        future = made.get(key)
-        if future is None or _has_been_cancelled(future):
-            future = kind(devices=key)
+        made = _made.get(source)
+        if made is None:
+            made = _made.setdefault(source, {})
+        ref = made.get(key)
+        future: Any = None if ref is None else ref()
+        if future is None or _was_cancelled(future):
+            future = AdoptedFuture(devices=key)
             adopt(source, future)
-            made[key] = future
-        return future
+            made[key] = weakref.ref(future)
+        else:
+            future.check()
+        return future  # type: ignore[no-any-return]
 
     return adapter
 
 
-def _has_been_cancelled(future: Future[Any]) -> bool:
-    """Tells whether somebody who adopted the source before has cancelled the future."""
+def _was_cancelled(future: Future[Any]) -> bool:
+    """Return whether a caller that adopted the source before has cancelled the future."""
     outcome = _core.outcome_of(future)
     return outcome is not None and type(outcome.error) is CancelledError
 
 
-def copy_outcome(
-    read: Callable[[], Any],
-    future: Future[Any],
-    translate: Callable[[BaseException], BaseException] = lambda error: error,
-) -> None:
-    """Completes ``future``, unless it is done, with what ``read`` returns or raises."""
-    try:
-        value = read()
-    except BaseException as error:
-        future.try_set_exception(translate(drop_catching_frame(error)))
-    else:
-        future.try_set_result(value)
+class AdoptedFuture(Future[T]):
+    """A future that a source of another kind completes.
 
-
-class Adoption:
-    """The only reference from a source to the future that adopted it: a callback of the source.
-
-    A source that is collected while it is pending drops it, and it fails the future.
+    Before a wait for it begins, it asks whether the source can complete it at all.
     """
 
-    __slots__ = ("__weakref__", "_future")
+    __slots__ = ("adoption",)
 
-    def __init__(self, future: Future[Any]) -> None:
-        self._future: Future[Any] | None = future
+    def __init__(self, *, devices: Devices = None) -> None:
+        super().__init__(devices=devices)
+        # Weak, as the source holds the adoption: a source that is dropped fails the future.
+        self.adoption: weakref.ref[Adoption] | None = None
 
-    def __call__(self, source: Any) -> None:
-        """Completes the future as ``source``, which is done."""
-        if self._future is not None:
-            copy_outcome(source.result, self._future)
-        self._future = None  # the traceback of an error may lead here
+    def __await__(self, ready: bool = True) -> Generator[Any, Any, T]:
+        self.check()
+        return super().__await__(ready)
 
-    def end(self, why: str) -> None:
-        """Fails the future with CancelledError if it is pending."""
-        future = getattr(self, "_future", None)  # unless it was interrupted before it was whole
-        if future is not None and not future.done():
-            error = concurrent.futures.CancelledError(f"the adopted future was pending when {why}")
-            future.try_set_exception(error)
-        self._future = None
+    def wait(self, timeout: float | None = None) -> T:
+        self.check()
+        return super().wait(timeout)
 
-    def __del__(self) -> None:
-        self.end("it was garbage-collected: nobody can complete it any more")
+    def check(self) -> None:
+        """Raise or complete the future if it is pending and its source cannot complete it."""
+        if self.adoption is not None and not self.done():
+            adoption = self.adoption()
+            if adoption is not None:
+                adoption.check()
+
+
+class Adoption(_core.Promise):
+    """The promise of a future that adopted a source; `callback` is for the source to call."""
+
+    __slots__ = ("_source",)
+
+    def __init__(self, source: Any, future: AdoptedFuture[Any]) -> None:
+        super().__init__(future, "the adopted future")
+        # Weak, as the source refers to its callbacks, and C++ hides such a cycle from the collector.
+        self._source = weakref.ref(source)
+        future.adoption = weakref.ref(self)
+
+    def callback(self) -> Callable[[Any], object]:
+        """Return what completes the future when it is called with the source, which is done."""
+        generator = _until_done(self)
+        next(generator)
+        return generator.send
+
+    def adopt(self, source: Any) -> None:
+        """Complete the future as ``source``, which is done."""
+        try:
+            error = source.exception()  # not result(), which would add frames to the traceback
+        except RecursionError:
+            raise
+        except (Exception, asyncio.CancelledError) as cancelled:
+            error = cancelled.with_traceback(None)
+        if error is None:
+            self.keep(source.result())
+        else:
+            try:
+                self.fail(error)
+            finally:
+                del error
+
+    def recover(self, source: Any, error: BaseException) -> None:
+        """Complete the future after ``error`` has stopped `adopt`; in a thread of its own."""
+        _stopped.pop(self, None)
+        source = self._source() if source is None else source
+        if source is None:
+            self.fail(error)
+        elif self.is_pending():
+            finish_devices()  # on which streams the value is filled is not known here
+            self.adopt(source)
+
+    def check(self) -> None:
+        """Recover if the source is done and had no frame left to call the callback."""
+        source = self._source()
+        if source is not None and source.done():
+            start_new_thread(call_contained, (self._recover_later, source))
+
+    def _recover_later(self, source: Any) -> None:
+        # Nearly always the source is about to call the callback, in another thread.
+        time.sleep(_GRACE)
+        self.recover(source, RuntimeError("the source is done"))
+
+    def cancel_at_end(self) -> None:
+        """Complete the future when the source is garbage-collected."""
+        self.fail_pending("it was garbage-collected: nobody can complete it any more")
+
+    def fail_pending(self, why: str) -> None:
+        """Fail the future, as its source will never complete it."""
+        text = f"the adopted future was pending when {why}"
+        self.fail(concurrent.futures.CancelledError(text))
+
+
+def _until_done(adoption: Adoption) -> Generator[None, Any, None]:
+    # It is suspended within the `try` before the source is done. The source calls ``send``, which
+    # is C: so no interrupt can come between the call and the handler.
+    source = None
+    try:
+        source = yield
+        adoption.adopt(source)
+    except GeneratorExit:  # the source was dropped
+        return
+    except BaseException as error:
+        # On a full stack, no call is possible, but this is none: the next use of the future recovers.
+        _stopped[adoption] = source
+        start_new_thread(call_contained, (adoption.recover, source, error))
+        raise
+    finally:
+        del source, adoption  # a source may keep its callbacks
+    yield

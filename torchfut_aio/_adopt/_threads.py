@@ -1,21 +1,25 @@
-"""Sources that tell only a thread that blocks: one thread for each."""
+"""Sources that notify only a thread that blocks: one thread for each."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from .._future import Future
+from .._core import Promise
 from .._worker import Worker, WorkerThread, call_contained
 
 
-def complete_in_thread(future: Future[Any], complete: Callable[[Future[Any]], None]) -> None:
-    """Calls ``complete(future)``, which blocks, in a thread of its own.
+def settle_in_thread(
+    promise: Promise,
+    read: Callable[[], Any],
+    translate: Callable[[BaseException], BaseException] = lambda error: error,
+) -> None:
+    """Call ``promise.settle(read, translate)``, which blocks, in a thread of its own.
 
     Raises:
         RuntimeError: No thread could be started.
     """
-    _OneWait().submit(future, complete)
+    _OneWait().submit(promise, (read, translate))
 
 
 class _OneWait(Worker):
@@ -29,7 +33,7 @@ class _OneWait(Worker):
         super().__init__("torchfut_aio wait")
 
     def serve(self, _thread: WorkerThread) -> None:
-        for future in self.take():
-            complete = self.work.pop(future, None)
-            if complete is not None:
-                call_contained(complete, future)
+        for promise in self.take():
+            how = self.work.pop(promise, None)
+            if how is not None:
+                call_contained(promise.settle, *how)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -10,50 +11,65 @@ import torch
 from .._devices import finish_devices, has_streams_for_callbacks
 from .._future import Future
 from .._rpc_errors import error_in, parse_remote_error
-from ._asyncio import FutureOfLoop
-from ._registry import Devices, adopts, copy_outcome, once
-from ._threads import complete_in_thread
+from ._registry import AdoptedFuture, Adoption, Devices, adopts, once
+from ._threads import settle_in_thread
 
 T = TypeVar("T")
+Translate = Callable[[BaseException], BaseException]
 
 
 @adopts("torchfut_aio.Future", kind=Future)
 def _from_ours(source: Future[T], *, devices: Devices = None) -> Future[T]:
-    if isinstance(source, FutureOfLoop):
-        source.check_that_it_can_complete()
+    if issubclass(type(source), AdoptedFuture):
+        source.check()  # type: ignore[attr-defined]
     return source if devices is None else _from_torch(source, devices=devices)
 
 
 @adopts("torch.futures.Future", kind=torch._C.Future)
 @once
-def _from_torch(source: torch._C.Future[Any], future: Future[Any]) -> None:
+def _from_torch(source: torch._C.Future[Any], future: AdoptedFuture[Any]) -> None:
     follow(source, future, parse_remote_error)
 
 
 def follow(
     source: torch._C.Future[Any],
-    future: Future[Any],
-    translate: Callable[[BaseException], BaseException] = lambda error: error,
+    future: AdoptedFuture[Any],
+    translate: Translate = lambda error: error,
 ) -> None:
-    """Has ``future`` completed as ``source`` is, once that is done."""
-
-    def complete_with(read: Callable[[torch._C.Future[Any]], Any]) -> Callable[[object], None]:
-        return lambda _: copy_outcome(lambda: read(source), future, translate)
-
-    if not (source.done() or isinstance(source, Future) or has_streams_for_callbacks()):
+    """Complete ``future`` as ``source``, once that is done."""
+    adoption = _Adoption(source, future, translate)
+    if not (source.done() or issubclass(type(source), Future) or has_streams_for_callbacks()):
         # If it has devices, no callback could run, and the first would end the ``set_result`` of
-        # whoever completes it.
-        complete_in_thread(future, complete_with(_finished))
+        # the thread that completes it.
+        settle_in_thread(adoption, partial(_finished, source), translate)
         return
     try:
-        source.add_done_callback(complete_with(read))
+        source.add_done_callback(adoption.callback())
+    except RecursionError:
+        raise
     except RuntimeError:  # it is done, and there are no streams to run the callback on
-        complete_with(_waited)(source)
+        adoption.settle(partial(_waited, source), translate)
+
+
+class _Adoption(Adoption):
+    """The promise of a future that adopted one of torch."""
+
+    __slots__ = ("_translate",)
+
+    def __init__(self, source: Any, future: AdoptedFuture[Any], translate: Translate) -> None:
+        super().__init__(source, future)
+        self._translate = translate
+
+    def adopt(self, source: Any) -> None:
+        try:
+            self.settle(partial(read, source), self._translate)
+        finally:
+            del source  # the error's traceback leads here, and torch's future holds the error
 
 
 def _finished(source: torch._C.Future[Any]) -> Any:
     source.wait()
-    # If it has no devices, nobody knows on which streams its kernels are.
+    # If it has no devices, the streams on which its kernels run are unknown.
     finish_devices()
     return read(source)
 
@@ -64,12 +80,15 @@ def _waited(source: torch._C.Future[Any]) -> Any:
 
 
 def read(source: torch._C.Future[Any]) -> Any:
-    """Returns the value of a future that is done, or raises its error.
+    """Return the value of a future that is done, or raise its error.
 
     Also the error of a failed future of ours that C++ has copied, as a value, to ``source``.
     """
-    value = source.value()
-    error = error_in(value)
-    if error is not None:
-        raise error
-    return value
+    try:
+        value = source.value()
+        error = error_in(value)
+        if error is not None:
+            raise error
+        return value
+    finally:
+        del source

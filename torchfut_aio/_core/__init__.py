@@ -2,8 +2,9 @@
 
 ``_outcome.py`` is what a future completes with. ``_completion.py`` is the state machine: who
 follows a pending future, and the one way in which it completes. ``_callbacks.py`` runs callbacks
-to a bounded depth, ``_then.py`` fills the child of ``then``, and ``_torch_future.py`` is the only
-file that touches the C++ future underneath.
+to a bounded depth, ``_then.py`` fills the child of ``then``, ``_promise.py`` is what completes a
+future from a task, a thread or another library, and ``_torch_future.py`` is the only file that
+touches the C++ future underneath.
 """
 
 from collections.abc import Callable
@@ -35,6 +36,7 @@ from ._completion import (
     waiters_of,
 )
 from ._outcome import Outcome, outcome_of_error, outcome_of_value
+from ._promise import Promise
 from ._then import ThenCallback
 from ._torch_future import init_in_torch, install_stand_in
 
@@ -44,6 +46,7 @@ __all__ = [
     "DoneCallback",
     "FunctionCallback",
     "Outcome",
+    "Promise",
     "ThenCallback",
     "add_callback",
     "add_waiter",

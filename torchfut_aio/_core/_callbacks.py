@@ -20,6 +20,7 @@ import threading
 from _thread import start_new_thread
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextvars import copy_context
 from functools import partial
 from typing import Any, Final
 
@@ -64,19 +65,24 @@ class DoneCallback:
 
 
 class FunctionCallback(DoneCallback):
-    """A function that was given to ``add_done_callback``."""
+    """A function that was given to ``add_done_callback``, and the context of that call.
 
-    __slots__ = ("run",)
+    It runs in the context, whichever thread completes the future, as with asyncio.
+    """
+
+    __slots__ = ("_function", "run")
 
     def __init__(self, function: Callable[[Any], object]) -> None:
-        self.run = function
+        self._function = function
+        # All C: the function's frame is the first of Python's.
+        self.run: Any = partial(copy_context().run, function)  # type: ignore[call-arg]
 
     @property
     def name(self) -> str:
-        return function_name(self.run)
+        return function_name(self._function)
 
     def is_for(self, function: object) -> bool:
-        return self.run == function
+        return self._function == function
 
     def fail(self, future: Any, error: BaseException) -> None:
         """Does nothing: no future of this package depends on the function."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import copy_context
+from functools import partial
 from typing import Any
 
 from .._errors import InvalidStateError, callback_error, drop_catching_frame
@@ -18,21 +20,22 @@ from ._completion import (
 
 
 class ThenCallback(DoneCallback):
-    """Completes a child with what a function returns or raises."""
+    """Completes a child with what a function returns or raises, in the context of ``then()``."""
 
-    __slots__ = ("child", "function")
+    __slots__ = ("_function", "_run", "child")
 
     def __init__(self, function: Callable[[Any], object], child: Completable[Any]) -> None:
-        self.function = function
+        self._function = function
+        self._run: Any = partial(copy_context().run, function)  # type: ignore[call-arg]
         self.child: Any = child
 
     @property
     def name(self) -> str:
-        return function_name(self.function)
+        return function_name(self._function)
 
     def run(self, future: Completable[Any]) -> None:
         try:
-            result = self.function(future)
+            result = self._run(future)
         except BaseException as error:
             outcome = outcome_of(future)
             if outcome is not None and error is outcome.error:

@@ -33,6 +33,7 @@ __all__ = [
     "current",
     "current_asyncio",
     "loop_in_this_thread",
+    "stands_still",
 ]
 
 # In the order in which they are asked: a module of the kind's library, what that has once it is
@@ -44,6 +45,7 @@ _KINDS = (
 )
 
 current_asyncio = _asyncio.current
+stands_still = _asyncio.stands_still
 
 _files: tuple[Any, ...] = (_asyncio,)
 _not_imported = tuple(library for library, _, _ in _KINDS if library != "asyncio")

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable
@@ -68,6 +69,10 @@ class AsyncioLoop(Loop):
             self.queue.append(waiter)
             if self.wake_up is None:
                 self.ask_for_wake_up()
+
+    def stands_still(self) -> bool:
+        event_loop = self.event_loop()
+        return event_loop is not None and get_ident() == self.thread and stands_still(event_loop)
 
     def task_name(self, waiter: asyncio.Future[None]) -> str | None:
         task = _cpython.waiting_task(waiter)
@@ -171,6 +176,20 @@ class AsyncioLoop(Loop):
         if event_loop is None:
             raise RuntimeError("the event loop has gone")
         return event_loop
+
+
+def stands_still(event_loop: asyncio.AbstractEventLoop) -> bool:
+    """Return whether ``event_loop`` cannot run because this thread runs another."""
+    running = running_loop()
+    if running is event_loop:
+        return False
+    if event_loop.is_running():
+        return _cpython.thread_of(event_loop) == get_ident()
+    return not event_loop.is_closed() and (running is not None or _in_trio_task())
+
+
+def _in_trio_task() -> bool:
+    return bool(getattr(sys.modules.get("trio.lowlevel"), "in_trio_task", bool)())
 
 
 def _will_look_before_it_sleeps(event_loop: asyncio.AbstractEventLoop) -> bool:

@@ -28,6 +28,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator, Iterable
 from contextlib import suppress
+from sys import is_finalizing
 from typing import Any, ClassVar, Final, NamedTuple, Protocol
 
 from .._cpython import callers_of
@@ -88,7 +89,13 @@ class ThreadWaiter:
         self._lock.acquire()
 
     def block(self, timeout: float | None) -> None:
-        """Blocks until it is woken, or for ``timeout`` seconds, or as long as Python can wait."""
+        """Blocks until it is woken, or for ``timeout`` seconds, or as long as Python can wait.
+
+        Raises:
+            RuntimeError: The interpreter is finalizing: no other thread runs that could wake it.
+        """
+        if is_finalizing():
+            raise RuntimeError("the interpreter is shutting down: no thread is left to wait for")
         limit = threading.TIMEOUT_MAX  # centuries
         self._lock.acquire(timeout=-1 if timeout is None else min(timeout, limit))
 
@@ -222,6 +229,10 @@ class Loop(ABC):
         self.queue.extend(waiters)
         if self.wake_up is None:
             self.ask_for_wake_up()
+
+    @abstractmethod
+    def stands_still(self) -> bool:
+        """Return whether the loop cannot run because its thread, which calls, runs another."""
 
     def who(self, waiter: Any, /) -> Who:
         """As `Waker.who`."""

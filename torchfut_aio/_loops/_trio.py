@@ -77,6 +77,13 @@ class TrioLoop(Loop):
         else:
             self.post(waiter)
 
+    def stands_still(self) -> bool:
+        return (
+            trio.lowlevel.in_trio_task()
+            and trio.lowlevel.current_trio_token() is self._token
+            and _in_asyncio_within_trio()
+        )
+
     def task_name(self, waiter: _Waiter) -> str | None:
         task = waiter.task
         return None if task is None else task.name

@@ -16,7 +16,8 @@ from typing import Any
 
 import anyio
 
-from .._tasks import Promise, run_contained
+from .._core import Promise
+from .._tasks import run_contained
 from .._worker import Worker, WorkerThread, call_contained
 
 _NAME = "torchfut_aio background loop"

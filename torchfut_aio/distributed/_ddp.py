@@ -16,7 +16,8 @@ from .._arguments import async_function_checked
 from .._devices import devices_in_use
 from .._future import Future
 from .._repr import described
-from .._tasks import Promise, task_name
+from .._core import Promise
+from .._tasks import task_name
 from . import _background_loop
 
 _Hook = Callable[[Any, GradBucket], Coroutine[Any, Any, torch.Tensor]]

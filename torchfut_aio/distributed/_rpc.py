@@ -22,7 +22,8 @@ from .._errors import warn_that_wait_blocks_a_loop
 from .._future import Future
 from .._repr import described
 from .._rpc_errors import this_worker
-from .._tasks import Promise, run_contained, task_name
+from .._core import Promise
+from .._tasks import run_contained, task_name
 from .._worker import call_contained
 from . import _background_loop
 

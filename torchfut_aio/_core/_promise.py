@@ -1,0 +1,103 @@
+"""The only reference from what will complete a future to that future.
+
+A task, a thread or a future of another library holds a `Promise`, and the promise holds the future
+until that is done. Three guarantees follow:
+
+1. A future does not wait for what has gone. If its promise is garbage-collected, the future fails
+   with a CancelledError.
+2. A future that has failed is freed with its error. The traceback of the error leads through frames
+   to the promise, and the promise has let go of the future by then.
+3. A promise that is kept is kept, as a callback that runs has run (``_callbacks.py``). If an
+   interrupt or a full stack stops it halfway, a new thread completes the future, and the exception
+   is raised.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+from _thread import start_new_thread
+from collections.abc import Callable
+from typing import Any
+
+from .._devices import finish_devices
+from .._errors import drop_catching_frame
+from .._repr import short
+from .._worker import call_contained
+from ._completion import (
+    Completable,
+    outcome_of,
+    try_complete_with_error,
+    try_complete_with_value,
+)
+
+
+class Promise:
+    """Completes one future, once, unless others have; ``name`` is what its errors call it."""
+
+    __slots__ = ("__weakref__", "_future", "name")
+
+    def __init__(self, future: Completable[Any], name: str) -> None:
+        self.name = name
+        self._future: Completable[Any] | None = future
+
+    def keep(self, result: object) -> None:
+        """Complete the future with a value."""
+        if self._future is not None:
+            try:
+                try_complete_with_value(self._future, result)
+            except BaseException:
+                start_new_thread(call_contained, (_complete_later, self._future, result))
+                raise
+            self._future = None
+
+    def fail(self, error: BaseException) -> None:
+        """Complete the future with an error."""
+        if self._future is not None:
+            try:
+                try_complete_with_error(self._future, error)
+            except BaseException:
+                start_new_thread(call_contained, (try_complete_with_error, self._future, error))
+                raise
+            self._future = None
+
+    def settle(
+        self,
+        read: Callable[[], object],
+        translate: Callable[[BaseException], BaseException] = lambda error: error,
+    ) -> None:
+        """Complete the future with what ``read()`` returns, or with what that raises."""
+        try:
+            value = read()
+        except BaseException as error:
+            # `read` leads to the source, which may hold the error, whose frames lead here.
+            del read
+            self.fail(translate(drop_catching_frame(error)))
+        else:
+            self.keep(value)
+
+    def is_pending(self) -> bool:
+        """Return whether the future is not done yet."""
+        return self._future is not None and outcome_of(self._future) is None
+
+    def cancel(self, *why: object) -> None:
+        """Complete the future with a CancelledError that says why."""
+        reasons = [each if isinstance(each, str) else short(each) for each in why]
+        text = ": ".join((f"{self.name} was cancelled", *reasons))
+        self.fail(concurrent.futures.CancelledError(text))
+
+    def end(self, _task: object = None) -> None:
+        """Fail the future if it is pending: what was to complete it has ended."""
+        future = getattr(self, "_future", None)  # unless it was interrupted before it was whole
+        if future is not None and outcome_of(future) is None:
+            self.cancel_at_end()
+
+    __del__ = end
+
+    def cancel_at_end(self) -> None:
+        """Complete the future when `end` finds it pending."""
+        self.cancel("before its first step, or because its event loop ended")
+
+
+def _complete_later(future: Completable[Any], value: object) -> None:
+    finish_devices()  # the streams that fill the value are current in another thread
+    try_complete_with_value(future, value)
