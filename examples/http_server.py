@@ -26,6 +26,7 @@ How many connections one client may have is up to the proxy in front.
 """
 
 import asyncio
+import dataclasses
 import json
 import logging
 import os
@@ -335,7 +336,7 @@ class Service:
     async def statistics(self, _request: Request) -> Response:
         """Tells what the batcher has done, and how many texts are being written."""
         texts = len(self._writer.texts)
-        return JSONResponse({**self._batcher.statistics()._asdict(), "texts": texts})
+        return JSONResponse({**dataclasses.asdict(self._batcher.statistics()), "texts": texts})
 
 
 class Protocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import builtins
+import concurrent.futures
+import contextvars
+import copy
 import functools
 import gc
 import math
+import pickle
 import subprocess
 import sys
 import threading
 import time
 import weakref
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
+from unittest.mock import Mock
 
 import anyio
 import anyio.lowlevel
@@ -34,6 +40,7 @@ from torchfut_aio import (
 from . import explorer
 from .accelerator import being_filled
 from .loops import on_asyncio, on_every_loop
+from .meanings import LISTS, NOT_LISTS
 from .threads import PATIENCE, PATIENCE_WITH_PROCESSES, alongside, running, until
 from .waiting import Reader, eventually, polled
 
@@ -51,6 +58,12 @@ async def double_soon(items):
 
 def batcher_of(function=double, *, max_batch=8, max_wait=0.0, max_queue=100):
     return Batcher(function, max_batch=max_batch, max_wait=max_wait, max_queue=max_queue, name=NAME)
+
+
+def settled(futures):
+    """The futures, once all of them are done."""
+    until(lambda: all(fut.done() for fut in futures))
+    return futures
 
 
 def threads():
@@ -154,12 +167,14 @@ def test_what_comes_while_a_batch_runs_is_the_next_batch(gated):
     batcher, first = running_batcher(gated)
     with batcher:
         others = [batcher.submit(n) for n in range(1, 6)]
-        assert batcher.statistics()[:2] == (5, 1)
+        assert (batcher.statistics().queued, batcher.statistics().running) == (5, 1)
         gated.may_return.set()
         assert gather([first, *others]).wait(PATIENCE) == [0, 2, 4, 6, 8, 10]
     assert gated.batches == [[0], [1, 2, 3, 4, 5]]
-    assert batcher.statistics()[:4] == (0, 0, 2, 6)
-    assert batcher.statistics().ran > 0
+    statistics = batcher.statistics()
+    assert (statistics.queued, statistics.running) == (0, 0)
+    assert (statistics.batches, statistics.items, statistics.mean_batch_size) == (2, 6, 3)
+    assert statistics.ran > 0
 
 
 def test_the_thread_ends_when_it_has_had_nothing_to_do_and_another_begins(monkeypatch):
@@ -277,15 +292,117 @@ def test_an_exception_among_the_results_is_the_error_of_that_item():
     [
         ([1], ValueError, "returned 1 results for 2 items"),
         ([1, 2, 3], ValueError, "returned 3 results for 2 items"),
-        (None, TypeError, "must return a list, not NoneType"),
-        (5, TypeError, "must return a list, not int"),
     ],
 )
-def test_other_results_than_one_an_item_fail_the_batch(result, error, text):
+def test_other_numbers_of_results_fail_the_batch(result, error, text):
     with batcher_of(lambda items: result, max_batch=2, max_wait=math.inf) as batcher:
         for fut in [batcher.submit(n) for n in range(2)]:
             with pytest.raises(error, match=text):
                 fut.wait(PATIENCE)
+
+
+@pytest.mark.parametrize(("values", "name"), NOT_LISTS)
+@pytest.mark.parametrize("items", [1, 2, 3])
+def test_a_result_of_two_meanings_fails_the_batch(values, name, items):
+    with batcher_of(lambda items: values, max_batch=items, max_wait=math.inf) as batcher:
+        for fut in [batcher.submit(n) for n in range(items)]:
+            with pytest.raises(TypeError, match=f"must return a list, not an? {name}"):
+                fut.wait(PATIENCE)
+
+
+@pytest.mark.parametrize("values", LISTS)
+def test_sequences_and_arrays_are_results(values):
+    with batcher_of(lambda items: values, max_batch=2, max_wait=math.inf) as batcher:
+        assert [int(fut.wait(PATIENCE)) for fut in [batcher.submit(n) for n in range(2)]] == [1, 2]
+
+
+def test_a_row_of_a_tensor_holds_nothing_of_other_items():
+    with batcher_of(lambda items: torch.stack(items), max_batch=4, max_wait=math.inf) as batcher:
+        futures = [batcher.submit(torch.full((10,), float(n))) for n in range(4)]
+        for n, fut in enumerate(futures):
+            row = fut.wait(PATIENCE)
+            assert torch.tensor([]).set_(row.untyped_storage()).unique().tolist() == [n]
+
+
+class Proxy:
+    """A value that says that it is an error, as a mock of one does, or a proxy of a framework."""
+
+    @property
+    def __class__(self):
+        return ValueError
+
+
+def test_a_value_that_claims_to_be_an_error_is_a_value():
+    proxies = [Proxy(), Mock(spec=ValueError)]
+    with batcher_of(lambda items: proxies, max_batch=2, max_wait=math.inf) as batcher:
+        futures = [batcher.submit(n) for n in range(2)]
+        assert [fut.wait(PATIENCE) for fut in futures] == proxies
+
+
+class NeedsTwo(Exception):
+    def __init__(self, one, two):
+        super().__init__(one)
+
+
+class Changes(Exception):
+    def __init__(self, text):
+        super().__init__(f"[{text}]")
+
+
+def noted(error):
+    error.__cause__ = KeyError("why")
+    error.__notes__ = ["first"]
+    return error
+
+
+def fails_with(error):
+    def function(items):
+        raise error
+
+    return function
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        noted(ValueError("foo", 5)),
+        noted(OSError(2, "foo", "path")),
+        KeyboardInterrupt(),
+        getattr(builtins, "ExceptionGroup", Exception)("both", [ValueError(1), KeyError(2)]),
+        torch.OutOfMemoryError("foo"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_items_of_a_failed_batch_get_an_error_each(error):
+    with batcher_of(fails_with(error), max_batch=3, max_wait=math.inf) as batcher:
+        errors = [fut.exception() for fut in settled([batcher.submit(n) for n in range(3)])]
+    assert len({id(each) for each in errors}) == 3
+    for each in errors:
+        assert type(each) is type(error)
+        assert each.args == error.args
+        assert str(each) == str(error)
+        assert each.__cause__ is error.__cause__
+        assert each.__traceback__ is not None
+        each.__notes__ = [*getattr(each, "__notes__", []), "mine"]
+        assert each.__notes__.count("mine") == 1
+
+
+@pytest.mark.parametrize(
+    "error", [NeedsTwo(1, 2), Changes("foo")], ids=lambda error: type(error).__name__
+)
+def test_items_share_an_error_that_cannot_be_copied(error):
+    with batcher_of(fails_with(error), max_batch=3, max_wait=math.inf) as batcher:
+        futures = settled([batcher.submit(n) for n in range(3)])
+        assert all(fut.exception() is error for fut in futures)
+
+
+def test_items_that_are_not_drained_get_an_error_each(gated):
+    batcher, first = running_batcher(gated)
+    queued = [batcher.submit(n) for n in range(3)]
+    gated.may_return.set()
+    batcher.close(drain=False)
+    assert first.wait(PATIENCE) == 0
+    assert len({id(fut.exception()) for fut in queued}) == 3
 
 
 def test_callbacks_that_raise_take_nothing_from_other_items(gated, caplog):
@@ -619,13 +736,240 @@ def test_what_is_pending_when_the_loop_ends_fails_and_no_task_is_left(backend, c
             fut.wait(PATIENCE)
     with pytest.raises((BaseException, RuntimeError), match=r"cancelled|ended|closed"):
         batcher.submit(3).wait(PATIENCE)
-    batcher._home = None  # it is closed, and close() need not fear for it
     batcher.close()
     gc.collect()  # asyncio logs a task that is collected before its end
     assert not caplog.records
 
 
+@pytest.fixture
+def two_loops():
+    """Two event loops of this thread, of which one runs at a time."""
+    loops = [asyncio.new_event_loop() for _ in range(2)]
+    yield [loop.run_until_complete for loop in loops]
+    for loop in loops:
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.close()
+
+
+async def submitted(batcher, item):
+    return await batcher.submit(item)
+
+
+async def awaited(fut):
+    return await fut
+
+
+def test_another_loop_of_the_thread_cannot_use_an_async_batcher(two_loops):
+    home, other = two_loops
+    batcher = batcher_of(double_soon)
+    home(batcher.__aenter__())
+    assert home(submitted(batcher, 1)) == 2
+    with pytest.raises(RuntimeError, match="while this thread runs another loop"):
+        other(submitted(batcher, 2))
+    assert batcher.statistics().queued == 0
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:  # elsewhere it may be submitted
+        pending = pool.submit(batcher.submit, 3).result(PATIENCE)
+    for wait in (lambda: other(awaited(pending)), lambda: other(in_gather(pending))):
+        with pytest.raises(RuntimeError, match="while this thread runs another loop"):
+            wait()
+    with pytest.raises(RuntimeError, match="while this thread runs another loop"):
+        other(batcher.aclose())
+    assert home(awaited(pending)) == 6
+    assert home(submitted(batcher, 4)) == 8
+    home(batcher.aclose())
+
+
+async def in_gather(fut):
+    return await gather([fut])
+
+
+def test_close_refuses_to_wait_for_a_loop_of_its_thread(two_loops):
+    home, _ = two_loops
+    batcher = batcher_of(double_soon)
+    home(batcher.__aenter__())
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        pending = pool.submit(batcher.submit, 3).result(PATIENCE)
+    with pytest.raises(RuntimeError, match="await aclose"):
+        batcher.close()
+    assert home(awaited(pending)) == 6
+    batcher.close()
+
+
+@on_every_loop
+@pytest.mark.parametrize("drain", [True, False])
+@pytest.mark.parametrize("options", [{}, {"timeout": PATIENCE}])
+async def test_an_async_function_may_close_its_batcher(drain, options):
+    async def in_child():
+        await batcher.aclose(drain, **options)
+
+    async def closes(items):
+        await batcher.aclose(drain, **options)
+        batcher.close(drain)
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(in_child)
+        return items
+
+    batcher = batcher_of(closes)
+    async with batcher:
+        with anyio.fail_after(PATIENCE):
+            assert await batcher.submit(1) == 1
+    assert batcher.statistics().running == 0
+
+
+@on_asyncio
+async def test_a_task_that_outlives_its_batch_waits_for_the_end():
+    tasks, may_end = [], anyio.Event()
+
+    async def function(items):
+        if items == ["first"]:
+            tasks.append(asyncio.create_task(batcher.aclose()))
+        else:
+            await may_end.wait()
+        return items
+
+    async with batcher_of(function, max_batch=1) as batcher:
+        first, second = batcher.submit("first"), batcher.submit("second")
+        await first
+        await eventually(lambda: batcher.statistics().running == 1)
+        tasks.append(asyncio.create_task(batcher.aclose()))
+        await asyncio.sleep(0)
+        assert not tasks[1].done()
+        may_end.set()
+        assert await second == "second"
+        await asyncio.gather(*tasks)
+
+
+def test_a_function_may_close_its_batcher_by_a_loop_of_its_own():
+    def closes(items):
+        asyncio.run(batcher.aclose())
+        return items
+
+    batcher = batcher_of(closes)
+    assert batcher.submit(1).wait(PATIENCE) == 1
+    until(lambda: not threads())
+
+
+@on_asyncio
+async def test_cancelling_all_tasks_is_the_error_of_later_items(caplog):
+    batcher = batcher_of(double_soon)
+    await batcher.__aenter__()
+    assert await batcher.submit(1) == 2
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.wait(others)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="the program has cancelled all tasks"):
+            await batcher.submit(2)
+    async with batcher:  # entering it again mends it
+        assert await batcher.submit(3) == 6
+
+
+def test_a_batcher_may_be_entered_again_by_the_next_loop(two_loops):
+    batcher = batcher_of(double_soon)
+    asyncio.run(batcher.__aenter__())
+    for run in two_loops[:1]:
+        run(batcher.__aenter__())
+        assert run(submitted(batcher, 2)) == 4
+        run(batcher.aclose())
+
+
+@torch.inference_mode()
+async def hidden(items):
+    return items
+
+
+class Hidden:
+    def __init__(self, function):
+        functools.update_wrapper(self, function)
+        self.function = function
+
+    def __call__(self, items):
+        return self.function(items)
+
+
+@pytest.mark.parametrize("function", [hidden, Hidden(double_soon)], ids=["torch", "object"])
+def test_a_decorator_that_hides_an_async_function_is_named(function):
+    with pytest.raises(TypeError, match=r"beneath a decorator .*inference_mode"):
+        batcher_of(function)
+
+
+def test_a_coroutine_that_is_returned_fails_the_batch():
+    with batcher_of(lambda items: double_soon(items)) as batcher:
+        with pytest.raises(TypeError, match="beneath a decorator"):
+            batcher.submit(1).wait(PATIENCE)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of finalisers
+def test_an_interrupted_entry_can_be_repeated():
+    async def main():
+        for strike in explorer.strikes(_batcher, _loops):
+            batcher = batcher_of(double_soon)
+            entry = batcher.__aenter__()
+            with strike:
+                await entry
+            if strike.raised:
+                await batcher.__aenter__()
+            async with AsyncExitStack() as stack:
+                stack.push_async_exit(batcher)
+                assert await batcher.submit(1) == 2, strike
+
+    asyncio.run(main())
+
+
 # ------------------------------------------------------------------- threads and processes
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_batcher_leaves_neither_its_process_nor_its_owner(copied):
+    with batcher_of() as batcher:
+        with pytest.raises(TypeError, match="Batcher cannot be pickled or copied"):
+            copied(batcher)
+        assert batcher.submit(1).wait(PATIENCE) == 2
+
+
+def test_a_batch_has_no_context_of_a_caller():
+    variable = contextvars.ContextVar("variable", default="none")
+    variable.set("a caller's")
+    with batcher_of(lambda items: [variable.get() for _ in items]) as batcher:
+        assert batcher.submit(1).wait(PATIENCE) == "none"
+
+
+async def closed(batcher, how, timeout):  # noqa: ASYNC109
+    closing = getattr(batcher, how)(timeout=timeout)
+    if closing is not None:
+        await closing
+
+
+@pytest.mark.parametrize("close", ["close", "aclose"])
+@pytest.mark.parametrize(("timeout", "error"), [(math.nan, ValueError), ("1", TypeError)])
+def test_a_timeout_that_makes_no_sense_does_not_close(close, timeout, error):
+    with batcher_of() as batcher:
+        with pytest.raises(error, match="timeout must be a number"):
+            asyncio.run(closed(batcher, close, timeout))
+        assert batcher.submit(1).wait(PATIENCE) == 2
+
+
+def test_a_batch_costs_the_same_however_long_the_queue(gated, monkeypatch):
+    calls = []
+
+    def counted(future, done=Future.done):
+        if threading.current_thread().name == NAME:
+            calls.append(None)
+        return done(future)
+
+    monkeypatch.setattr(Future, "done", counted)
+    costs = []
+    for items in (100, 1000):
+        gated.may_return.clear()
+        batcher = batcher_of(gated, max_queue=items)
+        futures = [batcher.submit(n) for n in range(items)]
+        calls.clear()
+        gated.may_return.set()
+        batcher.close()
+        assert [fut.value() for fut in futures] == double(range(items))
+        costs.append(len(calls) / items)
+    assert costs[1] <= 1.5 * costs[0]
 
 
 def test_a_thread_that_cannot_start_is_the_error_of_submit(monkeypatch):

@@ -85,6 +85,7 @@ LAYERS = [
     "_settable",
     "_to_stdlib",
     "_future",
+    "_dependent",
     "_set_results",
     "_tasks",
     "_batch_worker",

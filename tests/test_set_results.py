@@ -63,7 +63,7 @@ async def test_tasks_of_the_loop_that_completes_them_get_their_values():
         for fut in futures:
             tg.start_soon(wait, fut)
         await anyio.wait_all_tasks_blocked()
-        set_results(futures, "abc")
+        set_results(futures, ["a", "b", "c"])
     assert sorted(got) == ["a", "b", "c"]
 
 

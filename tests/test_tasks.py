@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import concurrent.futures
+import contextvars
 import functools
 import gc
 import inspect
@@ -620,7 +620,9 @@ def test_a_call_that_is_found_twice_is_handed_over_once():
     hand_over.new = TakenEarly()
     hand_over.new.worker = hand_over
     with start_blocking_portal() as portal:
-        hand_over.submit(_tasks.Promise(fut, "double"), (contextvars.copy_context(), portal, double, (21,)))
+        hand_over.submit(
+            _tasks.Promise(fut, "double"), (contextvars.copy_context(), portal, double, (21,))
+        )
         assert fut.wait(PATIENCE) == 42
         until(lambda: not hand_over.threads())
 

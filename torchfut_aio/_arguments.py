@@ -7,11 +7,13 @@ import math
 import numbers
 from collections import UserString
 from collections.abc import Iterable, Iterator, Sequence, ValuesView
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 from ._repr import described, function_name, short
+
+Devices: TypeAlias = Iterable[int | str | torch.device] | None
 
 
 def callback_checked(callback: object) -> None:
@@ -82,16 +84,39 @@ def async_function_checked(func: object, by: str) -> None:
             "is an async generator, which yields many: return a list of them, or give out one "
             "with each call"
         )
+    async_checked(func)
     if not inspect.iscoroutinefunction(func):
         what = function_name(func) if callable(func) else described(func)
         raise TypeError(f"{by} takes an async def function, not {what}")
 
 
+def async_checked(func: Any) -> None:
+    """Raise TypeError if ``func`` is an async function that a plain decorator hides."""
+    call: Any = func
+    while not inspect.iscoroutinefunction(call):
+        call = getattr(call, "__wrapped__", None)
+        if call is None or call is func:
+            return
+    if call is not func:
+        raise TypeError(hides_async(func))
+
+
+def hides_async(func: object) -> str:
+    """Return what to say of an async function that returns its coroutine to a plain decorator."""
+    return (
+        f"{function_name(func)} is an async function beneath a decorator that is not, such as "
+        "@torch.inference_mode(), which covers only the making of its coroutine: remove the "
+        "decorator, and put a `with` block into the function, which task_local_state() keeps apart "
+        "from other tasks"
+    )
+
+
 def listed(values: Any, what: str) -> list[Any]:
     """Return a list of ``values``, one for each future or place in a stream.
 
-    Only what has one order and one meaning passes: a sequence that is not text, or a tensor or
-    array of at least one dimension. The type decides, as an object may define its ``__class__``.
+    Only what has one order and one meaning passes: a list, a tuple, another sequence that is not
+    text, or a tensor or array of at least one dimension, for its rows. The type decides, as an
+    object may define its ``__class__``.
 
     Args:
         values: What the user passed or returned.
@@ -114,7 +139,7 @@ def listed(values: Any, what: str) -> list[Any]:
         problem = f"{described(values)}: make a list of it first"
     else:
         problem = described(values)
-    raise TypeError(f"{what} a list, a tuple, or a tensor with a row for each, not {problem}")
+    raise TypeError(f"{what} a list, not {problem}")
 
 
 _TEXT = (str, bytes, bytearray, memoryview, UserString)

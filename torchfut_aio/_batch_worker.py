@@ -1,7 +1,8 @@
 """The thread of a batcher: it takes what is queued in batches, and completes the futures.
 
 The queue is the worker's ``work``: each future, with its item and when that was submitted. The
-batch that runs is in ``batch``. These rules keep every future from being lost:
+thread has the same futures in a line, in order, so that a batch costs what is in it, however long
+the queue. The batch that runs is in ``batch``. These rules keep every future from being lost:
 
 1. A future stays in ``work`` or ``batch`` until it is done, or whoever submitted it was told that
    it was not. It is put into ``batch`` before it is taken out of ``work``.
@@ -16,13 +17,19 @@ batch that runs is in ``batch``. These rules keep every future from being lost:
 
 from __future__ import annotations
 
+import inspect
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
-from typing import Any
+from contextvars import ContextVar
+from typing import Any, Protocol
 
-from ._errors import BatcherClosedError, drop_catching_frame
+import torch
+
+from ._arguments import hides_async, listed
+from ._errors import BatcherClosedError, drop_catching_frame, one_for_each
 from ._future import Future
 from ._set_results import set_results
 from ._worker import Worker, WorkerThread
@@ -31,10 +38,22 @@ _LINGER = 10.0  # seconds for which a thread waits for more; to start one takes 
 _LOOK = 0.1  # seconds after which a thread that waits looks whether the interpreter exits
 
 
+# Where an async function runs, and what that calls: the batch that it was called for.
+in_batch: ContextVar[object] = ContextVar("torchfut_aio batch", default=None)
+
+
+class Home(Protocol):
+    """Where the batches of an async function run."""
+
+    def run(self, function: Callable[[list[Any]], Any], items: list[Any], batch: object) -> Any:
+        """Return what the function does, to the thread of the batcher."""
+
+
 class BatchWorker(Worker):
     """Runs ``function`` on lists of items, which returns their results in order.
 
     Attributes:
+        home: Where the function runs, if it is async; None before a loop has entered the batcher.
         batch: The futures and items that are run now.
         closing: Whether the thread is to end when nothing is queued.
         ended: Done when the function will run no more.
@@ -48,6 +67,7 @@ class BatchWorker(Worker):
     ) -> None:
         super().__init__(name)
         self.function = function
+        self.home: Home | None = None
         self.max_batch = max_batch
         self.max_wait = max_wait
         self.batch: list[tuple[Future[Any], Any]] = []
@@ -57,18 +77,25 @@ class BatchWorker(Worker):
         self.waited = self.ran = 0.0
         self._rings_at: float = 1  # so many in the queue
         self._may_purge_at = 0.0
+        self._line: deque[Future[Any]] = deque()  # of the thread that serves
 
     # ------------------------------------------------------------ for those who submit and close
 
     def make_room(self, max_queue: int) -> bool:
-        """Drops what has been given up; tells whether fewer than ``max_queue`` wait then."""
+        """Drop what has been given up; return whether fewer than ``max_queue`` wait then."""
         start = time.monotonic()
         if start < self._may_purge_at:
             return False
-        waiting = self._waiting(max_queue)
+        for future in [*self.work]:
+            self._drop_if_done(future)
         now = time.monotonic()
         self._may_purge_at = now + 20 * (now - start)  # it takes at most 5% of the time
-        return len(waiting) < max_queue
+        return len(self.work) < max_queue
+
+    def is_inside(self) -> bool:
+        """Return whether the function calls, or a callback of a future that it completes."""
+        running = bool(self.batch) and in_batch.get() == self._id_of_batch()
+        return running or threading.current_thread() in self.threads()
 
     def fail_queued(self, error: BaseException) -> None:
         """Fails all that is queued."""
@@ -82,6 +109,8 @@ class BatchWorker(Worker):
         self.closing = True
         try:
             self.ensure_thread()
+        except RecursionError:
+            raise
         except RuntimeError as error:  # no thread can be started, so none is running
             self.abandon(error)
         self.ring()
@@ -107,9 +136,11 @@ class BatchWorker(Worker):
 
     def after_fork(self) -> None:
         self.batch = []
+        self.home = None  # the loop is the parent's
         super().after_fork()
 
     def serve(self, _thread: WorkerThread) -> None:
+        self._line.clear()  # of the thread before; all that is queued is new to this one
         if self.batch:
             text = "the thread that ran the batch was interrupted before this future was done"
             self._fail_batch(RuntimeError(text))
@@ -127,7 +158,7 @@ class BatchWorker(Worker):
             # Both first: what is submitted before is seen below, and who submits later rings.
             is_last = self.closing or not threading.main_thread().is_alive()
             self._rings_at = 1
-            futures = self._waiting(self.max_batch)
+            futures = self._first_in_line()
             now = time.monotonic()
             if futures:
                 self._rings_at = self.max_batch
@@ -142,19 +173,27 @@ class BatchWorker(Worker):
             self.rest(min(left, _LOOK))
         return []
 
-    def _waiting(self, at_most: int) -> list[Future[Any]]:
-        """Returns those that have waited longest; drops what was given up before them."""
-        waiting: list[Future[Any]] = []
-        self.new.clear()  # all is in ``work``
-        for future in [*self.work]:
-            if future.done():
-                self.skipped += future in self.work  # first, for whoever sees that it has gone
-                self.work.pop(future, None)
-            else:
-                waiting.append(future)
-                if len(waiting) == at_most:
-                    break
-        return waiting
+    def _first_in_line(self) -> list[Future[Any]]:
+        """Return the futures of the next batch as it is now; drop those that were given up."""
+        line = self._line
+        first: list[Future[Any]] = []
+        line.extend(self.take())
+        while line and len(first) < self.max_batch:
+            future = line.popleft()
+            # One that was withdrawn is not in the queue. A new thread may find one twice, and take
+            # it once.
+            if not self._drop_if_done(future) and future in self.work:
+                first.append(future)
+        line.extendleft(reversed(first))
+        return first
+
+    def _drop_if_done(self, future: Future[Any]) -> bool:
+        done = future.done()
+        if done:
+            # First, for a caller that sees that it has gone.
+            self.skipped += future in self.work
+            self.work.pop(future, None)
+        return done
 
     def _take_batch(self) -> bool:
         """Waits for a batch; returns False if the thread is to end."""
@@ -172,14 +211,13 @@ class BatchWorker(Worker):
 
     def _run_batch(self) -> None:
         futures = [future for future, _ in self.batch]
-        items = [item for _, item in self.batch]
-        if not items:
+        if not futures:
             return
         start = time.monotonic()
         try:
-            results = _results_of(self.function, items)
+            results = self._results([item for _, item in self.batch])
         except BaseException as error:
-            results = [drop_catching_frame(error)] * len(futures)
+            results = one_for_each(drop_catching_frame(error), len(futures))
         self.batches += 1
         self.items += len(futures)
         self.ran += time.monotonic() - start
@@ -188,23 +226,30 @@ class BatchWorker(Worker):
         except BaseException as error:  # there was no memory, or a callback raised it
             self._fail_batch(drop_catching_frame(error))
         self.batch = []
+        # The frames of an error lead here, so that it would never be freed without the collector.
+        del futures, results
 
+    def _results(self, items: list[Any]) -> list[Any]:
+        count = len(items)
+        if self.home is None:
+            returned = self.function(items)
+        else:
+            returned = self.home.run(self.function, items, self._id_of_batch())
+        if inspect.iscoroutine(returned):
+            returned.close()
+            raise TypeError(hides_async(self.function))
+        results = listed(returned, "the function of a batcher must return")
+        if len(results) != count:
+            raise ValueError(f"the function returned {len(results)} results for {count} items")
+        if issubclass(type(returned), torch.Tensor):
+            # A row is for one client: to send it would send the storage, with those of all others.
+            results = [row.clone() for row in results]
+        return results
 
-def _results_of(function: Callable[[list[Any]], Any], items: list[Any]) -> list[Any]:
-    count = len(items)
-    returned = function(items)
-    try:
-        results = [*returned]
-    except TypeError:
-        if hasattr(type(returned), "__iter__"):
-            raise
-        kind = type(returned).__qualname__
-        raise TypeError(f"the function of a batcher must return a list, not {kind}") from None
-    if len(results) != count:
-        raise ValueError(f"the function returned {len(results)} results for {count} items")
-    return results
+    def _id_of_batch(self) -> object:
+        return id(self), self.batches
 
 
 def _fail(futures: list[Future[Any]], error: BaseException) -> None:
-    """Fails those of the futures that are not done."""
-    set_results(futures, [error] * len(futures))
+    """Fail those of the futures that are not done."""
+    set_results(futures, one_for_each(error, len(futures)))

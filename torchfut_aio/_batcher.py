@@ -6,20 +6,21 @@ task for each batch, and waits for it.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable
-from contextlib import suppress
-from typing import Any, Generic, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 from . import _loops
-from ._arguments import timeout_checked
-from ._batch_worker import BatchWorker
+from ._arguments import async_checked, timeout_checked
+from ._batch_worker import BatchWorker, in_batch
+from ._core import Promise
+from ._dependent import DependentFuture
 from ._errors import BatcherClosedError, QueueFullError
 from ._future import Future
-from ._core import Promise
+from ._process_local import ProcessLocal
 from ._tasks import run_contained
 
 T = TypeVar("T")
@@ -28,7 +29,8 @@ R = TypeVar("R")
 _LOOK = 0.1  # seconds after which the thread looks whether the loop can still run a task
 
 
-class BatcherStatistics(NamedTuple):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatcherStatistics:
     """What a `Batcher` has done so far.
 
     Attributes:
@@ -40,6 +42,15 @@ class BatcherStatistics(NamedTuple):
         skipped: How many were given up before they were run.
         waited: For how many seconds the items that were run had waited, in all.
         ran: For how many seconds the function has run.
+        mean_batch_size: How many items a batch had on average; 0.0 before the first.
+
+    Example:
+        >>> import dataclasses, json
+        >>> with torchfut_aio.Batcher(list, max_batch=8, max_wait=0, max_queue=8) as batcher:
+        ...     _ = batcher.submit(5).wait()
+        ...     text = json.dumps(dataclasses.asdict(batcher.statistics()))
+        >>> json.loads(text)["items"]
+        1
     """
 
     queued: int
@@ -50,14 +61,10 @@ class BatcherStatistics(NamedTuple):
     skipped: int
     waited: float
     ran: float
-
-    @property
-    def mean_batch_size(self) -> float:
-        """How many items a batch had on average; 0.0 before the first."""
-        return self.items / self.batches if self.batches else 0.0
+    mean_batch_size: float
 
 
-class Batcher(Generic[T, R]):
+class Batcher(ProcessLocal, Generic[T, R]):
     """Runs a function on many items at once, and makes a future of each item's result.
 
     A batch begins when ``max_batch`` items are there, or when the first of them has waited for
@@ -66,17 +73,23 @@ class Batcher(Generic[T, R]):
     starts when there is something.
 
     An async function runs as a task of the loop that has entered the batcher, ``async with``.
+    Either way it has no context (`contextvars`) of any caller, as a batch has many.
 
-    Every future completes. If the function raises, all items of the batch fail with its error. If
-    a result is an exception, that item fails with it. An item whose future is done before its
-    batch begins is skipped: to give one up, cancel its future. Leaving ``with`` or
-    ``async with`` closes the batcher, and drains it if no error is under way. So does dropping
-    it, or the exit of the interpreter, which waits for the thread. A process that forks keeps all
-    this for itself: the child begins with nothing queued.
+    Every future completes. If the function raises, all items of the batch fail with its error:
+    each with an exception of its own, where ``copy.copy`` makes one of the same type and ``args``,
+    or else with the same. If a result is an exception, that item fails with it. An item whose
+    future is done before its batch begins is skipped: to give one up, cancel its future. Leaving
+    ``with`` or ``async with`` closes the batcher, and drains it if no error is under way. So does
+    dropping it, or the exit of the interpreter, which waits for the thread. A process that forks
+    keeps all this for itself: the child begins with nothing queued, and enters the batcher anew if
+    the function is async.
 
     Args:
-        function: Called with a list of items; returns as many results, in that order, as a list
-            or as a tensor of that many rows. Kernels may still fill the results, on the streams
+        function: Called with a list of items; returns as many results, in that order, as a list,
+            a tuple, another sequence that is no text, or a tensor or array of that many rows.
+            Anything else, a dict say, fails the batch with a TypeError. Of a tensor each item gets
+            a ``.clone()`` of its row, as the rows share its storage: to hand out the rows
+            themselves, return ``list(tensor)``. Kernels may still fill the results, on the streams
             that are current when it returns. If it works on a stream of its own, it has the
             current one wait for that.
         max_batch: The most items in a batch.
@@ -117,6 +130,7 @@ class Batcher(Generic[T, R]):
             raise TypeError(
                 f"a batcher takes a function of a list of items, not {type(function).__qualname__}"
             )
+        async_checked(function)
         for argument, value, least in (
             ("max_batch", max_batch, 1),
             ("max_queue", max_queue, max_batch),
@@ -132,7 +146,8 @@ class Batcher(Generic[T, R]):
         self._max_queue = max_queue
         self._worker = BatchWorker(function, max_batch, wait, name)
         self._needs_loop = _is_async(function)
-        self._home: _Home | None = None
+
+    cure = "create it in the process that submits; a child that is forked begins with none queued"
 
     # ------------------------------------------------------------------------------ items
 
@@ -142,35 +157,51 @@ class Batcher(Generic[T, R]):
         Raises:
             QueueFullError: ``max_queue`` items wait.
             BatcherClosedError: The batcher is closed, or is being closed.
-            RuntimeError: The function is async and no loop has entered the batcher, or no thread
-                could be started.
+            RuntimeError: The function is async, and no loop of this process has entered the
+                batcher, or that loop cannot run because this thread runs another; or no thread
+                could be started, as when the interpreter is shutting down.
         """
         worker = self._worker
         if worker.closing:
             raise BatcherClosedError("the batcher is closed and takes no more items")
-        if self._needs_loop and self._home is None:
-            raise RuntimeError("the function is async: enter the batcher first, by async with")
+        future: Future[R] = self._future_of_loop() if self._needs_loop else Future()
         if len(worker.work) >= self._max_queue and not worker.make_room(self._max_queue):
             worker.rejected += 1
             raise QueueFullError(f"the queue is full: {self._max_queue} items wait")
-        future: Future[R] = Future()
         worker.submit(future, (item, time.monotonic()))
         if worker.ended.done():  # it may have ended meanwhile: rule 3 of `_batch_worker.py`
             worker.fail_queued(BatcherClosedError("the batcher is closed"))
         return future
 
+    def _future_of_loop(self) -> DependentFuture[R]:
+        home = self._home
+        if home is None:
+            raise RuntimeError(
+                "the function is async: enter the batcher first, by `async with`; a process that "
+                "was forked has to enter it again"
+            )
+        home.check()
+        future: DependentFuture[R] = DependentFuture()
+        future.depend_on(home)
+        return future
+
+    @property
+    def _home(self) -> _Home | None:
+        return self._worker.home  # type: ignore[return-value]
+
     def statistics(self) -> BatcherStatistics:
         """Returns what the batcher has done so far, from any thread."""
         worker = self._worker
         return BatcherStatistics(
-            len(worker.work),
-            len(worker.batch),
-            worker.batches,
-            worker.items,
-            worker.rejected,
-            worker.skipped,
-            worker.waited,
-            worker.ran,
+            queued=len(worker.work),
+            running=len(worker.batch),
+            batches=worker.batches,
+            items=worker.items,
+            rejected=worker.rejected,
+            skipped=worker.skipped,
+            waited=worker.waited,
+            ran=worker.ran,
+            mean_batch_size=worker.items / worker.batches if worker.batches else 0.0,
         )
 
     # ---------------------------------------------------------------------------- closing
@@ -188,20 +219,26 @@ class Batcher(Generic[T, R]):
 
         Raises:
             TimeoutError: The function still runs. The interpreter will wait for it to return.
-            RuntimeError: The function is async, and needs the loop that runs in this thread.
+            TypeError, ValueError: ``timeout`` is not a number, or is NaN; the batcher stays open.
+            RuntimeError: The function is async, and needs the event loop of this thread.
 
         Warns:
             BlockingWaitWarning: This thread runs an event loop: ``await aclose()`` there.
         """
-        if self._home is not None and _loops.loop_in_this_thread():
-            raise RuntimeError("close() would wait for this thread's event loop: await aclose()")
-        ended = self._begin_to_close(drain)
-        if threading.current_thread() in self._worker.threads():
+        seconds = None if timeout is None else timeout_checked(timeout)
+        if self._worker.is_inside():
+            self._begin_to_close(drain)
             return
+        if self._home is not None and self._home.needs_caller(self._has_work()):
+            raise RuntimeError(
+                "close() would wait for this thread's event loop, which entered the batcher: await "
+                "aclose() on it"
+            )
+        ended = self._begin_to_close(drain)
         try:
-            ended.wait(timeout)
+            ended.wait(seconds)
         except TimeoutError:
-            raise self._abandon(timeout) from None
+            raise self._abandon(seconds) from None
 
     async def aclose(self, drain: bool = True, *, timeout: float | None = None) -> None:
         """Does what `close` does, and waits without blocking the loop.
@@ -213,18 +250,30 @@ class Batcher(Generic[T, R]):
 
         Raises:
             TimeoutError: The function still runs. The interpreter will wait for it to return.
+            TypeError, ValueError: ``timeout`` is not a number, or is NaN; the batcher stays open.
+            RuntimeError: The function is async, and its loop cannot run what is left, because this
+                thread runs another; the batcher stays open.
         """
+        seconds = None if timeout is None else timeout_checked(timeout)
+        if self._worker.is_inside():
+            self._begin_to_close(drain)
+            return
+        if self._home is not None and self._has_work():
+            self._home.check()
         ended = self._begin_to_close(drain)
-        if timeout is None:
+        if seconds is None:
             await ended
             return
-        import anyio  # whoever never sets a timeout does not need it
+        import anyio  # a program that never sets a timeout does not need it
 
         try:
-            with anyio.fail_after(timeout_checked(timeout)):
+            with anyio.fail_after(seconds):
                 await ended
         except TimeoutError:
-            raise self._abandon(timeout) from None
+            raise self._abandon(seconds) from None
+
+    def _has_work(self) -> bool:
+        return bool(self._worker.work or self._worker.batch)
 
     def _begin_to_close(self, drain: bool) -> Future[None]:
         worker = self._worker
@@ -235,10 +284,9 @@ class Batcher(Generic[T, R]):
             worker.begin_to_close()
         return worker.ended
 
-    def _abandon(self, timeout: float | None) -> TimeoutError:
+    def _abandon(self, seconds: float | None) -> TimeoutError:
         text = "the batcher was closed, and its function did not return in time"
         self._worker.abandon(BatcherClosedError(text))
-        seconds = timeout_checked(timeout or 0.0)
         return TimeoutError(
             f"the function of the batcher did not return within {seconds:g} s; what was pending "
             "has failed"
@@ -254,13 +302,10 @@ class Batcher(Generic[T, R]):
 
     async def __aenter__(self) -> Batcher[T, R]:
         if self._needs_loop:
-            if self._home is not None:
+            if self._home is not None and self._home.runs():
                 raise RuntimeError("a loop has entered the batcher already")
-            worker = self._worker
-            self._home = _Home(worker.ended)
-            worker.function = functools.partial(
-                _run_on_loop, self._home, worker.function, worker.name
-            )
+            # Last of all: what is interrupted before can be repeated.
+            self._worker.home = _Home(self._worker.ended, self._worker.name)
         return self
 
     async def __aexit__(self, kind: object, *_: object) -> None:
@@ -285,7 +330,8 @@ class _Home:
     task that it is given then; so one task waits to be cancelled.
     """
 
-    def __init__(self, batcher_ended: Future[None]) -> None:
+    def __init__(self, batcher_ended: Future[None], name: str) -> None:
+        self._name = name
         self._loop = _loops.current()
         self._thread = threading.current_thread()
         self._has_ended = False
@@ -301,43 +347,77 @@ class _Home:
         self._has_ended = True
 
     def runs(self) -> bool:
-        """Tells whether the loop still runs, from any thread."""
-        # A loop that closes may keep a call, and not make it; one that has stopped may stay open.
-        return not self._has_ended and self._thread.is_alive() and self._loop.call_soon(_nothing)
+        """Return whether the loop still runs tasks, from any thread."""
+        return not self._has_ended and self._is_open()
 
-    def start(self, promise: Promise, function: Any, items: list[Any]) -> None:
-        """Has the loop make a task of ``function(items)``."""
+    def _is_open(self) -> bool:
+        # A loop that closes may keep a call, and not make it; one that has stopped may stay open.
+        return self._thread.is_alive() and self._loop.call_soon(_nothing)
+
+    def check(self) -> None:
+        """Raise RuntimeError if the loop cannot run because this thread, its own, runs another."""
+        if self._loop.stands_still():
+            raise RuntimeError(
+                "the batcher's function is async, and the event loop that entered the batcher "
+                "cannot run it while this thread runs another loop: use the batcher on its own "
+                "loop, or run that in a thread of its own"
+            )
+
+    def needs_caller(self, has_work: bool) -> bool:
+        """Return whether the batcher could not end while the calling thread blocks."""
+        if threading.current_thread() is not self._thread:
+            return False
+        return _loops.loop_in_this_thread() or (has_work and self.runs())
+
+    def run(self, function: Any, items: list[Any], batch: object) -> Any:
+        """Run an async function as a task, and return what it does, to the batcher's thread."""
+        future = self._start(function, items, batch)
+        try:
+            self._await(future)
+            return future.wait()
+        finally:
+            del future  # the frames of its error lead here
+
+    def _start(self, function: Any, items: list[Any], batch: object) -> Future[Any]:
+        # A separate function, so that only the loop keeps a reference to the promise.
+        future: Future[Any] = Future()
+        promise = Promise(future, self._name)
 
         def start() -> None:
             if self._has_ended:
-                promise.cancel("its event loop has ended")
+                promise.fail(RuntimeError(self._why()))
                 return
             try:
-                self._loop.spawn(promise.end, run_contained, promise, function, (items,))
+                args = batch, function, items
+                self._loop.spawn(promise.end, run_contained, promise, _call_for_batch, args)
             except Exception as error:  # the loop is about to close
                 promise.fail(error)
 
         if not self._loop.call_soon(start):
-            raise RuntimeError("the event loop that entered the batcher has ended")
+            raise RuntimeError(self._why())
+        return future
+
+    def _await(self, future: Future[Any]) -> None:
+        waiter = _loops.ThreadWaiter()
+        future.add_done_callback(lambda _: waiter.unblock())
+        while not future.done():
+            waiter.block(_LOOK)
+            if not self.runs() and not future.done():
+                raise RuntimeError(self._why())
+
+    def _why(self) -> str:
+        if self._is_open():
+            return (
+                "the tasks of the event loop that entered the batcher were cancelled, and among "
+                "them the batcher's own: the loop is ending, or the program has cancelled all tasks"
+            )
+        return "the event loop that entered the batcher has ended"
+
+
+async def _call_for_batch(batch: object, function: Any, items: list[Any]) -> Any:
+    in_batch.set(batch)  # in the context of this task
+    return await function(items)
 
 
 def _nothing() -> None:
     pass
-
-
-def _run_on_loop(home: _Home, function: Any, name: str, items: list[Any]) -> Any:
-    """Runs an async function as a task, and returns what it does, to the batcher's thread."""
-    future = _start_on_loop(home, function, name, items)
-    while not future.done():
-        with suppress(TimeoutError):
-            future.wait(_LOOK)
-        if not home.runs() and not future.done():
-            raise RuntimeError("the event loop that entered the batcher has ended")
-    return future.wait()
-
-
-def _start_on_loop(home: _Home, function: Any, name: str, items: list[Any]) -> Future[Any]:
-    """As a function of its own, that nothing but the loop refers to the promise afterwards."""
-    future: Future[Any] = Future()
-    home.start(Promise(future, name), function, items)
-    return future

@@ -10,8 +10,10 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import copy
 import functools
 import inspect
+import operator
 import types
 import warnings
 from typing import Any
@@ -207,6 +209,34 @@ def drop_catching_frame(error: BaseException) -> BaseException:
     return error.with_traceback(traceback and traceback.tb_next)
 
 
+def one_for_each(error: BaseException, count: int) -> list[BaseException]:
+    """Return an error for each of ``count`` callers that share nothing but that error.
+
+    An exception that is raised changes: its traceback, its ``__context__``, its notes. So a caller
+    would see in it what another was doing. The first gets the error itself, the others copies with
+    its cause and notes; the same for all, if ``copy.copy`` makes no faithful copies of it.
+    """
+    return [error, *(_copied(error) for _ in range(count - 1))] if count else []
+
+
+def _copied(error: BaseException) -> BaseException:
+    args = _args.__get__(error)
+    try:
+        copied = copy.copy(error)
+        copied_args = _args.__get__(copied)  # TypeError if it is no exception
+    except Exception:
+        return error
+    same = len(args) == len(copied_args) and all(map(operator.is_, args, copied_args))
+    if copied is error or type(copied) is not type(error) or not same:
+        return error
+    for attribute in _CHAIN:
+        attribute.__set__(copied, attribute.__get__(error))
+    notes = error.__dict__.get("__notes__")
+    if type(notes) is list:
+        copied.__dict__["__notes__"] = [*notes]
+    return copied
+
+
 def type_and_text(error: BaseException) -> tuple[type[BaseException], str]:
     """Returns the type and text that stand for ``error`` where it cannot go itself."""
     if issubclass(type(error), CallbackError) and error.__cause__ is not None:
@@ -241,6 +271,11 @@ _PLAIN = (str, int, float, bool, type(None))
 # An exception's own class may define these attributes as it likes.
 _args: Any = vars(BaseException)["args"]
 _cause: Any = vars(BaseException)["__cause__"]
+# In this order: to set the cause suppresses the context.
+_CHAIN: list[Any] = [
+    vars(BaseException)[name]
+    for name in ("__traceback__", "__context__", "__cause__", "__suppress_context__")
+]
 # State outside of __dict__: slots, and what C keeps, such as errno.
 _STATE = (types.MemberDescriptorType, types.GetSetDescriptorType)
 

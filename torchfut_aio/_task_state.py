@@ -19,6 +19,7 @@ import weakref
 from collections.abc import Callable, Coroutine, Generator
 from typing import Any, ParamSpec, TypeVar, overload
 
+from ._arguments import async_checked
 from ._errors import TaskStateWarning, warn_at_users_line
 from ._loops import Loop
 from ._repr import described
@@ -73,6 +74,7 @@ def task_local_state(func: Any) -> Any:
     """
     if inspect.iscoroutine(func):
         return _in_own_state(func)
+    async_checked(func)
     if not inspect.iscoroutinefunction(func):
         raise TypeError(
             f"task_local_state() takes an async function or a coroutine, not {described(func)}; "

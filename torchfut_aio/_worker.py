@@ -107,8 +107,8 @@ class WorkerThread(threading.Thread):
     def has_ended(self, give_up: float) -> bool:
         """Waits until ``give_up`` on the monotonic clock for the end; tells whether it came.
 
-        Whoever runs in this thread cannot wait, nor can a finaliser in the middle of its start. Once
-        the interpreter is finalizing, the thread does not run any more.
+        Whoever runs in this thread cannot wait, nor can a finaliser in the middle of its start.
+        Once the interpreter is finalizing, the thread does not run any more.
         """
         if _thread.get_ident() in (self.ident, self._launched_by) or is_finalizing():
             return True
@@ -179,7 +179,7 @@ class Worker(ABC):
             RuntimeError: No thread could be started, or the interpreter is shutting down.
         """
         if is_finalizing():
-            # Until Python 3.12, a thread can be started now; it never runs, like those that are left.
+            # Before Python 3.12 a thread can be started now, and never runs.
             raise RuntimeError(f"the interpreter is shutting down: no thread for {self.name}")
         for thread in (self._server, self.newest):
             if thread is not None and thread.will_look:

@@ -6,13 +6,13 @@ import weakref
 from typing import Any
 
 from .. import _loops
-from .._arguments import devices_checked
+from .._arguments import Devices, devices_checked
 from .._core import Promise
 from .._errors import drop_catching_frame
 from .._future import Future
 from .._repr import described
 from .._worker import call_contained
-from ._registry import Devices, adopts
+from ._registry import adopts
 
 # The futures of pending sources, by the source's id: an anyio.Future has no weak references. The
 # task that waits keeps both, so the id is not another's while the future is pending.

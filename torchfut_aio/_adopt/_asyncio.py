@@ -13,10 +13,12 @@ import weakref
 from typing import Any
 
 from .. import _loops
+from .._arguments import Devices
 from .._cpython import running_loop
+from .._dependent import DependentFuture
 from .._future import Future
 from .._worker import call_contained
-from ._registry import AdoptedFuture, Adoption, Devices, adopts, once
+from ._registry import Adoption, adopts, once
 
 _SECONDS = 20 * 86400.0  # which any loop's timers can count
 
@@ -29,7 +31,7 @@ def _from_asyncio(source: asyncio.Future[Any], *, devices: Devices = None) -> Fu
 
 
 @once
-def _adopt_once(source: asyncio.Future[Any], future: AdoptedFuture[Any]) -> None:
+def _adopt_once(source: asyncio.Future[Any], future: DependentFuture[Any]) -> None:
     adoption, loop = _Adoption(source, future), source.get_loop()
     if source.done():
         adoption.adopt(source)
@@ -60,7 +62,7 @@ class _Adoption(Adoption):
 
     __slots__ = ("_kept",)
 
-    def __init__(self, source: asyncio.Future[Any], future: AdoptedFuture[Any]) -> None:
+    def __init__(self, source: asyncio.Future[Any], future: DependentFuture[Any]) -> None:
         super().__init__(source, future)
         self._kept: asyncio.Future[Any] | None = source
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from ._registry import AdoptedFuture, Adoption, adopts, once
+from .._dependent import DependentFuture
+from ._registry import Adoption, adopts, once
 
 
 @adopts("distributed.client.Future")
 @once
-def _from_dask(source: Any, future: AdoptedFuture[Any]) -> None:
+def _from_dask(source: Any, future: DependentFuture[Any]) -> None:
     # Only on its client's loop can one be awaited.
     waiting, loop = _wait_for(source), source.client.loop.asyncio_loop
     try:

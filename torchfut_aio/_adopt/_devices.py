@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
+from .._arguments import Devices
 from .._devices import RecordedEvent, already_recorded, record_event
 from .._future import Future
-from ._registry import Devices, adopts
+from ._registry import adopts
 
 _MODULES = ("torch", "torch.cuda", "torch.xpu")  # those of the devices may be classes of their own
 

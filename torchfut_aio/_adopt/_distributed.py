@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .._core import Promise
+from .._dependent import DependentFuture
 from .._devices import finish_current_streams
 from .._errors import NotAFutureError
 from .._rpc_errors import parse_fetched_error
-from ._registry import AdoptedFuture, adopts, once
+from ._registry import adopts, once
 from ._threads import settle_in_thread
 from ._torch import follow
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 @adopts("torch.distributed.Work")
 @once
-def _from_work(source: torch.distributed.Work, future: AdoptedFuture[Any]) -> None:
+def _from_work(source: torch.distributed.Work, future: DependentFuture[Any]) -> None:
     try:
         native = source.get_future()
     except RecursionError:
@@ -39,7 +40,7 @@ def _wait_for(work: torch.distributed.Work) -> None:
 
 @adopts("torch.distributed._functional_collectives.AsyncCollectiveTensor")
 @once
-def _from_tensor(source: AsyncCollectiveTensor, future: AdoptedFuture[Any]) -> None:
+def _from_tensor(source: AsyncCollectiveTensor, future: DependentFuture[Any]) -> None:
     # torch has the work in a registry of C++'s, and takes it out to wait for it.
     if source.completed:
         future.set_result(source.elem)
@@ -55,5 +56,5 @@ def _from_tensor(source: AsyncCollectiveTensor, future: AdoptedFuture[Any]) -> N
 
 @adopts("torch.distributed.rpc.RRef", "torch.distributed.rpc.PyRRef")
 @once
-def _from_rref(source: Any, future: AdoptedFuture[Any]) -> None:
+def _from_rref(source: Any, future: DependentFuture[Any]) -> None:
     settle_in_thread(Promise(future, "the adopted RRef"), source.to_here, parse_fetched_error)

@@ -9,14 +9,15 @@ import sys
 import time
 import weakref
 from _thread import start_new_thread
-from collections.abc import Callable, Generator, Iterable, MutableMapping
+from collections.abc import Callable, Generator, MutableMapping
 from typing import Any, TypeAlias, TypeVar, get_type_hints, overload
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import _core
-from .._arguments import devices_checked
+from .._arguments import Devices, devices_checked
+from .._dependent import DependentFuture
 from .._devices import finish_devices
 from .._errors import CancelledError
 from .._future import Future
@@ -24,7 +25,6 @@ from .._repr import described
 from .._worker import call_contained
 
 T = TypeVar("T")
-Devices: TypeAlias = Iterable[int | str | torch.device] | None
 Source: TypeAlias = torch.futures.Future[T] | asyncio.Future[T] | concurrent.futures.Future[T]
 _Adapter: TypeAlias = Callable[..., Future[Any]]
 _A = TypeVar("_A", bound=_Adapter)
@@ -196,7 +196,7 @@ _GRACE = 0.05
 _made: MutableMapping[Any, dict[Any, weakref.ref[Future[Any]]]] = WeakIdKeyDictionary()
 
 
-def once(adopt: Callable[[Any, AdoptedFuture[Any]], None]) -> _Adapter:
+def once(adopt: Callable[[Any, DependentFuture[Any]], None]) -> _Adapter:
     """Make an adapter of ``adopt(source, future)``, which it calls once for a pending source."""
 
     def adapter(source: Any, *, devices: Devices = None) -> Future[Any]:
@@ -207,7 +207,7 @@ def once(adopt: Callable[[Any, AdoptedFuture[Any]], None]) -> _Adapter:
         ref = made.get(key)
         future: Any = None if ref is None else ref()
         if future is None or _was_cancelled(future):
-            future = AdoptedFuture(devices=key)
+            future = DependentFuture(devices=key)
             adopt(source, future)
             made[key] = weakref.ref(future)
         else:
@@ -223,45 +223,16 @@ def _was_cancelled(future: Future[Any]) -> bool:
     return outcome is not None and type(outcome.error) is CancelledError
 
 
-class AdoptedFuture(Future[T]):
-    """A future that a source of another kind completes.
-
-    Before a wait for it begins, it asks whether the source can complete it at all.
-    """
-
-    __slots__ = ("adoption",)
-
-    def __init__(self, *, devices: Devices = None) -> None:
-        super().__init__(devices=devices)
-        # Weak, as the source holds the adoption: a source that is dropped fails the future.
-        self.adoption: weakref.ref[Adoption] | None = None
-
-    def __await__(self, ready: bool = True) -> Generator[Any, Any, T]:
-        self.check()
-        return super().__await__(ready)
-
-    def wait(self, timeout: float | None = None) -> T:
-        self.check()
-        return super().wait(timeout)
-
-    def check(self) -> None:
-        """Raise or complete the future if it is pending and its source cannot complete it."""
-        if self.adoption is not None and not self.done():
-            adoption = self.adoption()
-            if adoption is not None:
-                adoption.check()
-
-
 class Adoption(_core.Promise):
     """The promise of a future that adopted a source; `callback` is for the source to call."""
 
     __slots__ = ("_source",)
 
-    def __init__(self, source: Any, future: AdoptedFuture[Any]) -> None:
+    def __init__(self, source: Any, future: DependentFuture[Any]) -> None:
         super().__init__(future, "the adopted future")
-        # Weak, as the source refers to its callbacks, and C++ hides such a cycle from the collector.
+        # Weak, as the source refers to its callbacks; C++ would hide the cycle from the collector.
         self._source = weakref.ref(source)
-        future.adoption = weakref.ref(self)
+        future.depend_on(self)
 
     def callback(self) -> Callable[[Any], object]:
         """Return what completes the future when it is called with the source, which is done."""
@@ -326,7 +297,7 @@ def _until_done(adoption: Adoption) -> Generator[None, Any, None]:
     except GeneratorExit:  # the source was dropped
         return
     except BaseException as error:
-        # On a full stack, no call is possible, but this is none: the next use of the future recovers.
+        # On a full stack no call is possible. This is none: the next use of the future recovers.
         _stopped[adoption] = source
         start_new_thread(call_contained, (adoption.recover, source, error))
         raise

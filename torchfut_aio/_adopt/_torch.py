@@ -8,10 +8,12 @@ from typing import Any, TypeVar
 
 import torch
 
+from .._arguments import Devices
+from .._dependent import DependentFuture
 from .._devices import finish_devices, has_streams_for_callbacks
 from .._future import Future
 from .._rpc_errors import error_in, parse_remote_error
-from ._registry import AdoptedFuture, Adoption, Devices, adopts, once
+from ._registry import Adoption, adopts, once
 from ._threads import settle_in_thread
 
 T = TypeVar("T")
@@ -20,20 +22,20 @@ Translate = Callable[[BaseException], BaseException]
 
 @adopts("torchfut_aio.Future", kind=Future)
 def _from_ours(source: Future[T], *, devices: Devices = None) -> Future[T]:
-    if issubclass(type(source), AdoptedFuture):
+    if issubclass(type(source), DependentFuture):
         source.check()  # type: ignore[attr-defined]
     return source if devices is None else _from_torch(source, devices=devices)
 
 
 @adopts("torch.futures.Future", kind=torch._C.Future)
 @once
-def _from_torch(source: torch._C.Future[Any], future: AdoptedFuture[Any]) -> None:
+def _from_torch(source: torch._C.Future[Any], future: DependentFuture[Any]) -> None:
     follow(source, future, parse_remote_error)
 
 
 def follow(
     source: torch._C.Future[Any],
-    future: AdoptedFuture[Any],
+    future: DependentFuture[Any],
     translate: Translate = lambda error: error,
 ) -> None:
     """Complete ``future`` as ``source``, once that is done."""
@@ -56,7 +58,7 @@ class _Adoption(Adoption):
 
     __slots__ = ("_translate",)
 
-    def __init__(self, source: Any, future: AdoptedFuture[Any], translate: Translate) -> None:
+    def __init__(self, source: Any, future: DependentFuture[Any], translate: Translate) -> None:
         super().__init__(source, future)
         self._translate = translate
 

@@ -13,10 +13,10 @@ import torch
 from torch._C._distributed_c10d import GradBucket
 
 from .._arguments import async_function_checked
+from .._core import Promise
 from .._devices import devices_in_use
 from .._future import Future
 from .._repr import described
-from .._core import Promise
 from .._tasks import task_name
 from . import _background_loop
 

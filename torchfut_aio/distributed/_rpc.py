@@ -16,13 +16,13 @@ from torch.distributed.rpc import functions
 
 from .. import _core, _loops
 from .._arguments import async_function_checked, timeout_checked
+from .._core import Promise
 from .._cpython import calling_module
 from .._devices import devices_in_use
 from .._errors import warn_that_wait_blocks_a_loop
 from .._future import Future
 from .._repr import described
 from .._rpc_errors import this_worker
-from .._core import Promise
 from .._tasks import run_contained, task_name
 from .._worker import call_contained
 from . import _background_loop
