@@ -89,6 +89,8 @@ def wait_all(futures: Iterable[Any], timeout: float | None = None) -> list[Any]:
             pending = sum(not future.done() for future in gatherer.distinct)
             raise not_done_within(timeout, pending) from None
         raise
+    finally:
+        del futures, gatherer  # as in Outcome.read()
 
 
 class Collector(_core.DoneCallback):

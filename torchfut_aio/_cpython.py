@@ -191,10 +191,10 @@ def calling_module(beyond: str = "") -> str | None:
 
     None if a C++ thread called it that runs no Python code; "" if the interpreter does not tell.
     """
-    frame = _get_frame()
+    frame, caller = _get_frame(), None
     if frame is None or frame.f_back is None:
         return ""
-    caller = frame.f_back.f_back
+    caller, frame = frame.f_back.f_back, None  # a frame that refers to itself is a cycle
     while caller is not None and caller.f_globals.get("__name__") == beyond:
         caller = caller.f_back
     return None if caller is None else str(caller.f_globals.get("__name__", ""))

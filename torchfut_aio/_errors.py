@@ -16,10 +16,12 @@ import inspect
 import operator
 import types
 import warnings
-from typing import Any
+from typing import Any, TypeVar
 
 from ._cpython import laid_out_by_c
 from ._repr import short
+
+E = TypeVar("E", bound=BaseException)
 
 CANCELLATIONS = (asyncio.CancelledError, concurrent.futures.CancelledError)
 """The errors of a future that was cancelled."""
@@ -213,13 +215,13 @@ def one_for_each(error: BaseException, count: int) -> list[BaseException]:
     """Return an error for each of ``count`` callers that share nothing but that error.
 
     An exception that is raised changes: its traceback, its ``__context__``, its notes. So a caller
-    would see in it what another was doing. The first gets the error itself, the others copies with
-    its cause and notes; the same for all, if ``copy.copy`` makes no faithful copies of it.
+    would see in it what another was doing.
     """
-    return [error, *(_copied(error) for _ in range(count - 1))] if count else []
+    return [error, *(own_copy(error) for _ in range(count - 1))] if count else []
 
 
-def _copied(error: BaseException) -> BaseException:
+def own_copy(error: E) -> E:
+    """Return a copy with the same cause and notes; ``error`` itself if ``copy.copy`` fails it."""
     args = _args.__get__(error)
     try:
         copied = copy.copy(error)

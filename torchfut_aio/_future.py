@@ -227,8 +227,11 @@ class Future(Settable[T]):
             >>> asyncio.run(main(fut))
             tensor([2., 2.])
         """
-        value: T = await _StreamOrdered(self)
-        return value
+        try:
+            value: T = await _StreamOrdered(self)
+            return value
+        finally:
+            del self  # as in Outcome.read()
 
     def as_asyncio(self) -> asyncio.Future[T]:
         """Returns an ``asyncio.Future`` of the running loop that completes as this one.

@@ -6,6 +6,7 @@ from typing import Any
 
 from .._core import Promise
 from .._dependent import DependentFuture
+from .._errors import drop_catching_frame
 from ._registry import adopts, once
 from ._threads import settle_in_thread
 
@@ -15,6 +16,7 @@ from ._threads import settle_in_thread
 def _from_pool(source: Any, future: DependentFuture[Any]) -> None:
     promise = Promise(future, "the adopted future")
     if source.ready():
-        promise.settle(source.get)
+        promise.settle(source.get, drop_catching_frame)
     else:
-        settle_in_thread(promise, source.get)
+        # The frame of get(), too, as it refers to the source, which keeps the error.
+        settle_in_thread(promise, source.get, drop_catching_frame)

@@ -244,7 +244,7 @@ class Adoption(_core.Promise):
         """Complete the future as ``source``, which is done."""
         try:
             error = source.exception()  # not result(), which would add frames to the traceback
-        except RecursionError:
+        except (RecursionError, MemoryError):
             raise
         except (Exception, asyncio.CancelledError) as cancelled:
             error = cancelled.with_traceback(None)
@@ -264,7 +264,11 @@ class Adoption(_core.Promise):
             self.fail(error)
         elif self.is_pending():
             finish_devices()  # on which streams the value is filled is not known here
-            self.adopt(source)
+            self.adopt_again(source)
+
+    def adopt_again(self, source: Any) -> None:
+        """Do what `adopt` does, in a thread that nothing interrupts."""
+        self.adopt(source)
 
     def check(self) -> None:
         """Recover if the source is done and had no frame left to call the callback."""

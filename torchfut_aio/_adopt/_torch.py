@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from _thread import start_new_thread
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 
+from .. import _core
 from .._arguments import Devices
 from .._dependent import DependentFuture
 from .._devices import finish_devices, has_streams_for_callbacks
+from .._errors import drop_catching_frame
 from .._future import Future
 from .._rpc_errors import error_in, parse_remote_error
+from .._worker import call_contained
 from ._registry import Adoption, adopts, once
 from ._threads import settle_in_thread
 
@@ -40,7 +44,10 @@ def follow(
 ) -> None:
     """Complete ``future`` as ``source``, once that is done."""
     adoption = _Adoption(source, future, translate)
-    if not (source.done() or issubclass(type(source), Future) or has_streams_for_callbacks()):
+    if issubclass(type(source), Future):
+        _core.add_callback(source, _Callback(adoption))  # type: ignore[arg-type]
+        return
+    if not (source.done() or has_streams_for_callbacks()):
         # If it has devices, no callback could run, and the first would end the ``set_result`` of
         # the thread that completes it.
         settle_in_thread(adoption, partial(_finished, source), translate)
@@ -63,10 +70,43 @@ class _Adoption(Adoption):
         self._translate = translate
 
     def adopt(self, source: Any) -> None:
+        error = value = None
         try:
-            self.settle(partial(read, source), self._translate)
+            if issubclass(type(source), Future):
+                error = source.exception()
+                value = source.value() if error is None else None
+            else:
+                value = source.value()
+                error = error_in(value)
+        except (KeyboardInterrupt, SystemExit, RecursionError, MemoryError):
+            raise  # of this thread; if it is the source's after all, `recover` finds it again
+        except BaseException as raised:
+            error = drop_catching_frame(raised)
         finally:
-            del source  # the error's traceback leads here, and torch's future holds the error
+            del source  # the error's traceback leads here, and the source holds the error
+        if error is None:
+            self.keep(value)
+        else:
+            try:
+                self.fail(self._translate(error))
+            finally:
+                del error
+
+    def adopt_again(self, source: Any) -> None:
+        self.settle(partial(_waited, source), self._translate)
+
+
+class _Callback(_core.DoneCallback):
+    """What a source that is a future of ours calls."""
+
+    __slots__ = ("_adoption", "run")
+
+    def __init__(self, adoption: _Adoption) -> None:
+        self._adoption = adoption
+        self.run = adoption.adopt
+
+    def fail(self, source: Any, error: BaseException) -> None:
+        start_new_thread(call_contained, (self._adoption.recover, source, error))
 
 
 def _finished(source: torch._C.Future[Any]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from .._errors import own_copy
 from .._worker import Worker, WorkerThread, call_contained
 
 Notify = Callable[[Exception | None], object]
@@ -44,5 +45,5 @@ class Blocker(Worker):
             error = exception
         for notify, other in wanted.items():
             if other == function and self.work.pop(notify, None) is not None:
-                call_contained(notify, error)
+                call_contained(notify, None if error is None else own_copy(error))
         return True

@@ -110,8 +110,12 @@ def _called(blocker: Blocker, function: Callable[[], object]) -> Generator[Any, 
         yield from waiter
     finally:
         blocker.work.pop(notify, None)
-    if errors[0] is not None:
-        raise errors[0].with_traceback(None)
+    error = errors.pop()
+    if error is not None:
+        try:
+            raise error.with_traceback(None)
+        finally:
+            del error  # it has this frame
 
 
 def to_host(value: T) -> Coroutine[Any, Any, T]:

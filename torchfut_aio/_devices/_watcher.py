@@ -35,6 +35,7 @@ from typing import Any
 
 import torch
 
+from .._errors import own_copy
 from .._loops import Alarm, Loop, current, loop_in_this_thread
 from .._repr import function_name
 from ._blocker import Blocker, Notify
@@ -227,7 +228,7 @@ class Watcher:
                 awaited.event.is_reached = True
                 wait.missing.discard(awaited.event)
             else:
-                wait.error = error
+                wait.error = own_copy(error)  # others wait for the same kernel
                 wait.missing.clear()
             if not wait.missing and wait in self.waits:
                 self._over.append(wait)

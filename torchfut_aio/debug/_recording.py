@@ -161,6 +161,7 @@ def _recorded_await(future: Future[Any], ready: bool = True) -> Generator[Any, A
             recording.forget(wait)
         else:
             recording.end(wait)
+        del future  # as in Outcome.read()
 
 
 def _recorded_waiter(future: _core.Completable[Any], waiter: Any, waker: Waker) -> bool:

@@ -1,0 +1,317 @@
+"""A failure keeps nothing alive: once its error is dropped, what it held is freed.
+
+The traceback of an error has the frames that it passed, and these their callers, among them frames
+of this package. If a local of one of these leads back to the error, only the garbage collector
+frees what is in the frames: tensors, of which the collector knows no sizes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import threading
+import weakref
+from contextlib import suppress
+from multiprocessing.pool import ThreadPool
+
+import anyio
+import anyio.lowlevel
+import anyio.to_thread
+import pytest
+import torch
+from anyio.from_thread import start_blocking_portal
+
+from torchfut_aio import (
+    Batcher,
+    Future,
+    ValueStream,
+    as_completed,
+    as_future,
+    collect_all,
+    debug,
+    gather,
+    set_results,
+    start_soon,
+    submit,
+    task_local_state,
+    wait_all,
+    with_timeout,
+)
+from torchfut_aio.distributed import async_rpc, shutdown
+
+from .loops import on_every_loop
+from .threads import PATIENCE
+from .waiting import eventually
+
+DOORS = {}
+
+
+def door(function):
+    """Adds a way in which a failure reaches the code that waits for it."""
+    DOORS[function.__name__] = function
+    return function
+
+
+class OutOfMemory(RuntimeError):
+    pass
+
+
+held = []
+
+
+def forward(*_):
+    activations = torch.ones(1000)
+    held.append(weakref.ref(activations))
+    raise OutOfMemory("out of memory")
+
+
+async def forward_soon(*_):
+    await anyio.lowlevel.checkpoint()
+    forward()
+
+
+def in_thread(function, *args):
+    """Calls it in a thread; an executor's frames would keep the arguments with the error."""
+
+    def call():
+        nonlocal args
+        with suppress(OutOfMemory):
+            function(*args)
+        args = ()
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join(PATIENCE)
+
+
+def failed():
+    """A future that fails in a thread, with an error that a function raised there."""
+    fut = Future()
+    threading.Thread(target=fail, args=(fut,)).start()
+    return fut
+
+
+def fail(fut):
+    try:
+        forward()
+    except OutOfMemory as error:
+        fut.set_exception(error)
+    finally:
+        del fut  # a frame of the error: the cycle would be this test's own
+
+
+@door
+async def awaited():
+    await failed()
+
+
+@door
+async def stream_ordered():
+    await failed().stream_ordered()
+
+
+@door
+async def waited_for():
+    in_thread(wait, failed())
+
+
+def wait(fut):
+    try:
+        fut.wait(PATIENCE)
+    finally:
+        del fut
+
+
+@door
+async def value():
+    fut = failed()
+    await eventually(fut.done)
+    try:
+        fut.value()
+    finally:
+        del fut
+
+
+@door
+async def then():
+    fut = Future()
+    child = fut.then(forward)
+    threading.Thread(target=fut.set_result, args=(5,)).start()
+    try:
+        await child
+    finally:
+        del child
+
+
+@door
+async def chain():
+    await failed().then(wait).then(wait)
+
+
+@door
+async def gathered():
+    await gather([failed(), failed()])
+
+
+@door
+async def collected():
+    await collect_all([failed(), failed()])
+
+
+@door
+async def all_waited_for():
+    in_thread(wait_all, [failed(), failed()])
+
+
+@door
+async def completed():
+    async for fut in as_completed([failed()]):
+        try:
+            fut.value()
+        finally:
+            del fut
+
+
+@door
+async def timed():
+    await with_timeout(failed(), PATIENCE)
+
+
+@door
+async def set_with_others():
+    futures = [Future(), Future()]
+    try:
+        forward()
+    except OutOfMemory as error:
+        set_results(futures, [error, 5])
+    try:
+        await futures[0]
+    finally:
+        del futures
+
+
+@door
+async def batched():
+    async with Batcher(forward, max_batch=2, max_wait=0, max_queue=2) as batcher:
+        await batcher.submit(1)
+
+
+@door
+async def batched_in_tasks():
+    async with Batcher(forward_soon, max_batch=2, max_wait=0, max_queue=2) as batcher:
+        await batcher.submit(1)
+
+
+@door
+async def started():
+    async with anyio.create_task_group() as tg:
+        fut = start_soon(tg, forward_soon)
+    try:
+        await fut
+    finally:
+        del fut
+
+
+@door
+async def submitted():
+    with start_blocking_portal() as portal:
+        await submit(portal, forward_soon)
+
+
+@door
+async def of_a_pool():
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        await as_future(pool.submit(forward))
+
+
+@door
+async def of_a_pool_of_multiprocessing():
+    with ThreadPool(1) as pool:
+        await as_future(pool.apply_async(forward))
+
+
+@door
+async def of_torch():
+    fut = torch.futures.Future()
+    child = fut.then(forward)
+    fut.set_result(5)
+    await as_future(child)
+
+
+@door
+async def of_ours():
+    await as_future(failed(), devices=[])
+
+
+@door
+async def of_asyncio():
+    in_thread(asyncio.run, in_a_task_of_asyncio())
+
+
+async def in_a_task_of_asyncio():
+    with suppress(OutOfMemory):  # asyncio.run() has a cycle of its own
+        await as_future(asyncio.create_task(forward_soon()))
+
+
+@door
+async def copied_to_concurrent():
+    await as_future(failed().as_concurrent())
+
+
+@door
+async def streamed():
+    stream = ValueStream()
+    threading.Thread(target=produce, args=(stream,)).start()
+    async for _ in stream:
+        pass
+
+
+@door
+async def streamed_to_a_thread():
+    stream = ValueStream()
+    threading.Thread(target=produce, args=(stream,)).start()
+    in_thread(list, stream)
+
+
+def produce(stream):
+    try:
+        with stream:
+            forward()
+    except OutOfMemory:
+        pass
+
+
+@door
+async def in_a_state_of_its_own():
+    await task_local_state(forward_soon)()
+
+
+@door
+async def served():
+    fut = async_rpc(forward_soon)()
+    try:
+        await fut
+    finally:
+        del fut
+        in_thread(shutdown)
+
+
+@door
+async def recorded():
+    with debug.Recording():
+        await failed()
+
+
+@on_every_loop
+@pytest.mark.filterwarnings("ignore::torchfut_aio.BlockingWaitWarning")
+@pytest.mark.parametrize("name", DOORS)
+async def test_a_failure_keeps_nothing_alive(name, no_collector, nothing_blocks_a_loop):
+    nothing_blocks_a_loop.deactivate()  # some doors do, on purpose
+    held.clear()
+    await let_go(DOORS[name])
+    await eventually(lambda: held and not any(activations() is not None for activations in held))
+
+
+async def let_go(way):
+    with suppress(RuntimeError):  # torch makes one of it
+        await way()
