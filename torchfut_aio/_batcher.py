@@ -147,7 +147,7 @@ class Batcher(ProcessLocal, Generic[T, R]):
         self._worker = BatchWorker(function, max_batch, wait, name)
         self._needs_loop = _is_async(function)
 
-    cure = "create it in the process that submits; a child that is forked begins with none queued"
+    _cure = "create it in the process that submits; a child that is forked begins with none queued"
 
     # ------------------------------------------------------------------------------ items
 
@@ -177,8 +177,8 @@ class Batcher(ProcessLocal, Generic[T, R]):
         home = self._home
         if home is None:
             raise RuntimeError(
-                "the function is async: enter the batcher first, by `async with`; a process that "
-                "was forked has to enter it again"
+                "the function is async: enter the batcher first, by async with; a process that was "
+                "forked has to enter it again"
             )
         home.check()
         future: DependentFuture[R] = DependentFuture()

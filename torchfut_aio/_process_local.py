@@ -14,11 +14,11 @@ class ProcessLocal:
 
     __slots__ = ()
 
-    cure: ClassVar[str]
+    _cure: ClassVar[str]
     """What to do instead, for the error."""
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError(
             f"a {type(self).__name__} cannot be pickled or copied, as it belongs to this process: "
-            f"{self.cure}"
+            f"{self._cure}"
         )
