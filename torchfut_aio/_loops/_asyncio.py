@@ -26,7 +26,7 @@ from .. import _cpython
 from .._cpython import ResumeCallback, resume_callback, running_loop
 from ._alarm import TimerFd
 from ._burst import MANY, Burst
-from ._loop import PAUSE, AsyncFunction, Loop
+from ._loop import PAUSE, AsyncFunction, Loop, Who
 
 
 class AsyncioLoop(Loop):
@@ -69,9 +69,11 @@ class AsyncioLoop(Loop):
             if self.wake_up is None:
                 self.ask_for_wake_up()
 
-    def task_name(self, waiter: asyncio.Future[None]) -> str | None:
+    def who(self, waiter: asyncio.Future[None], /) -> Who:
         task = _cpython.waiting_task(waiter)
-        return None if task is None else task.get_name()
+        if task is None:
+            return Who("task", None)
+        return Who("task", task.get_name(), where=_cpython.place_of(task.get_coro()))
 
     def current_task_name(self) -> str | None:
         task = asyncio.current_task(self._running())
