@@ -18,7 +18,7 @@ from . import _loops
 from ._arguments import timeout_checked
 from ._batch_worker import BatchWorker
 from ._errors import BatcherClosedError, QueueFullError
-from ._future import Future
+from ._future import Future, InternalFuture
 from ._tasks import Promise, run_contained
 
 T = TypeVar("T")
@@ -337,6 +337,6 @@ def _run_on_loop(home: _Home, function: Any, name: str, items: list[Any]) -> Any
 
 def _start_on_loop(home: _Home, function: Any, name: str, items: list[Any]) -> Future[Any]:
     """As a function of its own, that nothing but the loop refers to the promise afterwards."""
-    future: Future[Any] = Future()
+    future: Future[Any] = InternalFuture()
     home.start(Promise(future, name), function, items)
     return future
