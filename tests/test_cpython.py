@@ -225,6 +225,7 @@ def test_an_interpreter_that_would_lose_callbacks_is_refused(monkeypatch):
 def test_all_that_is_private_to_cpython_is_in_one_module():
     private = {"_callbacks", "_run_once", "_run", "_getframe", "__code__", "__flags__", "data"}
     private |= {"_get_running_loop", "_is_gil_enabled", "_ready", "_scheduled", "_PyTask"}
+    private |= {"cr_await", "cr_frame", "gi_yieldfrom", "ag_await", "f_lineno", "f_code"}
     for path in PACKAGE.rglob("*.py"):
         if path.name == "_cpython.py":
             continue
@@ -233,3 +234,31 @@ def test_all_that_is_private_to_cpython_is_in_one_module():
                 owner = node.value
                 ours = isinstance(owner, ast.Name) and owner.id in ("self", "cls", "_loops")
                 assert ours, f"{path.name}, line {node.lineno}: {node.attr}"
+
+
+def test_no_module_reads_the_local_variables_of_frames():
+    # That writes to the frame, and crashes the thread that runs it.
+    for path in PACKAGE.rglob("*.py"):
+        nodes = [*ast.walk(ast.parse(path.read_text()))]
+        assert not any(isinstance(n, ast.Attribute) and n.attr == "f_locals" for n in nodes), path
+        assert not any(isinstance(n, ast.Constant) and n.value == "f_locals" for n in nodes), path
+
+
+def test_the_place_of_what_is_no_coroutine_of_python_is_unknown(monkeypatch):
+    class Strange:
+        cr_await = cr_frame = "not a frame"
+
+    async def wait():
+        await future
+
+    assert _cpython.place_of(None) is None
+    assert _cpython.place_of(Strange()) is None
+    future, coroutine = asyncio.Future(loop=asyncio.new_event_loop()), wait()
+    coroutine.send(None)
+    assert _cpython.place_of(coroutine).startswith("wait, test_cpython.py:")
+    with monkeypatch.context() as patch:
+        patch.setattr(_cpython, "_has_gil", lambda: False)
+        assert _cpython.place_of(coroutine) is None
+    coroutine.close()
+    assert _cpython.place_of(coroutine) is None
+    future.get_loop().close()

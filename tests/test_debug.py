@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import _thread
 import asyncio
+import contextlib
 import gc
 import json
 import os
@@ -16,17 +18,33 @@ import weakref
 from contextlib import suppress
 
 import anyio
+import anyio.from_thread
 import anyio.to_thread
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from torchfut_aio import Future, _core, as_completed, debug, gather, set_results
-from torchfut_aio.debug import PendingFuture, Recording, Who, pending_futures
+from torchfut_aio import (
+    Batcher,
+    Future,
+    ValueStream,
+    _core,
+    as_completed,
+    debug,
+    distributed,
+    gather,
+    set_results,
+    submit,
+    with_timeout,
+)
+from torchfut_aio._stream import state_of
+from torchfut_aio._stream_state import StreamState
+from torchfut_aio.debug import PendingFuture, PendingStream, Recording, Who, pending_futures
 
 from .explorer import strikes
 from .loops import on_asyncio, on_every_loop
 from .threads import PATIENCE, PATIENCE_WITH_PROCESSES, until
+from .waiting import eventually
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -36,9 +54,24 @@ def waiting_for(future):
     return [(who.kind, who.name) for who in listed(future).who]
 
 
+def listed_futures():
+    return [pending for pending in pending_futures() if isinstance(pending, PendingFuture)]
+
+
 def listed(future):
-    (found,) = [pending for pending in pending_futures() if pending.future is future]
+    (found,) = [pending for pending in listed_futures() if pending.future is future]
     return found
+
+
+def listed_stream(stream):
+    """What is listed of the stream; None if nothing waits for it."""
+    streams = [each for each in pending_futures() if isinstance(each, PendingStream)]
+    return next((each for each in streams if each.stream is stream), None)
+
+
+def places_of(who):
+    """Where the tasks wait, without the numbers of the lines."""
+    return [each.where and each.where.rpartition(":")[0] for each in who]
 
 
 def log(future):
@@ -104,7 +137,9 @@ async def test_it_names_the_task_that_waits_for_the_next_of_many():
     async with anyio.create_task_group() as group:
         await spawn(group, wait, "request 1")
         for future in futures:
-            assert waiting_for(future) == [("callback", "as_completed() for task request 1")]
+            ((kind, name),) = waiting_for(future)
+            assert kind == "callback"
+            assert name.startswith("as_completed() for task request 1 in wait, test_debug.py:")
         set_results(futures, [1, 2])
 
 
@@ -123,7 +158,7 @@ def test_it_names_the_thread_that_waits_for_the_next_of_many():
 def test_a_future_that_is_done_is_not_listed():
     future = Future()
     future.set_result(5)
-    assert not any(pending.future is future for pending in pending_futures())
+    assert not any(pending.future is future for pending in listed_futures())
 
 
 def test_it_reads_as_a_line_for_the_future_and_one_for_each_who_waits():
@@ -151,7 +186,322 @@ def test_the_list_keeps_nothing_alive(no_collector):
 
 def test_what_is_half_made_is_passed_over():
     half_made = Future.__new__(Future)
-    assert not any(pending.future is half_made for pending in pending_futures())
+    assert not any(pending.future is half_made for pending in listed_futures())
+    half_made = ValueStream.__new__(ValueStream), StreamState.__new__(StreamState)
+    assert listed_stream(half_made[0]) is None
+
+
+# ------------------------------------------------------------------------ where tasks wait
+
+
+async def numbers(future):
+    yield 1
+    await future
+
+
+class Request:
+    """Waits for a future when it is awaited."""
+
+    def __init__(self, future):
+        self.future = future
+
+    def __await__(self):
+        return self.run().__await__()
+
+    async def run(self):
+        await self.future
+
+
+@contextlib.asynccontextmanager
+async def session(future):
+    await future
+    yield
+
+
+async def in_a_coroutine(future):
+    await future
+
+
+async def in_one_within_another(future):
+    await in_a_coroutine(future)
+
+
+async def in_an_async_generator(future):
+    async for _ in numbers(future):
+        pass
+
+
+async def in_anext_with_a_default(future):
+    values = numbers(future)
+    await anext(values)
+    await anext(values, None)
+
+
+async def in_the_end_of_an_async_generator(future):
+    async def closing():
+        try:
+            yield 1
+        finally:
+            await future
+
+    values = closing()
+    await anext(values)
+    await values.aclose()
+
+
+async def in_an_awaitable(future):
+    await Request(future)
+
+
+async def in_a_context_manager(future):
+    async with session(future):
+        pass
+
+
+async def in_a_library(future):
+    with anyio.fail_after(PATIENCE):
+        await future.stream_ordered()
+
+
+@on_every_loop
+@pytest.mark.parametrize(
+    ("function", "place"),
+    [
+        (in_a_coroutine, "in_a_coroutine"),
+        (in_one_within_another, "in_a_coroutine"),
+        (in_an_async_generator, "numbers"),
+        (in_anext_with_a_default, "numbers"),
+        (in_the_end_of_an_async_generator, "closing"),
+        (in_an_awaitable, "run" if sys.version_info < (3, 11) else "Request.run"),
+        (in_a_context_manager, "session"),
+        (in_a_library, "in_a_library"),
+    ],
+)
+async def test_a_task_is_listed_with_the_function_that_waits(function, place):
+    future = Future()
+    async with anyio.create_task_group() as group:
+        group.start_soon(function, future)
+        await anyio.wait_all_tasks_blocked()
+        assert places_of(listed(future).who) == [f"{place}, test_debug.py"]
+        future.set_result(5)
+
+
+@on_every_loop
+async def test_a_task_is_listed_with_the_line_that_waits():
+    future, another = Future(), Future()
+    first = in_two_steps.__code__.co_firstlineno
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(in_two_steps, future, another)
+        await anyio.wait_all_tasks_blocked()
+        (who,) = listed(future).who
+        assert who.where == f"in_two_steps, test_debug.py:{first + 1}"
+        assert str(listed(future)).endswith(f" in {who.where}")
+        future.set_result(5)
+        await anyio.wait_all_tasks_blocked()
+        (who,) = listed(another).who
+        assert who.where == f"in_two_steps, test_debug.py:{first + 2}"
+        another.set_result(5)
+
+
+async def in_two_steps(future, another):
+    await future
+    await another
+
+
+@on_asyncio
+async def test_a_task_without_a_name_is_listed_with_its_place():
+    future = Future()
+    task = asyncio.create_task(in_a_coroutine(future))
+    await asyncio.sleep(0)
+    line = str(listed(future)).splitlines()[1]
+    place = r"in in_a_coroutine, test_debug\.py:\d+"
+    assert re.fullmatch(rf"  task {task.get_name()} {place}", line)
+    future.set_result(5)
+    await task
+
+
+@on_asyncio
+async def test_a_task_of_libraries_only_has_no_place():
+    future = Future()
+    task = asyncio.ensure_future(future)  # asyncio wraps it in a coroutine of its own
+    await asyncio.sleep(0)
+    assert waiting_for(future) == [("task", task.get_name())]
+    assert places_of(listed(future).who) == [None]
+    future.set_result(5)
+    await task
+
+
+@on_every_loop
+async def test_threads_and_callbacks_have_no_place():
+    future = Future()
+    future.add_done_callback(log)
+    async with anyio.create_task_group() as group:
+        group.start_soon(anyio.to_thread.run_sync, future.wait)
+        await eventually(lambda: len(listed(future).who) == 2)
+        assert places_of(listed(future).who) == [None, None]
+        future.set_result(5)
+
+
+def test_a_thread_that_python_did_not_start_has_no_name():
+    future, ended = Future(), threading.Event()
+
+    def wait():
+        future.wait()
+        ended.set()
+
+    _thread.start_new_thread(wait, ())
+    until(lambda: waiting_for(future) == [("thread", None)])
+    assert str(listed(future)).endswith("\n  thread of unknown name")
+    future.set_result(5)
+    assert ended.wait(PATIENCE)
+
+
+# ------------------------------------------------------------------- the items of batchers
+
+
+class Gate:
+    """A function for batchers that returns once it is open; async, too."""
+
+    def __init__(self):
+        self.open = threading.Event()
+
+    def run(self, items):
+        assert self.open.wait(PATIENCE)
+        return items
+
+    async def run_async(self, items):
+        await eventually(self.open.is_set)
+        return items
+
+
+def gated(function):
+    return Batcher(function, max_batch=1, max_wait=0, max_queue=9, name="embed")
+
+
+@on_every_loop
+@pytest.mark.parametrize("kind", ["run", "run_async"])
+async def test_an_item_is_listed_with_the_name_of_its_batcher(kind):
+    gate = Gate()
+    async with gated(getattr(gate, kind)) as batcher:
+        running, queued = batcher.submit(1), batcher.submit(2)
+        await eventually(lambda: batcher.statistics().running == 1)
+        assert listed(running).where == "running in batcher embed"
+        assert listed(queued).where == "queued in batcher embed"
+        assert str(listed(queued)).endswith("\n  queued in batcher embed")
+        gate.open.set()
+        assert await gather([running, queued]) == [1, 2]
+
+
+def test_an_item_in_no_batcher_has_no_place():
+    assert listed(future := Future()).where is None
+    assert str(listed(future)) == "<Future pending waiters=0 callbacks=0>"
+
+
+# ---------------------------------------------------------------------------- streams
+
+
+@on_every_loop
+async def test_a_stream_is_listed_with_the_tasks_that_wait():
+    empty, full = ValueStream(), ValueStream(max_size=1)
+    values = aiter(full)
+    full.push(1)
+
+    async def read():
+        async for _ in empty:
+            pass
+
+    async def write():
+        await full.send(2)
+
+    async with anyio.create_task_group() as group:
+        assert listed_stream(empty) is None
+        await spawn(group, read, "reader")
+        await spawn(group, write, "writer")
+        ((reader,), ()) = listed_stream(empty).readers, listed_stream(empty).writers
+        ((), (writer,)) = listed_stream(full).readers, listed_stream(full).writers
+        assert (reader.kind, reader.name) == ("task", "reader")
+        assert (writer.kind, writer.name) == ("task", "writer")
+        assert places_of([reader, writer]) == ["read, test_debug.py", "write, test_debug.py"]
+        shown = f"{listed_stream(empty)}\n{listed_stream(full)}"
+        assert shown.splitlines() == [
+            "<ValueStream open size=0>",
+            f"  task reader in {reader.where}, reads",
+            "<ValueStream open size=1/1>",
+            f"  task writer in {writer.where}, writes",
+        ]
+        empty.close()
+        assert await anext(values) == 1
+    assert listed_stream(empty) is listed_stream(full) is None
+
+
+def test_a_stream_is_listed_with_the_threads_that_wait():
+    stream = ValueStream(max_size=1)
+    reader = threading.Thread(target=list, args=(stream,), name="reader")
+    reader.start()
+    until(lambda: listed_stream(stream) is not None)
+    assert listed_stream(stream).who == (Who("thread", "reader"),)
+    assert str(listed_stream(stream)).endswith("\n  thread reader, reads")
+    stream.close()
+    reader.join(PATIENCE)
+    full = ValueStream(max_size=1)
+    values = iter(full)
+    full.push(1)
+    writer = threading.Thread(target=full.push, args=(2,), name="writer")
+    writer.start()
+    until(lambda: listed_stream(full) is not None)
+    assert listed_stream(full).writers == (Who("thread", "writer"),)
+    assert str(listed_stream(full)).endswith("\n  thread writer, writes")
+    assert next(values) == 1
+    writer.join(PATIENCE)
+
+
+def test_the_readers_of_a_stream_that_was_dropped_are_listed(no_collector):
+    def lonely():
+        streams = [each for each in pending_futures() if isinstance(each, PendingStream)]
+        return [each for each in streams if each.readers == (Who("thread", "lonely"),)]
+
+    stream = ValueStream()
+    state = state_of(stream)
+    reader = threading.Thread(target=list, args=(iter(stream),), name="lonely")
+    reader.start()
+    del stream
+    until(lonely)
+    (found,) = lonely()
+    assert found.stream is None
+    assert str(found) == "<ValueStream dropped by its producer>\n  thread lonely, reads"
+    state.close(None)
+    reader.join(PATIENCE)
+
+
+# ---------------------------------------------------------- futures that are the package's own
+
+
+@on_every_loop
+async def test_futures_of_the_package_itself_are_not_listed():
+    gate, rpc_may_end = Gate(), threading.Event()
+
+    @distributed.async_rpc
+    async def handler():
+        await anyio.to_thread.run_sync(rpc_may_end.wait, PATIENCE)
+
+    before = {pending.future for pending in listed_futures()}
+    async with gated(gate.run) as batcher, gated(gate.run_async) as async_batcher:
+        ours = [batcher.submit(1), async_batcher.submit(1), handler()]
+        ours.append(with_timeout(ours[0], PATIENCE))
+        async with anyio.from_thread.BlockingPortal() as portal:
+            never = Future()
+            ours += [never, submit(portal, in_a_coroutine, never)]
+            statistics = batcher.statistics, async_batcher.statistics
+            await eventually(lambda: all(each().running == 1 for each in statistics))
+            await eventually(lambda: bool(listed(never).who))
+            now = {pending.future for pending in listed_futures()}
+            assert now - before == set(ours)
+            never.set_result(5)
+            rpc_may_end.set()
+            gate.open.set()
+            await gather(ours)
+    await anyio.to_thread.run_sync(distributed.shutdown)
 
 
 # ----------------------------------------------------------------- since when, while recording
@@ -171,8 +521,9 @@ async def test_a_recording_knows_since_when_tasks_wait():
             after = time.perf_counter()
             (who,) = listed(future).who
             assert (who.kind, who.name) == ("task", "request 1")
+            assert places_of([who]) == ["wait, test_debug.py"]
             assert before <= who.since <= after
-            assert "task request 1, for " in str(listed(future))
+            assert f"task request 1 in {who.where}, for " in str(listed(future))
             future.set_result(5)
 
 
@@ -195,7 +546,7 @@ def test_the_oldest_wait_comes_first():
     with Recording():
         first.add_done_callback(log)
         second.add_done_callback(log)
-        ours = [p.future for p in pending_futures() if p.future in (first, second, unknown)]
+        ours = [p.future for p in listed_futures() if p.future in (first, second, unknown)]
     assert ours == [first, second, unknown]
 
 
@@ -497,11 +848,102 @@ def test_pending_futures_may_be_asked_while_another_thread_makes_and_completes_s
     thread.start()
     try:
         for _ in range(5):
-            assert all(isinstance(pending, PendingFuture) for pending in pending_futures())
+            assert all(map(str, pending_futures()))
     finally:
         stop.set()
         thread.join(PATIENCE)
     gc.collect()
+
+
+# Threads list what waits while others wait, wake, and are done, and one makes tuples.
+STRESS = """
+import asyncio, gc, os, random, sys, threading, trio, uvloop
+from torchfut_aio import Future, ValueStream
+from torchfut_aio.debug import pending_futures
+
+sys.setswitchinterval(1e-5)
+gc.freeze()  # what is here already need not be looked at
+errors, found, stop = [], set(), threading.Event()
+
+def watched(function, *args):
+    def run():
+        try:
+            function(*args)
+        except BaseException as error:
+            errors.append(error)
+            stop.set()
+    return threading.Thread(target=run)
+
+def look():
+    for _ in range(ROUNDS):
+        for pending in pending_futures():
+            str(pending)
+            for who in pending.who:
+                found.add((who.kind, who.where and who.where.partition(",")[0]))
+    stop.set()
+
+def fill_tuples():
+    while not stop.is_set():
+        tuple(n for n in range(30))
+
+async def numbers(future):
+    yield await future
+
+async def wait(future):
+    async for _ in numbers(future):
+        return
+
+async def read(stream):
+    async for _ in stream:
+        pass
+
+async def tasks(spawn, checkpoint):
+    while not stop.is_set():
+        futures, stream = [Future() for _ in range(9)], ValueStream()
+        for future in futures:
+            spawn(wait, future)
+        spawn(read, stream)
+        await checkpoint()
+        await checkpoint()
+        for future in futures:
+            future.set_result(5)
+        stream.close()
+        await checkpoint()
+
+async def on_asyncio():
+    kept = []
+    await tasks(lambda f, *a: kept.append(asyncio.ensure_future(f(*a))), lambda: asyncio.sleep(0))
+    await asyncio.gather(*kept)
+
+async def on_trio():
+    async with trio.open_nursery() as nursery:
+        await tasks(nursery.start_soon, trio.lowlevel.checkpoint)
+
+def block():
+    while not stop.is_set():
+        future = Future()
+        waker = threading.Thread(target=future.set_result, args=(5,))
+        waker.start()
+        future.wait()
+        waker.join()
+
+loops = [watched(asyncio.run, on_asyncio()), watched(uvloop.run, on_asyncio())]
+loops += [watched(trio.run, on_trio), watched(block), watched(fill_tuples)]
+threads = [*loops, watched(look), watched(look)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(errors, sorted(found, key=str))
+"""
+
+
+def test_listing_what_waits_disturbs_no_other_thread(tmp_path):
+    printed = printed_by("-c", STRESS.replace("ROUNDS", "300"), folder=tmp_path)
+    errors, _, found = printed.partition(" ")
+    assert errors == "[]", printed
+    assert "('task', 'numbers')" in found
+    assert "('task', 'read')" in found
 
 
 # ------------------------------------------------------------------------- what is documented
@@ -528,7 +970,8 @@ def printed_by(*arguments, folder):
 
 @pytest.mark.parametrize(("code", "expected"), SHOWN, ids=range(len(SHOWN)))
 def test_the_guides_examples_print_what_it_says(tmp_path, code, expected):
-    printed = printed_by("-c", code, folder=tmp_path)
+    (tmp_path / "app.py").write_text(code)
+    printed = printed_by("app.py", folder=tmp_path)
     assert printed == expected or not expected
 
 
@@ -536,7 +979,7 @@ def test_the_example_names_the_request_that_waits_for_ever(tmp_path):
     printed = printed_by(ROOT / "examples" / "tracing.py", "trace.json", folder=tmp_path)
     assert re.match(
         r"<Future pending waiters=1 callbacks=1>\n"
-        r"  task lost request, for [\d.]+ s\n"
+        r"  task lost request in lost, tracing.py:\d+, for [\d.]+ s\n"
         r"  callback __main__.note, for [\d.]+ s\n"
         r"recorded \d+ kB",
         printed,

@@ -30,7 +30,7 @@ import torch
 
 from ._arguments import hides_async, listed
 from ._errors import BatcherClosedError, drop_catching_frame, one_for_each
-from ._future import Future
+from ._future import Future, InternalFuture
 from ._set_results import set_results
 from ._worker import Worker, WorkerThread
 
@@ -72,7 +72,7 @@ class BatchWorker(Worker):
         self.max_wait = max_wait
         self.batch: list[tuple[Future[Any], Any]] = []
         self.closing = False
-        self.ended: Future[None] = Future()
+        self.ended: Future[None] = InternalFuture()
         self.batches = self.items = self.rejected = self.skipped = 0
         self.waited = self.ran = 0.0
         self._rings_at: float = 1  # so many in the queue
@@ -124,6 +124,13 @@ class BatchWorker(Worker):
 
     def _fail_batch(self, error: BaseException) -> None:
         _fail([future for future, _ in self.batch], error)
+
+    def places(self) -> dict[Future[Any], str]:
+        """Return where each of its futures is, in words, from any thread."""
+        # In this order: a future is put into ``batch`` before it is taken out of ``work``.
+        places = dict.fromkeys([*self.work], f"queued in batcher {self.name}")
+        running = f"running in batcher {self.name}"
+        return {**places, **{entry[0]: running for entry in [*self.batch]}}
 
     # ---------------------------------------------------------------------------- as a `Worker`
 

@@ -19,7 +19,7 @@ from ._batch_worker import BatchWorker, in_batch
 from ._core import Promise
 from ._dependent import DependentFuture
 from ._errors import BatcherClosedError, QueueFullError
-from ._future import Future
+from ._future import Future, InternalFuture
 from ._process_local import ProcessLocal
 from ._tasks import run_contained
 
@@ -380,7 +380,7 @@ class _Home:
 
     def _start(self, function: Any, items: list[Any], batch: object) -> Future[Any]:
         # A separate function, so that only the loop keeps a reference to the promise.
-        future: Future[Any] = Future()
+        future: Future[Any] = InternalFuture()
         promise = Promise(future, self._name)
 
         def start() -> None:

@@ -8,11 +8,14 @@ task that is not asyncio's.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import functools
+import gc
+import os
 import sys
-from collections.abc import Callable
-from types import BuiltinMethodType, FrameType
+from collections.abc import Callable, Iterator
+from types import AsyncGeneratorType, BuiltinMethodType, CoroutineType, FrameType, GeneratorType
 from typing import Any
 
 ResumeCallback = tuple[Callable[[asyncio.Future[Any]], Any], contextvars.Context]
@@ -71,20 +74,74 @@ def waiting_task(future: asyncio.Future[Any]) -> asyncio.Task[Any] | None:
     return None if found is None else getattr(found[0], "__self__", None)
 
 
-def callers_of(function: Callable[..., Any]) -> dict[int, Any]:
-    """Returns the ``self`` of the innermost call of a method that each thread is in.
+def place_of(coroutine: object) -> str | None:
+    """Return where a task's coroutine waits, such as ``handler, app.py:42``, from any thread.
 
-    By the threads' identifiers. Empty where the interpreter does not tell.
+    This is the innermost function on the chain of awaits that belongs to neither this package,
+    asyncio, anyio, trio nor contextlib. None if there is none, as where a coroutine is not
+    Python's own, or if the task runs.
+
+    The thread of the task may resume it at any moment. So this reads nothing of a frame but its
+    code and its line. To read ``f_locals`` writes to the frame, and crashes a thread that runs it.
     """
-    frames: dict[int, FrameType] = getattr(sys, "_current_frames", dict)()
-    code, found = getattr(function, "__code__", None), {}
-    for thread, innermost in frames.items():
-        frame: FrameType | None = innermost
-        while frame is not None and frame.f_code is not code:
-            frame = frame.f_back
-        if frame is not None:
-            found[thread] = frame.f_locals.get("self")
-    return found
+    if not _has_gil():  # then even the chain may change while it is read
+        return None
+    libraries = _folders_of_libraries()
+    for each in reversed([*_chain(coroutine)]):
+        frame: FrameType | None = getattr(each, _FRAMES[type(each)])  # None if it has ended
+        if frame is not None and not frame.f_code.co_filename.startswith(libraries):
+            code = frame.f_code
+            name = getattr(code, "co_qualname", code.co_name).rpartition("<locals>.")[2]
+            return f"{name}, {os.path.basename(code.co_filename)}:{frame.f_lineno}"
+    return None
+
+
+def _chain(awaited: Any) -> Iterator[Any]:
+    """Yield a suspended coroutine, the one that it awaits, and so on."""
+    while awaited is not None:
+        kind = type(awaited)
+        if kind in _FRAMES:
+            yield awaited
+        # CPython hands the GIL over after calls, but not between two attributes. So whatever is
+        # found suspended here stays suspended until it has said what it awaits.
+        if kind is CoroutineType:
+            awaited = None if awaited.cr_running else awaited.cr_await
+        elif kind is GeneratorType:
+            awaited = None if awaited.gi_running else awaited.gi_yieldfrom
+        elif kind is AsyncGeneratorType:
+            awaited = awaited.ag_await
+        elif kind.__name__ in _WRAPPERS and kind.__module__ == "builtins":
+            # As trio does: they have no attribute for what they wrap (CPython issue 76991).
+            inner = (each for each in gc.get_referents(awaited) if _is_awaited(each))
+            awaited = next(inner, None)
+        else:
+            awaited = None
+
+
+def _is_awaited(thing: object) -> bool:
+    return type(thing) in _FRAMES or type(thing).__name__ in _WRAPPERS
+
+
+_FRAMES: dict[type[Any], str] = {
+    CoroutineType: "cr_frame",
+    GeneratorType: "gi_frame",
+    AsyncGeneratorType: "ag_frame",
+}
+# What __anext__, asend, athrow and aclose of an async generator, __await__ of a coroutine, and
+# anext() with a default return.
+_WRAPPERS = {
+    "anext_awaitable",
+    "async_generator_asend",
+    "async_generator_athrow",
+    "coroutine_wrapper",
+}
+
+
+def _folders_of_libraries() -> tuple[str, ...]:
+    modules = [sys.modules.get(name) for name in (__package__, "anyio", "trio")]
+    files = [getattr(module, "__file__", None) for module in (*modules, asyncio)]
+    folders = [os.path.join(os.path.dirname(file), "") for file in files if file]
+    return (*folders, contextlib.__file__)
 
 
 _Future: type[Any] = asyncio.Future  # written in C

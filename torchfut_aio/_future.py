@@ -381,6 +381,12 @@ class Future(Settable[T]):
         )
 
 
+class InternalFuture(Future[T]):
+    """A future that never leaves the package, so `debug.pending_futures` does not list it."""
+
+    __slots__ = ()
+
+
 class _StreamOrdered:
     """Awaits a future as `Future.stream_ordered` does."""
 

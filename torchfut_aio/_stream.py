@@ -269,6 +269,11 @@ class ValueStream(Generic[T]):
         return f"<{type(self).__qualname__} {state} size={len(self)}{limit}{listening}>"
 
 
+def state_of(stream: ValueStream[Any]) -> StreamState:
+    """Return the state of the stream, which its iterators share."""
+    return stream._state
+
+
 class _Listener(AsyncIterator[T], Iterator[T]):
     """What ``for`` and ``async for`` have of a stream."""
 

@@ -230,6 +230,11 @@ class Waiters:
     def __init__(self) -> None:
         self.waiting: dict[object, _loops.Waker] = {}
 
+    def who(self) -> list[_loops.Who]:
+        """Return the tasks and threads that wait, from any thread."""
+        wakers = [(waiter, self.waiting.get(waiter)) for waiter in [*self.waiting]]
+        return [waker.who(waiter) for waiter, waker in wakers if waker is not None]
+
     def wake(self) -> None:
         """Wakes all of them; may be called again if it is interrupted."""
         waiting = self.waiting

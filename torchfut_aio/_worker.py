@@ -278,11 +278,15 @@ class Worker(ABC):
 _workers: weakref.WeakValueDictionary[int, Worker] = weakref.WeakValueDictionary()  # by id
 
 
+def workers() -> list[Worker]:
+    """Return all workers of the process."""
+    refs = _workers.valuerefs()  # a list, as workers may come and go meanwhile
+    return [worker for ref in refs if (worker := ref()) is not None]
+
+
 def _for_each(function: Callable[[Worker], None]) -> None:
-    for ref in _workers.valuerefs():  # a list, as workers may come and go meanwhile
-        worker = ref()
-        if worker is not None:
-            function(worker)
+    for worker in workers():
+        function(worker)
 
 
 atexit.register(_for_each, Worker.at_exit)

@@ -31,7 +31,6 @@ from contextlib import suppress
 from sys import is_finalizing
 from typing import Any, ClassVar, Final, NamedTuple, Protocol
 
-from .._cpython import callers_of
 from ._alarm import Alarm, TimerFd
 
 AsyncFunction = Callable[..., Coroutine[Any, Any, None]]
@@ -49,22 +48,30 @@ class Waker(Protocol):
         """Does the same for many, with one wake-up for all."""
 
     def who(self, waiter: Any, /) -> Who:
-        """Tells who waits; for people to read, and from any thread."""
+        """Return the task or thread that waits, for people to read; from any thread."""
 
 
 class Who(NamedTuple):
-    """Who waits for a future.
+    """A task, thread or callback that waits.
 
     Attributes:
         kind: "task", "thread" or "callback".
-        name: That of the task, the thread or the function; None if nobody can tell.
+        name: The name of the task, thread or function; None if it is unknown.
         since: When the wait began, on the clock of ``time.perf_counter``; None unless waits were
             recorded then.
+        where: The function, file and line where a task waits, such as ``handler, app.py:42``: the
+            innermost that belongs to neither this package, asyncio, anyio nor trio. None if it is
+            unknown, as for threads and callbacks.
     """
 
     kind: str
     name: str | None
     since: float | None = None
+    where: str | None = None
+
+    def __str__(self) -> str:
+        where = "" if self.where is None else f" in {self.where}"
+        return f"{self.kind} {self.name or 'of unknown name'}{where}"
 
 
 class TaskWaiter(Protocol):
@@ -76,15 +83,19 @@ class TaskWaiter(Protocol):
 
 
 class ThreadWaiter:
-    """One wait of a thread that blocks, on a lock that is taken until it is woken.
+    """One wait of the calling thread, on a lock that is taken until it is woken.
 
     To acquire a lock is the one wait that takes a timeout, lets other threads run, and is
     interrupted by Ctrl-C, in every version of Python that is supported.
+
+    Attributes:
+        thread: The identifier of the thread.
     """
 
-    __slots__ = ("_lock",)
+    __slots__ = ("_lock", "thread")
 
     def __init__(self) -> None:
+        self.thread = threading.get_ident()
         self._lock = threading.Lock()
         self._lock.acquire()
 
@@ -114,10 +125,8 @@ class _Threads:
             waiter.unblock()
 
     def who(self, waiter: ThreadWaiter, /) -> Who:
-        blocked = callers_of(ThreadWaiter.block)
-        threads = [one for one, blocked_on in blocked.items() if blocked_on is waiter]
-        names = [thread.name for thread in threading.enumerate() if thread.ident in threads]
-        return Who("thread", names[0] if names else None)
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        return Who("thread", names.get(waiter.thread))
 
 
 THREADS: Final = _Threads()
@@ -234,13 +243,9 @@ class Loop(ABC):
     def stands_still(self) -> bool:
         """Return whether the loop cannot run because its thread, which calls, runs another."""
 
-    def who(self, waiter: Any, /) -> Who:
+    def who(self, _waiter: Any, /) -> Who:
         """As `Waker.who`."""
-        return Who("task", self.task_name(waiter))
-
-    def task_name(self, _waiter: Any) -> str | None:
-        """Returns the name of the task that waits, from any thread; None if nobody can tell."""
-        return None
+        return Who("task", None)
 
     def current_task_name(self) -> str | None:
         """Returns the name of the task that calls; None if nobody can tell."""

@@ -12,9 +12,9 @@ from typing import Any
 
 import trio
 
-from .._cpython import is_inner, running_loop
+from .._cpython import is_inner, place_of, running_loop
 from ._alarm import TimerFd
-from ._loop import AsyncFunction, Loop
+from ._loop import AsyncFunction, Loop, Who
 
 _ALARM = "torchfut_aio alarm"  # the name of the tasks that stand for one
 
@@ -84,9 +84,11 @@ class TrioLoop(Loop):
             and _in_asyncio_within_trio()
         )
 
-    def task_name(self, waiter: _Waiter) -> str | None:
+    def who(self, waiter: _Waiter, /) -> Who:
         task = waiter.task
-        return None if task is None else task.name
+        if task is None:
+            return Who("task", None)
+        return Who("task", task.name, where=place_of(task.coro))
 
     def current_task_name(self) -> str | None:
         return trio.lowlevel.current_task().name

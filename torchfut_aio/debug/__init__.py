@@ -5,7 +5,7 @@ and saves them as a trace for Perfetto. While none is on, the package runs as if
 """
 
 from .._loops import Who
-from ._pending import PendingFuture, pending_futures
+from ._pending import PendingFuture, PendingStream, pending_futures
 from ._recording import Recording
 
-__all__ = ["PendingFuture", "Recording", "Who", "pending_futures"]
+__all__ = ["PendingFuture", "PendingStream", "Recording", "Who", "pending_futures"]

@@ -1,42 +1,88 @@
-"""What is pending now: found by the garbage collector, and told by the futures themselves."""
+"""The futures that are pending now, and the streams that something waits for.
+
+The garbage collector finds them. Futures, streams and loops then say what waits for them.
+"""
 
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from math import inf
 from time import perf_counter
 from typing import Any
 
 from .. import _core
-from .._future import Future
+from .._batch_worker import BatchWorker
+from .._future import Future, InternalFuture
 from .._loops import Who
+from .._stream import ValueStream, state_of
+from .._stream_state import StreamState
+from .._worker import workers
 
 
 @dataclass(frozen=True)
 class PendingFuture:
-    """A future that was pending, and who waited for it then.
+    """A future that was pending, and what waited for it then.
 
     Attributes:
         future: The future itself.
         who: The tasks and threads that waited, then the callbacks, each in the order in which they
-            came. Empty if nobody waited.
+            came. Empty if nothing waited.
+        where: ``queued in batcher NAME`` or ``running in batcher NAME``; None if the future is not
+            that of an item of a `torchfut_aio.Batcher`.
     """
 
     future: Future[Any]
     who: tuple[Who, ...]
+    where: str | None = None
 
     def __str__(self) -> str:
         now = perf_counter()
-        return "\n  ".join([Future.__repr__(self.future), *(_line(who, now) for who in self.who)])
+        where = [] if self.where is None else [self.where]
+        return _indented([Future.__repr__(self.future), *where, *_lines(self.who, now)])
 
 
-def pending_futures() -> list[PendingFuture]:
-    """Lists every pending `torchfut_aio.Future` of the process, and who waits for each.
+@dataclass(frozen=True)
+class PendingStream:
+    """A stream that tasks or threads waited for.
+
+    Attributes:
+        stream: The stream itself. None if it has been garbage-collected, and only its readers are
+            left: nothing will be pushed any more.
+        readers: The tasks and threads that waited for a value.
+        writers: The tasks and threads that waited for room.
+    """
+
+    stream: ValueStream[Any] | None
+    readers: tuple[Who, ...]
+    writers: tuple[Who, ...]
+
+    @property
+    def who(self) -> tuple[Who, ...]:
+        """The readers, then the writers."""
+        return self.readers + self.writers
+
+    def __str__(self) -> str:
+        now, stream = perf_counter(), self.stream
+        shown = "<ValueStream dropped by its producer>"
+        if stream is not None:
+            shown = ValueStream.__repr__(stream)
+        readers = [f"{line}, reads" for line in _lines(self.readers, now)]
+        writers = [f"{line}, writes" for line in _lines(self.writers, now)]
+        return _indented([shown, *readers, *writers])
+
+
+def pending_futures() -> list[PendingFuture | PendingStream]:
+    """List every pending `torchfut_aio.Future` of the process, and what waits for each.
 
     For a program that hangs: call it in a signal handler, another thread or a debugger. It needs
-    no preparation. Since when they wait is known of those who began while a `Recording` was on.
-    Whoever waits for a `torchfut_aio.ValueStream` waits for no future, and is not shown.
+    no preparation. A task that waits is listed with the function and line where it does. Each
+    `torchfut_aio.ValueStream` that something waits for is listed, too. Futures that only the
+    package itself uses are not.
+
+    When a wait began is known only if a `Recording` was on then.
 
     It looks through all objects that the garbage collector tracks, some tens of milliseconds for
     every 100,000, and all else stands still meanwhile. It misses futures that ``gc.freeze`` has
@@ -49,14 +95,44 @@ def pending_futures() -> list[PendingFuture]:
         >>> from torchfut_aio import Future, debug
         >>> fut = Future()
         >>> fut.add_done_callback(print)
-        >>> [print(pending) for pending in debug.pending_futures() if pending.future is fut]
+        >>> for pending in debug.pending_futures():
+        ...     if isinstance(pending, debug.PendingFuture) and pending.future is fut:
+        ...         print(pending)
         <Future pending waiters=0 callbacks=1>
           callback builtins.print
-        [None]
     """
-    futures = [thing for thing in gc.get_objects() if issubclass(type(thing), Future)]
-    found = [PendingFuture(future, _who_waits(future)) for future in futures if _is_pending(future)]
-    return sorted(found, key=_oldest)
+    kinds = {*_with_subclasses(Future), *_with_subclasses(ValueStream), StreamState}
+    things = _instances_of(kinds - {InternalFuture})
+    return sorted([*_futures(things), *_streams(things)], key=_oldest)
+
+
+def _with_subclasses(kind: type[Any]) -> Iterator[type[Any]]:
+    yield kind
+    for each in type.__subclasses__(kind):
+        yield from _with_subclasses(each)
+
+
+def _instances_of(kinds: set[type[Any]]) -> list[Any]:
+    """Return all objects of these types.
+
+    Not by ``gc.get_objects()``. While that list is there, each object has one more reference, and
+    before 3.14 CPython raises SystemError where a tuple has one that is still being filled, as by
+    ``tuple(generator)`` in another thread (CPython issue 127058). An object refers to its type, so
+    this list holds hardly more than what is asked for.
+    """
+    return [thing for thing in gc.get_referrers(*kinds) if type(thing) in kinds]
+
+
+def _futures(things: list[Any]) -> list[PendingFuture]:
+    where = {}
+    for worker in workers():
+        if isinstance(worker, BatchWorker):
+            where.update(worker.places())
+    return [
+        PendingFuture(thing, _who_waits(thing), where.get(thing))
+        for thing in things
+        if isinstance(thing, Future) and _is_pending(thing)
+    ]
 
 
 def _is_pending(future: Future[Any]) -> bool:
@@ -72,10 +148,33 @@ def _who_waits(future: Future[Any]) -> tuple[Who, ...]:
     return (*tasks_and_threads, *(Who("callback", each.name, each.since) for each in callbacks))
 
 
-def _oldest(pending: PendingFuture) -> float:
+def _streams(things: list[Any]) -> list[PendingStream]:
+    streams: dict[StreamState, ValueStream[Any]] = {}
+    for thing in things:
+        if isinstance(thing, ValueStream):
+            with suppress(AttributeError):  # another thread is still making it
+                streams[state_of(thing)] = thing
+    found = [
+        PendingStream(streams.get(thing), tuple(thing.readers.who()), tuple(thing.writers.who()))
+        for thing in things
+        if isinstance(thing, StreamState) and _is_made(thing)
+    ]
+    return [pending for pending in found if pending.who]
+
+
+def _is_made(state: StreamState) -> bool:
+    return hasattr(state, "readers") and hasattr(state, "writers")
+
+
+def _oldest(pending: PendingFuture | PendingStream) -> float:
     return min((who.since for who in pending.who if who.since is not None), default=inf)
 
 
-def _line(who: Who, now: float) -> str:
-    since = "" if who.since is None else f", for {now - who.since:.3g} s"
-    return f"{who.kind} {who.name or 'of unknown name'}{since}"
+def _indented(lines: list[str]) -> str:
+    return "\n  ".join(lines)
+
+
+def _lines(who: tuple[Who, ...], now: float) -> list[str]:
+    return [
+        f"{each}" if each.since is None else f"{each}, for {now - each.since:.3g} s" for each in who
+    ]

@@ -197,8 +197,9 @@ class _RecordedWaker:
         self._note()
         self._waker.wake_all(waiters)
 
-    def who(self, _waiter: Any, /) -> Who:
-        return self._wait.who
+    def who(self, waiter: Any, /) -> Who:
+        recorded, now = self._wait.who, self._waker.who(waiter)
+        return recorded._replace(name=now.name or recorded.name, where=now.where)
 
     def _note(self) -> None:
         if self._wait.completed is None:  # or it is done again, as the first time was interrupted
