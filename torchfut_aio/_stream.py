@@ -6,20 +6,23 @@ import operator
 import time
 import types
 from collections import deque
-from collections.abc import AsyncIterator, Generator, Iterable, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator, Sequence
 from types import TracebackType
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Any, ClassVar, Generic, NoReturn, TypeVar
+
+import torch
 
 from . import _core, _loops
-from ._arguments import exception_checked, timeout_checked
+from ._arguments import exception_checked, listed, timeout_checked
 from ._errors import StreamClosedError
+from ._process_local import ProcessLocal
 from ._stream_state import ROOM, StreamState
 from ._waiters import first
 
 T = TypeVar("T")
 
 
-class ValueStream(Generic[T]):
+class ValueStream(ProcessLocal, Generic[T]):
     """A stream of values, as the tokens that a thread generates for a task.
 
     Producers, in any threads or tasks, push values and close the stream, with an error or
@@ -46,6 +49,9 @@ class ValueStream(Generic[T]):
     have pushed or not. A task that finds a value there goes on at once, as with
     ``asyncio.Queue``, and other tasks do not get their turn.
 
+    A stream belongs to its process: it cannot be pickled or copied. To get values from another
+    process, let a thread here read them from a ``multiprocessing.Queue`` and push them.
+
     Args:
         max_size: How many values may be in the stream at most, pushed and not yet read.
             If it is full, `push` blocks, `send` waits and `try_push` returns False. If
@@ -70,6 +76,11 @@ class ValueStream(Generic[T]):
     """
 
     __slots__ = ("__weakref__", "_max_size", "_state")
+
+    cure: ClassVar[str] = (
+        "let the other process put its values into a multiprocessing.Queue, from which a thread "
+        "of this process pushes them; to share the stream here, pass the stream itself"
+    )
 
     def __init__(self, *, max_size: int | None = None) -> None:
         """Makes a stream that is open."""
@@ -111,11 +122,13 @@ class ValueStream(Generic[T]):
         if not self._state.put(outcome):
             self._push_rest(deque((outcome,)), 1, timeout)
 
-    def push_many(self, values: Iterable[T], timeout: float | None = None) -> None:
+    def push_many(self, values: Sequence[T] | torch.Tensor, timeout: float | None = None) -> None:
         """Adds values to the stream as `push` does, and wakes each loop once for all.
 
         Args:
-            values: Any objects. A tensor stands for its rows.
+            values: A sequence, such as a list or a tuple, of any objects; or a tensor, which is
+                treated as the sequence of its rows. Rows share the tensor's storage: push
+                ``row.clone()`` if a row is to outlive the others without their memory.
             timeout: How long to wait for room for all of them, in seconds.
 
         Raises:
@@ -123,14 +136,16 @@ class ValueStream(Generic[T]):
                 values may have been read.
             TimeoutError: There was no room for all in time; the first of them were pushed,
                 and the error says how many.
-            TypeError, ValueError: ``timeout`` is not a number, or is NaN.
+            TypeError: ``values`` is anything else, such as a generator, a dict or a text, and
+                nothing was pushed; or ``timeout`` is not a number.
+            ValueError: ``timeout`` is NaN.
 
         Warns:
             BlockingWaitWarning: As for `push`.
         """
         if timeout is not None:
             timeout = timeout_checked(timeout)
-        pending = deque(map(_core.outcome_of_value, values))
+        pending = deque(map(_core.outcome_of_value, listed(values, "push_many() takes")))
         number = len(pending)
         self._state.put_many(pending)
         if pending:
@@ -285,10 +300,14 @@ class ValueStream(Generic[T]):
         return f"<{type(self).__qualname__} {state} size={len(self)}{limit}{listening}>"
 
 
-class _Listener(AsyncIterator[T], Iterator[T]):
+class _Listener(ProcessLocal, AsyncIterator[T], Iterator[T]):
     """What ``for`` and ``async for`` have of a stream."""
 
     __slots__ = ("_key", "_state")
+
+    cure: ClassVar[str] = (
+        "call iter(stream) or aiter(stream) for another iterator, which reads in turn with this one"
+    )
 
     def __init__(self, state: StreamState) -> None:
         self._key = object()

@@ -97,7 +97,7 @@ class StreamState:
             if self.end:
                 self._take_back(outcomes)
             if self.readers.waiting:
-                self.readers.wake_many(len(outcomes) - len(pending))
+                self.readers.wake(len(outcomes) - len(pending))
         except BaseException:
             self.readers.wake_again(len(outcomes))
             raise
@@ -221,8 +221,8 @@ class StreamState:
             raise
 
     def _wake_all(self) -> None:
-        self.readers.wake_many(EVERYONE)
-        self.writers.wake_many(EVERYONE)
+        self.readers.wake(EVERYONE)
+        self.writers.wake(EVERYONE)
 
     def _wake_all_again(self) -> None:
         self.readers.wake_again(EVERYONE)

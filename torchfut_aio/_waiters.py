@@ -64,21 +64,21 @@ class Waiters:
 
     # --------------------------------------------------------------------- waking
 
-    def wake(self) -> None:
-        """Wake one waiter of each waker, after an event."""
+    def wake(self, events: float = 1) -> None:
+        """Wake as many waiters of each waker as there are events."""
         if self.lines:
-            self.wake_many(1)
+            self._wake(events)
             return
         waiting = self.waiting
         try:
-            for waiter in waiting:
+            for waiter in waiting:  # which is the only one
                 waker = waiting[waiter]
                 del waiting[waiter]
                 break
             else:
                 return
         except (KeyError, RuntimeError):  # another thread has just changed it
-            self.wake_many(1)
+            self._wake(events)
             return
         try:
             waker.wake(waiter)
@@ -86,8 +86,14 @@ class Waiters:
             _wake_again([(waiter, waker)])
             raise
 
-    def wake_many(self, events: float) -> None:
-        """Wake as many waiters of each waker as there are events."""
+    def wake_again(self, events: float = 1) -> None:
+        """Wake waiters after `wake` was interrupted; in a thread if need be."""
+        try:
+            self._wake(events)
+        except BaseException:
+            start_new_thread(self._wake, (events,))
+
+    def _wake(self, events: float) -> None:
         taken: list[tuple[object, _loops.Waker]] = []
         try:
             self._take_for(events, taken)
@@ -96,13 +102,6 @@ class Waiters:
         except BaseException:
             _wake_again(taken)
             raise
-
-    def wake_again(self, events: float = 1) -> None:
-        """Wake waiters after `wake` was interrupted; in a thread if need be."""
-        try:
-            self.wake_many(events)
-        except BaseException:
-            start_new_thread(self.wake_many, (events,))
 
     def _take_for(self, events: float, taken: list[tuple[object, _loops.Waker]]) -> None:
         self._take(self.waiting, 1, taken)
