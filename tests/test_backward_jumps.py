@@ -51,7 +51,7 @@ def unguarded_jumps(source):
     guards = list(guarded_blocks(ast.parse(source)))
     found = []
     for code in code_objects(compile(source, "<source>", "exec", dont_inherit=True)):
-        instructions = list(dis.get_instructions(code))
+        instructions = [i for i in dis.get_instructions(code) if i.opname != "EXTENDED_ARG"]
         lines = {i.offset: i.positions.lineno for i in instructions}
         for before, jump in itertools.pairwise(instructions):
             # That of an await looks for no signals. The one behind CLEANUP_THROW closes no loop: it

@@ -26,6 +26,7 @@ from torchfut_aio import (
     _loops,
     _stream,
     _stream_state,
+    _waiters,
 )
 
 from .accelerator import FIRST, NEW, being_filled, read_on_current_stream, simulated_only
@@ -35,7 +36,7 @@ from .test_memory import Growth
 from .threads import PATIENCE, alongside, running, until
 from .waiting import Reader, eventually, polled
 
-MODULES = (_stream, _stream_state)
+MODULES = (_stream, _stream_state, _waiters)
 
 
 def waiting(stream):
@@ -99,7 +100,7 @@ async def test_a_task_waits_for_what_another_sends():
 @on_every_loop
 async def test_an_error_comes_behind_what_was_pushed_before_and_reaches_every_consumer():
     stream, error, got, told = ValueStream(), ValueError("foo"), [], []
-    stream.push_many("ab")
+    stream.push_many(["a", "b"])
 
     async def consume():
         try:
@@ -641,6 +642,7 @@ class Waiter:
     """Its own waker."""
 
     woken = 0
+    gone = False
 
     def wake(self, _waiter):
         self.woken += 1
@@ -748,7 +750,7 @@ def test_whatever_is_done_between_any_two_steps_each_value_is_read_once_or_refus
     for strike in strikes(*MODULES, do=lambda: act(second, "d")):
         stream, accepted, got = ValueStream(max_size=max_size), ["a", "b"], []
         values = iter(stream)
-        stream.push_many("ab")
+        stream.push_many(["a", "b"])
 
         def act(kind, value, stream=stream, accepted=accepted, got=got, values=values):
             with contextlib.suppress(StreamClosedError, StopIteration):

@@ -13,7 +13,7 @@ import math
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Generator, Iterable, Iterator
-from typing import Any, TypeVar, overload
+from typing import Any, ClassVar, TypeVar, overload
 
 from . import _core, _loops
 from ._adopt import Source
@@ -21,6 +21,7 @@ from ._arguments import timeout_checked
 from ._collect import adopted, not_done_within
 from ._errors import warn_that_wait_blocks_a_loop
 from ._future import Future
+from ._process_local import ProcessLocal
 
 T = TypeVar("T")
 
@@ -183,10 +184,14 @@ class _Arrivals(_core.DoneCallback):
                 alarm.cancel()
 
 
-class _AsCompleted(AsyncIterator[Future[T]], Iterator[Future[T]]):
+class _AsCompleted(ProcessLocal, AsyncIterator[Future[T]], Iterator[Future[T]]):
     """What `as_completed` returns."""
 
     __slots__ = ("__weakref__", "_arrivals")
+
+    cure: ClassVar[str] = (
+        "call as_completed() again for another iterator; tasks and threads may share this one"
+    )
 
     def __init__(self, futures: list[Future[T]], timeout: float | None) -> None:
         self._arrivals = _Arrivals(futures, timeout)

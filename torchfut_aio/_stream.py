@@ -6,19 +6,23 @@ import operator
 import time
 import types
 from collections import deque
-from collections.abc import AsyncIterator, Generator, Iterable, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator, Sequence
 from types import TracebackType
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Any, ClassVar, Generic, NoReturn, TypeVar
+
+import torch
 
 from . import _core, _loops
-from ._arguments import exception_checked, timeout_checked
+from ._arguments import exception_checked, listed, timeout_checked
 from ._errors import StreamClosedError
+from ._process_local import ProcessLocal
 from ._stream_state import ROOM, StreamState
+from ._waiters import first
 
 T = TypeVar("T")
 
 
-class ValueStream(Generic[T]):
+class ValueStream(ProcessLocal, Generic[T]):
     """A stream of values, as the tokens that a thread generates for a task.
 
     Producers, in any threads or tasks, push values and close the stream, with an error or
@@ -45,6 +49,9 @@ class ValueStream(Generic[T]):
     have pushed or not. A task that finds a value there goes on at once, as with
     ``asyncio.Queue``, and other tasks do not get their turn.
 
+    A stream belongs to its process: it cannot be pickled or copied. To get values from another
+    process, let a thread here read them from a ``multiprocessing.Queue`` and push them.
+
     Args:
         max_size: How many values may be in the stream at most, pushed and not yet read.
             If it is full, `push` blocks, `send` waits and `try_push` returns False. If
@@ -69,6 +76,11 @@ class ValueStream(Generic[T]):
     """
 
     __slots__ = ("__weakref__", "_max_size", "_state")
+
+    cure: ClassVar[str] = (
+        "let the other process put its values into a multiprocessing.Queue, from which a thread "
+        "of this process pushes them; to share the stream here, pass the stream itself"
+    )
 
     def __init__(self, *, max_size: int | None = None) -> None:
         """Makes a stream that is open."""
@@ -110,11 +122,13 @@ class ValueStream(Generic[T]):
         if not self._state.put(outcome):
             self._push_rest(deque((outcome,)), 1, timeout)
 
-    def push_many(self, values: Iterable[T], timeout: float | None = None) -> None:
+    def push_many(self, values: Sequence[T] | torch.Tensor, timeout: float | None = None) -> None:
         """Adds values to the stream as `push` does, and wakes each loop once for all.
 
         Args:
-            values: Any objects. A tensor stands for its rows.
+            values: A sequence, such as a list or a tuple, of any objects; or a tensor, which is
+                treated as the sequence of its rows. Rows share the tensor's storage: push
+                ``row.clone()`` if a row is to outlive the others without their memory.
             timeout: How long to wait for room for all of them, in seconds.
 
         Raises:
@@ -122,14 +136,16 @@ class ValueStream(Generic[T]):
                 values may have been read.
             TimeoutError: There was no room for all in time; the first of them were pushed,
                 and the error says how many.
-            TypeError, ValueError: ``timeout`` is not a number, or is NaN.
+            TypeError: ``values`` is anything else, such as a generator, a dict or a text, and
+                nothing was pushed; or ``timeout`` is not a number.
+            ValueError: ``timeout`` is NaN.
 
         Warns:
             BlockingWaitWarning: As for `push`.
         """
         if timeout is not None:
             timeout = timeout_checked(timeout)
-        pending = deque(map(_core.outcome_of_value, values))
+        pending = deque(map(_core.outcome_of_value, listed(values, "push_many() takes")))
         number = len(pending)
         self._state.put_many(pending)
         if pending:
@@ -138,20 +154,25 @@ class ValueStream(Generic[T]):
     def _push_rest(self, pending: deque[_core.Outcome], number: int, timeout: float | None) -> None:
         state = self._state
         give_up = None if timeout is None else time.monotonic() + timeout
-        while pending:
-            left = None if give_up is None else give_up - time.monotonic()
-            if left is not None and left <= 0:
-                raise TimeoutError(
-                    f"the stream had no room within {timeout:g} s: "
-                    f"{number - len(pending)} of {number} values were pushed"
-                )
-            state.writers.block(
-                state.can_write,
-                left,
-                "pushing to a stream that is full blocks the event loop that this thread runs; "
-                "await stream.send() instead",
-            )
-            state.put_many(pending)
+        try:
+            while True:
+                left = None if give_up is None else give_up - time.monotonic()
+                if left is not None and left <= 0:
+                    raise TimeoutError(
+                        f"the stream had no room within {timeout:g} s: "
+                        f"{number - len(pending)} of {number} values were pushed"
+                    )
+                state.writers.block(state.can_write, left, _PUSH_BLOCKS)
+                state.put_many(pending)
+                if not pending:
+                    return
+        except BaseException:
+            try:
+                state.hand_on()
+            except BaseException:
+                state.hand_on()
+                raise
+            raise
 
     def try_push(self, value: T) -> bool:
         """Adds a value to the stream, unless that is full; returns whether it did.
@@ -176,8 +197,18 @@ class ValueStream(Generic[T]):
         """
         state = self._state
         outcome = _core.outcome_of_value(value)
-        while not state.put(outcome):
-            await state.writers.wait(state.can_write)
+        try:
+            while True:
+                if state.put(outcome):
+                    return
+                await state.writers.wait(state.can_write)
+        except BaseException:
+            try:
+                state.hand_on()
+            except BaseException:
+                state.hand_on()
+                raise
+            raise
 
     def close(self, error: BaseException | None = None) -> None:
         """Ends the stream: nothing can be pushed any more. Does nothing if it was closed before.
@@ -274,10 +305,14 @@ def state_of(stream: ValueStream[Any]) -> StreamState:
     return stream._state
 
 
-class _Listener(AsyncIterator[T], Iterator[T]):
+class _Listener(ProcessLocal, AsyncIterator[T], Iterator[T]):
     """What ``for`` and ``async for`` have of a stream."""
 
     __slots__ = ("_key", "_state")
+
+    cure: ClassVar[str] = (
+        "call iter(stream) or aiter(stream) for another iterator, which reads in turn with this one"
+    )
 
     def __init__(self, state: StreamState) -> None:
         self._key = object()
@@ -297,77 +332,95 @@ class _Listener(AsyncIterator[T], Iterator[T]):
 
     def __next__(self) -> T:
         state = self._state
+        values, end = state.values, state.end
         del self  # or a traceback that is kept would keep the listener
-        while True:
-            outcome = state.first()
-            if outcome is None and not state.end:
-                state.readers.block(state.can_read, None, _BLOCKS)
-                continue
-            if outcome is None and (outcome := state.first()) is None:
-                state.raise_end(StopIteration)
-            readiness = outcome.readiness
-            failure = outcome.error if readiness is None else _wait_in_thread(readiness)
-            # As in __anext__().
+        try:
+            while True:
+                outcome = first(values) if values else None
+                if outcome is None and not end:
+                    state.readers.block(state.can_read, None, _READ_BLOCKS)
+                    continue
+                if outcome is None and (outcome := first(values)) is None:
+                    state.raise_end(StopIteration)
+                readiness = outcome.readiness
+                failure = outcome.error if readiness is None else _wait_in_thread(readiness)
+                # As in __anext__().
+                try:
+                    del values[outcome]
+                except KeyError:
+                    continue
+                if state.room is not None:
+                    state.room += ROOM
+                    if state.writers.waiting:
+                        try:
+                            state.writers.wake()
+                        except BaseException:
+                            state.put_back(outcome)
+                            raise
+                if failure is not None:
+                    _raise(failure, outcome)
+                value: T = outcome.value
+                return value
+        except BaseException:
             try:
-                del state.values[outcome]
-            except KeyError:
-                continue
-            if state.room is not None:
-                state.room += ROOM
-                if state.writers.waiting:
-                    try:
-                        state.writers.wake()
-                    except BaseException:
-                        state.put_back(outcome)
-                        raise
-            if failure is not None:
-                _raise(failure, outcome)
-            value: T = outcome.value
-            return value
+                state.hand_on()
+            except BaseException:
+                state.hand_on()
+                raise
+            raise
 
     async def __anext__(self) -> T:
         state = self._state
-        while True:
-            outcome = state.first()
-            if outcome is None and not state.end:
-                # As in Waiters.wait(), without its two calls: see benchmarks/NOTES.md.
-                loop = _loops.current()
-                waiter = loop.waiter()
-                waiting = state.readers.waiting
-                try:
-                    waiting[waiter] = loop
-                    if not state.values and not state.end:
-                        await waiter
-                except BaseException:
-                    del self  # or a traceback that is kept would keep the listener
-                    raise
-                finally:
-                    waiting.pop(waiter, None)
-                continue
-            if outcome is None and (outcome := state.first()) is None:
-                del self
-                state.raise_end(StopAsyncIteration)
-            readiness = outcome.readiness
-            failure = outcome.error if readiness is None else await _wait_in_task(readiness)
-            # Whoever deletes it has read it. From here on, nothing that can be interrupted may
-            # keep it from being delivered.
-            try:
-                del state.values[outcome]
-            except KeyError:
-                continue
-            if state.room is not None:
-                state.room += ROOM
-                if state.writers.waiting:
+        values, end = state.values, state.end
+        try:
+            while True:
+                outcome = first(values) if values else None
+                if outcome is None and not end:
+                    # As in Waiters.wait(), without its two calls: see benchmarks/NOTES.md.
+                    loop = _loops.current()
+                    waiter = loop.waiter()
+                    waiting = state.readers.waiting
                     try:
-                        state.writers.wake()
-                    except BaseException:
-                        state.put_back(outcome)
-                        raise
-            if failure is not None:
-                del self
-                _raise(failure, outcome)
-            value: T = outcome.value
-            return value
+                        waiting[waiter] = loop
+                        if len(waiting) > 1:
+                            state.readers.line_up(waiter, loop)
+                        if not values and not end:
+                            await waiter
+                    finally:
+                        waiting.pop(waiter, None)
+                        if state.readers.lines:
+                            state.readers.leave_line(waiter, loop)
+                    continue
+                if outcome is None and (outcome := first(values)) is None:
+                    state.raise_end(StopAsyncIteration)
+                readiness = outcome.readiness
+                failure = outcome.error if readiness is None else await _wait_in_task(readiness)
+                # To delete it is to have read it. From here on, nothing that can be interrupted
+                # may keep it from being delivered.
+                try:
+                    del values[outcome]
+                except KeyError:
+                    continue
+                if state.room is not None:
+                    state.room += ROOM
+                    if state.writers.waiting:
+                        try:
+                            state.writers.wake()
+                        except BaseException:
+                            state.put_back(outcome)
+                            raise
+                if failure is not None:
+                    _raise(failure, outcome)
+                value: T = outcome.value
+                return value
+        except BaseException:
+            del self  # or a traceback that is kept would keep the listener
+            try:
+                state.hand_on()
+            except BaseException:
+                state.hand_on()
+                raise
+            raise
 
     def __del__(self) -> None:
         key = getattr(self, "_key", None)
@@ -380,7 +433,13 @@ class _Listener(AsyncIterator[T], Iterator[T]):
                 raise
 
 
-_BLOCKS = "for blocks the event loop that this thread runs while the stream is empty; use async for"
+_PUSH_BLOCKS = (
+    "pushing to a stream that is full blocks the event loop that this thread runs; "
+    "await stream.send() instead"
+)
+_READ_BLOCKS = (
+    "for blocks the event loop that this thread runs while the stream is empty; use async for"
+)
 
 
 def _raise(failure: BaseException, outcome: _core.Outcome) -> NoReturn:

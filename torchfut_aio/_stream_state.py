@@ -3,31 +3,29 @@
 No lock is held, so a signal handler or a finaliser may push, read or close in the midst of
 anything. What makes that right:
 
-1. A value is in the stream from when it is stored in ``values`` until somebody deletes it.
-   Whoever deletes it has read it. Either is one statement, within which CPython checks for no
+1. A value is in the stream from when it is stored in ``values`` until it is deleted there. To
+   delete it is to have read it. Either is one statement, within which CPython checks for no
    signal. (To find the first key takes the same time however many were deleted before it: hence
    an OrderedDict.)
-2. A bounded stream has ``room``: a list with an item for each value that may still come. Whoever
-   pushes deletes an item, then stores the value. Whoever reads deletes the value, then adds an
-   item. So there are never too many values, whoever pushes meanwhile.
-3. Whoever waits stores a waiter, then looks. Whoever pushes, reads or ends the stream does that,
-   then wakes all who wait: one that finds nothing waits again. To wake only one would be cheaper
-   where many wait; but it may be a task of a loop that has closed.
-4. Whoever pushes stores the value, then looks whether the stream has ended, and takes the value
-   back if so, unless it has been read. Whoever finds the stream ended looks once more for a value.
+2. A bounded stream has ``room``: a list with an item for each value that may still come. A push
+   deletes an item, then stores the value. A read deletes the value, then adds an item. So there
+   are never too many values, whatever is pushed meanwhile.
+3. A push stores the value, then wakes a reader of each loop; a read adds the item, then wakes a
+   writer of each: see `_waiters`. A reader or writer that leaves with an exception calls
+   `hand_on`, as it may have been woken for a value or an item that it leaves behind.
+4. A push stores the value, then looks whether the stream has ended, and takes the value back if
+   so, unless it has been read. A reader that finds the stream ended looks once more for a value.
    So a value that was pushed is read, or refused.
 """
 
 from __future__ import annotations
 
-import types
-from _thread import start_new_thread
 from collections import OrderedDict, deque
-from collections.abc import Callable, Generator
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from . import _core, _loops
-from ._errors import StreamClosedError, warn_that_wait_blocks_a_loop
+from . import _core
+from ._errors import StreamClosedError
+from ._waiters import EVERYONE, Waiters
 
 ROOM = (None,)  # for one value
 
@@ -99,9 +97,9 @@ class StreamState:
             if self.end:
                 self._take_back(outcomes)
             if self.readers.waiting:
-                self.readers.wake()
+                self.readers.wake(len(outcomes) - len(pending))
         except BaseException:
-            self.readers.wake_again()
+            self.readers.wake_again(len(outcomes))
             raise
 
     def _store(self, pending: deque[_core.Outcome]) -> None:
@@ -134,22 +132,16 @@ class StreamState:
         raise StreamClosedError("the stream has been closed, and takes no more values")
 
     def can_write(self) -> bool:
-        """Tells whether somebody who waits for room need not."""
+        """Return True if a push would not block."""
         return bool(self.room) or bool(self.end)
 
     # --------------------------------------------------------------------- reading
 
-    def first(self) -> _core.Outcome | None:
-        """Returns the value that is next, or None; it stays in the stream."""
-        try:
-            return next(iter(self.values), None)
-        except RecursionError:
-            raise
-        except RuntimeError:  # another thread has just pushed, or read
-            return next(iter([*self.values]), None)
-
     def put_back(self, outcome: _core.Outcome) -> None:
-        """Undoes the reading of a value, where an interrupt keeps it from being delivered."""
+        """Undo the reading of a value that an interrupt keeps from being delivered.
+
+        The reader calls `hand_on` after that: others may have looked and found nothing.
+        """
         self.values[outcome] = None
         self.values.move_to_end(outcome, last=False)
         if self.room is not None:
@@ -159,8 +151,23 @@ class StreamState:
                 pass  # somebody has just pushed: there is one value too many for a while
         self.writers.wake_again()
 
+    def hand_on(self) -> None:
+        """Wake others for what is left, as a reader or a writer leaves that may have been woken.
+
+        It may have been woken for nothing, or not at all: to wake once too often is harmless.
+        """
+        try:
+            if self.values and self.readers.waiting:
+                self.readers.wake()
+            if self.room and self.writers.waiting:
+                self.writers.wake()
+        except BaseException:
+            self.readers.wake_again()
+            self.writers.wake_again()
+            raise
+
     def can_read(self) -> bool:
-        """Tells whether somebody who waits for a value need not."""
+        """Return True if a read would not block."""
         return bool(self.values) or bool(self.end)
 
     def raise_end(self, end: type[Exception]) -> NoReturn:
@@ -214,67 +221,9 @@ class StreamState:
             raise
 
     def _wake_all(self) -> None:
-        self.readers.wake()
-        self.writers.wake()
+        self.readers.wake(EVERYONE)
+        self.writers.wake(EVERYONE)
 
     def _wake_all_again(self) -> None:
-        self.readers.wake_again()
-        self.writers.wake_again()
-
-
-class Waiters:
-    """Those who wait for one thing, each with its waker: tasks on any loops, and threads."""
-
-    __slots__ = ("waiting",)
-
-    def __init__(self) -> None:
-        self.waiting: dict[object, _loops.Waker] = {}
-
-    def who(self) -> list[_loops.Who]:
-        """Return the tasks and threads that wait, from any thread."""
-        wakers = [(waiter, self.waiting.get(waiter)) for waiter in [*self.waiting]]
-        return [waker.who(waiter) for waiter, waker in wakers if waker is not None]
-
-    def wake(self) -> None:
-        """Wakes all of them; may be called again if it is interrupted."""
-        waiting = self.waiting
-        for waiter in [*waiting]:
-            waker = waiting.get(waiter)
-            if waker is not None:
-                waker.wake(waiter)
-                waiting.pop(waiter, None)
-
-    def wake_again(self) -> None:
-        """As `wake`, which was interrupted; in a thread if need be, as where the stack is full."""
-        try:
-            self.wake()
-        except BaseException:
-            start_new_thread(self.wake, ())
-
-    def block(self, is_over: Callable[[], bool], timeout: float | None, warning: str) -> None:
-        """Blocks the calling thread until it is woken, or ``is_over()``, or the time is up."""
-        # Callbacks that this thread has put off may be those to push, or to read.
-        _core.run_deferred()
-        if is_over():
-            return
-        if _loops.loop_in_this_thread():
-            warn_that_wait_blocks_a_loop(warning)
-        waiter = _loops.ThreadWaiter()
-        try:
-            self.waiting[waiter] = _loops.THREADS
-            if not is_over():
-                waiter.block(timeout)
-        finally:
-            self.waiting.pop(waiter, None)
-
-    @types.coroutine
-    def wait(self, is_over: Callable[[], bool]) -> Generator[Any, Any, None]:
-        """Does for a task what `block` does for a thread; for ``await``."""
-        loop = _loops.current()
-        waiter = loop.waiter()
-        try:
-            self.waiting[waiter] = loop
-            if not is_over():
-                yield from waiter
-        finally:
-            self.waiting.pop(waiter, None)
+        self.readers.wake_again(EVERYONE)
+        self.writers.wake_again(EVERYONE)

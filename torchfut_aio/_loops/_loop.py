@@ -41,6 +41,10 @@ PAUSE = object()  # stands for a wake-up that the loop has seen to itself
 class Waker(Protocol):
     """What wakes waiters: the loop of their tasks, or `THREADS`."""
 
+    @property
+    def gone(self) -> bool:
+        """Whether it has been found closed, so that none of its waiters wakes any more."""
+
     def wake(self, waiter: Any, /) -> None:
         """Wakes ``waiter``, from any thread; does nothing if it is awake, or has gone."""
 
@@ -117,6 +121,8 @@ class ThreadWaiter:
 
 
 class _Threads:
+    gone = False
+
     def wake(self, waiter: ThreadWaiter, /) -> None:
         waiter.unblock()
 
@@ -136,6 +142,7 @@ class Loop(ABC):
     """A running event loop, as the tasks that wait on it see it.
 
     Attributes:
+        gone: As of `Waker`.
         queue: Those that were completed elsewhere and await their wake-up.
         wake_up: What stands for the wake-up under way; None if there is none.
         watcher: What the device side keeps for this loop.
@@ -144,9 +151,10 @@ class Loop(ABC):
 
     before_wait: ClassVar[Callable[[Any], object] | None] = None
 
-    __slots__ = ("__weakref__", "_renewed", "queue", "wake_up", "watcher")
+    __slots__ = ("__weakref__", "_renewed", "gone", "queue", "wake_up", "watcher")
 
     def __init__(self) -> None:
+        self.gone = False
         self.queue: deque[Any] = deque()
         self.wake_up: object = None
         self.watcher: Any = None
@@ -180,6 +188,7 @@ class Loop(ABC):
             raise
         if not is_open:
             # Nobody is left to resume, here or in the queue.
+            self.gone = True
             self.wake_up = None
             self.queue.clear()
 
@@ -198,6 +207,7 @@ class Loop(ABC):
 
     def abandon(self) -> None:
         """Forgets who waits, as the loop has closed or gone; may be called again."""
+        self.gone = True
         self.queue.clear()
         watcher, self.watcher = self.watcher, None
         if watcher is not None:

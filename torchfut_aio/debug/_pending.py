@@ -124,12 +124,12 @@ def _instances_of(kinds: set[type[Any]]) -> list[Any]:
 
 
 def _futures(things: list[Any]) -> list[PendingFuture]:
-    where = {}
+    where: dict[int, str] = {}  # by identity, as a class may define `==`
     for worker in workers():
         if isinstance(worker, BatchWorker):
-            where.update(worker.places())
+            where |= {id(future): place for future, place in worker.places().items()}
     return [
-        PendingFuture(thing, _who_waits(thing), where.get(thing))
+        PendingFuture(thing, _who_waits(thing), where.get(id(thing)))
         for thing in things
         if isinstance(thing, Future) and _is_pending(thing)
     ]

@@ -189,6 +189,10 @@ class _RecordedWaker:
         self._wait = wait
         self._waker = waker
 
+    @property
+    def gone(self) -> bool:
+        return self._waker.gone
+
     def wake(self, waiter: Any, /) -> None:
         self._note()
         self._waker.wake(waiter)

@@ -1,0 +1,466 @@
+"""Who is woken of those who wait for one thing, here for a value or for room in a stream."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import signal
+import threading
+import weakref
+from collections import Counter
+
+import anyio
+import anyio.lowlevel
+import pytest
+
+from torchfut_aio import ValueStream, _loops, _stream, _stream_state, _waiters
+
+from .explorer import strikes
+from .loops import on_every_loop
+from .threads import PATIENCE, alongside, running, until
+from .waiting import eventually
+
+MODULES = (_stream, _stream_state, _waiters)
+
+
+def full(*values):
+    stream = ValueStream(max_size=len(values))
+    stream.push_many(values)
+    return stream
+
+
+def nothing_left(*streams):
+    """Whether nobody waits, and no loop is kept."""
+    waiters = [each for s in streams for each in (s._state.readers, s._state.writers)]
+    return not any(each.waiting or each.lines for each in waiters)
+
+
+@pytest.fixture
+def wakes(monkeypatch):
+    """Counts the wake-ups of tasks and threads, by kind."""
+    counts = Counter()
+
+    def count(kind, cls):
+        real = cls.wake
+
+        def wake(self, waiter, /):
+            counts[kind] += 1
+            real(self, waiter)
+
+        monkeypatch.setattr(cls, "wake", wake)
+
+    def start():
+        count("thread", type(_loops.THREADS))
+        count("task", type(_loops.current()))
+        return counts
+
+    return start
+
+
+# ------------------------------------------------------------------------ how many are woken
+
+
+@on_every_loop
+async def test_many_senders_are_woken_once_each_in_order(wakes):
+    stream, n = full("first"), 300
+    values, counts = aiter(stream), wakes()
+    async with anyio.create_task_group() as tg:
+        for number in range(n):
+            tg.start_soon(stream.send, number)
+            await anyio.lowlevel.checkpoint()
+        await anyio.wait_all_tasks_blocked()
+        assert len(stream._state.writers.waiting) == n
+        assert [await anext(values) for _ in range(n + 1)] == ["first", *range(n)]
+    assert counts["task"] == 2 * n  # each sender, and the reader for each
+    assert nothing_left(stream)
+
+
+@on_every_loop
+async def test_many_readers_are_woken_once_each_in_order(wakes):
+    stream, n, got, counts = ValueStream(), 300, [], wakes()
+    listener = aiter(stream)
+
+    async def read(number):
+        got.append((number, await anext(listener)))
+
+    async with anyio.create_task_group() as tg:
+        for number in range(n):
+            tg.start_soon(read, number)
+            await anyio.lowlevel.checkpoint()
+        await anyio.wait_all_tasks_blocked()
+        for value in range(n):
+            stream.push(value)
+            await anyio.lowlevel.checkpoint()
+    assert sorted(value for _, value in got) == [*range(n)]
+    assert [number for number, _ in got] == [*range(n)]
+    assert counts["task"] == n
+    assert nothing_left(stream)
+
+
+@on_every_loop
+async def test_many_threads_are_woken_once_each(wakes):
+    stream, n = full("first"), 20
+    values, counts = aiter(stream), wakes()
+    async with alongside(*[lambda k=k: stream.push(k, timeout=PATIENCE) for k in range(n)]):
+        await eventually(lambda: len(stream._state.writers.waiting) == n)
+        counts.clear()
+        got = []
+        for _ in range(n + 1):
+            await eventually(lambda: len(stream) == 1)
+            got.append(await anext(values))
+    assert sorted(got[1:]) == [*range(n)]
+    assert counts["thread"] == n
+    assert nothing_left(stream)
+
+
+@on_every_loop
+async def test_many_values_at_once_wake_as_many_readers(wakes):
+    stream, got, counts = ValueStream(), [], wakes()
+    listener = aiter(stream)
+
+    async def read():
+        got.append(await anext(listener))
+
+    async with anyio.create_task_group() as tg:
+        for _ in range(10):
+            tg.start_soon(read)
+        await anyio.wait_all_tasks_blocked()
+        stream.push_many([0, 1, 2, 3])
+        await anyio.wait_all_tasks_blocked()
+        assert counts["task"] == 4
+        assert len(stream._state.readers.waiting) == 6
+        stream.push_many([*range(4, 10)])
+    assert sorted(got) == [*range(10)]
+
+
+@on_every_loop
+async def test_one_of_each_kind_is_woken(wakes):
+    stream, counts, got = ValueStream(), wakes(), []
+    listener, values = aiter(stream), iter(stream)
+
+    async def read():
+        got.append(await anext(listener))
+
+    def read_in_thread():
+        got.append(next(values))
+
+    async with alongside(*[read_in_thread] * 3), anyio.create_task_group() as tg:
+        for _ in range(3):
+            tg.start_soon(read)
+        await eventually(lambda: len(stream._state.readers.waiting) == 6)
+        assert sorted(who.kind for who in stream._state.readers.who()) == (
+            ["task"] * 3 + ["thread"] * 3
+        )
+        counts.clear()
+        stream.push(0)
+        await eventually(lambda: got == [0] and len(stream._state.readers.waiting) == 5)
+        assert counts == {"task": 1, "thread": 1}
+        stream.push_many([1, 2, 3, 4, 5])
+    assert sorted(got) == [*range(6)]
+    assert nothing_left(stream)
+
+
+# --------------------------------------------------------------- wake-ups that are handed on
+
+
+@on_every_loop
+async def test_a_reader_cancelled_when_woken_hands_the_value_on():
+    stream, got = ValueStream(), []
+    listener = aiter(stream)
+
+    async def read(scope):
+        with scope:
+            got.append(await anext(listener))
+
+    with anyio.fail_after(PATIENCE):
+        async with anyio.create_task_group() as tg:
+            scopes = [anyio.CancelScope() for _ in range(3)]
+            for scope in scopes:
+                tg.start_soon(read, scope)
+            await anyio.wait_all_tasks_blocked()
+            stream.push(1)
+            scopes[0].cancel()
+            await eventually(lambda: got == [1])
+            tg.cancel_scope.cancel()
+    assert nothing_left(stream)
+
+
+@on_every_loop
+async def test_a_sender_cancelled_when_woken_hands_the_room_on():
+    stream, sent = full("first"), []
+    values = aiter(stream)
+
+    async def send(scope, value):
+        with scope:
+            await stream.send(value)
+            sent.append(value)
+
+    with anyio.fail_after(PATIENCE):
+        async with anyio.create_task_group() as tg:
+            scopes = [anyio.CancelScope() for _ in range(3)]
+            for n, scope in enumerate(scopes):
+                tg.start_soon(send, scope, n)
+            await anyio.wait_all_tasks_blocked()
+            assert await anext(values) == "first"
+            scopes[0].cancel()
+            await eventually(lambda: len(sent) == 1)
+            assert await anext(values) == sent[0]
+            tg.cancel_scope.cancel()
+    assert nothing_left(stream)
+
+
+class Pair:
+    """Two tasks of one loop that wait on one stream, and what shows that one was served."""
+
+    def __init__(self, kind):
+        self.loop = asyncio.new_event_loop()
+        self.stream = ValueStream() if kind == "readers" else full("first")
+        self.values, self.served = aiter(self.stream), []
+        one = self.read if kind == "readers" else self.send
+        self.tasks = [self.loop.create_task(one()) for _ in range(2)]
+        self.turn()
+        waiters = getattr(self.stream._state, kind)
+        assert len(waiters.waiting) == 2
+
+    async def read(self):
+        self.served.append(await anext(self.values))
+
+    async def send(self):
+        await self.stream.send(1)
+        self.served.append(1)
+
+    def event(self):
+        if self.stream._state.room is None:
+            self.stream.push(1)
+        else:
+            next(self.values)
+
+    def turn(self):
+        self.loop.run_until_complete(asyncio.sleep(0))
+
+    def close(self):
+        for task in self.tasks:
+            task.cancel()
+        self.loop.run_until_complete(asyncio.gather(*self.tasks, return_exceptions=True))
+        self.loop.close()
+
+
+pairs = pytest.mark.parametrize("kind", ["readers", "writers"])
+
+
+@pairs
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_waiter_cancelled_at_any_step_leaves_no_other_asleep(kind, which):
+    for strike in strikes(*MODULES, do=lambda: pair.tasks[which].cancel()):
+        pair = Pair(kind)
+        with strike:
+            pair.event()
+            for _ in range(4):
+                pair.turn()
+        for _ in range(4):
+            pair.turn()
+        assert pair.served == [1], strike
+        pair.close()
+        assert nothing_left(pair.stream)
+
+
+@pairs
+def test_a_waiter_interrupted_at_any_step_leaves_no_other_asleep(kind):
+    served = 0
+    for strike in strikes(*MODULES):
+        pair = Pair(kind)
+        with strike:
+            pair.event()
+            for _ in range(4):
+                pair.turn()
+        for _ in range(4):
+            pair.turn()
+        happened = bool(pair.served) or (
+            len(pair.stream) == 1 if kind == "readers" else len(pair.stream) == 0
+        )
+        # The other task is there to be served, unless the event itself was interrupted.
+        if happened:
+            assert pair.served, strike
+            served += 1
+        pair.close()
+        assert not pair.stream._state.readers.waiting
+        assert not pair.stream._state.writers.waiting
+    assert served
+
+
+def test_a_thread_interrupted_at_any_step_leaves_no_other_asleep():
+    for strike in strikes(*MODULES, thread="struck"):
+        stream, got = ValueStream(), []
+        values = iter(stream)
+
+        def read(values=values, got=got):
+            try:
+                got.append(next(values))
+            except KeyboardInterrupt:
+                got.append(None)
+
+        other = threading.Thread(target=read)
+        with strike:
+            struck = threading.Thread(target=read, name="struck")
+            struck.start()
+            until(lambda: stream._state.readers.waiting or got)
+            other.start()
+            until(lambda: len(stream._state.readers.waiting) + len(got) == 2)
+            stream.push(1)
+            until(lambda: 1 in got)
+            stream.push(2)
+            struck.join(PATIENCE)
+            other.join(PATIENCE)
+        assert not struck.is_alive()
+        assert not other.is_alive()
+        assert 1 in got
+        assert None in got or sorted(got) == [1, 2]
+        assert not stream._state.readers.waiting
+
+
+def test_a_value_that_is_put_back_wakes_a_reader_that_has_looked():
+    class Writer:
+        gone, calls = False, 0
+
+        def wake(self, waiter):
+            self.calls += 1
+            if self.calls == 1:
+                stream._state.readers.waiting[reader] = reader  # it has found nothing
+                raise KeyboardInterrupt
+
+    class Reader:
+        gone, woken = False, 0
+
+        def wake(self, waiter):
+            self.woken += 1
+
+    stream, writer, reader = full(1), Writer(), Reader()
+    stream._state.writers.waiting[writer] = writer
+    values = iter(stream)
+    with pytest.raises(KeyboardInterrupt):
+        next(values)
+    assert reader.woken
+    assert next(values) == 1
+
+
+# ----------------------------------------------------------------- loops that close or stop
+
+
+async def read_one(listener, got):
+    got.append(await anext(listener))
+
+
+def waiting_on_a_loop(listener, got, number):
+    loop = asyncio.new_event_loop()
+    tasks = [loop.create_task(read_one(listener, got)) for _ in range(number)]
+    for task in tasks:
+        task._log_destroy_pending = False
+    loop.run_until_complete(asyncio.sleep(0))
+    return loop, tasks
+
+
+@pytest.mark.parametrize("closes", ["before", "after", "never"])
+def test_a_loop_that_stands_still_takes_no_value_from_others(closes):
+    stream, got = ValueStream(), []
+    listener = aiter(stream)
+    still, tasks = waiting_on_a_loop(listener, [], 3)
+    running_loop, others = waiting_on_a_loop(listener, got, 3)
+    if closes == "before":
+        still.close()
+    for n in range(3):
+        stream.push(n)
+        if closes == "after":
+            still.close()
+        running_loop.run_until_complete(others[n])
+    assert got == [0, 1, 2]
+    running_loop.close()
+    if closes == "never":
+        stream.push_many([3, 4, 5])
+        still.run_until_complete(asyncio.gather(*tasks))
+        still.close()
+        assert nothing_left(stream)
+
+
+def test_a_loop_that_has_closed_is_not_kept(no_collector):
+    stream, seen = ValueStream(), []
+    listener = aiter(stream)
+    for _ in range(3):
+        loop, tasks = waiting_on_a_loop(listener, [], 5)
+        loop.close()
+        seen.append(weakref.ref(loop))
+        del loop, tasks
+    stream.push(1)
+    stream.push(2)
+    assert nothing_left(stream)
+    gc.collect()
+    assert [ref() for ref in seen] == [None] * 3
+
+
+def test_a_stream_of_many_loops_keeps_none_of_them():
+    stream, got = ValueStream(), []
+    listener = aiter(stream)
+
+    async def main():
+        tasks = [asyncio.ensure_future(read_one(listener, got)) for _ in range(3)]
+        await asyncio.sleep(0)
+        stream.push_many([1, 2])
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        tasks[2].cancel()
+        await asyncio.wait(tasks)
+
+    for n in range(1, 11):
+        asyncio.run(main())
+        assert len(got) == 2 * n
+        assert nothing_left(stream)
+
+
+def test_a_waiter_that_joins_a_line_that_goes_is_in_one_or_woken():
+    # A line is removed when it is empty; here one joins just before, or just after.
+    for strike in strikes(_waiters, do=lambda: waiters.line_up("late", waker)):
+        waiters, waker = _waiters.Waiters(), Waker()
+        waiters.waiting["late"] = waker
+        waiters.waiting["early"] = waker
+        waiters.line_up("early", waker)
+        with strike:
+            waiters.waiting.pop("early")
+            waiters.leave_line("early", waker)
+        in_line = "late" in waiters.lines.get(waker, {})
+        assert strike.where is None or in_line or waker.woken == ["late"]
+
+
+class Waker:
+    gone = False
+
+    def __init__(self):
+        self.woken = []
+
+    def wake(self, waiter):
+        self.woken.append(waiter)
+
+
+def test_a_signal_handler_that_blocks_is_woken_before_what_it_interrupts():
+    stream, handled = full("first"), []
+
+    def handler(*_):
+        stream.push("handler", timeout=PATIENCE)
+        handled.append(True)
+
+    def read():
+        waiting = stream._state.writers.waiting
+        until(lambda: len(waiting) == 1)
+        (interrupted,) = waiting
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
+        until(lambda: waiting and interrupted not in waiting)
+        values = iter(stream)
+        got = [next(values)]
+        until(lambda: handled)
+        got += [next(values), next(values)]
+        assert got == ["first", "handler", "main"]
+
+    before = signal.signal(signal.SIGUSR1, handler)
+    try:
+        with running(read):
+            stream.push("main", timeout=PATIENCE)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert nothing_left(stream)
