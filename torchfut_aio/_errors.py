@@ -239,6 +239,16 @@ def own_copy(error: E) -> E:
     return copied
 
 
+def without_frames(error: BaseException) -> BaseException:
+    """Return a copy that keeps no frame: without traceback, cause and context."""
+    copied = own_copy(error)
+    if copied is error:
+        return rebuild_exception(*type_and_text(error))
+    for attribute in _CHAIN[:3]:
+        attribute.__set__(copied, None)
+    return copied
+
+
 def type_and_text(error: BaseException) -> tuple[type[BaseException], str]:
     """Returns the type and text that stand for ``error`` where it cannot go itself."""
     if issubclass(type(error), CallbackError) and error.__cause__ is not None:

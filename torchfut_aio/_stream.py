@@ -77,7 +77,7 @@ class ValueStream(ProcessLocal, Generic[T]):
 
     __slots__ = ("__weakref__", "_max_size", "_state")
 
-    cure: ClassVar[str] = (
+    _cure: ClassVar[str] = (
         "let the other process put its values into a multiprocessing.Queue, from which a thread "
         "of this process pushes them; to share the stream here, pass the stream itself"
     )
@@ -213,7 +213,9 @@ class ValueStream(ProcessLocal, Generic[T]):
     def close(self, error: BaseException | None = None) -> None:
         """Ends the stream: nothing can be pushed any more. Does nothing if it was closed before.
 
-        Consumers get what was pushed before. Then their loops end, or raise the error.
+        Consumers get what was pushed before. Then their loops end, or raise the error. When they
+        have raised it and their last iterator has gone, the stream keeps a copy without traceback,
+        cause and context, and so nothing of what the frames of these hold.
 
         Args:
             error: What consumers are to raise, an instance of any ``BaseException``. (In
@@ -310,7 +312,7 @@ class _Listener(ProcessLocal, AsyncIterator[T], Iterator[T]):
 
     __slots__ = ("_key", "_state")
 
-    cure: ClassVar[str] = (
+    _cure: ClassVar[str] = (
         "call iter(stream) or aiter(stream) for another iterator, which reads in turn with this one"
     )
 
@@ -362,6 +364,7 @@ class _Listener(ProcessLocal, AsyncIterator[T], Iterator[T]):
                 value: T = outcome.value
                 return value
         except BaseException:
+            failure = outcome = None  # as in Outcome.read()
             try:
                 state.hand_on()
             except BaseException:
@@ -414,6 +417,7 @@ class _Listener(ProcessLocal, AsyncIterator[T], Iterator[T]):
                 value: T = outcome.value
                 return value
         except BaseException:
+            failure = outcome = None  # as in Outcome.read()
             del self  # or a traceback that is kept would keep the listener
             try:
                 state.hand_on()
@@ -444,7 +448,10 @@ _READ_BLOCKS = (
 
 def _raise(failure: BaseException, outcome: _core.Outcome) -> NoReturn:
     outcome.exception()
-    raise failure
+    try:
+        raise failure
+    finally:
+        del failure, outcome  # as in Outcome.read()
 
 
 def _wait_in_thread(readiness: Any) -> Exception | None:

@@ -24,7 +24,7 @@ from collections import OrderedDict, deque
 from typing import NoReturn
 
 from . import _core
-from ._errors import StreamClosedError
+from ._errors import StreamClosedError, without_frames
 from ._waiters import EVERYONE, Waiters
 
 ROOM = (None,)  # for one value
@@ -202,10 +202,19 @@ class StreamState:
             raise
 
     def leave(self, listener: object) -> None:
-        """Has a listener go; if it is the last, and has not come to the end, nobody listens."""
+        """Remove an iterator. If it was the last, close the reading side, unless it has ended."""
         self.listeners.pop(listener, None)
-        if not self.listeners and not (_CLOSED in self.end and not self.values):
+        if self.listeners:
+            return
+        if self.values or _CLOSED not in self.end:
             self.stop()
+            return
+        closed = self.end[_CLOSED]
+        if closed is not None and closed.error is not None and closed.is_retrieved:
+            # Frames in its traceback lead to the stream, which would keep what they hold. So who
+            # reads on gets an error without them.
+            self.end[_CLOSED] = failed = _core.outcome_of_error(without_frames(closed.error))
+            failed.exception()  # it need not be logged
 
     def stop(self) -> None:
         """Has nobody listen, from here on; what is in the stream is dropped."""

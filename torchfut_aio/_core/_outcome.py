@@ -34,6 +34,7 @@ class Outcome:
     error: BaseException | None = None
     traceback: TracebackType | None = None  # that the error came with
     readiness: Readiness | None = None  # knows the kernels that may still fill the value
+    is_retrieved = True  # of an error: whether anything has read it
 
     def exception(self) -> BaseException | None:
         """Returns the error, which is retrieved then; or None if this is a value."""
