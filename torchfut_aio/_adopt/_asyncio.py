@@ -70,6 +70,8 @@ def _adopt(source: asyncio.Future[Any], future: Future[Any]) -> None:
             call.cancel()
             adoption.end(_ENDED)
     except RuntimeError as error:
+        if not loop.is_closed():
+            raise
         if not source.done():
             raise RuntimeError(
                 "the asyncio future is pending on a loop that has closed: it will never complete"

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 def _from_work(source: torch.distributed.Work, future: Future[Any]) -> None:
     try:
         native = source.get_future()
+    except RecursionError:
+        raise
     except RuntimeError:  # some works of gloo have none
         complete_in_thread(future, lambda future: copy_outcome(lambda: _wait_for(source), future))
     else:

@@ -47,6 +47,8 @@ def follow(
         return
     try:
         source.add_done_callback(complete_with(read))
+    except RecursionError:
+        raise
     except RuntimeError:  # it is done, and there are no streams to run the callback on
         complete_with(_waited)(source)
 

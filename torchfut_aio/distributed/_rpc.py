@@ -7,7 +7,7 @@ import contextvars
 import functools
 import weakref
 from collections.abc import Awaitable, Callable
-from contextlib import AbstractContextManager, closing, suppress
+from contextlib import AbstractContextManager, closing
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import anyio
@@ -108,8 +108,12 @@ class _Host:
 
     def _spawn(self, promise: Promise, func: Callable[..., Any], args: Any) -> None:
         ended = functools.partial(call_contained, promise.end)
-        with suppress(RuntimeError):  # trio's run is about to end: nobody keeps the promise
+        try:
             self._loop.spawn(ended, self._run, promise, func, args)
+        except RecursionError:
+            raise
+        except RuntimeError:  # trio's run is about to end, and the promise with it
+            pass
 
     async def _run(self, promise: Promise, func: Callable[..., Any], args: Any) -> None:
         with anyio.CancelScope() as scope:
