@@ -144,8 +144,8 @@ class RpcError(RuntimeError):
     timed out; or of ConnectionError, if the connection was lost, as when the callee dies. Its text
     has the remote traceback. It has none of the attributes of the remote error.
 
-    Of a function that is not one of `async_rpc`, PyTorch makes something else if the error's type
-    cannot be pickled, imported, and made of a text that it shows.
+    PyTorch serves functions without ``async_rpc`` itself. If it cannot pickle the type of their
+    error, import it here, or make it of a text, it raises some other error.
 
     Example:
         >>> from torchfut_aio import RpcError

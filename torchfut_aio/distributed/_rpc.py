@@ -45,9 +45,9 @@ def async_rpc(func: Callable[P, Awaitable[T]]) -> Callable[P, Future[T]]:
     streams are ordered after the kernels that fill them. Distributed autograd does not follow
     the call to the loop.
 
-    An error reaches the caller as with any RPC, and `as_future` makes an `RpcError` of it, whatever
-    its type. What `shutdown` cancels fails with ``concurrent.futures.CancelledError``. If a caller
-    times out, the function goes on.
+    An error reaches the caller as with any RPC, and `torchfut_aio.as_future` makes a
+    `torchfut_aio.RpcError` of it, whatever its type. What `shutdown` cancels fails with
+    ``concurrent.futures.CancelledError``. If a caller times out, the function goes on.
 
     Put it below ``@staticmethod`` or ``@classmethod``. Called directly, the function runs in this
     process, on the same loop, and its future is returned.
