@@ -145,7 +145,7 @@ class RpcError(RuntimeError):
     has the remote traceback. It has none of the attributes of the remote error.
 
     PyTorch serves functions without ``async_rpc`` itself. If it cannot pickle the type of their
-    error, import it here, or make it of a text, it raises some other error.
+    error, import it here, or make it of a text, the caller gets something else.
 
     Example:
         >>> from torchfut_aio import RpcError
