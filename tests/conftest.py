@@ -40,6 +40,14 @@ def pytest_asyncio_loop_factories(
     return {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 
 
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    seed = config.getoption("randomly_seed", None)
+    if seed is not None:  # without -q, it is in the header, too
+        terminalreporter.write_line(f"to repeat this order: --randomly-seed={seed}")
+
+
 def pytest_collection_finish() -> None:
     explorer.freeze()
 
@@ -128,6 +136,16 @@ def ctrl_c() -> Iterator[Callable[[], None]]:
     before = signal.signal(signal.SIGINT, handle)
     yield strike
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def caplog(
+    caplog: pytest.LogCaptureFixture, collected: Callable[[], None]
+) -> pytest.LogCaptureFixture:
+    """As pytest's, without what is logged of garbage that earlier tests have left."""
+    collected()
+    caplog.clear()
+    return caplog
 
 
 @pytest.fixture

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import builtins
 import gc
 import logging
 import sys
 import threading
+import types
 from contextlib import ExitStack
 from typing import Any
 
@@ -119,9 +121,45 @@ class Odd(Exception):
         super().__init__(first, second)
 
 
+class Terse(Exception):
+    def __str__(self) -> str:
+        return "too little"
+
+
+def of_no_other_process(kind: str) -> Exception:
+    """Returns an error of a type that a caller cannot find by its name, or cannot make."""
+
+    class Local(Exception):
+        pass
+
+    if kind == "local":
+        return Local("wrong")
+    if kind == "group":
+        group = builtins.ExceptionGroup  # new in Python 3.11
+        return group("wrong", [Local("wrong"), group("in it", [KeyError("k")])])
+    missing = type("Missing", (Exception,), {})
+    if kind == "main":
+        missing.__module__ = "__main__"
+        sys.modules["__main__"].Missing = missing  # type: ignore[attr-defined]
+    if kind == "module":
+        missing.__module__ = "of_the_callee"
+        sys.modules["of_the_callee"] = types.ModuleType("of_the_callee")
+        sys.modules["of_the_callee"].Missing = missing  # type: ignore[attr-defined]
+    return missing("wrong")
+
+
 def fails(kind: str) -> None:
     if kind == "odd":
         raise Odd(1, 2)
+    if kind == "terse":
+        raise Terse("wrong")
+    if kind == "noted":
+        error = KeyError("wrong")
+        if sys.version_info >= (3, 11):
+            error.add_note("a note")
+        raise error
+    if kind in ("local", "group", "main", "module", "none"):
+        raise of_no_other_process(kind)
     kinds = {"value": ValueError, "key": KeyError, "type": TypeError, "stop": StopIteration}
     raise kinds[kind]("wrong: 'ü' \n x")
 

@@ -131,15 +131,7 @@ def test_an_asyncio_future_of_a_closed_loop_is_read_if_done_and_refused_if_pendi
         as_future(pending)
 
 
-@pytest.fixture
-def process_group(tmp_path):
-    store = dist.FileStore(str(tmp_path / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-def test_a_work_of_torch_distributed_is_adopted(process_group):
+def test_a_work_of_torch_distributed_is_adopted(group_of_one):
     tensor = torch.ones(3)
     work = dist.all_reduce(tensor, async_op=True)
     fut = as_future(work)

@@ -13,7 +13,9 @@ import trio
 import uvloop
 
 from torchfut_aio import Future, as_future, gather
+from torchfut_aio._adopt import _asyncio
 
+from .explorer import strikes
 from .loops import on_asyncio
 from .threads import PATIENCE, alongside, running
 
@@ -208,6 +210,18 @@ def test_what_another_loop_of_this_thread_has_to_complete_is_refused(new_loop, r
 
     assert loop.run_until_complete(await_it()) == (5, 5)
     assert asyncio.run(await_it()) == (5, 5)  # done, so anybody may read it
+    loop.close()
+
+
+@every_kind_of_loop
+def test_a_full_stack_is_taken_for_no_closed_loop(new_loop):
+    loop = new_loop()
+    raised = 0
+    for strike in strikes(_asyncio, error=RecursionError, at="calls"):
+        with strike:  # lets no other error pass
+            as_future(loop.create_future())
+        raised += strike.raised
+    assert raised > 10
     loop.close()
 
 

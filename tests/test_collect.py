@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import gc
+import itertools
 import random
 import threading
 import traceback
@@ -177,6 +179,21 @@ def test_a_timeout_that_is_no_number_is_refused_before_anything_is_attached(
     with pytest.raises(error, match="timeout must be a number"):
         function([fut], timeout=timeout)
     assert not fut.has_waiters()
+
+
+@pytest.mark.parametrize("function", [gather, collect_all, wait_all, as_completed])
+def test_futures_passed_one_by_one_are_refused_with_the_cure(function):
+    loop = asyncio.new_event_loop()
+    futures = [Future(), torch.futures.Future(), concurrent.futures.Future(), loop.create_future()]
+    cure = rf"{function.__name__}\(\) takes one iterable: {function.__name__}\(\[a, b\]\)"
+    for first, second in itertools.product(futures, futures):
+        for passed in ((first, second), (first, second, first), ([first], second)):
+            with pytest.raises(TypeError, match=cure):
+                function(*passed)
+    with pytest.raises(TypeError, match=cure):
+        function(futures, None, futures)
+    assert not futures[0].has_waiters()
+    loop.close()
 
 
 def test_wait_all_gives_the_values():

@@ -117,6 +117,34 @@ def test_a_remote_error_keeps_its_type_and_its_traceback(pair, loop, function, k
     assert "Traceback (most recent call last)" in text
 
 
+in_python_3_11 = pytest.mark.skipif(sys.version_info < (3, 11), reason="new in Python 3.11")
+
+
+@pytest.mark.parametrize("ask", [services.failure, services.failure_of_a_reference])
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("local", "builtins.RuntimeError"),
+        ("none", "builtins.RuntimeError"),
+        ("main", "builtins.RuntimeError"),
+        ("module", "builtins.RuntimeError"),
+        pytest.param("group", "builtins.RuntimeError", marks=in_python_3_11),
+        ("terse", "tests.services.Terse"),
+        ("noted", "builtins.KeyError"),
+    ],
+)
+def test_an_async_functions_error_arrives_whatever_its_type(pair, ask, kind, expected):
+    name, text = pair.call(0, ask, "asyncio", services.fails_later, kind)
+    assert name == expected
+    assert text.startswith("On WorkerInfo(id=1, name=worker1):\n")
+    assert "in fails\n" in text
+    if kind == "group":
+        assert "of_no_other_process.<locals>.Local: wrong" in text
+        assert "KeyError: 'k'" in text
+    if kind == "noted" and sys.version_info >= (3, 11):
+        assert "\na note\n" in text
+
+
 @every_loop
 def test_a_remote_value_is_awaited_while_the_loop_goes_on(pair, loop):
     assert pair.call(0, services.value_of_a_reference, loop) == (False, 7)

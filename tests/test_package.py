@@ -135,6 +135,46 @@ def test_imports_run_one_way():
         assert set(imported(path)) - {part} <= set(below), path
 
 
+def names(expression):
+    return {
+        node.id if isinstance(node, ast.Name) else node.attr
+        for node in ast.walk(expression)
+        if isinstance(node, (ast.Name, ast.Attribute))
+    }
+
+
+def is_reraise(statement):
+    return isinstance(statement, ast.Raise) and statement.exc is None
+
+
+def takes_any_runtime_error(tree):
+    """The lines where a RuntimeError is caught, and a RecursionError is taken for it.
+
+    A handler of RecursionError may raise it on before, or the handler of RuntimeError may begin
+    with a look at the state or the text, and raise on what it does not know.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and "suppress" in names(node.func):
+            kinds = [names(kind) for kind in node.args]
+            if {"RuntimeError"} in kinds:
+                yield node.lineno
+        if isinstance(node, ast.Try):
+            raised_on = False
+            for handler in node.handlers:
+                kinds = names(handler.type) if handler.type else set()
+                first = handler.body[0]
+                raised_on |= "RecursionError" in kinds and is_reraise(first)
+                looks = isinstance(first, ast.If) and is_reraise(first.body[-1])
+                if "RuntimeError" in kinds and not raised_on and not looks:
+                    yield handler.lineno
+
+
+def test_a_full_stack_is_taken_for_no_other_runtime_error():
+    for path in sorted((ROOT / "torchfut_aio").rglob("*.py")):
+        lines = [*takes_any_runtime_error(ast.parse(path.read_text()))]
+        assert not lines, f"{path.name}: a RecursionError is a RuntimeError, too: lines {lines}"
+
+
 def test_the_version_is_the_distributions():
     assert importlib.metadata.version("torchfut-aio") == torchfut_aio.__version__
     assert (ROOT / "torchfut_aio" / "py.typed").exists()

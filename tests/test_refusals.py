@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import datetime
 import functools
 import multiprocessing.pool
 import traceback
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
 import torchfut_aio
-from torchfut_aio import Future, NotAFutureError, as_future
-from torchfut_aio.distributed import async_comm_hook, async_rpc, serve_on
+from torchfut_aio import Batcher, Future, NotAFutureError, ValueStream, as_future
+from torchfut_aio.distributed import async_comm_hook, async_rpc, serve_on, shutdown
 
 from .accelerator import FIRST, current_stream
 from .threads import PATIENCE
@@ -58,7 +60,7 @@ REFUSED = {
     "then": lambda it: Future().then(it),
     "devices": lambda it: Future(devices=[it]),
     "start_soon": lambda it: torchfut_aio.start_soon(it, asyncio.sleep, 1),
-    "its function": lambda it: torchfut_aio.start_soon(None, it),
+    "its function": lambda it: torchfut_aio.start_soon(SimpleNamespace(start_soon=0), it),
     "submit": lambda it: torchfut_aio.submit(it, asyncio.sleep, 1),
     "synchronize": lambda it: torchfut_aio.synchronize(it),
     "PollPolicy": lambda it: torchfut_aio.PollPolicy(shortest=it),
@@ -131,6 +133,31 @@ def test_what_a_callback_raises_is_logged_with_its_name_only(caplog):
         fut.add_done_callback(callback)
     fut.set_result(Silent())
     assert caplog.text.count("callback tests.test_refusals.SilentFunction of") == 2
+
+
+def batcher(max_wait=0):
+    return Batcher(list, max_batch=1, max_wait=max_wait, max_queue=1)
+
+
+TAKE_SECONDS = {
+    "wait": lambda it: Future().wait(it),
+    "with_timeout": lambda it: torchfut_aio.with_timeout(Future(), it),
+    "wait_all": lambda it: torchfut_aio.wait_all([], it),
+    "as_completed": lambda it: torchfut_aio.as_completed([], it),
+    "push": lambda it: ValueStream(max_size=1).push(1, timeout=it),
+    "push_many": lambda it: ValueStream(max_size=1).push_many([1], timeout=it),
+    "max_wait": batcher,
+    "close": lambda it: batcher().close(timeout=it),
+    "aclose": lambda it: asyncio.run(batcher().aclose(timeout=it)),
+    "shutdown": lambda it: shutdown(timeout=it),
+    "PollPolicy": lambda it: torchfut_aio.PollPolicy(longest=it),
+}
+
+
+@pytest.mark.parametrize("function", TAKE_SECONDS.values(), ids=TAKE_SECONDS)
+def test_a_timedelta_is_refused_with_its_total_seconds(function):
+    with pytest.raises(TypeError, match=r"a number of seconds.* pass its \.total_seconds\(\)"):
+        function(datetime.timedelta(seconds=1))
 
 
 @pytest.mark.device

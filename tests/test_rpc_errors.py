@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import importlib
 import operator
 import pickle
 import sys
@@ -16,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.rpc.internal import RemoteException, _handle_exception, serialize
 
-from torchfut_aio import CallbackError, Future, RpcError, _rpc_errors, as_future
+from torchfut_aio import CallbackError, Future, RpcError, _errors, _rpc_errors, as_future
 
 from .accelerator import FIRST
 
@@ -179,6 +180,39 @@ def test_what_is_sent_has_the_traceback():
     assert type(sent) is RemoteException
     assert sent.exception_type is ValueError
     assert "in test_what_is_sent_has_the_traceback" in sent.msg
+
+
+def sent_for(error):
+    """The error that RPC raises at a caller, which may be another program."""
+    fut = Future()
+    with worker():
+        fut.set_exception(error)
+    sent, _ = serialize(_value_in_cpp(fut))
+    with pytest.raises(RpcError) as caught:
+        _handle_exception(pickle.loads(sent))
+    return caught.value
+
+
+def test_a_class_that_the_caller_finds_by_name_is_imported(monkeypatch, tmp_path):
+    (tmp_path / "of_a_library.py").write_text("class Wrong(Exception):\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    error = importlib.import_module("of_a_library").Wrong("x")
+    del sys.modules["of_a_library"]  # the function that was called may import it when it runs
+    bases = type(sent_for(error)).__bases__
+    assert bases == (RpcError, sys.modules.pop("of_a_library").Wrong)
+
+
+def test_no_caller_is_ended_by_the_end_of_a_callee():
+    for error in SystemExit(3), KeyboardInterrupt():
+        assert type(sent_for(error)) is RpcError
+
+
+def test_a_group_without_its_errors_is_no_group():
+    class Group(Exception):  # as in the backport for Python 3.10
+        def subgroup(self):
+            pass
+
+    assert type(_errors.rpc_error(Group, "text")) is RpcError
 
 
 def test_what_is_sent_of_a_callback_error_is_the_callbacks_own():

@@ -476,6 +476,14 @@ def test_what_is_no_task_group_is_refused(group):
         start_soon(group, double, 1)
 
 
+@pytest.mark.parametrize(
+    ("function", "missing"), [(start_soon, "task group"), (submit, "BlockingPortal")]
+)
+def test_a_call_without_group_or_portal_is_refused_as_that(function, missing):
+    with pytest.raises(TypeError, match=f"takes a {missing} .*, not a function"):
+        function(double, 3)
+
+
 def test_a_portal_is_no_task_group_and_a_cure_is_told():
     with start_blocking_portal() as portal:
         with pytest.raises(TypeError, match=r"use submit\(\)"):

@@ -40,7 +40,6 @@ def failed(error=None):
 @pytest.fixture
 def logged(caplog):
     """What has been logged of unretrieved errors since it was last called."""
-    gc.collect()  # what other tests have left
 
     def logged():
         gc.collect()
@@ -50,6 +49,17 @@ def logged(caplog):
 
     yield logged
     assert logged() == []
+
+
+@pytest.fixture
+def left_by_an_earlier_test():
+    cycle = [failed()]
+    cycle.append(cycle)
+
+
+def test_a_test_sees_no_log_of_an_earlier_one(left_by_an_earlier_test, caplog):
+    gc.collect()
+    assert not caplog.records
 
 
 def test_an_error_that_nobody_retrieves_is_logged_with_its_traceback(logged):

@@ -131,6 +131,11 @@ async def many(
     assert_type(await gather({1: texts}.values()), list[str])
     assert_type(await collect_all(ints), list[Future[int]])
     assert_type(collect_all([plain]).wait(), list[torch.futures.Future[float]])
+    # Refused: one iterable is what they take.
+    gather(ints[0], texts)  # type: ignore[call-overload]
+    collect_all(ints[0], texts)  # type: ignore[call-overload]
+    wait_all(ints[0], texts)  # type: ignore[call-overload]
+    as_completed(ints[0], texts)  # type: ignore[call-overload]
     for fut in as_completed(ints, timeout=5):
         assert_type(fut, Future[int])
     async for done in as_completed([plain]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import inspect
 import math
 import numbers
@@ -60,8 +61,7 @@ def timeout_checked(
     timeout: float, what: str = "timeout must be a number of seconds or None"
 ) -> float:
     """Returns ``timeout`` as a float, 0 if negative; raises TypeError or ValueError."""
-    if not isinstance(timeout, numbers.Real):
-        raise TypeError(f"{what}, not {short(timeout)}")
+    check_number_of_seconds(timeout, what)
     try:
         seconds = float(timeout)
     except OverflowError:
@@ -69,6 +69,13 @@ def timeout_checked(
     if math.isnan(seconds):
         raise ValueError(f"{what}, not NaN")
     return max(seconds, 0.0)
+
+
+def check_number_of_seconds(seconds: object, what: str) -> None:
+    """Raise TypeError, with ``what`` was expected, unless ``seconds`` is a real number."""
+    if not isinstance(seconds, numbers.Real):
+        cure = ": pass its .total_seconds()" if isinstance(seconds, datetime.timedelta) else ""
+        raise TypeError(f"{what}, not {short(seconds)}{cure}")
 
 
 def async_function_checked(func: object, by: str) -> None:

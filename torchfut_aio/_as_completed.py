@@ -17,8 +17,7 @@ from typing import Any, ClassVar, TypeVar, overload
 
 from . import _core, _loops
 from ._adopt import Source
-from ._arguments import timeout_checked
-from ._collect import adopted, not_done_within
+from ._collect import adopted, not_done_within, timeout_of
 from ._errors import warn_that_wait_blocks_a_loop
 from ._future import Future
 from ._process_local import ProcessLocal
@@ -30,7 +29,9 @@ T = TypeVar("T")
 def as_completed(futures: Iterable[Source[T]], timeout: float | None = None) -> _AsCompleted[T]: ...
 @overload
 def as_completed(futures: Iterable[Any], timeout: float | None = None) -> _AsCompleted[Any]: ...
-def as_completed(futures: Iterable[Any], timeout: float | None = None) -> _AsCompleted[Any]:
+def as_completed(
+    futures: Iterable[Any], timeout: float | None = None, *_others: object
+) -> _AsCompleted[Any]:
     """Iterates over ``futures`` in the order in which they complete.
 
     Use it with ``async for`` on an event loop, with ``for`` in a thread. It may be
@@ -62,8 +63,7 @@ def as_completed(futures: Iterable[Any], timeout: float | None = None) -> _AsCom
         >>> [fut.value() for fut in completed]
         ['first', 'second']
     """
-    if timeout is not None:
-        timeout = timeout_checked(timeout)
+    timeout = timeout_of("as_completed", futures, timeout, _others)
     return _AsCompleted(adopted(futures), timeout)
 
 

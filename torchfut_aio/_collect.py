@@ -6,6 +6,7 @@ with all of them: no task, no thread, and no closure per future.
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any, TypeVar, overload
@@ -21,7 +22,11 @@ T = TypeVar("T")
 F = TypeVar("F")
 
 
-def collect_all(futures: Iterable[F]) -> Future[list[F]]:
+@overload
+def collect_all(futures: Iterable[F]) -> Future[list[F]]: ...
+@overload
+def collect_all(futures: Iterable[Any]) -> Future[list[Any]]: ...
+def collect_all(futures: Iterable[Any], *_others: object) -> Future[list[Any]]:
     """Returns a future that completes when all of ``futures`` have.
 
     Args:
@@ -44,6 +49,7 @@ def collect_all(futures: Iterable[F]) -> Future[list[F]]:
         >>> [f.value() for f in fut.wait()]
         [0, 1]
     """
+    check_one_iterable("collect_all", _others)
     given = _listed(futures)
     return Collector(adopted(given), lambda _: given).start()
 
@@ -52,7 +58,7 @@ def collect_all(futures: Iterable[F]) -> Future[list[F]]:
 def wait_all(futures: Iterable[Source[T]], timeout: float | None = None) -> list[T]: ...
 @overload
 def wait_all(futures: Iterable[Any], timeout: float | None = None) -> list[Any]: ...
-def wait_all(futures: Iterable[Any], timeout: float | None = None) -> list[Any]:
+def wait_all(futures: Iterable[Any], timeout: float | None = None, *_others: object) -> list[Any]:
     """Blocks until all of ``futures`` are done, or one has failed.
 
     A wait that times out or is interrupted leaves them as they were, and nothing behind.
@@ -77,8 +83,7 @@ def wait_all(futures: Iterable[Any], timeout: float | None = None) -> list[Any]:
         >>> torchfut_aio.wait_all([fut0, fut1])
         [0, 1]
     """
-    if timeout is not None:
-        timeout = timeout_checked(timeout)
+    timeout = timeout_of("wait_all", futures, timeout, _others)
     gatherer = Gatherer(adopted(futures), values)
     try:
         result: list[Any] = gatherer.start().wait(timeout)
@@ -216,6 +221,26 @@ def values_or_errors(futures: list[Future[Any]]) -> list[Any]:
 def adopted(futures: Iterable[Any]) -> list[Future[Any]]:
     """Returns a list of ``futures``, with what `as_future` makes of those of another kind."""
     return [future if type(future) is Future else as_future(future) for future in _listed(futures)]
+
+
+def check_one_iterable(by: str, others: tuple[object, ...]) -> None:
+    """Raise TypeError if futures were passed one by one, as to ``asyncio.gather``."""
+    if others:
+        raise TypeError(f"{by}() takes one iterable: {by}([a, b])")
+
+
+def timeout_of(
+    by: str, futures: object, timeout: float | None, others: tuple[object, ...]
+) -> float | None:
+    """Return ``timeout``, checked, or raise TypeError if futures were passed one by one."""
+    if not isinstance(timeout, (numbers.Real, type(None))):
+        first, second = type(futures), type(timeout)
+        # Some futures are iterable, such as those of asyncio, for ``yield from``.
+        is_first_of_many = not hasattr(first, "__iter__") or hasattr(first, "__await__")
+        if is_first_of_many or hasattr(second, "add_done_callback"):
+            others = (timeout,)
+    check_one_iterable(by, others)
+    return None if timeout is None else timeout_checked(timeout)
 
 
 def _listed(futures: Iterable[F]) -> list[F]:

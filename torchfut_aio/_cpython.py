@@ -37,6 +37,8 @@ def running_loop() -> asyncio.AbstractEventLoop | None:
 def _running_loop() -> asyncio.AbstractEventLoop | None:
     try:
         return asyncio.get_running_loop()
+    except RecursionError:
+        raise
     except RuntimeError:
         return None
 

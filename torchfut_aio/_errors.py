@@ -144,9 +144,12 @@ class RpcError(RuntimeError):
     """A remote procedure call failed: what `as_future` makes of its error.
 
     It is also an instance of the type that the callee raised, if that is an ``Exception`` that
-    can be found here; of TimeoutError, if the call has timed out; or of ConnectionError, if the
-    connection was lost, as when the callee dies. Its text has the remote traceback. It has none
-    of the attributes of the remote error.
+    this process finds by its name, and no ``ExceptionGroup``; of TimeoutError, if the call has
+    timed out; or of ConnectionError, if the connection was lost, as when the callee dies. Its text
+    has the remote traceback. It has none of the attributes of the remote error.
+
+    PyTorch serves functions without ``async_rpc`` itself. If it cannot pickle the type of their
+    error, import it here, or make it of a text, the caller gets something else.
 
     Example:
         >>> from torchfut_aio import RpcError
@@ -171,7 +174,7 @@ class RpcError(RuntimeError):
 
 def rpc_error(kind: Any, text: str) -> RpcError:
     """Returns an RpcError, also of type ``kind`` wherever Python can build such a class."""
-    if kind is not None:
+    if kind is not None and not hasattr(kind, "subgroup"):  # a group would lack its errors
         with contextlib.suppress(Exception):
             error: RpcError = _with_text(_combined(RpcError, kind), text)
             return error

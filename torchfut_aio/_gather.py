@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any, Literal, TypeAlias, TypeVar, overload
 
 from ._adopt import Source
-from ._collect import Gatherer, Settler, adopted, values, values_or_errors
+from ._collect import Gatherer, Settler, adopted, check_one_iterable, values, values_or_errors
 from ._future import Future
 
 E: TypeAlias = BaseException
@@ -111,7 +111,9 @@ def gather(
 def gather(futures: Iterable[Source[T]], *, return_exceptions: bool) -> Future[list[T | E]]: ...
 @overload
 def gather(futures: Iterable[Any], *, return_exceptions: bool = False) -> Future[Any]: ...
-def gather(futures: Iterable[Any], *, return_exceptions: bool = False) -> Future[Any]:
+def gather(
+    futures: Iterable[Any], *_others: object, return_exceptions: bool = False
+) -> Future[Any]:
     """Returns a future of the values of ``futures``, which fails as soon as one fails.
 
     Args:
@@ -137,6 +139,7 @@ def gather(futures: Iterable[Any], *, return_exceptions: bool = False) -> Future
         >>> both.wait()
         ['a', 'b']
     """
+    check_one_iterable("gather", _others)
     if return_exceptions:
         return Settler(adopted(futures), values_or_errors).start()
     return Gatherer(adopted(futures), values).start()

@@ -86,6 +86,8 @@ def _items(values: Any, depth: int) -> str:
     items = values.items() if type(values) is dict else values
     try:
         first = [*itertools.islice(items, _MOST)]
+    except RecursionError:
+        raise
     except RuntimeError:  # another thread changes it
         return "..."
     shown = [_item(values, item, depth + 1) for item in first]

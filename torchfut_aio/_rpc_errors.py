@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ast
 import builtins
+import functools
+import importlib
 import re
 import sys
 import traceback
@@ -18,7 +20,7 @@ from typing import Any, ClassVar
 
 from ._core import install_stand_in
 from ._cpython import calling_module
-from ._errors import rpc_error, type_and_text
+from ._errors import RpcError, rpc_error, type_and_text
 
 # What RPC sends for a function that raised. Builds of PyTorch without RPC have none.
 _RemoteException: Any = getattr(
@@ -42,7 +44,7 @@ class StandIn(_RemoteException):  # type: ignore[misc]
     def of(cls, error: BaseException, find: Callable[[], BaseException]) -> StandIn:
         """Makes one of an error; ``find`` returns it, or one like it if it has gone."""
         kind, text = type_and_text(error)
-        self: StandIn = cls(text, kind)
+        self: StandIn = cls(text, _maker_of(kind))
         cls.was_made = True
         self.find = find
         self.text = text.__str__
@@ -77,6 +79,27 @@ class StandIn(_RemoteException):  # type: ignore[misc]
         return _RemoteException, (self.msg, self.exception_type)
 
 
+def _maker_of(kind: type[BaseException]) -> Callable[[str], BaseException]:
+    """Return what RPC calls at the caller, with the text, to make the error that it raises there.
+
+    That is ``kind`` itself if it is of Python's own. Another class may not be found at the caller,
+    or take no text, or not show it.
+    """
+    builtin: object = vars(builtins).get(kind.__qualname__)
+    if issubclass(kind, Exception) and builtin is kind:
+        return kind
+    return functools.partial(make_at_caller, kind.__module__, kind.__qualname__)
+
+
+def make_at_caller(module: str, name: str, text: str) -> RpcError:
+    """Return an `RpcError`, also of the type of that name if it is found in this process."""
+    with suppress(Exception):
+        importlib.import_module(module)  # as pickle does
+    kind = _imported(f"{module}.{name}")
+    is_exception = isinstance(kind, type) and issubclass(kind, Exception)
+    return rpc_error(kind if is_exception else None, text)
+
+
 def _shown(error: BaseException) -> str:
     try:
         return repr(error)
@@ -98,6 +121,7 @@ _LOST = "(this error originated at tensorpipe/"
 _REMOTE = "On WorkerInfo("
 _NOT_MADE = "Failed to create original exception type"
 _WHERE_RPC_RAISED_IT = "\n\nAt:\n  "
+_MADE_AT_CALLER = re.compile(r"RpcError(?:\[(?:\w+\.)*(?P<kind>\w+)\])?")
 _RAISED = re.compile(r"^(?P<frame> .*\n)?(?P<path>(?:\w+\.)*\w+)(?::|$)", re.MULTILINE)
 
 
@@ -119,8 +143,10 @@ def parse_fetched_error(error: BaseException) -> BaseException:
     """As `parse_remote_error`, for what ``RRef.to_here`` raises.
 
     That has the type of the remote error, if Python can make one of it, and a text without the
-    type.
+    type. Or it is an `RpcError` already.
     """
+    if issubclass(type(error), RpcError):
+        return error
     text = error.args[0] if len(error.args) == 1 else None
     if type(text) is str and text.startswith((_REMOTE, _NOT_MADE)):
         with suppress(Exception):
@@ -164,6 +190,9 @@ def _parse(whole: str) -> BaseException | None:
     quoted = text[begin - 1 : begin] in ("'", '"')  # KeyError quotes
     text = text[begin - quoted :]
     text = text.rpartition(_WHERE_RPC_RAISED_IT)[0] or text
+    made = _MADE_AT_CALLER.fullmatch(name)
+    if made is not None:
+        return rpc_error(made["kind"] and _kind(made["kind"], text), text)
     if quoted:
         text = ast.literal_eval(text)
     if not name:

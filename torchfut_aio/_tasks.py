@@ -83,7 +83,6 @@ def start_soon(
         >>> anyio.run(main)
         [0, 2, 4]
     """
-    _function_checked(func)
     group: Any = task_group
     # An event loop has create_task, too, but does not wait for its tasks.
     is_asyncios = hasattr(group, "create_task") and hasattr(group, "__aexit__")
@@ -92,6 +91,7 @@ def start_soon(
             "start_soon() takes a task group of anyio, an asyncio.TaskGroup or a trio.Nursery, "
             f"not {described(group)}; from another thread, use submit()"
         )
+    _function_checked(func)
     if not _loops.loop_in_this_thread():
         raise RuntimeError(
             "start_soon() has to be called in the thread of the task group's event loop; from "
@@ -144,11 +144,12 @@ def submit(
         ...     torchfut_aio.submit(portal, double, 21).wait()
         42
     """
-    _function_checked(func)
     if not hasattr(portal, "start_task_soon"):
         raise TypeError(
-            f"submit() takes a BlockingPortal of anyio.from_thread, not {described(portal)}"
+            "submit(portal, func) takes a BlockingPortal of anyio.from_thread, "
+            f"not {described(portal)}"
         )
+    _function_checked(func)
     future: Future[T] = Future()
     promise = Promise(future, task_name(func, name))
     # The loop's own thread, too: a portal refuses that, as it would wait for itself.

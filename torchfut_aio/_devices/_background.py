@@ -7,7 +7,6 @@ the program can watch its event.
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
 from functools import partial
 
 from .. import _loops
@@ -48,8 +47,12 @@ class _Watching(Worker):
     def ring(self) -> None:
         loop = self._loop
         if loop is not None:
-            with suppress(RuntimeError):  # it has closed, and the thread will look again
+            try:
                 loop.call_soon_threadsafe(self._rung.set)
+            except RuntimeError:
+                if not loop.is_closed():
+                    raise
+                # The thread will look again.
 
     def serve(self, thread: WorkerThread) -> None:
         try:

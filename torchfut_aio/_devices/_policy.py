@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import numbers
 from dataclasses import dataclass
 
+from .._arguments import check_number_of_seconds
 from .._repr import short
 
 
@@ -40,9 +40,7 @@ class PollPolicy:
 
     def __post_init__(self) -> None:
         for name in ("shortest", "longest"):
-            seconds = getattr(self, name)
-            if not isinstance(seconds, numbers.Real):
-                raise TypeError(f"{name} must be a number of seconds, not {short(seconds)}")
+            check_number_of_seconds(getattr(self, name), f"{name} must be a number of seconds")
         if not 0 < self.shortest <= self.longest < float("inf"):
             raise ValueError(
                 "intervals are seconds, with 0 < shortest <= longest, and finite; "

@@ -65,6 +65,8 @@ def _is_another(device: torch.device | None) -> TypeGuard[torch.device]:
         return False
     try:
         return device.index != torch.accelerator.current_device_index()
+    except RecursionError:
+        raise
     except RuntimeError:  # this process has no accelerator: what is asked next will tell
         return False
 
@@ -116,6 +118,8 @@ def has_streams_for_callbacks() -> bool:
         future.set_result(None)
         try:
             call_with_current(device, partial(future.add_done_callback, lambda _: None))
+        except RecursionError:
+            raise
         except RuntimeError:
             return False
     return True
@@ -129,6 +133,8 @@ def new_stream(device: torch.device) -> torch.Stream:
     """
     try:
         return torch.Stream(device, priority=-1)
+    except RecursionError:
+        raise
     except RuntimeError:
         return current_stream(device)
 

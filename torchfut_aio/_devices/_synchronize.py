@@ -178,6 +178,8 @@ def _pinned_like(tensor: torch.Tensor) -> torch.Tensor | None:
         return None
     try:
         return torch.empty_like(tensor, device="cpu", pin_memory=True)
+    except RecursionError:
+        raise
     except RuntimeError:  # the accelerator, or the memory of the host, has none
         return None
 

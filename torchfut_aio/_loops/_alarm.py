@@ -26,7 +26,6 @@ import sys
 import time
 import weakref
 from collections.abc import Callable
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -165,5 +164,9 @@ class Alarm:
     def _call_lost(self, call: weakref.ref[Any]) -> None:
         if self._call is call:
             self._call = None
-            with suppress(RuntimeError):  # the loop has closed
+            try:
                 self.set(0.0)
+            except RecursionError:
+                raise
+            except RuntimeError:  # the loop has closed
+                pass

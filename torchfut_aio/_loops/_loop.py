@@ -27,7 +27,6 @@ import weakref
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator, Iterable
-from contextlib import suppress
 from sys import is_finalizing
 from typing import Any, ClassVar, Final, NamedTuple, Protocol
 
@@ -116,8 +115,12 @@ class ThreadWaiter:
 
     def unblock(self) -> None:
         """Ends the wait; does nothing if it has ended."""
-        with suppress(RuntimeError):
+        try:
             self._lock.release()
+        except RecursionError:
+            raise
+        except RuntimeError:  # it is not locked
+            pass
 
 
 class _Threads:

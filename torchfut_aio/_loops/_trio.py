@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Generator, Iterable
-from contextlib import suppress
 from typing import Any
 
 import trio
@@ -127,9 +126,12 @@ class TrioLoop(Loop):
         trio.lowlevel.spawn_system_task(self._watch, timer, function, name=_ALARM)
 
     def unwatch(self, timer: TimerFd) -> None:
-        # Outside of a run, it has ended, and its tasks with it.
-        with suppress(RuntimeError):
+        try:
             trio.lowlevel.notify_closing(timer.value)
+        except RecursionError:
+            raise
+        except RuntimeError:  # outside of a run, it has ended, and its tasks with it
+            pass
 
     def call_later(self, seconds: float, function: Callable[[], object]) -> trio.CancelScope:
         async def call() -> None:

@@ -11,7 +11,6 @@ import contextvars
 import importlib.util
 import logging
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from typing import Any
 
 import anyio
@@ -115,9 +114,13 @@ class _Running:
             raise
 
     def _call_soon(self) -> None:
-        with suppress(RuntimeError):  # it has closed: the thread will look at the work again
+        try:
             # In an empty context: the loop serves other callers than the one that rings.
             self._loop.call_soon_threadsafe(self.make_tasks, context=contextvars.Context())
+        except RuntimeError:
+            if not self._loop.is_closed():
+                raise
+            # The thread will look at the work again.
 
     def make_tasks(self) -> None:
         """Makes tasks of the new calls; begins to close if the thread is to end."""

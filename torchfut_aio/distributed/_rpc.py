@@ -7,7 +7,7 @@ import contextvars
 import functools
 import weakref
 from collections.abc import Awaitable, Callable
-from contextlib import AbstractContextManager, closing, suppress
+from contextlib import AbstractContextManager, closing
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import anyio
@@ -46,7 +46,8 @@ def async_rpc(func: Callable[P, Awaitable[T]]) -> Callable[P, Future[T]]:
     streams are ordered after the kernels that fill them. Distributed autograd does not follow
     the call to the loop.
 
-    An error reaches the caller as with any RPC; what `shutdown` cancels fails with
+    An error reaches the caller as with any RPC, and `torchfut_aio.as_future` makes a
+    `torchfut_aio.RpcError` of it, whatever its type. What `shutdown` cancels fails with
     ``concurrent.futures.CancelledError``. If a caller times out, the function goes on.
 
     Put it below ``@staticmethod`` or ``@classmethod``. Called directly, the function runs in this
@@ -109,8 +110,12 @@ class _Host:
 
     def _spawn(self, promise: Promise, func: Callable[..., Any], args: Any) -> None:
         ended = functools.partial(call_contained, promise.end)
-        with suppress(RuntimeError):  # trio's run is about to end: nobody keeps the promise
+        try:
             self._loop.spawn(ended, self._run, promise, func, args)
+        except RecursionError:
+            raise
+        except RuntimeError:  # trio's run is about to end, and the promise with it
+            pass
 
     async def _run(self, promise: Promise, func: Callable[..., Any], args: Any) -> None:
         with anyio.CancelScope() as scope:
