@@ -10,17 +10,25 @@ import asyncio
 import contextvars
 import importlib.util
 import logging
+import sys
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from threading import get_ident
 from typing import Any
 
 import anyio
+import torch
 
+from .._cpython import callers_of
 from .._tasks import Promise, run_contained
 from .._worker import Worker, WorkerThread, call_contained
 
 _NAME = "torchfut_aio background loop"
 _PATIENCE = 10.0  # seconds for cancelled tasks to end
+_BLOCKS_ITSELF = (
+    f"backward() blocks the thread of the {_NAME}, which has to run a DDP hook meanwhile; "
+    "call it by await anyio.to_thread.run_sync(loss.backward)"
+)
 
 _logger = logging.getLogger("torchfut_aio")
 
@@ -32,6 +40,27 @@ def start_soon(promise: Promise, func: Callable[..., Awaitable[Any]], *args: obj
         RuntimeError: No thread could be started; the future stays pending.
     """
     _background.submit(promise, (func, args))
+
+
+def check_that_it_may_be_waited_for() -> None:
+    """Raise RuntimeError if the calling thread would wait for the loop for ever."""
+    if sys.is_finalizing():
+        raise RuntimeError(f"the {_NAME} does not run any more: the interpreter exits")
+    if get_ident() in _thread_ids():
+        raise RuntimeError(_BLOCKS_ITSELF)
+
+
+def check_that_no_backward_blocks_it() -> None:
+    """Raise RuntimeError if a call of ``backward()`` blocks the loop.
+
+    On an accelerator, PyTorch calls hooks in a thread of its own, for which ``backward()`` waits.
+    """
+    if not _thread_ids().isdisjoint(callers_of(torch.autograd.backward)):
+        raise RuntimeError(_BLOCKS_ITSELF)
+
+
+def _thread_ids() -> set[int | None]:
+    return {thread.ident for thread in _background.threads()}
 
 
 def is_running() -> bool:
