@@ -130,6 +130,7 @@ class _Running:
         self._thread = thread
         self._loop = asyncio.get_running_loop()
         self._closing = asyncio.Event()
+        self._has_ended = False
 
     def ring(self) -> None:
         """Has the loop call `make_tasks`, from any thread."""
@@ -150,6 +151,8 @@ class _Running:
     def make_tasks(self) -> None:
         """Makes tasks of the new calls; begins to close if the thread is to end."""
         self.is_rung = False
+        if self._has_ended:  # the loop is closing, and might not run the tasks; another thread does
+            return
         for promise in self._worker.take():
             call = self._worker.work.pop(promise, None)
             if call is not None:
@@ -171,6 +174,7 @@ class _Running:
             _cancel(task)
         while self.tasks:
             await asyncio.wait(self.tasks)
+        self._has_ended = True
 
 
 def _cancel(task: asyncio.Task[None]) -> None:
