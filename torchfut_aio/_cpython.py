@@ -195,6 +195,7 @@ def calling_module(beyond: str = "") -> str | None:
     if frame is None or frame.f_back is None:
         return ""
     caller = frame.f_back.f_back
+    del frame  # it would refer to itself, and so keep the locals of all functions that led here
     while caller is not None and caller.f_globals.get("__name__") == beyond:
         caller = caller.f_back
     return None if caller is None else str(caller.f_globals.get("__name__", ""))
