@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import gc
 import pathlib
 import runpy
 import selectors
 import signal
 import sys
 import threading
+import weakref
 
 import pytest
 import uvloop
@@ -233,3 +235,19 @@ def test_all_that_is_private_to_cpython_is_in_one_module():
                 owner = node.value
                 ours = isinstance(owner, ast.Name) and owner.id in ("self", "cls", "_loops")
                 assert ours, f"{path.name}, line {node.lineno}: {node.attr}"
+
+
+def test_looking_for_the_calling_module_keeps_no_locals():
+    class Local:
+        pass
+
+    def look():
+        local = Local()
+        assert _cpython.calling_module() is not None
+        return weakref.ref(local)
+
+    gc.disable()
+    try:
+        assert look()() is None
+    finally:
+        gc.enable()

@@ -44,6 +44,9 @@ class Bucket:
         self.index = lambda: index
 
 
+mine = contextvars.ContextVar("mine", default="none")
+
+
 def done(value=None):
     fut = Future()
     fut.set_result(value)
@@ -169,21 +172,27 @@ async def turns():
         await asyncio.sleep(0)
 
 
-def test_a_cancellation_reaches_a_hook_when_its_turn_has_come():
-    steps, release = [], Future()
+@pytest.mark.parametrize("first", [Future(), done()], ids=["before it waits", "while it waits"])
+def test_a_cancellation_reaches_a_hook_when_its_turn_has_come(first):
+    steps, release, tasks = [], Future(), []
 
     @async_comm_hook
     async def hook(state, bucket):
-        if bucket.index() == 1:
-            asyncio.current_task().cancel()
+        tasks.append(asyncio.current_task())
         try:
-            await release
+            await state
         except asyncio.CancelledError:
             steps.append("cancelled")
         steps.append(bucket.index())
         return bucket.buffer()
 
-    futures = [hook(None, Bucket(0)), hook(None, Bucket(1))]
+    @async_rpc
+    async def cancel():
+        tasks[1].cancel()
+
+    futures = [hook(release, Bucket(0)), hook(first, Bucket(1))]
+    turns().wait(PATIENCE)
+    cancel().wait(PATIENCE)
     turns().wait(PATIENCE)
     assert steps == []
     release.set_result(None)
@@ -243,6 +252,24 @@ def test_a_hook_that_raises_later_goes_on_for_no_later_bucket():
     late = hook(done(), Bucket(4))
     assert errors_of([late]) == ["Odd('then 1')"]
     assert steps == [*[f"first {index}" for index in range(4)], "then 0", "then 1", "first 4"]
+
+
+def test_a_hook_that_does_not_go_on_is_closed_in_its_context():
+    steps, release = [], Future()
+
+    @async_comm_hook
+    async def hook(state, bucket):
+        try:
+            mine.set(bucket.index())
+            await release
+            raise Odd
+        finally:
+            steps.append(mine.get())
+
+    futures = [hook(None, Bucket(index)) for index in range(3)]
+    release.set_result(None)
+    assert errors_of(futures) == ["Odd()"] * 3
+    assert steps == [0, 1, 2]
 
 
 def test_a_hook_that_raises_later_overlaps_others_unharmed():
@@ -367,15 +394,18 @@ def test_calls_return_while_the_loop_is_shut_down():
     futures, over = [], threading.Event()
 
     def train():
-        for _ in range(50):
+        for _ in range(300):
             futures.append(hook_that_notes([])(Future(), Bucket()))
         over.set()
 
-    with running(train):
-        while not over.is_set():
-            shutdown(graceful=False)
+    gc.disable()  # which fails the future of a task that is lost
+    try:
+        with running(train):
+            until(lambda: shutdown(graceful=False) or over.is_set())
+    finally:
+        gc.enable()
     shutdown(graceful=False)
-    assert len(futures) == 50
+    assert len(futures) == 300
     assert all(fut.done() for fut in futures)
 
 
@@ -477,9 +507,6 @@ def test_asyncio_works_before_a_hook_suspends():
     state = []
     hook(state, Bucket()).wait(PATIENCE)
     assert state == ["slept", "in time"]
-
-
-mine = contextvars.ContextVar("mine", default="none")
 
 
 def test_a_hook_runs_in_a_copy_of_its_callers_context():
