@@ -456,20 +456,64 @@ async def halved(state: Any, bucket: dist.GradBucket) -> torch.Tensor:
     return bucket.buffer().copy_(small)
 
 
+@async_comm_hook(overlap=True)
+async def overlapping_mean(state: Any, bucket: dist.GradBucket) -> torch.Tensor:
+    tensor = bucket.buffer().div_(dist.get_world_size())
+    await as_future(dist.all_reduce(tensor, async_op=True))
+    return tensor
+
+
 @async_comm_hook
 async def in_two_steps(pauses: dict[int, float], bucket: dist.GradBucket) -> torch.Tensor:
-    """Two collectives, and pauses that differ from rank to rank, before and between."""
+    """Two collectives after pauses that differ from rank to rank, on a group of their own."""
     index = bucket.index()
     await asyncio.sleep(pauses[index % len(pauses)])
     tensor = bucket.buffer().div_(dist.get_world_size())
     largest = tensor.abs().max()
-    await as_future(dist.all_reduce(largest, op=dist.ReduceOp.MAX, async_op=True))
+    group = group_of_hooks()
+    await as_future(dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group, async_op=True))
     await asyncio.sleep(pauses[(index + 1) % len(pauses)])
     assert tensor.abs().max() <= largest
-    await as_future(dist.all_reduce(tensor, async_op=True))
+    await as_future(dist.all_reduce(tensor, group=group, async_op=True))
     assert sum(p.numel() for p in bucket.parameters()) == tensor.numel()
     assert bucket.gradients()[0].shape == bucket.parameters()[0].shape
     return tensor
+
+
+@async_comm_hook
+async def in_two_groups(pauses: dict[int, float], bucket: dist.GradBucket) -> torch.Tensor:
+    """Two collectives: one at once, on the default group, and one later, on another."""
+    tensor = bucket.buffer().div_(dist.get_world_size())
+    largest = tensor.abs().max()
+    await as_future(dist.all_reduce(largest, op=dist.ReduceOp.MAX, async_op=True))
+    await asyncio.sleep(pauses[bucket.index() % len(pauses)])
+    assert tensor.abs().max() <= largest
+    await as_future(dist.all_reduce(tensor, group=group_of_hooks(), async_op=True))
+    return tensor
+
+
+@async_comm_hook
+async def of_neighbours(state: Any, bucket: dist.GradBucket) -> torch.Tensor:
+    """The mean with the gradients of the rank before: sent to one, received from the other."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    received = torch.empty_like(bucket.buffer())
+    sending = dist.isend(bucket.buffer(), (rank + 1) % size)
+    await gather([dist.irecv(received, (rank - 1) % size), sending])
+    return received.add_(bucket.buffer()).div_(2)
+
+
+_group: Any = None
+
+
+def group_of_hooks() -> Any:
+    """Returns the group for what hooks start after they have suspended."""
+    return _group
+
+
+def make_group_of_hooks() -> None:
+    """Makes that group, once, on all ranks."""
+    global _group
+    _group = _group or dist.new_group()
 
 
 _running = 0
@@ -493,6 +537,8 @@ async def overlapping(state: Any, bucket: dist.GradBucket) -> torch.Tensor:
 
 @async_comm_hook
 async def breaks(state: dict[str, Any], bucket: dist.GradBucket) -> Any:
+    if state["how"] == "raises at once" and bucket.index() == state["at"]:
+        raise Odd(3, 4)
     tensor = bucket.buffer().div_(dist.get_world_size())
     await as_future(dist.all_reduce(tensor, async_op=True))
     if bucket.index() != state["at"]:
@@ -502,24 +548,82 @@ async def breaks(state: dict[str, Any], bucket: dist.GradBucket) -> Any:
     return [tensor] if state["how"] == "list" else tensor[1:]
 
 
-def trained(hook: Any, state: Any, steps: int, backend_hook: Any = None) -> Any:
+def trained(
+    hook: Any, state: Any, steps: int, backend_hook: Any = None, extra: Any = torch.nn.Identity
+) -> Any:
     """Trains with DDP; returns the losses and the weights, and those of plain DDP."""
-    return [_train(hook, state, steps), _train(backend_hook, None, steps)]
+    return [_train(hook, state, steps, extra), _train(backend_hook, None, steps, extra)]
 
 
-def _model(hook: Any, state: Any) -> Any:
+def trained_with_collectives(hook: Any, steps: int) -> Any:
+    """As `trained`, where the model's backward pass reduces, too."""
+    make_group_of_hooks()
+    return trained(hook, _pauses(), steps, extra=_SumsGradients)
+
+
+def trained_with_unused_parameters(hook: Any, steps: int) -> Any:
+    """As `trained`, where DDP reduces which parameters are used."""
+    return trained(hook, None, steps, extra=_Unused)
+
+
+def neighbours_hook(state, bucket):  # type: ignore[no-untyped-def]  # DDP checks annotations
+    """Does what `of_neighbours` does, and blocks."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    everyone = [torch.empty_like(bucket.buffer()) for _ in range(size)]
+    dist.all_gather(everyone, bucket.buffer())
+    fut: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+    fut.set_result(everyone[(rank - 1) % size].add_(bucket.buffer()).div_(2))
+    return fut
+
+
+class _Sums(torch.autograd.Function):
+    """Reduces in the backward pass, as many numbers as a bucket of `_model` has."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        total = grad.sum().expand(_BUCKET).clone()
+        dist.all_reduce(total)
+        return grad * (1 + total.mean().tanh())
+
+
+class _SumsGradients(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _Sums.apply(x)  # type: ignore[no-untyped-call]
+
+
+class _Unused(torch.nn.Module):
+    """A layer in which not all parameters are used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused = torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.used(x)
+
+
+_BUCKET = 64 * 64 + 64
+
+
+def _model(hook: Any, state: Any, extra: Any = torch.nn.Identity) -> Any:
     torch.manual_seed(0)
-    layers = [torch.nn.Linear(64, 64) for _ in range(4)]
+    layers = [module for _ in range(4) for module in (torch.nn.Linear(64, 64), extra())]
     model = torch.nn.Sequential(*layers, torch.nn.Linear(64, 1))
     # Small enough for each layer to be a bucket of its own.
-    ddp = torch.nn.parallel.DistributedDataParallel(model, bucket_cap_mb=0.01)
+    ddp = torch.nn.parallel.DistributedDataParallel(
+        model, bucket_cap_mb=0.01, find_unused_parameters=extra is _Unused
+    )
     if hook is not None:
         ddp.register_comm_hook(state, hook)
     return ddp
 
 
-def _train(hook: Any, state: Any, steps: int) -> tuple[list[float], list[torch.Tensor]]:
-    ddp = _model(hook, state)
+def _train(hook: Any, state: Any, steps: int, extra: Any) -> tuple[list[float], list[torch.Tensor]]:
+    ddp = _model(hook, state, extra)
     optimiser = torch.optim.Adam(ddp.parameters(), lr=0.01)
     generator = torch.Generator().manual_seed(dist.get_rank())
     losses = []
@@ -534,8 +638,12 @@ def _train(hook: Any, state: Any, steps: int) -> tuple[list[float], list[torch.T
 
 
 def trained_with_pauses(steps: int) -> Any:
-    pauses = {n: 0.002 * ((n + dist.get_rank()) % 3) for n in range(5)}
-    return trained(in_two_steps, pauses, steps)
+    make_group_of_hooks()
+    return trained(in_two_steps, _pauses(), steps)
+
+
+def _pauses() -> dict[int, float]:
+    return {n: 0.002 * ((n + dist.get_rank()) % 3) for n in range(5)}
 
 
 def most_at_once(steps: int) -> Any:
@@ -544,11 +652,17 @@ def most_at_once(steps: int) -> Any:
 
 def broken(how: str, at: int) -> list[tuple[str, str]]:
     """Returns what ``backward()`` raises, time after time."""
-    ddp = _model(breaks, {"how": how, "at": at})
+    state = {"how": how, "at": at}
+    ddp = _model(breaks, state)
     raised = []
     for _ in range(4):
         try:
             ddp(torch.ones(2, 64)).sum().backward()
         except Exception as error:
             raised.append((type(error).__name__, str(error)))
+    state["at"] = None  # training may go on
+    ddp.zero_grad()
+    ddp(torch.full((2, 64), float(dist.get_rank()))).sum().backward()
+    bias = ddp.module[-1].bias
+    assert bias.grad.item() == 2.0
     return raised

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import gc
 import pathlib
 import runpy
 import selectors
 import signal
 import sys
 import threading
+import weakref
 
 import pytest
 import uvloop
@@ -262,3 +264,19 @@ def test_the_place_of_what_is_no_coroutine_of_python_is_unknown(monkeypatch):
     coroutine.close()
     assert _cpython.place_of(coroutine) is None
     future.get_loop().close()
+
+
+def test_looking_for_the_calling_module_keeps_no_locals():
+    class Local:
+        pass
+
+    def look():
+        local = Local()
+        assert _cpython.calling_module() is not None
+        return weakref.ref(local)
+
+    gc.disable()
+    try:
+        assert look()() is None
+    finally:
+        gc.enable()

@@ -777,6 +777,24 @@ def test_collectives_of_hooks_start_in_the_same_order_on_every_rank(four):
     assert all(same(one) for one in trained)
 
 
+@pytest.mark.parametrize("hook", [services.mean, services.overlapping_mean])
+def test_hooks_train_a_model_with_unused_parameters(four, hook):
+    trained = four.everywhere(services.trained_with_unused_parameters, hook, 5)
+    assert all(same(one) for one in trained)
+
+
+@pytest.mark.parametrize("hook", [services.mean, services.overlapping_mean, services.in_two_groups])
+def test_hooks_keep_apart_from_collectives_of_the_model(four, hook):
+    trained = four.everywhere(services.trained_with_collectives, hook, 20)
+    assert all(same(one) for one in trained)
+
+
+def test_a_hook_may_send_to_other_ranks_and_receive(four):
+    hooks = services.of_neighbours, None, 5, services.neighbours_hook
+    trained = four.everywhere(services.trained, *hooks)
+    assert all(same(one) for one in trained)
+
+
 def test_hooks_overlap_when_they_are_told_to(four):
     for trained, most in four.everywhere(services.most_at_once, 2):
         assert same(trained)
@@ -784,8 +802,9 @@ def test_hooks_overlap_when_they_are_told_to(four):
 
 
 @pytest.mark.parametrize(("bucket", "times"), [(0, 4), (1, 3)])  # at first, all is one bucket
-def test_what_a_hook_raises_backward_raises(four, bucket, times):
-    for raised in four.everywhere(services.broken, "raises", bucket):
+@pytest.mark.parametrize("how", ["raises", "raises at once"])
+def test_what_a_hook_raises_backward_raises(four, how, bucket, times):
+    for raised in four.everywhere(services.broken, how, bucket):
         assert raised == [("Odd", "(3, 4)")] * times
 
 
@@ -827,20 +846,6 @@ async def enqueues_a_read(tensor):
     return read_on_current_stream(tensor)
 
 
-@async_comm_hook
-async def enqueues_a_read_of_the_bucket(state, bucket):
-    state.append(read_on_current_stream(bucket.buffer()))
-    return bucket.buffer()
-
-
-class Bucket:
-    """A bucket on an accelerator that gloo knows nothing of."""
-
-    def __init__(self, buffer):
-        self.buffer = lambda: buffer
-        self.index = lambda: 0
-
-
 @pytest.mark.device
 def test_an_async_function_may_use_tensors_that_are_still_being_filled(accelerator, producer):
     with background_loop_ends():
@@ -851,22 +856,6 @@ def test_an_async_function_may_use_tensors_that_are_still_being_filled(accelerat
         accelerator.wake()
         torch.accelerator.synchronize(FIRST)
         assert fut.value().tolist() == NEW
-
-
-@pytest.mark.device
-def test_a_hook_may_use_a_bucket_that_is_still_being_filled(accelerator, producer, consumer):
-    with background_loop_ends():
-        read = []
-        with producer:
-            fut = enqueues_a_read_of_the_bucket(read, Bucket(being_filled(accelerator)))
-        until(fut.done)
-        assert not producer.query()
-        with consumer:  # as the optimiser does
-            torch._C.Future.wait(fut)
-            read.append(read_on_current_stream(fut.value()))
-        accelerator.wake()
-        torch.accelerator.synchronize(FIRST)
-        assert [tensor.tolist() for tensor in read] == [NEW, NEW]
 
 
 @pytest.mark.device

@@ -178,6 +178,8 @@ class _Arrivals(_core.DoneCallback):
                 alarm = loop.call_later(seconds, self.expire)
             if self.worth_waiting(waiter, loop):
                 yield from waiter
+            else:
+                yield from loop.checkpoint()
         finally:
             self.waiters.pop(waiter, None)
             if alarm is not None:
@@ -227,6 +229,8 @@ class _AsCompleted(ProcessLocal, AsyncIterator[Future[T]], Iterator[Future[T]]):
         arrivals = self._arrivals
         del self  # or a traceback that is kept would keep the iterator
         arrived, left = arrivals.arrived, arrivals.left
+        if not arrivals.streak:
+            await arrivals  # at the beginning, as a checkpoint, although one may have arrived
         while left:
             if not arrived:
                 await arrivals

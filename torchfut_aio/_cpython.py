@@ -198,7 +198,25 @@ def is_within(function: Callable[..., Any]) -> bool:
 
     False, too, where the interpreter does not tell.
     """
-    code, frame = getattr(function, "__code__", None), _get_frame()
+    frame = _get_frame()
+    return frame is not None and _is_below(frame, getattr(function, "__code__", None))
+
+
+def threads_within(function: Callable[..., Any]) -> set[int]:
+    """Return the identifiers of the threads that are in a call of ``function``.
+
+    Empty where the interpreter does not say.
+    """
+    frames: dict[int, FrameType] = getattr(sys, "_current_frames", dict)()
+    code = getattr(function, "__code__", None)
+    try:
+        return {thread for thread, frame in frames.items() if _is_below(frame, code)}
+    finally:
+        frames.clear()  # the frame of this call is in it: it would keep those of all threads
+
+
+def _is_below(innermost: FrameType, code: object) -> bool:
+    frame: FrameType | None = innermost
     while frame is not None and frame.f_code is not code:
         frame = frame.f_back
     return frame is not None
@@ -250,10 +268,11 @@ def calling_module(beyond: str = "") -> str | None:
 
     None if a C++ thread called it that runs no Python code; "" if the interpreter does not tell.
     """
-    frame, caller = _get_frame(), None
+    frame = _get_frame()
     if frame is None or frame.f_back is None:
         return ""
-    caller, frame = frame.f_back.f_back, None  # a frame that refers to itself is a cycle
+    caller = frame.f_back.f_back
+    del frame  # it would refer to itself, and so keep the locals of all functions that led here
     while caller is not None and caller.f_globals.get("__name__") == beyond:
         caller = caller.f_back
     return None if caller is None else str(caller.f_globals.get("__name__", ""))

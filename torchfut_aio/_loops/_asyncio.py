@@ -85,8 +85,9 @@ class AsyncioLoop(Loop):
         return None if task is None else task.get_name()
 
     def checkpoint(self) -> Iterable[Any]:
-        # As with an asyncio future that is done: the task goes on at once.
-        return ()
+        # As with an asyncio future that is done, the task goes on at once. If it has to suspend,
+        # asyncio resumes a task that yields None in the next turn.
+        return (None,) if self.checkpoints_suspend else ()
 
     def wake_later(self, waiter: Any, found: int) -> bool:
         if found < MANY:

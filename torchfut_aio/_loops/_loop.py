@@ -150,11 +150,21 @@ class Loop(ABC):
         wake_up: What stands for the wake-up under way; None if there is none.
         watcher: What the device side keeps for this loop.
         before_wait: A method that `waiter` calls before each wait of a task, on any loop; or None.
+        checkpoints_suspend: Whether an await that need not wait suspends its task all the same.
+            On trio it always does.
     """
 
     before_wait: ClassVar[Callable[[Any], object] | None] = None
 
-    __slots__ = ("__weakref__", "_renewed", "gone", "queue", "wake_up", "watcher")
+    __slots__ = (
+        "__weakref__",
+        "_renewed",
+        "checkpoints_suspend",
+        "gone",
+        "queue",
+        "wake_up",
+        "watcher",
+    )
 
     def __init__(self) -> None:
         self.gone = False
@@ -162,6 +172,7 @@ class Loop(ABC):
         self.wake_up: object = None
         self.watcher: Any = None
         self._renewed = False
+        self.checkpoints_suspend = False
 
     def post(self, waiter: Any) -> None:
         """Has the loop resume ``waiter``, from any thread."""

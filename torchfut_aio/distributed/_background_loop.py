@@ -10,17 +10,25 @@ import asyncio
 import contextvars
 import importlib.util
 import logging
+import sys
 from collections.abc import Awaitable, Callable
+from threading import get_ident
 from typing import Any
 
 import anyio
+import torch
 
 from .._core import Promise
+from .._cpython import threads_within
 from .._tasks import run_contained
 from .._worker import Worker, WorkerThread, call_contained
 
 _NAME = "torchfut_aio background loop"
 _PATIENCE = 10.0  # seconds for cancelled tasks to end
+_BLOCKS_ITSELF = (
+    f"backward() blocks the thread of the {_NAME}, which has to run a DDP hook meanwhile; "
+    "call it by await anyio.to_thread.run_sync(loss.backward)"
+)
 
 _logger = logging.getLogger("torchfut_aio")
 
@@ -32,6 +40,27 @@ def start_soon(promise: Promise, func: Callable[..., Awaitable[Any]], *args: obj
         RuntimeError: No thread could be started; the future stays pending.
     """
     _background.submit(promise, (func, args))
+
+
+def check_that_it_may_be_waited_for() -> None:
+    """Raise RuntimeError if the calling thread would wait for the loop for ever."""
+    if sys.is_finalizing():
+        raise RuntimeError(f"the {_NAME} does not run any more: the interpreter exits")
+    if get_ident() in _thread_ids():
+        raise RuntimeError(_BLOCKS_ITSELF)
+
+
+def check_that_no_backward_blocks_it() -> None:
+    """Raise RuntimeError if a call of ``backward()`` blocks the loop.
+
+    On an accelerator, PyTorch calls hooks in a thread of its own, for which ``backward()`` waits.
+    """
+    if not _thread_ids().isdisjoint(threads_within(torch.autograd.backward)):
+        raise RuntimeError(_BLOCKS_ITSELF)
+
+
+def _thread_ids() -> set[int | None]:
+    return {thread.ident for thread in _background.threads()}
 
 
 def is_running() -> bool:
@@ -101,6 +130,7 @@ class _Running:
         self._thread = thread
         self._loop = asyncio.get_running_loop()
         self._closing = asyncio.Event()
+        self._has_ended = False
 
     def ring(self) -> None:
         """Has the loop call `make_tasks`, from any thread."""
@@ -125,6 +155,8 @@ class _Running:
     def make_tasks(self) -> None:
         """Makes tasks of the new calls; begins to close if the thread is to end."""
         self.is_rung = False
+        if self._has_ended:  # the loop is closing, and might not run the tasks; another thread does
+            return
         for promise in self._worker.take():
             call = self._worker.work.pop(promise, None)
             if call is not None:
@@ -146,6 +178,7 @@ class _Running:
             _cancel(task)
         while self.tasks:
             await asyncio.wait(self.tasks)
+        self._has_ended = True
 
 
 def _cancel(task: asyncio.Task[None]) -> None:

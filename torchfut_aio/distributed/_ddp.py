@@ -1,20 +1,35 @@
-"""Async functions as communication hooks of DDP."""
+"""Async functions as communication hooks of DDP.
+
+Every rank has to start the collectives of a process group in the same order. DDP has some of its
+own, and the backward pass of a model may have others; they start in the thread of the backward
+pass, between two calls of the hook. So a collective of the hook has a place among them only if it
+starts before the call returns, as those of PyTorch's own hooks do.
+
+A hook runs on the background loop, where asyncio works as everywhere. The call hands it over, and
+returns when the hook's coroutine has taken its first step: when it first suspends, or ends.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
 import functools
 import inspect
+import sys
+import types
 import weakref
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Generator
 from typing import Any, overload
 
 import torch
 from torch._C._distributed_c10d import GradBucket
 
+from .. import _loops
 from .._arguments import async_function_checked
 from .._core import Promise
 from .._devices import devices_in_use
+from .._errors import drop_catching_frame
 from .._future import Future
 from .._repr import described
 from .._tasks import task_name
@@ -22,7 +37,9 @@ from . import _background_loop
 
 _Hook = Callable[[Any, GradBucket], Coroutine[Any, Any, torch.Tensor]]
 _TorchHook = Callable[[Any, GradBucket], Future[torch.Tensor]]
+_Resume = Callable[[Any], Any]  # a coroutine's send() or throw()
 _EITHER = inspect.Parameter.POSITIONAL_OR_KEYWORD
+_PATIENCE = 5.0  # seconds between two looks whether the loop can run the hook at all
 
 
 @overload
@@ -32,25 +49,37 @@ def async_comm_hook(*, overlap: bool) -> Callable[[_Hook], _TorchHook]: ...
 def async_comm_hook(hook: Any = None, *, overlap: bool = False) -> Any:
     """Makes ``async def hook(state, bucket)`` a communication hook of DDP.
 
-    For ``ddp.register_comm_hook(state, hook)``. The hook runs on the background loop while the
-    backward pass goes on, and returns the tensor that replaces ``bucket.buffer()``. The loop's
-    current streams are ordered after the kernels that fill the bucket, and the optimiser's after
-    those that fill the result. What the hook raises, ``backward()`` raises.
+    For ``ddp.register_comm_hook(state, hook)``. The hook returns the tensor that replaces
+    ``bucket.buffer()``. It runs on the background loop while the backward pass goes on, in a copy
+    of the context of the thread that called it. The loop's current streams are ordered after the
+    kernels that fill the bucket, and the optimiser's after those that fill the result. What the
+    hook raises, ``backward()`` raises.
 
-    Every rank has to start its collectives in the same order. So the hook runs for one bucket
-    after the other, in their order, which is the same everywhere; after it has raised, it does
-    not run until the next backward pass. If it raised on all ranks, training may go on. If it
-    raised on some, the others may wait for these, or mistake their next collective for another:
-    let such a process end. If the backward passes of several models overlap, decorate the hook
-    once for each: ``register_comm_hook(None, async_comm_hook(hook))``.
+    Every rank has to start the collectives of a process group in the same order. DDP calls the
+    hook for each bucket in turn, and each call returns when the hook has first suspended. What it
+    starts until then is ordered among the collectives of DDP and of the model, as in a hook of
+    PyTorch's. The first await of a future of this package suspends even if that is done.
+
+    What the hook starts later needs a process group of its own: make one with
+    ``dist.new_group()``. There the order is that of the buckets, as the hook goes on for one
+    bucket after the other. NCCL needs one order over all groups, so start everything before the
+    first await there.
+
+    If the hook raises before it suspends, it does not run for the later buckets of that backward
+    pass. If it raises after that, it does not go on for them. They fail with the same error. If
+    it raised on all ranks, training may go on. If it raised on some, the others may wait for
+    these, or mistake their next collective for another: let such a process end. If the backward
+    passes of several models overlap, decorate the hook once for each:
+    ``register_comm_hook(None, async_comm_hook(hook))``.
 
     Args:
         hook: An async function.
-        overlap: Start the hook for each bucket at once. Right only for a hook that awaits
-            nothing before its only collective.
+        overlap: Let the hook go on after its first suspension for any number of buckets at once.
+            Right only if it starts no collective then.
 
     Raises:
         TypeError: ``hook`` is not an async function.
+        RuntimeError: From ``backward()``: it was called in the thread of the background loop.
 
     Example:
         >>> import torch.distributed as dist
@@ -77,62 +106,179 @@ def async_comm_hook(hook: Any = None, *, overlap: bool = False) -> Any:
 
 
 class _Reduction:
-    """Runs a hook on the background loop."""
+    """Starts a hook for one bucket after the other."""
 
     def __init__(self, hook: _Hook, overlap: bool) -> None:
         self._hook = hook
         self._overlap = overlap
-        # The future of the bucket before, as long as anything will complete it.
-        self._last: weakref.ref[Future[torch.Tensor]] | None = None
+        # Of the last bucket whose hook has suspended, as long as anything will complete it.
+        self._last: weakref.ref[Future[Any]] | None = None
+        # Of the bucket whose hook has raised in its first step, in this backward pass.
+        self._raised_at_once: Future[torch.Tensor] | None = None
         # DDP keeps only the C++ side of a future, which does not keep an error.
         self._failed: deque[Future[torch.Tensor]] = deque(maxlen=1000)
 
     def start(self, state: object, bucket: GradBucket) -> Future[torch.Tensor]:
+        _background_loop.check_that_it_may_be_waited_for()
         if bucket.index() == 0:
-            self._failed.clear()
-        # The bucket travels in a future, so that the loop's streams can be ordered after it.
-        ready: Future[torch.Tensor] = Future()
-        ready.set_result(bucket.buffer())
+            self._begin_backward_pass()
+        if self._raised_at_once is not None:
+            return self._raised_at_once
+        before = self._last
+        call = _Call(self._hook, state, bucket, None if before is None else before())
         future: Future[torch.Tensor] = Future(devices=devices_in_use())
         future.add_done_callback(self._keep_if_failed)
-        before = None
         if not self._overlap:
-            before = self._last and self._last()
             self._last = weakref.ref(future)
-        promise = Promise(future, task_name(self._hook))
-        _background_loop.start_soon(promise, self._reduce, state, bucket, ready, before)
+        call.start(future)
+        # Not whether the future is done, or has failed: on some ranks, the hook may have gone on.
+        if not call.has_suspended:
+            self._last = before  # for which the hook of the next bucket has to wait as well
+            if future.exception() is not None:
+                self._raised_at_once = future
         return future
 
-    async def _reduce(
-        self,
-        state: object,
-        bucket: GradBucket,
-        ready: Future[torch.Tensor],
-        before: Future[torch.Tensor] | None,
-    ) -> torch.Tensor:
-        try:
-            if before is not None and bucket.index() == 0:
-                await before.then(lambda _: None)  # of an earlier backward pass: ignore its error
-            elif before is not None:
-                # If it failed, so does this one: the other ranks may not get this far, and would
-                # mistake the next collective for the one that they wait for.
-                await before.stream_ordered()
-        finally:
-            del before  # its error's traceback has this frame: the two would be a cycle
-        await ready.stream_ordered()
-        tensor = await self._hook(state, bucket)
+    def _begin_backward_pass(self) -> None:
+        self._failed.clear()
+        self._raised_at_once = None
+        last = None if self._last is None else self._last()
+        if last is not None:  # wait for it all the same, but ignore its error
+            self._last = weakref.ref(last.then(lambda _: None))
+
+    def _keep_if_failed(self, future: Future[torch.Tensor]) -> None:
+        if future.exception() is not None:
+            self._failed.append(future)
+
+
+class _Call:
+    """One call of a hook: `start` in the thread of the backward pass, `_run` on the loop.
+
+    It does not refer to the future of the result: the traceback of an error leads to the call, so
+    the future and its error would be a cycle.
+    """
+
+    def __init__(
+        self, hook: _Hook, state: object, bucket: GradBucket, before: Future[Any] | None
+    ) -> None:
+        self.has_suspended = False
+        self._hook = hook
+        self._state = state
+        self._bucket = bucket
+        self._before = before  # what has to be done before the second step; its error is ours
+        # The bucket travels in a future, so that the loop's streams can be ordered after it.
+        self._ready: Future[torch.Tensor] = Future()
+        self._ready.set_result(bucket.buffer())
+        self._context = _context_for_the_loop()
+        self._starter = _loops.ThreadWaiter()
+
+    def start(self, future: Future[torch.Tensor]) -> None:
+        """Run the hook on the background loop; return when it has suspended or ended."""
+        starter = self._starter
+        # The future is done also when the hook has not run: see Promise.
+        future.add_done_callback(lambda _: starter.unblock())
+        _background_loop.start_soon(Promise(future, task_name(self._hook)), self._run)
+        # This thread waits for the loop, which never waits for this thread: so it is no deadlock.
+        # A loop that is busy with the hook of another bucket starts this one after that step; a
+        # hook that awaits something has left the loop free. A hook that blocks in its first step
+        # until this thread goes on would block under PyTorch's own hooks, too, which run here.
+        starter.block(_PATIENCE)
+        while not (self.has_suspended or future.done()):
+            _background_loop.check_that_no_backward_blocks_it()
+            starter.block(_PATIENCE)
+
+    async def _run(self) -> torch.Tensor:
+        self._ready.wait()  # orders streams; it is done, and does not block
+        tensor = await self._drive(self._hook(self._state, self._bucket))
         name = task_name(self._hook)
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(
                 f"a communication hook returns a tensor, and {name} returned {described(tensor)}"
             )
-        if tensor.numel() != ready.value().numel():
+        if tensor.numel() != self._ready.value().numel():
             raise ValueError(
                 f"a communication hook returns as many numbers as bucket.buffer() has, "
-                f"{ready.value().numel()}, and {name} returned {tensor.numel()}"
+                f"{self._ready.value().numel()}, and {name} returned {tensor.numel()}"
             )
         return tensor
 
-    def _keep_if_failed(self, future: Future[torch.Tensor]) -> None:
-        if future.exception() is not None:
-            self._failed.append(future)
+    @types.coroutine
+    def _drive(self, coroutine: Coroutine[Any, Any, Any]) -> Generator[Any, Any, Any]:
+        try:
+            return (yield from self._each_step(coroutine))
+        except BaseException:
+            # It may have been raised between two steps: the hook of the bucket before has failed,
+            # or the task is dropped. If the coroutine has ended, this does nothing.
+            self._context.run(coroutine.close)
+            raise
+
+    # A function of its own: see tests/test_backward_jumps.py.
+    def _each_step(self, coroutine: Coroutine[Any, Any, Any]) -> Generator[Any, Any, Any]:
+        step: Callable[[_Resume, Any], Any] = self._first_step
+        resume: _Resume = coroutine.send
+        sent: Any = None
+        while True:
+            try:
+                yielded = step(resume, sent)
+            except StopIteration as stop:
+                return stop.value
+            finally:
+                del sent  # an error's traceback has this frame: the two would be a cycle
+            resume, sent = yield from self._resumption(coroutine, yielded)
+            del yielded  # a future, perhaps of an error
+            step = self._context.run
+
+    def _first_step(self, resume: _Resume, sent: Any) -> Any:
+        loop = _loops.current()
+        # Whether what the hook awaits first is done may differ from rank to rank, and so would the
+        # place of what it does next.
+        loop.checkpoints_suspend = True
+        try:
+            yielded = self._context.run(resume, sent)
+        finally:
+            loop.checkpoints_suspend = False
+        self.has_suspended = True
+        self._starter.unblock()
+        return yielded
+
+    @types.coroutine
+    def _resumption(
+        self, coroutine: Coroutine[Any, Any, Any], yielded: Any
+    ) -> Generator[Any, Any, tuple[_Resume, Any]]:
+        """Suspend the task; return how to resume the coroutine when its turn has come."""
+        try:
+            how = coroutine.send, (yield yielded)
+        except GeneratorExit:  # the task is dropped with its loop
+            raise
+        except BaseException as error:  # a cancellation, or the error of what was awaited
+            how = coroutine.throw, drop_catching_frame(error)
+        before, self._before = self._before, None
+        if before is None:
+            return how
+        try:
+            cancellation = yield from _done(before)
+            before.value()
+        finally:
+            del before
+        return how if cancellation is None else (coroutine.throw, cancellation)
+
+
+async def _done(future: Future[Any]) -> BaseException | None:
+    """Wait until ``future`` is done; return a cancellation that came meanwhile."""
+    done = future.then(lambda _: None)
+    del future
+    cancellation: BaseException | None = None
+    while not done.done():
+        try:
+            await done
+        except asyncio.CancelledError as error:
+            cancellation = drop_catching_frame(error)
+    return cancellation
+
+
+def _context_for_the_loop() -> contextvars.Context:
+    """Return a copy of this thread's context."""
+    context = contextvars.copy_context()
+    sniffio = sys.modules.get("sniffio")
+    if sniffio is not None:  # in a context of trio's, anyio would take the loop for trio
+        context.run(sniffio.current_async_library_cvar.set, None)
+    return context

@@ -1,0 +1,557 @@
+"""What the call of a DDP hook does before it returns, and after; without other processes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import gc
+import signal
+import sys
+import threading
+import weakref
+
+import anyio
+import anyio.lowlevel
+import anyio.to_thread
+import pytest
+import torch
+import torch.distributed as dist
+
+import torchfut_aio
+from torchfut_aio import Future, as_completed, as_future, gather
+from torchfut_aio._cpython import callers_of
+from torchfut_aio._loops import ThreadWaiter
+from torchfut_aio.distributed import _background_loop, _ddp, async_comm_hook, async_rpc, shutdown
+
+from .accelerator import FIRST, NEW, being_filled, read_on_current_stream
+from .threads import PATIENCE, running, until
+
+either_way = pytest.mark.parametrize("overlap", [False, True])
+
+
+@pytest.fixture(autouse=True)
+def _background_loop_ends():
+    yield
+    shutdown()
+
+
+class Bucket:
+    """A bucket that DDP knows nothing of."""
+
+    def __init__(self, index=0, buffer=None):
+        tensor = torch.ones(1) if buffer is None else buffer
+        self.buffer = lambda: tensor
+        self.index = lambda: index
+
+
+mine = contextvars.ContextVar("mine", default="none")
+
+
+def done(value=None):
+    fut = Future()
+    fut.set_result(value)
+    return fut
+
+
+def hook_that_notes(steps, overlap=False):
+    """A hook that notes its steps, and awaits its state between them."""
+
+    @async_comm_hook(overlap=overlap)
+    async def hook(state, bucket):
+        steps.append(f"starts {bucket.index()}")
+        await state
+        steps.append(f"goes on {bucket.index()}")
+        return bucket.buffer()
+
+    return hook
+
+
+# ------------------------------------------------------------------------- order
+
+
+@either_way
+def test_a_hook_has_started_when_its_call_returns(overlap):
+    steps, release = [], Future()
+    hook = hook_that_notes(steps, overlap)
+    futures = []
+    for index in range(3):
+        futures.append(hook(release, Bucket(index)))
+        assert steps[-1] == f"starts {index}"
+    release.set_result(None)
+    for fut in futures:
+        assert fut.wait(PATIENCE).item() == 1
+
+
+def test_hooks_go_on_for_one_bucket_after_the_other():
+    steps, releases = [], [Future() for _ in range(3)]
+    hook = hook_that_notes(steps)
+    futures = [hook(release, Bucket(index)) for index, release in enumerate(releases)]
+    for release in reversed(releases):
+        release.set_result(None)
+    for fut in futures:
+        fut.wait(PATIENCE)
+    assert steps[3:] == ["goes on 0", "goes on 1", "goes on 2"]
+
+
+def test_a_hook_that_never_suspends_lets_no_later_one_go_first():
+    steps, release = [], Future()
+
+    @async_comm_hook
+    async def hook(state, bucket):
+        if bucket.index() != 1:
+            await state
+        steps.append(bucket.index())
+        return bucket.buffer()
+
+    futures = [hook(release, Bucket(0)), hook(release, Bucket(1)), hook(done(), Bucket(2))]
+    assert steps == [1]
+    release.set_result(None)
+    for fut in futures:
+        fut.wait(PATIENCE)
+    assert steps == [1, 0, 2]
+
+
+async def iterate():
+    async for fut in as_completed([done()]):
+        fut.value()
+
+
+@pytest.mark.parametrize(
+    "finished",
+    [
+        done,
+        lambda: as_future(dist.all_reduce(torch.ones(1), async_op=True)),
+        lambda: done().stream_ordered(),
+        lambda: gather([done(), done()]),
+        lambda: torchfut_aio.with_timeout(done(), 0),
+        lambda: torchfut_aio.synchronize(),
+        lambda: torchfut_aio.to_host([]),
+        iterate,
+    ],
+    ids=["future", "work", "ordered", "gather", "timeout", "synchronize", "to_host", "completed"],
+)
+@pytest.mark.usefixtures("group_of_one")
+def test_the_first_await_of_a_hook_suspends_though_it_is_done(finished):
+    steps, release = [], Future()
+
+    @async_comm_hook
+    async def hook(state, bucket):
+        await state()
+        steps.append(bucket.index())
+        return bucket.buffer()
+
+    # It may not go on before the other; without suspending, it would.
+    futures = [hook(lambda: release, Bucket(0)), hook(finished, Bucket(1))]
+    assert steps == []
+    release.set_result(None)
+    for fut in futures:
+        fut.wait(PATIENCE)
+    assert steps == [0, 1]
+
+
+def test_later_awaits_of_what_is_done_do_not_suspend():
+    steps, release = [], Future()
+
+    @async_comm_hook
+    async def hook(state, bucket):
+        await release
+        asyncio.get_running_loop().call_soon(steps.append, "another turn")
+        await done()
+        steps.append("went on")
+        return bucket.buffer()
+
+    fut = hook(None, Bucket())
+    release.set_result(None)
+    fut.wait(PATIENCE)
+    assert steps[0] == "went on"
+
+
+@async_rpc
+async def turns():
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("first", [Future(), done()], ids=["before it waits", "while it waits"])
+def test_a_cancellation_reaches_a_hook_when_its_turn_has_come(first):
+    steps, release, tasks = [], Future(), []
+
+    @async_comm_hook
+    async def hook(state, bucket):
+        tasks.append(asyncio.current_task())
+        try:
+            await state
+        except asyncio.CancelledError:
+            steps.append("cancelled")
+        steps.append(bucket.index())
+        return bucket.buffer()
+
+    @async_rpc
+    async def cancel():
+        tasks[1].cancel()
+
+    futures = [hook(release, Bucket(0)), hook(first, Bucket(1))]
+    turns().wait(PATIENCE)
+    cancel().wait(PATIENCE)
+    turns().wait(PATIENCE)
+    assert steps == []
+    release.set_result(None)
+    for fut in futures:
+        fut.wait(PATIENCE)
+    assert steps == [0, "cancelled", 1]
+
+
+# ------------------------------------------------------------------------ errors
+
+
+class Odd(Exception):
+    pass
+
+
+def hook_that_raises(steps, at, overlap=False):
+    """A hook that raises at the steps in ``at``, such as "first 0", before it suspends."""
+
+    @async_comm_hook(overlap=overlap)
+    async def hook(state, bucket):
+        steps.append(f"first {bucket.index()}")
+        if steps[-1] in at:
+            raise Odd(steps[-1])
+        if state is not None:
+            await state
+            steps.append(f"then {bucket.index()}")
+            if steps[-1] in at:
+                raise Odd(steps[-1])
+        return bucket.buffer()
+
+    return hook
+
+
+def errors_of(futures):
+    until(lambda: all(fut.done() for fut in futures))
+    return [repr(fut.exception()) for fut in futures]
+
+
+@either_way
+def test_a_hook_that_raises_at_once_runs_for_no_later_bucket(overlap):
+    steps, release = [], Future()
+    hook = hook_that_raises(steps, ["first 1"], overlap)
+    futures = [hook(release, Bucket(index)) for index in range(4)]
+    assert steps == ["first 0", "first 1"]
+    release.set_result(None)
+    assert errors_of(futures) == ["None"] + ["Odd('first 1')"] * 3
+    assert hook(done(), Bucket(0)).wait(PATIENCE).item() == 1
+
+
+def test_a_hook_that_raises_later_goes_on_for_no_later_bucket():
+    steps, release = [], Future()
+    hook = hook_that_raises(steps, ["then 1"])
+    futures = [hook(release, Bucket(index)) for index in range(4)]
+    release.set_result(None)
+    assert errors_of(futures) == ["None"] + ["Odd('then 1')"] * 3
+    # That it has raised by now must not count: it may not have on other ranks.
+    late = hook(done(), Bucket(4))
+    assert errors_of([late]) == ["Odd('then 1')"]
+    assert steps == [*[f"first {index}" for index in range(4)], "then 0", "then 1", "first 4"]
+
+
+def test_a_hook_that_does_not_go_on_is_closed_in_its_context():
+    steps, release = [], Future()
+
+    @async_comm_hook
+    async def hook(state, bucket):
+        try:
+            mine.set(bucket.index())
+            await release
+            raise Odd
+        finally:
+            steps.append(mine.get())
+
+    futures = [hook(None, Bucket(index)) for index in range(3)]
+    release.set_result(None)
+    assert errors_of(futures) == ["Odd()"] * 3
+    assert steps == [0, 1, 2]
+
+
+def test_a_hook_that_raises_later_overlaps_others_unharmed():
+    steps, release = [], Future()
+    hook = hook_that_raises(steps, ["then 0"], overlap=True)
+    futures = [hook(release, Bucket(index)) for index in range(2)]
+    release.set_result(None)
+    assert errors_of(futures) == ["Odd('then 0')", "None"]
+
+
+@pytest.mark.parametrize("suspends", [True, False])
+def test_a_backward_pass_does_not_fail_with_the_error_of_another(suspends):
+    steps, release = [], Future()
+    hook = hook_that_raises(steps, ["then 1"])
+    first = [hook(release, Bucket(index)) for index in range(2)]
+    second = [hook(release if suspends else None, Bucket(0)), hook(release, Bucket(2))]
+    release.set_result(None)
+    assert errors_of(first) == ["None", "Odd('then 1')"]
+    assert errors_of(second) == ["None", "None"]
+
+
+@pytest.mark.parametrize("at", ["first 1", "then 1", "then 0"])
+def test_a_failure_keeps_nothing_once_it_is_dropped(at):
+    hook, release = hook_that_raises([], [at]), Future()
+    tensors = [torch.ones(1) for _ in range(3)]
+    refs = [weakref.ref(tensor) for tensor in tensors]
+    gc.disable()
+    try:
+        futures = [hook(release, Bucket(index, tensors[index])) for index in range(3)]
+        release.set_result(None)
+        assert errors_of(futures)[-1] == f"Odd('{at}')"
+        del tensors, futures
+        hook(None, Bucket(0)).wait(PATIENCE)
+        turns().wait(PATIENCE)
+        assert [ref() for ref in refs] == [None] * 3
+    finally:
+        gc.enable()
+
+
+async def waits_until_it_is_cancelled():
+    await Future()
+
+
+async def waits_for_what_fails():
+    fut = asyncio.get_running_loop().create_future()
+    fut.get_loop().call_soon(fut.set_exception, Odd("of asyncio"))
+    try:
+        await fut
+    finally:
+        del fut
+
+
+@pytest.mark.parametrize("waits", [waits_until_it_is_cancelled, waits_for_what_fails])
+def test_an_error_that_ends_an_await_keeps_nothing_once_dropped(waits):
+    @async_comm_hook
+    async def hook(state, bucket):
+        if state is not None:
+            await state()
+        return bucket.buffer()
+
+    tensor = torch.ones(1)
+    ref = weakref.ref(tensor)
+    gc.disable()
+    try:
+        fut = hook(waits, Bucket(0, tensor))
+        shutdown()
+        assert fut.exception() is not None
+        del tensor, fut
+        hook(None, Bucket(0)).wait(PATIENCE)
+        turns().wait(PATIENCE)
+        assert ref() is None
+    finally:
+        gc.enable()
+
+
+# --------------------------------------------------------------------- the waiting
+
+
+def test_a_call_waits_for_a_loop_that_is_busy_with_another_bucket(nothing_blocks_a_loop):
+    nothing_blocks_a_loop.deactivate()
+    steps, release, go_on = [], Future(), threading.Event()
+    main = threading.get_ident()
+
+    @async_comm_hook
+    async def hook(state, bucket):
+        steps.append(bucket.index())
+        if bucket.index() == 0:
+            await release
+            busy.set()
+            assert go_on.wait(PATIENCE)
+        return bucket.buffer()
+
+    def let_go_on_when_the_call_waits():
+        until(lambda: main in callers_of(ThreadWaiter.block))
+        go_on.set()
+
+    busy = threading.Event()
+    futures = [hook(None, Bucket(0))]
+    release.set_result(None)
+    assert busy.wait(PATIENCE)
+    with running(let_go_on_when_the_call_waits):
+        futures.append(hook(None, Bucket(1)))
+        assert steps == [0, 1]
+    for fut in futures:
+        fut.wait(PATIENCE)
+
+
+def test_a_hook_may_wait_for_what_its_thread_does_after_the_call():
+    release = Future()
+    fut = hook_that_notes([])(release, Bucket())
+    release.set_result(None)
+    assert fut.wait(PATIENCE).item() == 1
+
+
+def test_a_call_returns_if_its_task_is_dropped(monkeypatch):
+    monkeypatch.setattr(_background_loop, "start_soon", lambda promise, function: None)
+    fut = hook_that_notes([])(done(), Bucket())
+    assert "its event loop ended" in str(fut.exception())
+
+
+def test_calls_return_while_the_loop_is_shut_down():
+    futures, over = [], threading.Event()
+
+    def train():
+        for _ in range(300):
+            futures.append(hook_that_notes([])(Future(), Bucket()))
+        over.set()
+
+    gc.disable()  # which fails the future of a task that is lost
+    try:
+        with running(train):
+            until(lambda: shutdown(graceful=False) or over.is_set())
+    finally:
+        gc.enable()
+    shutdown(graceful=False)
+    assert len(futures) == 300
+    assert all(fut.done() for fut in futures)
+
+
+def test_a_call_raises_if_no_thread_can_be_started(monkeypatch):
+    def cannot(thread):
+        raise RuntimeError("can't start new thread")
+
+    hook = hook_that_notes([])
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", cannot)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            hook(done(), Bucket())
+    assert hook(done(), Bucket()).wait(PATIENCE).item() == 1
+
+
+def test_a_call_raises_when_the_interpreter_exits(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "is_finalizing", lambda: True)
+        with pytest.raises(RuntimeError, match="the interpreter exits"):
+            hook_that_notes([])(done(), Bucket())
+
+
+def test_ctrl_c_ends_the_wait_and_the_hook_goes_on(nothing_blocks_a_loop):
+    nothing_blocks_a_loop.deactivate()
+    steps, interrupted = [], threading.Event()
+    main = threading.main_thread().ident
+
+    @async_comm_hook
+    async def hook(state, bucket):
+        until(lambda: main in callers_of(ThreadWaiter.block))
+        signal.pthread_kill(main, signal.SIGINT)
+        assert interrupted.wait(PATIENCE)
+        steps.append("goes on")
+        return bucket.buffer()
+
+    with pytest.raises(KeyboardInterrupt):
+        hook(None, Bucket())
+    interrupted.set()
+    turns().wait(PATIENCE)
+    assert steps == ["goes on"]
+
+
+@pytest.mark.usefixtures("group_of_one")
+def test_backward_on_the_background_loop_raises():
+    ddp = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 2))
+    ddp.register_comm_hook(done(), hook_that_notes([]))
+
+    @async_rpc
+    async def train():
+        ddp(torch.ones(3, 4)).sum().backward()
+
+    with pytest.raises(RuntimeError, match=r"anyio\.to_thread\.run_sync"):
+        train().wait(PATIENCE)
+
+
+def test_a_call_raises_if_backward_blocks_the_loop(monkeypatch, nothing_blocks_a_loop):
+    nothing_blocks_a_loop.deactivate()
+    monkeypatch.setattr(_ddp, "_PATIENCE", 0.01)
+    raised = []
+
+    def call():  # as in PyTorch's thread for an accelerator
+        with pytest.raises(RuntimeError, match=r"anyio\.to_thread\.run_sync") as caught:
+            hook_that_notes([])(done(), Bucket())
+        raised.append(caught.value)
+
+    class Calls(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            with running(call):
+                return grad
+
+    @async_rpc
+    async def train():
+        Calls.apply(torch.ones(1, requires_grad=True)).backward()
+
+    train().wait(PATIENCE)
+    assert len(raised) == 1
+
+
+# ------------------------------------------------------------------------ the loop
+
+
+def test_asyncio_works_before_a_hook_suspends():
+    @async_comm_hook
+    async def hook(state, bucket):
+        task = asyncio.create_task(asyncio.sleep(0, "slept"))
+        async with asyncio.Lock():
+            with anyio.fail_after(PATIENCE):
+                state.append(await task)
+            async with anyio.create_task_group() as group:
+                group.start_soon(anyio.sleep, 0)
+            state.append(await asyncio.wait_for(asyncio.sleep(0, "in time"), PATIENCE))
+        return bucket.buffer()
+
+    state = []
+    hook(state, Bucket()).wait(PATIENCE)
+    assert state == ["slept", "in time"]
+
+
+def test_a_hook_runs_in_a_copy_of_its_callers_context():
+    @async_comm_hook
+    async def hook(state, bucket):
+        state.append(mine.get())
+        mine.set("of the hook")
+        await asyncio.sleep(0)
+        state.append(mine.get())
+        return bucket.buffer()
+
+    mine.set("of the caller")
+    state = []
+    hook(state, Bucket()).wait(PATIENCE)
+    assert state == ["of the caller", "of the hook"]
+    assert mine.get() == "of the caller"
+
+
+def test_a_hook_may_be_called_in_a_task_of_trio():
+    @async_comm_hook
+    async def hook(state, bucket):
+        await anyio.lowlevel.checkpoint()
+        return bucket.buffer()
+
+    async def main():
+        return await hook(None, Bucket())
+
+    assert anyio.run(main, backend="trio").item() == 1
+
+
+@async_comm_hook
+async def enqueues_a_read_of_the_bucket(state, bucket):
+    state.append(read_on_current_stream(bucket.buffer()))
+    return bucket.buffer()
+
+
+@pytest.mark.device
+def test_a_hook_may_use_a_bucket_that_is_still_being_filled(accelerator, producer, consumer):
+    read = []
+    with producer:
+        fut = enqueues_a_read_of_the_bucket(read, Bucket(buffer=being_filled(accelerator)))
+    assert not producer.query()
+    with consumer:  # as the optimiser does
+        torch._C.Future.wait(fut)
+        read.append(read_on_current_stream(fut.value()))
+    accelerator.wake()
+    torch.accelerator.synchronize(FIRST)
+    assert [tensor.tolist() for tensor in read] == [NEW, NEW]
