@@ -348,7 +348,7 @@ def test_an_error_that_ends_an_await_keeps_nothing_once_dropped(waits):
 # --------------------------------------------------------------------- the waiting
 
 
-def test_a_call_waits_for_a_loop_that_is_busy_with_another_bucket(nothing_blocks_a_loop):
+def test_a_call_waits_for_a_loop_busy_with_another_bucket(nothing_blocks_a_loop):
     nothing_blocks_a_loop.deactivate()
     steps, release, go_on = [], Future(), threading.Event()
     main = threading.get_ident()

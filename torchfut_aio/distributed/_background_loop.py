@@ -43,7 +43,7 @@ def start_soon(promise: Promise, func: Callable[..., Awaitable[Any]], *args: obj
 
 
 def check_that_it_may_be_waited_for() -> None:
-    """Raise RuntimeError if the calling thread would wait for the loop for ever."""
+    """Raise RuntimeError if a wait of the calling thread for the loop would never end."""
     if sys.is_finalizing():
         raise RuntimeError(f"the {_NAME} does not run any more: the interpreter exits")
     if get_ident() in _thread_ids():

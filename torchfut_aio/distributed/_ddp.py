@@ -177,10 +177,11 @@ class _Call:
         # The future is done also when the hook has not run: see Promise.
         future.add_done_callback(lambda _: starter.unblock())
         _background_loop.start_soon(Promise(future, task_name(self._hook)), self._run)
-        # This thread waits for the loop, which never waits for this thread: so it is no deadlock.
-        # A loop that is busy with the hook of another bucket starts this one after that step; a
-        # hook that awaits something has left the loop free. A hook that blocks in its first step
-        # until this thread goes on would block under PyTorch's own hooks, too, which run here.
+        # This thread waits for the loop. It is no deadlock, as the loop does not wait for this
+        # thread. If the loop is busy with the hook of another bucket, it starts this one after that
+        # step; a hook that awaits something leaves the loop free. A hook that blocks in its first
+        # step until this thread goes on would never end as one of PyTorch's, which run here. What
+        # does wait for this thread is backward(): called on the loop, it is an error.
         starter.block(_PATIENCE)
         while not (self.has_suspended or future.done()):
             _background_loop.check_that_no_backward_blocks_it()
