@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import signal
 import threading
@@ -212,15 +213,19 @@ async def test_a_sender_cancelled_when_woken_hands_the_room_on():
 class Pair:
     """Two tasks of one loop that wait on one stream, and what shows that one was served."""
 
-    def __init__(self, kind):
+    def __init__(self, kind, number=2):
         self.loop = asyncio.new_event_loop()
-        self.stream = ValueStream() if kind == "readers" else full("first")
-        self.values, self.served = aiter(self.stream), []
-        one = self.read if kind == "readers" else self.send
-        self.tasks = [self.loop.create_task(one()) for _ in range(2)]
+        self.reads = kind == "readers"
+        self.stream = ValueStream() if self.reads else full("first")
+        self.values, self.served, self.tasks = aiter(self.stream), [], []
+        for _ in range(number):
+            self.add()
         self.turn()
         waiters = getattr(self.stream._state, kind)
-        assert len(waiters.waiting) == 2
+        assert len(waiters.waiting) == number
+
+    def add(self):
+        self.tasks.append(self.loop.create_task(self.read() if self.reads else self.send()))
 
     async def read(self):
         self.served.append(await anext(self.values))
@@ -230,10 +235,17 @@ class Pair:
         self.served.append(1)
 
     def event(self):
-        if self.stream._state.room is None:
+        if self.reads:
             self.stream.push(1)
         else:
             next(self.values)
+
+    def happened(self):
+        return bool(self.served) or len(self.stream) == self.reads
+
+    def turns(self):
+        for _ in range(4):
+            self.turn()
 
     def turn(self):
         self.loop.run_until_complete(asyncio.sleep(0))
@@ -255,37 +267,69 @@ def test_a_waiter_cancelled_at_any_step_leaves_no_other_asleep(kind, which):
         pair = Pair(kind)
         with strike:
             pair.event()
-            for _ in range(4):
-                pair.turn()
-        for _ in range(4):
-            pair.turn()
+            pair.turns()
+        pair.turns()
         assert pair.served == [1], strike
         pair.close()
         assert nothing_left(pair.stream)
 
 
 @pairs
-def test_a_waiter_interrupted_at_any_step_leaves_no_other_asleep(kind):
-    served = 0
+@pytest.mark.parametrize("cancelled", [False, True], ids=["", "cancelled"])
+def test_a_waiter_interrupted_at_any_step_leaves_no_other_asleep(kind, cancelled):
     for strike in strikes(*MODULES):
         pair = Pair(kind)
         with strike:
             pair.event()
-            for _ in range(4):
-                pair.turn()
-        for _ in range(4):
-            pair.turn()
-        happened = bool(pair.served) or (
-            len(pair.stream) == 1 if kind == "readers" else len(pair.stream) == 0
-        )
-        # The other task is there to be served, unless the event itself was interrupted.
-        if happened:
-            assert pair.served, strike
-            served += 1
+            if cancelled:
+                pair.tasks[0].cancel()
+            pair.turns()
+        pair.turns()
+        if pair.happened():
+            assert pair.served or pair.tasks[1].done(), strike
+        for _ in range(2):
+            if not all(task.done() for task in pair.tasks):
+                with contextlib.suppress(StopIteration):
+                    pair.event()
+                    pair.turns()
+        assert all(task.done() for task in pair.tasks), strike
         pair.close()
-        assert not pair.stream._state.readers.waiting
-        assert not pair.stream._state.writers.waiting
-    assert served
+
+
+@pairs
+def test_an_event_at_any_step_of_joining_is_not_missed(kind):
+    for strike in strikes(*MODULES, do=lambda: pair.event()):
+        pair = Pair(kind, number=1)
+        pair.event()
+        pair.turns()
+        assert pair.served == [1]
+        if kind == "writers":
+            assert next(pair.values) == 1
+            pair.stream.push("full again")
+        with strike:
+            pair.add()
+            pair.turn()
+        if strike.where is None:
+            pair.event()
+        pair.turns()
+        assert pair.served == [1, 1], strike
+        pair.close()
+
+
+def test_an_event_at_any_step_of_a_thread_that_joins_is_not_missed():
+    for strike in strikes(*MODULES, thread="struck", do=lambda: stream.push(1)):
+        stream, got = ValueStream(), []
+        values = iter(stream)
+        thread = threading.Thread(
+            target=lambda values=values, got=got: got.append(next(values)), name="struck"
+        )
+        with strike:
+            thread.start()
+            until(lambda: stream._state.readers.waiting or got)
+            if strike.where is None:
+                stream.push(1)
+            thread.join(PATIENCE)
+        assert got[:1] == [1], strike
 
 
 def test_a_thread_interrupted_at_any_step_leaves_no_other_asleep():
@@ -426,6 +470,15 @@ def test_a_waiter_that_joins_a_line_that_goes_is_in_one_or_woken():
             waiters.leave_line("early", waker)
         in_line = "late" in waiters.lines.get(waker, {})
         assert strike.where is None or in_line or waker.woken == ["late"]
+
+
+def test_a_line_that_goes_while_a_waiter_joins_is_replaced():
+    for strike in strikes(_waiters, do=lambda: waiters.leave_line("early", waker)):
+        waiters, waker = _waiters.Waiters(), Waker()
+        waiters.line_up("early", waker)
+        with strike:
+            waiters.line_up("late", waker)
+        assert "late" in waiters.lines[waker], strike
 
 
 class Waker:
