@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 import torchfut_aio
 from torchfut_aio import Future, as_completed, as_future, gather
-from torchfut_aio._cpython import callers_of
+from torchfut_aio._cpython import threads_within
 from torchfut_aio._loops import ThreadWaiter
 from torchfut_aio.distributed import _background_loop, _ddp, async_comm_hook, async_rpc, shutdown
 
@@ -363,7 +363,7 @@ def test_a_call_waits_for_a_loop_busy_with_another_bucket(nothing_blocks_a_loop)
         return bucket.buffer()
 
     def let_go_on_when_the_call_waits():
-        until(lambda: main in callers_of(ThreadWaiter.block))
+        until(lambda: main in threads_within(ThreadWaiter.block))
         go_on.set()
 
     busy = threading.Event()
@@ -435,7 +435,7 @@ def test_ctrl_c_ends_the_wait_and_the_hook_goes_on(nothing_blocks_a_loop):
 
     @async_comm_hook
     async def hook(state, bucket):
-        until(lambda: main in callers_of(ThreadWaiter.block))
+        until(lambda: main in threads_within(ThreadWaiter.block))
         signal.pthread_kill(main, signal.SIGINT)
         assert interrupted.wait(PATIENCE)
         steps.append("goes on")

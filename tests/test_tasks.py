@@ -24,7 +24,7 @@ import trio
 import uvloop
 from anyio.from_thread import start_blocking_portal
 
-from torchfut_aio import Future, _tasks, as_completed, as_future, gather, start_soon, submit
+from torchfut_aio import Future, _core, _tasks, as_completed, as_future, gather, start_soon, submit
 
 from .loops import on_asyncio, on_every_loop
 from .threads import PATIENCE, alongside, running, until
@@ -629,7 +629,7 @@ def test_a_call_that_is_found_twice_is_handed_over_once():
     hand_over.new.worker = hand_over
     with start_blocking_portal() as portal:
         hand_over.submit(
-            _tasks.Promise(fut, "double"), (contextvars.copy_context(), portal, double, (21,))
+            _core.Promise(fut, "double"), (contextvars.copy_context(), portal, double, (21,))
         )
         assert fut.wait(PATIENCE) == 42
         until(lambda: not hand_over.threads())
