@@ -133,6 +133,18 @@ def test_a_source_that_is_dropped_fails_the_adopted_future(source_type, no_colle
         fut.wait(0)
 
 
+def test_a_source_that_breaks_its_word_fails_the_adopted_future(caplog):
+    class Broken(concurrent.futures.Future):
+        def result(self, timeout=None):
+            raise OSError("foo")
+
+    source = Broken()
+    fut = adopt(source)
+    source.set_result(5)
+    with pytest.raises(OSError, match="foo"):
+        fut.wait(PATIENCE)
+
+
 def test_a_done_source_keeps_no_adopted_future(no_collector):
     source = concurrent.futures.Future()
     fut = adopt(source)

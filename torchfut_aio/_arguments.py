@@ -111,10 +111,10 @@ def async_checked(func: Any) -> None:
 def hides_async(func: object) -> str:
     """Return what to say of an async function that returns its coroutine to a plain decorator."""
     return (
-        f"{function_name(func)} is an async function beneath a decorator that is not, such as "
-        "@torch.inference_mode(), which covers only the making of its coroutine: remove the "
-        "decorator, and put a `with` block into the function, which task_local_state() keeps apart "
-        "from other tasks"
+        f"{function_name(func)} returns a coroutine and is no async function: a decorator such as "
+        "@torch.inference_mode() hides that it is one, and covers only the making of the "
+        "coroutine. Remove the decorator, and put a `with` block into the function, which "
+        "task_local_state() keeps apart from other tasks"
     )
 
 

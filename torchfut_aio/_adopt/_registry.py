@@ -19,7 +19,7 @@ from .. import _core
 from .._arguments import Devices, devices_checked
 from .._dependent import DependentFuture
 from .._devices import finish_devices
-from .._errors import CancelledError
+from .._errors import CancelledError, drop_catching_frame
 from .._future import Future
 from .._repr import described
 from .._worker import call_contained
@@ -226,12 +226,13 @@ def _was_cancelled(future: Future[Any]) -> bool:
 class Adoption(_core.Promise):
     """The promise of a future that adopted a source; `callback` is for the source to call."""
 
-    __slots__ = ("_source",)
+    __slots__ = ("_is_recovering", "_source")
 
     def __init__(self, source: Any, future: DependentFuture[Any]) -> None:
         super().__init__(future, "the adopted future")
         # Weak, as the source refers to its callbacks; C++ would hide the cycle from the collector.
         self._source = weakref.ref(source)
+        self._is_recovering = False
         future.depend_on(self)
 
     def callback(self) -> Callable[[Any], object]:
@@ -263,8 +264,11 @@ class Adoption(_core.Promise):
         if source is None:
             self.fail(error)
         elif self.is_pending():
-            finish_devices()  # on which streams the value is filled is not known here
-            self.adopt_again(source)
+            try:
+                finish_devices()  # on which streams the value is filled is not known here
+                self.adopt_again(source)
+            except Exception as failure:
+                self.fail(drop_catching_frame(failure))
 
     def adopt_again(self, source: Any) -> None:
         """Do what `adopt` does, in a thread that nothing interrupts."""
@@ -273,7 +277,8 @@ class Adoption(_core.Promise):
     def check(self) -> None:
         """Recover if the source is done and had no frame left to call the callback."""
         source = self._source()
-        if source is not None and source.done():
+        if source is not None and source.done() and not self._is_recovering:
+            self._is_recovering = True
             start_new_thread(call_contained, (self._recover_later, source))
 
     def _recover_later(self, source: Any) -> None:

@@ -99,5 +99,6 @@ class Promise:
 
 
 def _complete_later(future: Completable[Any], value: object) -> None:
-    finish_devices()  # the streams that fill the value are current in another thread
-    try_complete_with_value(future, value)
+    if outcome_of(future) is None:
+        finish_devices()  # the streams that fill the value are current in another thread
+        try_complete_with_value(future, value)
