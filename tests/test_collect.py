@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import copy
 import gc
 import itertools
+import pickle
 import random
 import threading
 import traceback
@@ -523,3 +525,15 @@ def test_the_mixture_may_hold_whatever_as_future_adopts():
         release.set()
         assert combined.wait(PATIENCE) == [True, "ours"]
     assert as_future(submitted).wait() is True
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_as_completed_refuses_to_be_copied_or_pickled_and_goes_on(copied):
+    futures = [Future(), Future()]
+    completed = as_completed(futures)
+    with pytest.raises(TypeError, match=r"belongs to this process.*as_completed\(\) again"):
+        copied(completed)
+    gc.collect()
+    for fut in futures:
+        fut.set_result(None)
+    assert list(completed) == futures

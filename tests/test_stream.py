@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
+import dataclasses
 import gc
 import itertools
+import multiprocessing
+import pickle
 import threading
 import weakref
 from collections import Counter, OrderedDict, deque
@@ -1012,3 +1016,67 @@ def test_what_is_put_off_is_run_before_a_thread_blocks():
     with running(lambda: last.set_result(5)):
         pass
     assert got == [5]
+
+
+# -------------------------------------------------------------------- what stays in its process
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_stream_refuses_to_be_copied_or_pickled_and_goes_on(copied):
+    stream = ValueStream(max_size=3)
+    values = iter(stream)
+    stream.push(1)
+    with pytest.raises(TypeError, match=r"belongs to this process.*multiprocessing\.Queue"):
+        copied(stream)
+    with pytest.raises(TypeError, match=r"belongs to this process.*aiter\(stream\)"):
+        copied(values)
+    gc.collect()
+    assert stream.listening
+    stream.push(2)
+    assert [next(values), next(values)] == [1, 2]
+
+
+def test_a_dataclass_of_a_stream_is_not_turned_into_a_dict():
+    @dataclasses.dataclass
+    class Request:
+        prompt: str
+        tokens: ValueStream
+
+    with pytest.raises(TypeError, match="belongs to this process"):
+        dataclasses.asdict(Request("hello", ValueStream()))
+
+
+def test_a_stream_is_not_handed_to_another_process():
+    stream = ValueStream()
+    process = multiprocessing.get_context("spawn").Process(target=print, args=(stream,))
+    with pytest.raises(TypeError, match="belongs to this process"):
+        process.start()
+    stream.push(1)
+    assert next(iter(stream)) == 1
+
+
+# ----------------------------------------------------------------------- what push_many takes
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"a": 1}, {1, 2}, "ab", b"ab", iter([1]), (n for n in [1]), {"a": 1}.values(), 5, None],
+    ids=lambda values: type(values).__name__,
+)
+def test_push_many_refuses_what_is_no_sequence_and_pushes_nothing(values):
+    stream = ValueStream()
+    with pytest.raises(TypeError, match=r"push_many\(\) takes a list, a tuple, or a tensor"):
+        stream.push_many(values)
+    with pytest.raises(TypeError, match="no dimensions"):
+        stream.push_many(torch.tensor(1))
+    assert len(stream) == 0
+    stream.push_many(())
+    stream.push_many(deque([1, 2]))
+    assert len(stream) == 2
+
+
+def test_rows_of_a_tensor_share_its_storage():
+    stream, tensor = ValueStream(), torch.zeros(2, 3)
+    stream.push_many(tensor)
+    tensor.fill_(1)
+    assert next(iter(stream)).tolist() == [1, 1, 1]

@@ -297,6 +297,23 @@ def test_a_waiter_interrupted_at_any_step_leaves_no_other_asleep(kind, cancelled
 
 
 @pairs
+@pytest.mark.parametrize("number", [1, 2])
+def test_an_event_interrupted_at_any_step_loses_no_waiter(kind, number):
+    for strike in strikes(*MODULES, _loops):
+        pair = Pair(kind, number)
+        with strike:
+            pair.event()
+        pair.turns()
+        assert pair.served or not pair.happened(), strike
+        while len(pair.served) < number:
+            before = len(pair.served)
+            pair.event()
+            pair.turns()
+            assert len(pair.served) > before, strike
+        pair.close()
+
+
+@pairs
 def test_an_event_at_any_step_of_joining_is_not_missed(kind):
     for strike in strikes(*MODULES, do=lambda: pair.event()):
         pair = Pair(kind, number=1)
@@ -492,17 +509,22 @@ class Waker:
 
 
 def test_a_signal_handler_that_blocks_is_woken_before_what_it_interrupts():
-    stream, handled = full("first"), []
+    stream, begun, handled = full("first"), [], []
 
     def handler(*_):
-        stream.push("handler", timeout=PATIENCE)
-        handled.append(True)
+        if not begun:
+            begun.append(True)
+            stream.push("handler", timeout=PATIENCE)
+            handled.append(True)
+
+    def interrupt():  # again, if it came when the thread was just about to sleep
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
 
     def read():
         waiting = stream._state.writers.waiting
         until(lambda: len(waiting) == 1)
         (interrupted,) = waiting
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
+        until(lambda: begun or interrupt())
         until(lambda: waiting and interrupted not in waiting)
         values = iter(stream)
         got = [next(values)]

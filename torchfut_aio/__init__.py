@@ -13,7 +13,8 @@ copies for asyncio and concurrent.futures; ``_collect.py``, ``_gather.py`` and
 ``_as_completed.py`` take many futures, ``_set_results.py`` completes them, ``_adopt/`` adopts
 other kinds, ``_tasks.py`` makes futures of tasks, ``_timeouts.py`` gives futures a deadline.
 ``_batcher.py`` runs a function on many items at once, in the thread of ``_batch_worker.py``.
-``_stream.py`` has no future at all: outcomes, one after the other (``_stream_state.py``).
+``_stream.py`` has no future at all: outcomes, one after the other (``_stream_state.py``), for
+those who wait in ``_waiters.py``.
 ``_task_state.py`` has none either: it gives tasks what torch keeps for threads
 (``_thread_state.py``).
 ``_worker.py`` is beneath every thread. ``_errors.py`` has the package's errors, and
