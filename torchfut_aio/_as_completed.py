@@ -191,7 +191,7 @@ class _AsCompleted(ProcessLocal, AsyncIterator[Future[T]], Iterator[Future[T]]):
 
     __slots__ = ("__weakref__", "_arrivals")
 
-    cure: ClassVar[str] = (
+    _cure: ClassVar[str] = (
         "call as_completed() again for another iterator; tasks and threads may share this one"
     )
 
