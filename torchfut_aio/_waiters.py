@@ -37,15 +37,14 @@ _Line = dict[object, None]
 
 def first(things: dict[T, Any]) -> T | None:
     """Return the first key of a dict that other threads may change, or None if it is empty."""
-    try:
-        for thing in things:
-            return thing
-    except RecursionError:
-        raise
-    except RuntimeError:  # another thread has just changed it
-        for thing in [*things]:
-            return thing
-    return None
+    while True:
+        # Not a copy: to make one of an OrderedDict is not atomic where there is no GIL.
+        try:
+            return next(iter(things), None)
+        except RecursionError:
+            raise
+        except RuntimeError:  # another thread has just changed it
+            continue
 
 
 class Waiters:

@@ -230,11 +230,24 @@ def current() -> AsyncioLoop | None:
     return loop
 
 
+# So many loops are checked whenever one is new; more only when their number has doubled.
+_FEW = 16
+_check_at = _FEW
+
+
 def _new(event_loop: asyncio.AbstractEventLoop) -> AsyncioLoop:
-    # A list, as other threads may add to it meanwhile.
-    for ref in _loops.keyrefs():
-        other = ref()
-        if other is not None and other.is_closed():
-            _loops[other].abandon()
+    global _check_at
+    if len(_loops) <= _FEW or len(_loops) >= _check_at:
+        _abandon_closed()
+        _check_at = 2 * len(_loops)
     loop = _loops[event_loop] = AsyncioLoop(event_loop)
     return loop
+
+
+def _abandon_closed() -> None:
+    for ref in _loops.keyrefs():  # a list, as other threads may add to it meanwhile
+        other = ref()
+        if other is not None and other.is_closed():
+            loop = _loops.pop(other, None)  # it is not asked for again
+            if loop is not None:
+                loop.abandon()

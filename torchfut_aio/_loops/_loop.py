@@ -263,9 +263,9 @@ class Loop(ABC):
         if self.wake_up is None:
             self.ask_for_wake_up()
 
-    @abstractmethod
     def stands_still(self) -> bool:
         """Return whether the loop cannot run because its thread, which calls, runs another."""
+        return False
 
     def who(self, _waiter: Any, /) -> Who:
         """As `Waker.who`."""
