@@ -13,7 +13,7 @@ import math
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Generator, Iterable, Iterator
-from typing import Any, ClassVar, TypeVar, overload
+from typing import Any, TypeVar, overload
 
 from . import _core, _loops
 from ._adopt import Source
@@ -191,9 +191,8 @@ class _AsCompleted(ProcessLocal, AsyncIterator[Future[T]], Iterator[Future[T]]):
 
     __slots__ = ("__weakref__", "_arrivals")
 
-    _cure: ClassVar[str] = (
-        "call as_completed() again for another iterator; tasks and threads may share this one"
-    )
+    _what = "the iterator of as_completed()"
+    _cure = "call as_completed() again for another iterator; tasks and threads may share this one"
 
     def __init__(self, futures: list[Future[T]], timeout: float | None) -> None:
         self._arrivals = _Arrivals(futures, timeout)

@@ -147,6 +147,7 @@ class Batcher(ProcessLocal, Generic[T, R]):
         self._worker = BatchWorker(function, max_batch, wait, name)
         self._needs_loop = _is_async(function)
 
+    _what = "a Batcher"
     _cure = "create it in the process that submits; a child that is forked begins with none queued"
 
     # ------------------------------------------------------------------------------ items

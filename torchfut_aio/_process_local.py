@@ -14,11 +14,13 @@ class ProcessLocal:
 
     __slots__ = ()
 
+    _what: ClassVar[str]
+    """What it is, for the error."""
+
     _cure: ClassVar[str]
-    """What to do instead, for the error."""
+    """What to do instead."""
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError(
-            f"a {type(self).__name__} cannot be pickled or copied, as it belongs to this process: "
-            f"{self._cure}"
+            f"{self._what} cannot be pickled or copied, as it belongs to this process: {self._cure}"
         )

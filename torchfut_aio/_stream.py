@@ -8,7 +8,7 @@ import types
 from collections import deque
 from collections.abc import AsyncIterator, Generator, Iterator, Sequence
 from types import TracebackType
-from typing import Any, ClassVar, Generic, NoReturn, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 import torch
 
@@ -77,7 +77,8 @@ class ValueStream(ProcessLocal, Generic[T]):
 
     __slots__ = ("__weakref__", "_max_size", "_state")
 
-    _cure: ClassVar[str] = (
+    _what = "a ValueStream"
+    _cure = (
         "let the other process put its values into a multiprocessing.Queue, from which a thread "
         "of this process pushes them; to share the stream here, pass the stream itself"
     )
@@ -312,7 +313,8 @@ class _Listener(ProcessLocal, AsyncIterator[T], Iterator[T]):
 
     __slots__ = ("_key", "_state")
 
-    _cure: ClassVar[str] = (
+    _what = "an iterator of a ValueStream"
+    _cure = (
         "call iter(stream) or aiter(stream) for another iterator, which reads in turn with this one"
     )
 

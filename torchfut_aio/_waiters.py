@@ -40,7 +40,9 @@ def first(things: dict[T, Any]) -> T | None:
     while True:
         # Not a copy: to make one of an OrderedDict is not atomic where there is no GIL.
         try:
-            return next(iter(things), None)
+            for thing in things:
+                return thing
+            return None
         except RecursionError:
             raise
         except RuntimeError:  # another thread has just changed it
