@@ -78,6 +78,8 @@ class Waiters:
                 break
             else:
                 return
+        except RecursionError:
+            raise
         except (KeyError, RuntimeError):  # another thread has just changed it
             self._wake(events)
             return

@@ -147,20 +147,20 @@ def _here() -> Moment:
 
 
 def _recorded_await(future: Future[Any], ready: bool = True) -> Generator[Any, Any, Any]:
-    recording = _on
-    if recording is None or future.done():
-        return (yield from _await(future, ready))
-    who = Who("task", _loops.current().current_task_name(), perf_counter())
-    wait = _this_thread.starting = Wait(id(future), who)
-    recording.begin(wait)
+    recording, wait = _on, None
+    if recording is not None and not future.done():
+        who = Who("task", _loops.current().current_task_name(), perf_counter())
+        wait = _this_thread.starting = Wait(id(future), who)
+        recording.begin(wait)
     try:
         return (yield from _await(future, ready))
     finally:
-        wait.ended = perf_counter()
-        if wait.completed is None and future.done():
-            recording.forget(wait)
-        else:
-            recording.end(wait)
+        if recording is not None and wait is not None:
+            wait.ended = perf_counter()
+            if wait.completed is None and future.done():
+                recording.forget(wait)
+            else:
+                recording.end(wait)
         del future  # as in Outcome.read()
 
 
