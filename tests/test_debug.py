@@ -971,7 +971,7 @@ def printed_by(*arguments, folder):
 @pytest.mark.parametrize(("code", "expected"), SHOWN, ids=range(len(SHOWN)))
 def test_the_guides_examples_print_what_it_says(tmp_path, code, expected):
     (tmp_path / "app.py").write_text(code)
-    printed = printed_by("app.py", folder=tmp_path)
+    printed = printed_by("-W", "error", "app.py", folder=tmp_path)
     assert printed == expected or not expected
 
 
