@@ -23,6 +23,7 @@ from collections.abc import Callable, Coroutine, Generator
 from typing import Any, overload
 
 import torch
+import torch.distributed as dist
 from torch._C._distributed_c10d import GradBucket
 
 from .. import _loops
@@ -192,8 +193,10 @@ class _Call:
         tensor = await self._drive(self._hook(self._state, self._bucket))
         name = task_name(self._hook)
         if not isinstance(tensor, torch.Tensor):
+            is_future = isinstance(tensor, (torch.futures.Future, torch._C.Future, dist.Work))
             raise TypeError(
                 f"a communication hook returns a tensor, and {name} returned {described(tensor)}"
+                + (": await as_future() of it, and return the tensor" if is_future else "")
             )
         if tensor.numel() != self._ready.value().numel():
             raise ValueError(
