@@ -596,7 +596,8 @@ class StreamAgainstAModel(RuleBasedStateMachine):
         if self.refuses(n):
             expected = pytest.raises(StreamClosedError)
         elif number > room:
-            expected = pytest.raises(TimeoutError, match=f"{room} of {number}")
+            told = "the value was not pushed" if number == 1 else f"{room} of {number}"
+            expected = pytest.raises(TimeoutError, match=told)
         else:
             expected = contextlib.nullcontext()
         with expected:
