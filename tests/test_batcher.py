@@ -592,10 +592,29 @@ def test_the_function_and_callbacks_may_close_the_batcher():
 async def test_closing_blocks_a_loop_not_without_a_warning(gated, nothing_blocks_a_loop):
     nothing_blocks_a_loop.deactivate()
     batcher, first = running_batcher(gated)
-    with pytest.warns(BlockingWaitWarning):
+    with pytest.warns(BlockingWaitWarning) as caught:
         async with alongside(lambda: gated.may_return.set()):
             batcher.close()
     assert first.value() == 0
+    (warning,) = caught
+    assert "await aclose()" in str(warning.message)
+    assert warning.filename == __file__
+    batcher.close()  # it has ended, and nothing blocks
+
+
+@pytest.mark.parametrize("by", ["close", "aclose"])
+def test_a_time_limit_is_not_taken_for_drain(by):
+    async def close(batcher, drain):
+        closed = getattr(batcher, by)(drain)
+        if by == "aclose":
+            await closed
+
+    with batcher_of() as batcher:
+        with pytest.raises(TypeError, match=r"drain must be a bool, not 10; .* timeout=10$"):
+            asyncio.run(close(batcher, 10))
+        with pytest.raises(TypeError, match=r"drain must be a bool, not None$"):
+            asyncio.run(close(batcher, None))
+        assert batcher.submit(1).wait(PATIENCE) == 2
 
 
 def test_what_is_submitted_while_another_thread_closes_is_served_or_refused():
@@ -792,6 +811,7 @@ def test_close_refuses_to_wait_for_a_loop_of_its_thread(two_loops):
     with pytest.raises(RuntimeError, match="await aclose"):
         batcher.close()
     assert home(awaited(pending)) == 6
+    until(lambda: batcher.statistics().running == 0)
     batcher.close()
 
 
@@ -890,13 +910,13 @@ class Hidden:
 
 @pytest.mark.parametrize("function", [hidden, Hidden(double_soon)], ids=["torch", "object"])
 def test_a_decorator_that_hides_an_async_function_is_named(function):
-    with pytest.raises(TypeError, match=r"a decorator such as .*inference_mode"):
+    with pytest.raises(TypeError, match=r"decorator such as .*inference_mode"):
         batcher_of(function)
 
 
 def test_a_coroutine_that_is_returned_fails_the_batch():
     with batcher_of(lambda items: double_soon(items)) as batcher:
-        with pytest.raises(TypeError, match="returns a coroutine and is no async function"):
+        with pytest.raises(TypeError, match=r"<lambda> is not `async def`.* pass the async"):
             batcher.submit(1).wait(PATIENCE)
 
 
@@ -1142,7 +1162,7 @@ def test_an_item_that_comes_at_any_step_of_the_thread_is_served(closes, monkeypa
     [
         ({"max_batch": 0}, ValueError, "max_batch must be at least 1"),
         ({"max_batch": 2.0}, TypeError, "max_batch must be an int, not float"),
-        ({"max_queue": 7}, ValueError, "max_queue must be at least 8"),
+        ({"max_queue": 7}, ValueError, "max_queue must be at least max_batch, which is 8; not 7"),
         ({"max_queue": None}, TypeError, "max_queue must be an int, not NoneType"),
         ({"max_wait": "1"}, TypeError, "max_wait must be a number of seconds"),
         ({"function": None}, TypeError, "takes a function of a list of items, not NoneType"),
@@ -1161,6 +1181,14 @@ def test_the_thread_is_named_after_the_function_unless_told_otherwise():
         assert batcher.submit(1).wait(PATIENCE).startswith("torchfut_aio batcher of test_the_")
     with batcher_of(name) as batcher:
         assert batcher.submit(1).wait(PATIENCE) == NAME
+
+
+@on_every_loop
+async def test_a_future_of_an_async_function_shows_as_any_other():
+    async with batcher_of(double_soon) as batcher:
+        fut = batcher.submit(2)
+        assert repr(fut).startswith("<Future pending")
+        assert await fut == 4
 
 
 def test_a_future_of_a_batcher_is_one_as_any_other():

@@ -254,6 +254,22 @@ def test_a_hook_that_raises_later_goes_on_for_no_later_bucket():
     assert steps == [*[f"first {index}" for index in range(4)], "then 0", "then 1", "first 4"]
 
 
+@pytest.mark.usefixtures("group_of_one")
+def test_a_hook_that_returns_what_it_should_await_is_told_so():
+    for start in (
+        lambda tensor: dist.all_reduce(tensor, async_op=True),
+        lambda tensor: dist.all_reduce(tensor, async_op=True).get_future(),
+        done,
+    ):
+
+        @async_comm_hook
+        async def hook(state, bucket, start=start):
+            return start(bucket.buffer())
+
+        with pytest.raises(TypeError, match=r"await as_future\(\) of it, and return the tensor"):
+            hook(None, Bucket()).wait(PATIENCE)
+
+
 def test_a_hook_that_does_not_go_on_is_closed_in_its_context():
     steps, release = [], Future()
 

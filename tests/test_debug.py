@@ -16,6 +16,7 @@ import threading
 import time
 import weakref
 from contextlib import suppress
+from types import SimpleNamespace
 
 import anyio
 import anyio.from_thread
@@ -35,6 +36,7 @@ from torchfut_aio import (
     gather,
     set_results,
     submit,
+    task_local_state,
     with_timeout,
 )
 from torchfut_aio._stream import state_of
@@ -263,6 +265,11 @@ async def in_a_library(future):
         await future.stream_ordered()
 
 
+@task_local_state
+async def in_a_state_of_its_own(future):
+    await future
+
+
 @on_every_loop
 @pytest.mark.parametrize(
     ("function", "place"),
@@ -275,6 +282,7 @@ async def in_a_library(future):
         (in_an_awaitable, "run" if sys.version_info < (3, 11) else "Request.run"),
         (in_a_context_manager, "session"),
         (in_a_library, "in_a_library"),
+        (in_a_state_of_its_own, "in_a_state_of_its_own"),
     ],
 )
 async def test_a_task_is_listed_with_the_function_that_waits(function, place):
@@ -284,6 +292,20 @@ async def test_a_task_is_listed_with_the_function_that_waits(function, place):
         await anyio.wait_all_tasks_blocked()
         assert places_of(listed(future).who) == [f"{place}, test_debug.py"]
         future.set_result(5)
+
+
+def test_a_ddp_hook_is_listed_with_its_place():
+    @distributed.async_comm_hook
+    async def hook(future, bucket):
+        await in_a_coroutine(future)
+        return bucket.buffer()
+
+    future, buffer = Future(), torch.ones(1)
+    hooked = hook(future, SimpleNamespace(index=lambda: 0, buffer=lambda: buffer))
+    assert places_of(listed(future).who) == ["in_a_coroutine, test_debug.py"]
+    future.set_result(5)
+    assert hooked.wait(PATIENCE) is buffer
+    distributed.shutdown()
 
 
 @on_every_loop
@@ -971,7 +993,7 @@ def printed_by(*arguments, folder):
 @pytest.mark.parametrize(("code", "expected"), SHOWN, ids=range(len(SHOWN)))
 def test_the_guides_examples_print_what_it_says(tmp_path, code, expected):
     (tmp_path / "app.py").write_text(code)
-    printed = printed_by("app.py", folder=tmp_path)
+    printed = printed_by("-W", "error", "app.py", folder=tmp_path)
     assert printed == expected or not expected
 
 

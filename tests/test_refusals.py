@@ -188,6 +188,11 @@ CURES = [
     (coroutine_function, r"start_soon\(\)"),
     (functools.partial(coroutine_function), r"start_soon\(\)"),
     (async_generator(), r"`async for`"),
+    ([[Future()]], r"one flat list"),
+    (ValueStream(), r"`async for`"),
+    (aiter(ValueStream()), r"`async for`"),
+    (torchfut_aio.as_completed([]), r"`async for`"),
+    (Batcher(list, max_batch=1, max_wait=0, max_queue=1), r"submit\(item\)"),
     (dist.distributed_c10d._CoalescingManager(), r"manager\.works .* gather\(\)"),
     (
         multiprocessing.pool.IMapIterator.__new__(multiprocessing.pool.IMapIterator),
@@ -200,6 +205,16 @@ CURES = [
 def test_what_cannot_be_adopted_is_refused_with_the_cure(thing, cure):
     with pytest.raises(NotAFutureError, match=cure):
         as_future(thing)
+
+
+@pytest.mark.parametrize("many", ["gather", "collect_all", "wait_all", "as_completed"])
+def test_a_dict_is_refused_unless_its_keys_are_futures(many):
+    fut = Future()
+    fut.set_result(5)
+    getattr(torchfut_aio, many)({fut: "x"})
+    for key in ("x", 7):
+        with pytest.raises(NotAFutureError, match=r"Of a dict .* pass its \.values\(\)"):
+            getattr(torchfut_aio, many)({key: fut})
 
 
 def test_an_async_generator_cannot_be_called_by_rpc():

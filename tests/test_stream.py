@@ -160,7 +160,7 @@ def test_what_is_closed_takes_nothing_more():
 
 def test_arguments_are_checked():
     for wrong, error in ((0, ValueError), (-1, ValueError), (1.5, TypeError), ("1", TypeError)):
-        with pytest.raises(error):
+        with pytest.raises(error, match="max_size must be "):
             ValueStream(max_size=wrong)
     with pytest.raises(TypeError):
         ValueStream().push(1, timeout="1")
@@ -207,7 +207,7 @@ def test_a_push_that_times_out_has_pushed_nothing_and_says_what_else():
     assert stream.try_push(1)
     with pytest.raises(TimeoutError, match=r"within 0.01 s: 1 of 3 values were pushed"):
         stream.push_many([2, 3, 4], timeout=0.01)
-    with pytest.raises(TimeoutError):
+    with pytest.raises(TimeoutError, match=r"within 0 s: the value was not pushed$"):
         stream.push(3, timeout=0)
     assert not stream.try_push(3)
     stream.close()
@@ -520,6 +520,20 @@ def test_a_stream_that_was_read_to_its_end_may_be_read_again():
     assert not stream.listening
 
 
+@on_every_loop
+async def test_reading_again_after_async_with_raises_what_happened_first():
+    for closed_first in (True, False):
+        stream = ValueStream()
+        async with stream:
+            if closed_first:
+                stream.close()
+                assert await read_all(stream) == []
+        stream.close()
+        told = "the stream has ended" if closed_first else r"nobody listens .* async with"
+        with pytest.raises(StreamClosedError, match=told):
+            aiter(stream)
+
+
 def test_an_error_that_nobody_can_read_is_not_complained_of(caplog):
     for close_first in (True, False):
         stream = ValueStream()
@@ -582,7 +596,8 @@ class StreamAgainstAModel(RuleBasedStateMachine):
         if self.refuses(n):
             expected = pytest.raises(StreamClosedError)
         elif number > room:
-            expected = pytest.raises(TimeoutError, match=f"{room} of {number}")
+            told = "the value was not pushed" if number == 1 else f"{room} of {number}"
+            expected = pytest.raises(TimeoutError, match=told)
         else:
             expected = contextlib.nullcontext()
         with expected:

@@ -109,12 +109,13 @@ def async_checked(func: Any) -> None:
 
 
 def hides_async(func: object) -> str:
-    """Return what to say of an async function that returns its coroutine to a plain decorator."""
+    """Return what to say of a plain function that returns the coroutine of an async one."""
     return (
-        f"{function_name(func)} returns a coroutine and is no async function: a decorator such as "
-        "@torch.inference_mode() hides that it is one, and covers only the making of the "
-        "coroutine. Remove the decorator, and put a `with` block into the function, which "
-        "task_local_state() keeps apart from other tasks"
+        f"{function_name(func)} is not `async def` and returns a coroutine: pass the async "
+        "function itself, or make it `async def` and await there. A decorator such as "
+        "@torch.inference_mode() hides an async function, too, and covers only the making of its "
+        "coroutine: remove it, and put a `with` block into the function, which task_local_state() "
+        "keeps apart from other tasks"
     )
 
 

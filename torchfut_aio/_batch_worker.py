@@ -72,7 +72,7 @@ class BatchWorker(Worker):
         self.max_wait = max_wait
         self.batch: list[tuple[Future[Any], Any]] = []
         self.closing = False
-        self.ended: Future[None] = InternalFuture()
+        self.ended: InternalFuture[None] = InternalFuture()
         self.batches = self.items = self.rejected = self.skipped = 0
         self.waited = self.ran = 0.0
         self._rings_at: float = 1  # so many in the queue

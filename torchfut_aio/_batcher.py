@@ -7,6 +7,7 @@ task for each batch, and waits for it.
 from __future__ import annotations
 
 import inspect
+import numbers
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable
@@ -21,12 +22,18 @@ from ._dependent import DependentFuture
 from ._errors import BatcherClosedError, QueueFullError
 from ._future import Future, InternalFuture
 from ._process_local import ProcessLocal
+from ._repr import short
 from ._tasks import run_contained
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 _LOOK = 0.1  # seconds after which the thread looks whether the loop can still run a task
+
+_CLOSE_BLOCKS = (
+    "closing a batcher blocks the event loop that this thread runs; use `async with`, or await "
+    "aclose()"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,9 +82,9 @@ class Batcher(ProcessLocal, Generic[T, R]):
     An async function runs as a task of the loop that has entered the batcher, ``async with``.
     Either way it has no context (`contextvars`) of any caller, as a batch has many.
 
-    Every future completes. If the function raises, all items of the batch fail with its error:
-    each with an exception of its own, where ``copy.copy`` makes one of the same type and ``args``,
-    or else with the same. If a result is an exception, that item fails with it. An item whose
+    Every future completes. If the function raises, all items of the batch fail with its error.
+    Each item gets its own copy of the exception if ``copy.copy`` can make one; otherwise all share
+    it. If a result is an exception, that item fails with it. An item whose
     future is done before its batch begins is skipped: to give one up, cancel its future. Leaving
     ``with`` or ``async with`` closes the batcher, and drains it if no error is under way. So does
     dropping it, or the exit of the interpreter, which waits for the thread. A process that forks
@@ -97,7 +104,8 @@ class Batcher(ProcessLocal, Generic[T, R]):
             what has come while the batch before it ran.
         max_queue: The most items that may wait, at least ``max_batch``; `submit` refuses more.
             Threads that submit at the same time may exceed it by one each.
-        name: The name of the thread, or of the task.
+        name: The name of the thread, or of the task; by default ``torchfut_aio batcher of`` and
+            the name of the function.
 
     Raises:
         TypeError, ValueError: An argument is of another type, or out of range.
@@ -131,14 +139,15 @@ class Batcher(ProcessLocal, Generic[T, R]):
                 f"a batcher takes a function of a list of items, not {type(function).__qualname__}"
             )
         async_checked(function)
-        for argument, value, least in (
-            ("max_batch", max_batch, 1),
-            ("max_queue", max_queue, max_batch),
-        ):
+        for argument, value in (("max_batch", max_batch), ("max_queue", max_queue)):
             if not isinstance(value, int):
                 raise TypeError(f"{argument} must be an int, not {type(value).__qualname__}")
-            if value < least:
-                raise ValueError(f"{argument} must be at least {least}, not {value}")
+        if max_batch < 1:
+            raise ValueError(f"max_batch must be at least 1, not {max_batch}")
+        if max_queue < max_batch:
+            raise ValueError(
+                f"max_queue must be at least max_batch, which is {max_batch}; not {max_queue}"
+            )
         if name is None:
             called = getattr(function, "__qualname__", type(function).__qualname__)
             name = f"torchfut_aio batcher of {called}"
@@ -220,12 +229,14 @@ class Batcher(ProcessLocal, Generic[T, R]):
 
         Raises:
             TimeoutError: The function still runs. The interpreter will wait for it to return.
-            TypeError, ValueError: ``timeout`` is not a number, or is NaN; the batcher stays open.
+            TypeError, ValueError: ``drain`` is not a bool, or ``timeout`` is not a number, or is
+                NaN; the batcher stays open.
             RuntimeError: The function is async, and needs the event loop of this thread.
 
         Warns:
             BlockingWaitWarning: This thread runs an event loop: ``await aclose()`` there.
         """
+        _check_drain(drain)
         seconds = None if timeout is None else timeout_checked(timeout)
         if self._worker.is_inside():
             self._begin_to_close(drain)
@@ -237,7 +248,7 @@ class Batcher(ProcessLocal, Generic[T, R]):
             )
         ended = self._begin_to_close(drain)
         try:
-            ended.wait(seconds)
+            ended.block(seconds, _CLOSE_BLOCKS)
         except TimeoutError:
             raise self._abandon(seconds) from None
 
@@ -251,10 +262,12 @@ class Batcher(ProcessLocal, Generic[T, R]):
 
         Raises:
             TimeoutError: The function still runs. The interpreter will wait for it to return.
-            TypeError, ValueError: ``timeout`` is not a number, or is NaN; the batcher stays open.
+            TypeError, ValueError: ``drain`` is not a bool, or ``timeout`` is not a number, or is
+                NaN; the batcher stays open.
             RuntimeError: The function is async, and its loop cannot run what is left, because this
                 thread runs another; the batcher stays open.
         """
+        _check_drain(drain)
         seconds = None if timeout is None else timeout_checked(timeout)
         if self._worker.is_inside():
             self._begin_to_close(drain)
@@ -276,7 +289,7 @@ class Batcher(ProcessLocal, Generic[T, R]):
     def _has_work(self) -> bool:
         return bool(self._worker.work or self._worker.batch)
 
-    def _begin_to_close(self, drain: bool) -> Future[None]:
+    def _begin_to_close(self, drain: bool) -> InternalFuture[None]:
         worker = self._worker
         if not worker.ended.done():
             worker.closing = True
@@ -317,6 +330,13 @@ class Batcher(ProcessLocal, Generic[T, R]):
         if worker is not None and worker.threads():
             worker.closing = True
             worker.ring()
+
+
+def _check_drain(drain: object) -> None:
+    if not isinstance(drain, bool):
+        is_number = isinstance(drain, numbers.Real)
+        cure = f"; a time limit is timeout={short(drain)}" if is_number else ""
+        raise TypeError(f"drain must be a bool, not {short(drain)}{cure}")
 
 
 def _is_async(function: Any) -> bool:

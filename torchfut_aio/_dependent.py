@@ -20,6 +20,7 @@ class _Checks(Protocol):
 class DependentFuture(Future[T]):
     """A future that checks, before a wait for it begins, that it can be completed."""
 
+    __qualname__ = "Future"  # in its repr, as the class is internal
     __slots__ = ("_depends_on",)
 
     def __init__(self, *, devices: Devices = None) -> None:

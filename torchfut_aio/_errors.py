@@ -82,10 +82,13 @@ class TaskStateWarning(RuntimeWarning):
     """
 
 
-def warn_that_wait_blocks_a_loop(
-    what: str = "waiting for a pending future blocks the event loop that this thread runs; "
-    "await the future instead (wait_all: await gather(); for: async for)",
-) -> None:
+WAIT_BLOCKS = (
+    "waiting for a pending future blocks the event loop that this thread runs; "
+    "await the future instead (wait_all: await gather(); for: async for)"
+)
+
+
+def warn_that_wait_blocks_a_loop(what: str = WAIT_BLOCKS) -> None:
     """Warns, at the line outside this package that led to the wait."""
     warn_at_users_line(what, BlockingWaitWarning)
 

@@ -16,7 +16,7 @@ from . import _core, _loops
 from ._annotations import FutureAlias
 from ._arguments import callback_checked, devices_checked, timeout_checked
 from ._core import OUTCOME
-from ._errors import InvalidStateError, warn_that_wait_blocks_a_loop
+from ._errors import WAIT_BLOCKS, InvalidStateError, warn_that_wait_blocks_a_loop
 from ._repr import short
 from ._settable import Settable
 from ._to_stdlib import copy_to_asyncio, copy_to_concurrent
@@ -144,14 +144,14 @@ class Future(Settable[T]):
         finally:
             del self, outcome  # as in Outcome.read()
 
-    def _block(self, timeout: float | None) -> _core.Outcome:
+    def _block(self, timeout: float | None, warning: str = WAIT_BLOCKS) -> _core.Outcome:
         # Callbacks that this thread has put off may be the ones to complete the future.
         _core.run_deferred()
         outcome: _core.Outcome | None = self._state.get(OUTCOME)
         if outcome is not None:
             return outcome
         if (timeout is None or timeout > 0) and _loops.loop_in_this_thread():
-            warn_that_wait_blocks_a_loop()
+            warn_that_wait_blocks_a_loop(warning)
         waiter = _loops.ThreadWaiter()
         try:
             if _core.add_waiter(self, waiter, _loops.THREADS):
@@ -385,6 +385,11 @@ class InternalFuture(Future[T]):
     """A future that never leaves the package, so `debug.pending_futures` does not list it."""
 
     __slots__ = ()
+
+    def block(self, timeout: float | None, warning: str) -> None:
+        """Wait as `wait` does, with a `BlockingWaitWarning` of another text; ignore the outcome."""
+        if not self.done():
+            self._block(timeout, warning)
 
 
 class _StreamOrdered:

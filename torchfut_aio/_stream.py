@@ -14,7 +14,6 @@ import torch
 
 from . import _core, _loops
 from ._arguments import exception_checked, listed, timeout_checked
-from ._errors import StreamClosedError
 from ._process_local import ProcessLocal
 from ._stream_state import ROOM, StreamState
 from ._waiters import first
@@ -26,9 +25,10 @@ class ValueStream(ProcessLocal, Generic[T]):
     """A stream of values, as the tokens that a thread generates for a task.
 
     Producers, in any threads or tasks, push values and close the stream, with an error or
-    without; ``with stream:`` closes it when its block ends, with the error that the block
-    raised, if any. Consumers read with ``async for`` on asyncio, uvloop or trio, or with
-    ``for`` in a thread. Each value goes to one of them, in the order in which values were
+    without. The producer's ``with stream:`` closes it when its block ends, with the error that
+    the block raised, if any. Consumers read with ``async for`` on asyncio, uvloop or trio, or
+    with ``for`` in a thread. The consumer's ``async with stream:`` stops reading when its block
+    ends. Each value goes to one of them, in the order in which values were
     pushed. When all values have been read that were pushed before the end, the consumers'
     loops end, or raise the error. (It has nothing to do with ``torch.Stream``.)
 
@@ -86,7 +86,11 @@ class ValueStream(ProcessLocal, Generic[T]):
     def __init__(self, *, max_size: int | None = None) -> None:
         """Makes a stream that is open."""
         if max_size is not None:
-            max_size = operator.index(max_size)
+            try:
+                max_size = operator.index(max_size)
+            except TypeError:
+                kind = type(max_size).__qualname__
+                raise TypeError(f"max_size must be an int or None, not {kind}") from None
             if max_size < 1:
                 raise ValueError(f"max_size must be positive, or None for no limit; not {max_size}")
         self._max_size = max_size
@@ -159,10 +163,10 @@ class ValueStream(ProcessLocal, Generic[T]):
             while True:
                 left = None if give_up is None else give_up - time.monotonic()
                 if left is not None and left <= 0:
-                    raise TimeoutError(
-                        f"the stream had no room within {timeout:g} s: "
-                        f"{number - len(pending)} of {number} values were pushed"
-                    )
+                    pushed = f"{number - len(pending)} of {number} values were pushed"
+                    if number == 1:
+                        pushed = "the value was not pushed"
+                    raise TimeoutError(f"the stream had no room within {timeout:g} s: {pushed}")
                 state.writers.block(state.can_write, left, _PUSH_BLOCKS)
                 state.put_many(pending)
                 if not pending:
@@ -276,7 +280,10 @@ class ValueStream(ProcessLocal, Generic[T]):
         return self._state.is_closed()
 
     def stop_listening(self) -> None:
-        """Has nobody listen any more; loops that still read end."""
+        """Close the reading side: loops that still read end, and pushing raises.
+
+        Values that were not read are dropped.
+        """
         self._state.stop()
 
     async def aclose(self) -> None:
@@ -322,11 +329,7 @@ class _Listener(ProcessLocal, AsyncIterator[T], Iterator[T]):
         self._key = object()
         self._state = state
         state.listeners[self._key] = None
-        if not state.is_listening():
-            raise StreamClosedError(
-                "nobody listens to the stream any more, and its values were dropped; "
-                "to read on after a break, keep the iterator: values = aiter(stream)"
-            )
+        state.check_listening()
 
     def __iter__(self) -> _Listener[T]:
         return self

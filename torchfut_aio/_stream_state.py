@@ -190,6 +190,20 @@ class StreamState:
         """Tells whether somebody listens, or nobody has yet."""
         return _LEFT not in self.end
 
+    def check_listening(self) -> None:
+        """Raise StreamClosedError if the reading side is closed."""
+        if _LEFT not in self.end:
+            return
+        if next(iter(self.end)) == _CLOSED:  # which came first
+            raise StreamClosedError(
+                "the stream has ended: it was closed, and then its readers left"
+            )
+        raise StreamClosedError(
+            "nobody listens to the stream any more, and its values were dropped: its readers left, "
+            "by break, a cancellation, the end of async with, aclose() or stop_listening(); to "
+            "read on after a break, keep the iterator: values = aiter(stream)"
+        )
+
     def close(self, error: _core.Outcome | None) -> None:
         """Ends the stream behind what is in it, unless it has been closed before."""
         try:

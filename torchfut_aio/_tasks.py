@@ -60,6 +60,8 @@ def start_soon(
     others may still want what it does. ``asyncio.Task`` and the futures of anyio's portals are not
     like that. To end a task, cancel its group, or a cancel scope that it has entered.
 
+    The task runs in a copy of the caller's context (`contextvars`), made at the call.
+
     Args:
         task_group: A task group of anyio, an ``asyncio.TaskGroup`` or a ``trio.Nursery``,
             of the loop that runs in this thread.

@@ -10,11 +10,13 @@ from collections.abc import Iterable
 from .._errors import NotAFutureError
 from .._repr import described
 
-_MANY = "Pass many futures at once to gather() or collect_all()."
+_MANY = "Pass many futures as one flat list to gather() or collect_all()."
 _FUNCTION = (
     "A function must be called first: an async one by start_soon(), another by an executor, whose "
     "future can be adopted."
 )
+_KEY = "Of a dict of futures, pass its .values()."
+_STREAM = "Use `async for`: a stream gives its values one after the other."
 _AWAITABLE = "A coroutine must run first: pass asyncio.ensure_future(coroutine)."
 
 # By the full names of types, or what they derive from.
@@ -37,13 +39,20 @@ _CURES = {
     "multiprocessing.pool.IMapIterator": (
         "Use apply_async() or map_async() of the pool, whose AsyncResult can be adopted."
     ),
+    "torchfut_aio._stream.ValueStream": _STREAM,
+    "torchfut_aio._stream._Listener": _STREAM,
+    "torchfut_aio._batcher.Batcher": "Call submit(item) of the batcher, which returns a future.",
+    "torchfut_aio._as_completed._AsCompleted": (
+        "Use `async for`: as_completed() gives futures, one after the other."
+    ),
     "ray.ObjectRefGenerator": "Iterate over it: each item is an ObjectRef, which can be adopted.",
     "coroutine": _AWAITABLE,
     "async_generator": "Use `async for` for what an async generator yields.",
     "function": _FUNCTION,
     "method": _FUNCTION,
     "functools.partial": _FUNCTION,
-    "str": "",
+    "str": _KEY,
+    "int": _KEY,
     "bytes": "",
 }
 

@@ -95,7 +95,10 @@ class Promise:
 
     def cancel_at_end(self) -> None:
         """Complete the future when `end` finds it pending."""
-        self.cancel("before its first step, or because its event loop ended")
+        self.cancel(
+            "before its first step, or because its event loop ended, or because nothing refers to "
+            "what it waited for"
+        )
 
 
 def _complete_later(future: Completable[Any], value: object) -> None:

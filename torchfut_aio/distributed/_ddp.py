@@ -23,6 +23,7 @@ from collections.abc import Callable, Coroutine, Generator
 from typing import Any, overload
 
 import torch
+import torch.distributed as dist
 from torch._C._distributed_c10d import GradBucket
 
 from .. import _loops
@@ -51,9 +52,10 @@ def async_comm_hook(hook: Any = None, *, overlap: bool = False) -> Any:
 
     For ``ddp.register_comm_hook(state, hook)``. The hook returns the tensor that replaces
     ``bucket.buffer()``. It runs on the background loop while the backward pass goes on, in a copy
-    of the context of the thread that called it. The loop's current streams are ordered after the
-    kernels that fill the bucket, and the optimiser's after those that fill the result. What the
-    hook raises, ``backward()`` raises.
+    of the context of the thread that called it. What the hook raises, ``backward()`` raises.
+
+    In the hook, the current streams are ordered after the kernels that fill the bucket. The
+    optimiser's streams are ordered after the kernels that fill the result.
 
     Every rank has to start the collectives of a process group in the same order. DDP calls the
     hook for each bucket in turn, and each call returns when the hook has first suspended. What it
@@ -65,11 +67,11 @@ def async_comm_hook(hook: Any = None, *, overlap: bool = False) -> Any:
     bucket after the other. NCCL needs one order over all groups, so start everything before the
     first await there.
 
-    If the hook raises before it suspends, it does not run for the later buckets of that backward
-    pass. If it raises after that, it does not go on for them. They fail with the same error. If
-    it raised on all ranks, training may go on. If it raised on some, the others may wait for
-    these, or mistake their next collective for another: let such a process end. If the backward
-    passes of several models overlap, decorate the hook once for each:
+    After an error the hook is not called for later buckets of this backward pass. Calls that had
+    already suspended are not resumed. They fail with the same error. If the hook raised on all
+    ranks, training may go on. If it raised on some, let these processes end: the others may wait
+    for them, or match their next collective with the wrong one. If the backward passes of several
+    models overlap, decorate the hook once for each:
     ``register_comm_hook(None, async_comm_hook(hook))``.
 
     Args:
@@ -192,8 +194,10 @@ class _Call:
         tensor = await self._drive(self._hook(self._state, self._bucket))
         name = task_name(self._hook)
         if not isinstance(tensor, torch.Tensor):
+            is_future = isinstance(tensor, (torch.futures.Future, torch._C.Future, dist.Work))
             raise TypeError(
                 f"a communication hook returns a tensor, and {name} returned {described(tensor)}"
+                + (": await as_future() of it, and return the tensor" if is_future else "")
             )
         if tensor.numel() != self._ready.value().numel():
             raise ValueError(

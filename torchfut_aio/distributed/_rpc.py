@@ -50,6 +50,8 @@ def async_rpc(func: Callable[P, Awaitable[T]]) -> Callable[P, Future[T]]:
     `torchfut_aio.RpcError` of it, whatever its type. What `shutdown` cancels fails with
     ``concurrent.futures.CancelledError``. If a caller times out, the function goes on.
 
+    It is not for hooks of DDP: use `async_comm_hook` there.
+
     Put it below ``@staticmethod`` or ``@classmethod``. Called directly, the function runs in this
     process, on the same loop, and its future is returned.
 
