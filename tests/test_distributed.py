@@ -117,9 +117,6 @@ def test_a_remote_error_keeps_its_type_and_its_traceback(pair, loop, function, k
     assert "Traceback (most recent call last)" in text
 
 
-in_python_3_11 = pytest.mark.skipif(sys.version_info < (3, 11), reason="new in Python 3.11")
-
-
 @pytest.mark.parametrize("ask", [services.failure, services.failure_of_a_reference])
 @pytest.mark.parametrize(
     ("kind", "expected"),
@@ -128,7 +125,7 @@ in_python_3_11 = pytest.mark.skipif(sys.version_info < (3, 11), reason="new in P
         ("none", "builtins.RuntimeError"),
         ("main", "builtins.RuntimeError"),
         ("module", "builtins.RuntimeError"),
-        pytest.param("group", "builtins.RuntimeError", marks=in_python_3_11),
+        ("group", "builtins.RuntimeError"),
         ("terse", "tests.services.Terse"),
         ("noted", "builtins.KeyError"),
     ],
@@ -141,7 +138,7 @@ def test_an_async_functions_error_arrives_whatever_its_type(pair, ask, kind, exp
     if kind == "group":
         assert "of_no_other_process.<locals>.Local: wrong" in text
         assert "KeyError: 'k'" in text
-    if kind == "noted" and sys.version_info >= (3, 11):
+    if kind == "noted":
         assert "\na note\n" in text
 
 

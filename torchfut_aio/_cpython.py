@@ -1,8 +1,8 @@
 """What the package relies on that is private to CPython, or to its asyncio: all of it, here.
 
-Each was checked on CPython 3.10.13, 3.11.7, 3.12.1, 3.13.0 and 3.14.10, and has a public way to
-fall back on where it is not as expected: another interpreter, a loop with futures of its own, a
-task that is not asyncio's.
+Each was checked on CPython 3.11.7, 3.12.1, 3.13.0 and 3.14.10, and has a public way to fall back
+on where it is not as expected: another interpreter, a loop with futures of its own, a task that is
+not asyncio's.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def place_of(coroutine: object) -> str | None:
         frame: FrameType | None = getattr(each, _FRAMES[type(each)])  # None if it has ended
         if frame is not None and not frame.f_code.co_filename.startswith(libraries):
             code = frame.f_code
-            name = getattr(code, "co_qualname", code.co_name).rpartition("<locals>.")[2]
+            name = code.co_qualname.rpartition("<locals>.")[2]
             return f"{name}, {os.path.basename(code.co_filename)}:{frame.f_lineno}"
     return None
 
