@@ -19,7 +19,7 @@ other kinds, ``_tasks.py`` makes futures of tasks, ``_timeouts.py`` gives future
 ``_worker.py`` is beneath every thread. ``_errors.py`` has the package's errors, and
 ``_rpc_errors.py`` translates errors for C++ and from it. ``_devices/`` knows of accelerators: of
 the kernels that fill a value, and when they are done. ``_cpython.py`` has all that is private to
-CPython.
+CPython, and ``_pytorch.py`` to PyTorch.
 
 ``distributed/`` is imported by those who use it: async functions as RPC handlers and as DDP hooks.
 So is ``debug/``: who waits for which future, and traces.
