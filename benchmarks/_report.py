@@ -10,7 +10,7 @@ import json
 import os
 import platform
 from collections.abc import Iterator
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ def facts(command: str, rounds: int) -> str:
     """Tells when, where, and of what the figures are."""
     found = [name for name in PACKAGES if importlib.util.find_spec(name)]
     versions = [f"{name} {importlib.metadata.version(name)}" for name in found]
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    now = datetime.now(UTC).isoformat(timespec="seconds")
     return (
         f"command: {command}; rounds: {rounds}; date: {now}; commit: {commit()}; "
         f"machine: {machine()}; load before: {os.getloadavg()[0]:.1f}; "

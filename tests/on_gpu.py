@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -159,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("!!!! NOT TESTED ON A GPU: torch finds none here. No report is written.")
         return NO_GPU
-    when = datetime.now(timezone.utc)
+    when = datetime.now(UTC)
     folder = RESULTS / f"gpu-{when:%Y-%m-%d-%H%M%S}"
     folder.mkdir(parents=True)
     path = folder / "report.md"

@@ -155,8 +155,7 @@ def fails(kind: str) -> None:
         raise Terse("wrong")
     if kind == "noted":
         error = KeyError("wrong")
-        if sys.version_info >= (3, 11):
-            error.add_note("a note")
+        error.add_note("a note")
         raise error
     if kind in ("local", "group", "main", "module", "none"):
         raise of_no_other_process(kind)

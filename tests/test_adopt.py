@@ -106,8 +106,7 @@ async def test_a_cancelled_task_arrives_as_its_own_cancelled_error():
     task.cancel("by me")
     with pytest.raises(asyncio.CancelledError) as caught:
         await fut
-    if sys.version_info >= (3, 11):  # in 3.10, asyncio itself does not pass that on
-        assert caught.value.args == ("by me",)
+    assert caught.value.args == ("by me",)
     assert type(fut.exception()) is asyncio.CancelledError
     assert type(as_future(task).exception()) is asyncio.CancelledError
 

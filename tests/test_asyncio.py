@@ -80,7 +80,6 @@ async def test_shield():
     assert await asyncio.shield(fut) == 5
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="new in Python 3.11")
 @on_asyncio
 async def test_timeout_and_task_group():
     never = Future()
@@ -120,10 +119,6 @@ async def test_as_asyncio_serves_asyncio_wait():
     assert not left
 
 
-@pytest.mark.skipif(
-    sys.version_info < (3, 11),
-    reason="Python 3.10's asyncio.wait makes a task of it, and does not hang",
-)
 @on_asyncio
 async def test_asyncio_wait_refuses_what_it_would_hang_on():
     fut = Future()
@@ -495,8 +490,7 @@ async def test_tasks_written_in_python_await_and_are_cancelled_as_those_in_c():
     task.cancel("by me")
     with pytest.raises(asyncio.CancelledError) as caught:
         await task
-    if sys.version_info >= (3, 11):  # in 3.10, asyncio itself does not pass that on
-        assert caught.value.args == ("by me",)
+    assert caught.value.args == ("by me",)
     assert "waiters=0" in repr(fut)
 
 
@@ -547,7 +541,7 @@ def test_a_task_may_run_its_loop_within_a_look_that_found_more(kind, nothing_blo
     leave_task, enter_task = (
         getattr(asyncio.tasks, f"{prefix}_{name}") for name in ("leave_task", "enter_task")
     )
-    # Python 3.10 and 3.11 have one place and one function to ask.
+    # Python 3.11 has one place and one function to ask.
     current_task = getattr(asyncio.tasks, f"{prefix}_current_task", asyncio.current_task)
     nothing_blocks_a_loop.deactivate()
 

@@ -21,10 +21,6 @@ import torchfut_aio
 
 PACKAGE = pathlib.Path(torchfut_aio.__file__).parent
 
-has_exception_tables = pytest.mark.skipif(
-    sys.version_info < (3, 11), reason="Python 3.10 has no exception tables: blocks are pushed"
-)
-
 
 def code_objects(code):
     yield code
@@ -87,7 +83,6 @@ def _leads_to(code, offset, node, lines):
     return False
 
 
-@has_exception_tables
 @pytest.mark.parametrize(
     "path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE))
 )
@@ -95,7 +90,6 @@ def test_an_interrupt_at_the_end_of_a_loop_skips_no_handler(path):
     assert unguarded_jumps(path.read_text()) == []
 
 
-@has_exception_tables
 def test_the_scan_finds_what_this_compiler_leaves_uncovered():
     source = """
 def loop(items, last):

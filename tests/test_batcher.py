@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import builtins
 import concurrent.futures
 import contextvars
 import copy
@@ -368,7 +367,7 @@ def fails_with(error):
         noted(ValueError("foo", 5)),
         noted(OSError(2, "foo", "path")),
         KeyboardInterrupt(),
-        getattr(builtins, "ExceptionGroup", Exception)("both", [ValueError(1), KeyError(2)]),
+        ExceptionGroup("both", [ValueError(1), KeyError(2)]),
         torch.OutOfMemoryError("foo"),
     ],
     ids=lambda error: type(error).__name__,

@@ -19,6 +19,7 @@ import uvloop
 import torchfut_aio
 from torchfut_aio import Future, _cpython
 
+from .forks import outputs
 from .threads import PATIENCE
 
 PACKAGE = pathlib.Path(torchfut_aio.__file__).parent
@@ -210,6 +211,46 @@ def test_a_layout_is_told_without_the_flags_of_a_type_too():
     assert not _cpython.laid_out_by_c(torchfut_aio.RpcError)
     assert not _cpython.laid_out_by_c(NoFlags("Error", (Exception,), {}))
     assert _cpython.laid_out_by_c(NoFlags("Error", (Exception,), {"__module__": "builtins"}))
+
+
+USE = """
+import torchfut_aio.debug
+from torchfut_aio import Future
+{after}
+async def main():
+    alone, futures = Future(), [Future() for _ in range(20)]
+    tasks = [asyncio.ensure_future(torchfut_aio.gather(futures)) for _ in range(20)]
+    threading.Timer(0.01, torchfut_aio.set_results, (futures, range(20))).start()
+    assert await asyncio.gather(*tasks) == [[*range(20)]] * 20
+    asyncio.get_running_loop().call_later(0.01, alone.as_asyncio().cancel)
+    asyncio.get_running_loop().call_later(0.02, alone.set_result, 5)
+    return await torchfut_aio.as_future(asyncio.ensure_future(asyncio.wait_for(alone, 60)))
+@torchfut_aio.task_local_state
+async def keeps_state():
+    await asyncio.sleep(0)
+    return await main()
+print(asyncio.run(main()), asyncio.run(keeps_state()), torchfut_aio.debug.pending_futures())
+"""
+# What is not there when the package is imported, and what has to be there again for asyncio.
+GONE = {
+    "asyncio._get_running_loop": ("del asyncio._get_running_loop", ""),
+    "asyncio.Handle._run": (
+        "run = asyncio.Handle._run; del asyncio.Handle._run",
+        "asyncio.Handle._run = run",
+    ),
+    "sys._current_frames": ("del sys._current_frames", ""),
+    "sys._getframe": ("del sys._getframe", ""),
+    "nothing": ("", ""),
+}
+
+
+def test_without_what_is_private_to_cpython_the_package_works():
+    before = "import asyncio, sys, threading, torch"
+    cases = {name: f"{gone}{USE.format(after=after)}" for name, (gone, after) in GONE.items()}
+    assert outputs(before, cases) == dict.fromkeys(GONE, "5 5 []")
+    # Then futures and tasks are written in Python.
+    before = f"import sys; sys.modules['_asyncio'] = None; {before}"
+    assert outputs(before, {"_asyncio": USE.format(after="")}) == {"_asyncio": "5 5 []"}
 
 
 def test_an_interpreter_that_would_lose_callbacks_is_refused(monkeypatch):

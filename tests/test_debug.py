@@ -279,7 +279,7 @@ async def in_a_state_of_its_own(future):
         (in_an_async_generator, "numbers"),
         (in_anext_with_a_default, "numbers"),
         (in_the_end_of_an_async_generator, "closing"),
-        (in_an_awaitable, "run" if sys.version_info < (3, 11) else "Request.run"),
+        (in_an_awaitable, "Request.run"),
         (in_a_context_manager, "session"),
         (in_a_library, "in_a_library"),
         (in_a_state_of_its_own, "in_a_state_of_its_own"),

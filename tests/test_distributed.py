@@ -39,6 +39,7 @@ from .loops import on_every_loop
 from .threads import PATIENCE, PATIENCE_WITH_PROCESSES, running, until
 
 every_loop = pytest.mark.parametrize("loop", LOOPS)
+needs_rpc = pytest.mark.usefixtures("tensorpipe")
 
 
 @pytest.fixture(scope="module", params=["asyncio", "uvloop"])
@@ -117,9 +118,6 @@ def test_a_remote_error_keeps_its_type_and_its_traceback(pair, loop, function, k
     assert "Traceback (most recent call last)" in text
 
 
-in_python_3_11 = pytest.mark.skipif(sys.version_info < (3, 11), reason="new in Python 3.11")
-
-
 @pytest.mark.parametrize("ask", [services.failure, services.failure_of_a_reference])
 @pytest.mark.parametrize(
     ("kind", "expected"),
@@ -128,7 +126,7 @@ in_python_3_11 = pytest.mark.skipif(sys.version_info < (3, 11), reason="new in P
         ("none", "builtins.RuntimeError"),
         ("main", "builtins.RuntimeError"),
         ("module", "builtins.RuntimeError"),
-        pytest.param("group", "builtins.RuntimeError", marks=in_python_3_11),
+        ("group", "builtins.RuntimeError"),
         ("terse", "tests.services.Terse"),
         ("noted", "builtins.KeyError"),
     ],
@@ -141,7 +139,7 @@ def test_an_async_functions_error_arrives_whatever_its_type(pair, ask, kind, exp
     if kind == "group":
         assert "of_no_other_process.<locals>.Local: wrong" in text
         assert "KeyError: 'k'" in text
-    if kind == "noted" and sys.version_info >= (3, 11):
+    if kind == "noted":
         assert "\na note\n" in text
 
 
@@ -196,7 +194,7 @@ def test_a_call_that_times_out_raises_timeout_error_and_the_loop_goes_on(pair, l
     assert "200 ms" in text
 
 
-@pytest.mark.usefixtures("tensorpipe")
+@needs_rpc
 def test_the_death_of_the_callee_is_an_error_within_the_timeout_and_the_loop_goes_on():
     with Cluster(3) as cluster:
         cluster.call(0, services.call_and_keep, services.never)
@@ -257,7 +255,7 @@ def test_async_functions_run_on_the_portal_that_is_handed_over(pair, loop):
     assert pair.call(0, services.call, services.where, 2)[3] == "torchfut_aio background loop"
 
 
-@pytest.mark.usefixtures("tensorpipe")
+@needs_rpc
 @pytest.mark.parametrize("ours", [True, False])
 def test_a_graceful_shutdown_completes_what_is_in_flight(ours):
     with Cluster(2) as cluster:
@@ -269,7 +267,7 @@ def test_a_graceful_shutdown_completes_what_is_in_flight(ours):
         assert left[1] == ([] if ours else ["torchfut_aio background loop"])
 
 
-@pytest.mark.usefixtures("tensorpipe")
+@needs_rpc
 @pytest.mark.parametrize("ours", [True, False])
 def test_another_shutdown_fails_what_is_in_flight(ours):
     with Cluster(2) as cluster:
@@ -307,7 +305,7 @@ print("exits")
 """
 
 
-@pytest.mark.usefixtures("tensorpipe")
+@needs_rpc
 def test_a_process_with_calls_in_flight_may_simply_exit(tmp_path):
     path = tmp_path / "program.py"
     path.write_text(EXITS.replace("FOLDER", str(tmp_path)))
@@ -430,6 +428,7 @@ def test_calls_from_many_threads_while_it_is_shut_down_all_complete():
         assert all(fut.done() for fut in futures)
 
 
+@needs_rpc
 @every_loop
 def test_a_portal_that_has_stopped_is_refused_or_fails_the_calls_that_come_later(loop):
     with anyio.from_thread.start_blocking_portal(**LOOPS[loop]) as portal:
@@ -442,6 +441,7 @@ def test_a_portal_that_has_stopped_is_refused_or_fails_the_calls_that_come_later
         serve_on(portal)
 
 
+@needs_rpc
 @every_loop
 def test_what_still_runs_when_serving_ends_is_cancelled(loop):
     with anyio.from_thread.start_blocking_portal(**LOOPS[loop]) as portal:
@@ -453,6 +453,7 @@ def test_what_still_runs_when_serving_ends_is_cancelled(loop):
             fut.wait(PATIENCE)
 
 
+@needs_rpc
 @every_loop
 def test_what_runs_on_a_portal_is_cancelled_by_a_shutdown_that_is_not_graceful(loop):
     with anyio.from_thread.start_blocking_portal(**LOOPS[loop]) as portal, serve_on(portal):
@@ -475,6 +476,7 @@ class LosesACall(asyncio.SelectorEventLoop):
         return handle
 
 
+@needs_rpc
 def test_what_still_runs_is_cancelled_although_the_loop_loses_the_call():
     with anyio.from_thread.start_blocking_portal(
         backend_options={"loop_factory": LosesACall}
@@ -489,6 +491,7 @@ def test_what_still_runs_is_cancelled_although_the_loop_loses_the_call():
             fut.wait(PATIENCE)
 
 
+@needs_rpc
 def test_a_call_that_comes_as_a_run_of_trio_ends_fails_and_leaves_the_run_alone():
     futures = []
 
@@ -509,6 +512,7 @@ def test_a_call_that_comes_as_a_run_of_trio_ends_fails_and_leaves_the_run_alone(
         futures[0].wait(PATIENCE)
 
 
+@needs_rpc
 @on_every_loop
 async def test_an_application_serves_on_its_own_loop_and_calls_from_there():
     async with anyio.from_thread.BlockingPortal() as portal:
@@ -517,6 +521,7 @@ async def test_an_application_serves_on_its_own_loop_and_calls_from_there():
             assert await thread_of_call() == threading.get_ident()
 
 
+@needs_rpc
 def test_of_two_portals_that_are_left_in_the_wrong_order_the_other_serves():
     with ExitStack() as stack:
         first, second = (
@@ -528,6 +533,7 @@ def test_of_two_portals_that_are_left_in_the_wrong_order_the_other_serves():
             assert thread_of_call().wait(PATIENCE) == second.call(threading.get_ident)
 
 
+@needs_rpc
 def test_a_call_sees_nothing_of_its_callers_context():
     mine.set("of the caller")
     with background_loop_ends():

@@ -56,7 +56,9 @@ def documented():
 
 
 @pytest.mark.parametrize("doc", list(documented()))
-def test_the_examples_in_docstrings_run_as_written(doc):
+def test_the_examples_in_docstrings_run_as_written(doc, request):
+    if "serve_on(" in doc:
+        request.getfixturevalue("tensorpipe")
     check_examples(doc, "docstring", {"torchfut_aio": torchfut_aio})
 
 

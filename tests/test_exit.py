@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 
-from .threads import PATIENCE_WITH_PROCESSES
+from .forks import outputs
 
 # What the finaliser of an object of a module does, when the interpreter clears the module.
 CASES = {
@@ -26,9 +22,8 @@ CASES = {
     "call an RPC function": "raises(double)",
 }
 
-# One interpreter imports torch, and is forked for each case; a child exits as any interpreter.
-PROGRAM = f"""
-import os, sys, threading, warnings
+PROGRAM = """
+import sys, threading, warnings
 from multiprocessing.pool import ThreadPool
 from torchfut_aio import *
 from torchfut_aio import distributed
@@ -48,7 +43,7 @@ def raises(function, RuntimeError=RuntimeError, print=print, is_finalizing=sys.i
 
 class AtExit:
     def __init__(self, do, globals):
-        self.do, self.globals = do, globals
+        self.do, self.globals = compile(do, "at exit", "exec"), globals
 
     def __del__(self):
         exec(self.do, self.globals)
@@ -61,43 +56,24 @@ def begin(used):
         assert double().wait(60) == 2
         with_timeout(Future(), 1000)
     result = ThreadPool(1).apply_async(threading.Event().wait)
-
-for do in {list(CASES.values())!r}:
-    for used in (False, True):
-        sys.stdout.flush()
-        if child := os.fork():
-            status = os.waitpid(child, 0)[1]
-            print("end", os.waitstatus_to_exitcode(status), flush=True)
-        else:
-            begin(used)
-            at_exit = AtExit(compile(do, "at exit", "exec"), dict(globals()))
-            break
-    else:
-        continue
-    break
 """
 
 
 @pytest.fixture(scope="module")
-def ends(tmp_path_factory):
-    """What each case has printed, unused and used, by the case's name."""
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_WITH_PROCESSES,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+def ends():
+    """What each case has printed, unused and used."""
+    return outputs(
+        PROGRAM,
+        {
+            (name, used): f"begin({used}); at_exit = AtExit({do!r}, dict(globals()))"
+            for name, do in CASES.items()
+            for used in (False, True)
+        },
     )
-    assert done.returncode == 0, done.stderr
-    outputs = done.stdout.split("end ")
-    texts = outputs[:-1]
-    codes = [after.split("\n", 1)[0] for after in outputs[1:]]
-    texts = [texts[0], *(text.split("\n", 1)[1] for text in texts[1:])]
-    assert set(codes) == {"0"}, (codes, done.stderr)
-    return dict(zip(CASES, zip(texts[::2], texts[1::2], strict=True), strict=True))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_finalizing_waits_for_no_thread(case, ends):
-    for text in ends[case]:
-        assert text.strip() == "closed" or text.startswith("refused: "), text
+    for used in (False, True):
+        text = ends[case, used]
+        assert text == "closed" or text.startswith("refused: "), text

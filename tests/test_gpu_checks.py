@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 
 import pytest
 
@@ -54,7 +54,7 @@ def test_the_report_has_the_outcome_of_each_part_and_what_it_printed():
     outcomes = ["passed", "failed", "cannot be checked here", "timed out", "failed"]
     assert [result.outcome for result in results] == outcomes
     assert [result.is_well for result in results] == [True, False, True, False, False]
-    when = datetime(2026, 1, 2, tzinfo=timezone.utc)
+    when = datetime(2026, 1, 2, tzinfo=UTC)
     text = on_gpu.report(results, ["a GPU, 80 GiB"], "a driver", when)
     for known in ("a GPU, 80 GiB", "a driver", "2026-01-02", "it is well", "it is not", *outcomes):
         assert known in text

@@ -72,6 +72,7 @@ def test_public_names_are_what_is_documented():
 # From the bottom to the top: each imports from those before it only.
 LAYERS = [
     "_cpython",
+    "_pytorch",
     "_annotations",
     "_repr",
     "_process_local",

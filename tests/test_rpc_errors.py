@@ -208,7 +208,7 @@ def test_no_caller_is_ended_by_the_end_of_a_callee():
 
 
 def test_a_group_without_its_errors_is_no_group():
-    class Group(Exception):  # as in the backport for Python 3.10
+    class Group(Exception):  # as in the backport to older Pythons
         def subgroup(self):
             pass
 

@@ -44,18 +44,6 @@ each_asyncio_loop = pytest.mark.parametrize(
     "new_loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"]
 )
 in_either_group = pytest.mark.parametrize("kind", ["anyio", "native"])
-in_asyncios_group = pytest.mark.skipif(
-    not hasattr(asyncio, "TaskGroup"), reason="asyncio.TaskGroup is new in Python 3.11"
-)
-
-
-@pytest.fixture(autouse=True)
-def asyncio_has_groups(request):
-    """Skips what asks for a native group where there is none: on asyncio of Python 3.10."""
-    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
-    on_trio = "trio" in (parameters.get("anyio_backend"), parameters.get("loop", {}).get("backend"))
-    if parameters.get("kind") == "native" and not on_trio and not hasattr(asyncio, "TaskGroup"):
-        pytest.skip("asyncio.TaskGroup is new in Python 3.11")
 
 
 def task_group(kind):
@@ -306,7 +294,6 @@ async def test_what_is_given_to_asyncios_cancel_is_in_the_error(kind, why):
     assert caught.value.args == (": ".join(("sleeper was cancelled", *why)),)
 
 
-@in_asyncios_group
 @on_asyncio
 async def test_a_task_cancelled_before_its_first_step_fails_its_future():
     async with asyncio.TaskGroup() as tg:
@@ -330,7 +317,6 @@ async def test_a_task_of_anyio_cancelled_before_its_first_step_fails_its_future(
     assert is_cancelled(fut)
 
 
-@in_asyncios_group
 @on_asyncio
 async def test_a_task_cancelled_before_its_first_step_may_be_kept_by_others():
     async with asyncio.TaskGroup() as tg:
@@ -341,7 +327,6 @@ async def test_a_task_cancelled_before_its_first_step_may_be_kept_by_others():
     assert is_cancelled(fut)
 
 
-@in_asyncios_group
 @on_asyncio
 async def test_a_group_that_aborts_before_a_tasks_first_step_fails_its_future():
     futures = []
@@ -356,7 +341,6 @@ async def test_a_group_that_aborts_before_a_tasks_first_step_fails_its_future():
     assert is_cancelled(*futures)
 
 
-@in_asyncios_group
 @each_asyncio_loop
 @pytest.mark.parametrize("started", [True, False])
 def test_a_loop_that_closes_with_tasks_left_fails_their_futures(new_loop, started):
@@ -509,7 +493,6 @@ async def test_a_group_that_was_not_entered_refuses_and_leaves_no_future_pending
     assert pending_futures() == before
 
 
-@in_asyncios_group
 @on_asyncio
 async def test_asyncios_group_that_was_not_entered_refuses_and_leaves_no_future_pending():
     before = pending_futures()

@@ -10,7 +10,7 @@ import concurrent.futures
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, assert_type
 
 import anyio
 import anyio.abc
@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 import trio
 from torch._C._distributed_c10d import GradBucket
-from typing_extensions import assert_type
 
 import torchfut_aio.distributed
 from torchfut_aio import (

@@ -20,7 +20,7 @@ those who wait in ``_waiters.py``.
 ``_worker.py`` is beneath every thread. ``_errors.py`` has the package's errors, and
 ``_rpc_errors.py`` translates errors for C++ and from it. ``_devices/`` knows of accelerators: of
 the kernels that fill a value, and when they are done. ``_cpython.py`` has all that is private to
-CPython.
+CPython, and ``_pytorch.py`` to PyTorch.
 
 ``distributed/`` is imported by those who use it: async functions as RPC handlers and as DDP hooks.
 So is ``debug/``: who waits for which future, and traces.

@@ -23,10 +23,6 @@ class FutureAlias(types.GenericAlias):
     def __origin__(self) -> Any:
         return TorchFuture
 
-    def __getattribute__(self, name: str) -> Any:
-        # In Python 3.10, an alias of a class says that it is a class.
-        return type(self) if name == "__class__" else super().__getattribute__(name)
-
     def __getitem__(self, item: Any) -> FutureAlias:
         substituted: Any = super().__getitem__(item)
         return FutureAlias(substituted.__origin__, substituted.__args__)

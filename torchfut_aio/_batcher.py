@@ -252,7 +252,7 @@ class Batcher(ProcessLocal, Generic[T, R]):
         except TimeoutError:
             raise self._abandon(seconds) from None
 
-    async def aclose(self, drain: bool = True, *, timeout: float | None = None) -> None:
+    async def aclose(self, drain: bool = True, *, timeout: float | None = None) -> None:  # noqa: ASYNC109
         """Does what `close` does, and waits without blocking the loop.
 
         Args:

@@ -1,8 +1,8 @@
 """What the package relies on that is private to CPython, or to its asyncio: all of it, here.
 
-Each was checked on CPython 3.10.13, 3.11.7, 3.12.1, 3.13.0 and 3.14.10, and has a public way to
-fall back on where it is not as expected: another interpreter, a loop with futures of its own, a
-task that is not asyncio's.
+Each was checked on CPython 3.11.7, 3.12.1, 3.13.0 and 3.14.10, and has a public way to fall back
+on where it is not as expected: another interpreter or a newer one, a loop with futures of its own,
+a task that is not asyncio's. So the package has no upper bound on the version of Python.
 """
 
 from __future__ import annotations
@@ -90,10 +90,10 @@ def place_of(coroutine: object) -> str | None:
         return None
     libraries = _folders_of_libraries()
     for each in reversed([*_chain(coroutine)]):
-        frame: FrameType | None = getattr(each, _FRAMES[type(each)])  # None if it has ended
+        frame: FrameType | None = getattr(each, _FRAMES[type(each)], None)  # None if it has ended
         if frame is not None and not frame.f_code.co_filename.startswith(libraries):
             code = frame.f_code
-            name = getattr(code, "co_qualname", code.co_name).rpartition("<locals>.")[2]
+            name = code.co_qualname.rpartition("<locals>.")[2]
             return f"{name}, {os.path.basename(code.co_filename)}:{frame.f_lineno}"
     return None
 
@@ -159,7 +159,8 @@ def _folders_of_libraries() -> tuple[str, ...]:
 
 
 _Future: type[Any] = asyncio.Future  # written in C
-_Task: type[Any] = asyncio.Task
+# No type if tasks do not show what they wait for, as `still_waits` has to know that.
+_Task: Any = asyncio.Task if hasattr(asyncio.Task, "_fut_waiter") else ()
 
 
 def thread_of(loop: asyncio.AbstractEventLoop) -> int | None:
@@ -196,8 +197,13 @@ def _is_uvloops(kind: type[Any]) -> bool:
     return any(base.__module__.partition(".")[0] == "uvloop" for base in kind.__mro__)
 
 
+def _runs_handles() -> object:
+    """Return the method of asyncio's handles that calls their callbacks, if there is one."""
+    return getattr(asyncio.Handle, "_run", None)
+
+
 _get_frame: Callable[[], FrameType | None] = getattr(sys, "_getframe", lambda: None)
-_RUN_CALLBACK: object = getattr(asyncio.Handle._run, "__code__", None)
+_RUN_CALLBACK: object = getattr(_runs_handles(), "__code__", object())
 
 
 # What asyncio.shield leaves with a future when nobody waits for it any more, from Python 3.14 on:
@@ -252,7 +258,7 @@ def is_inner(coroutine: object, other: object) -> bool:
 
 def handles_are_watched() -> bool:
     """Tells whether the program has replaced what runs asyncio's handles, to see which are slow."""
-    return asyncio.Handle._run is not _run
+    return _runs_handles() is not _run
 
 
 def _file_of(function: object) -> object:
@@ -260,7 +266,7 @@ def _file_of(function: object) -> object:
 
 
 # None if it was replaced before this package was imported.
-_run: object = asyncio.Handle._run
+_run: object = _runs_handles()
 if _file_of(_run) != _file_of(asyncio.Handle.cancel):
     _run = None
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from ._pytorch import no_torch_function
+
 _LONGEST, _MOST, _DEEPEST = 80, 6, 4
 _LONGEST_LINE = 500  # those in containers, in containers, may be many
 
@@ -102,7 +104,7 @@ def _item(values: Any, item: Any, depth: int) -> str:
 
 def _tensor(tensor: Any) -> str:
     try:
-        with torch._C.DisableTorchFunctionSubclass():
+        with no_torch_function():
             return f"<tensor {tuple(tensor.shape)} {tensor.dtype} {tensor.device}>"
     except Exception:
         return type_name(tensor)

@@ -13,7 +13,6 @@ import importlib
 import re
 import sys
 import traceback
-from collections import namedtuple
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, ClassVar
@@ -21,11 +20,9 @@ from typing import Any, ClassVar
 from ._core import install_stand_in
 from ._cpython import calling_module
 from ._errors import RpcError, rpc_error, type_and_text
+from ._pytorch import EXTRACTS_TENSORS, remote_exception, this_worker
 
-# What RPC sends for a function that raised. Builds of PyTorch without RPC have none.
-_RemoteException: Any = getattr(
-    sys.modules.get("torch.distributed.rpc.internal"), "RemoteException", None
-) or namedtuple("_RemoteException", ("msg", "exception_type"))
+_RemoteException: Any = remote_exception()
 
 
 class StandIn(_RemoteException):  # type: ignore[misc]
@@ -74,7 +71,7 @@ class StandIn(_RemoteException):  # type: ignore[misc]
         return self.text().encode("unicode_escape").decode("ascii")
 
     def __reduce_ex__(self, _protocol: object) -> tuple[Any, ...]:
-        if calling_module() == "torch._jit_internal":
+        if calling_module() == EXTRACTS_TENSORS:
             return str, ()  # that module looks for tensors, and there are none
         return _RemoteException, (self.msg, self.exception_type)
 
@@ -105,14 +102,6 @@ def _shown(error: BaseException) -> str:
         return repr(error)
     except Exception:
         return f"{type(error).__qualname__}(<its __repr__ raised>)"
-
-
-def this_worker() -> object:
-    """Returns RPC's WorkerInfo of this process; None if RPC is not initialised."""
-    rpc: Any = sys.modules.get("torch.distributed.rpc.api")
-    if rpc is None or not rpc._is_current_rpc_agent_set():
-        return None
-    return rpc._get_current_rpc_agent().get_worker_info()
 
 
 # The texts of PyTorch: see torch/distributed/rpc/internal.py.

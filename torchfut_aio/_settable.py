@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypeVar
 
 from . import _core
@@ -177,3 +178,15 @@ class Settable(_core.Completable[T]):
             True
         """
         return _core.is_followed(self)
+
+
+def _stand_in(error: BaseException, find: Callable[[], BaseException]) -> object:
+    """Return what C++ gets in the place of an error; the first failure imports what makes it."""
+    try:
+        from ._rpc_errors import StandIn
+    except ImportError:  # the interpreter exits, or this is a signal handler within that import
+        return None
+    return StandIn.of(error, find)
+
+
+_core.install_stand_in(_stand_in)

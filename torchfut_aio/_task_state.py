@@ -17,13 +17,15 @@ import threading
 import types
 import weakref
 from collections.abc import Callable, Coroutine, Generator
-from typing import Any, ParamSpec, TypeVar, overload
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, overload
 
 from ._arguments import async_checked
 from ._errors import TaskStateWarning, warn_at_users_line
 from ._loops import Loop
 from ._repr import described
-from ._thread_state import OwnState, ThreadState, in_own_state
+
+if TYPE_CHECKING:
+    from ._thread_state import OwnState, ThreadState
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -61,6 +63,7 @@ def task_local_state(func: Any) -> Any:
 
     Raises:
         TypeError: ``func`` is neither, such as an async generator.
+        RuntimeError: When the function is called: this torch lacks what it takes.
 
     Example:
         >>> import asyncio, torch
@@ -94,6 +97,12 @@ async def _in_own_state(coroutine: Coroutine[Any, Any, T]) -> T:
 
 @types.coroutine
 def _steps(coroutine: Coroutine[Any, Any, T]) -> Generator[Any, Any, T]:
+    try:
+        # Where torch lacks what this needs, only the calls that need it fail.
+        from ._thread_state import OwnState
+    except BaseException:
+        coroutine.close()
+        raise
     own = OwnState()
     try:
         result: T = yield from _each_step(own, coroutine)
@@ -137,6 +146,9 @@ def check_task_state(enabled: bool = True) -> None:
     Args:
         enabled: False to end the checks in this thread.
 
+    Raises:
+        RuntimeError: This torch lacks what it takes.
+
     Example:
         >>> import asyncio, torch, warnings
         >>> async def main(fut):
@@ -153,6 +165,8 @@ def check_task_state(enabled: bool = True) -> None:
         >>> torchfut_aio.check_task_state(False)
     """
     if enabled:
+        from ._thread_state import ThreadState
+
         _expected[threading.current_thread()] = ThreadState()
     else:
         _expected.pop(threading.current_thread(), None)
@@ -160,6 +174,8 @@ def check_task_state(enabled: bool = True) -> None:
 
 
 def _check(_loop: Loop) -> None:
+    from ._thread_state import ThreadState, in_own_state
+
     expected = _expected.get(threading.current_thread())
     if expected is None or in_own_state():
         return

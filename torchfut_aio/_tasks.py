@@ -15,7 +15,7 @@ import sys
 import weakref
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
 
 from . import _loops
 from ._core import Promise
@@ -28,15 +28,11 @@ if TYPE_CHECKING:
     import anyio.abc
     import anyio.from_thread
     import trio
-    from typing_extensions import TypeVarTuple, Unpack
 
-    Args = TypeVarTuple("Args")
-    if sys.version_info >= (3, 11):
-        _TaskGroup = anyio.abc.TaskGroup | asyncio.TaskGroup | trio.Nursery
-    else:
-        _TaskGroup = anyio.abc.TaskGroup | trio.Nursery
+    _TaskGroup = anyio.abc.TaskGroup | asyncio.TaskGroup | trio.Nursery
 
 T = TypeVar("T")
+Args = TypeVarTuple("Args")
 
 # A thread that has nothing to do waits for so long, in seconds, for more to come.
 _LINGER = 0.1
@@ -44,8 +40,8 @@ _LINGER = 0.1
 
 def start_soon(
     task_group: _TaskGroup,
-    func: Callable[[Unpack[Args]], Awaitable[T]],
-    *args: Unpack[Args],
+    func: Callable[[*Args], Awaitable[T]],
+    *args: *Args,
     name: object = None,
 ) -> Future[T]:
     """Runs ``func(*args)`` as a task of a task group; returns a future of its result.
@@ -117,8 +113,8 @@ def start_soon(
 
 def submit(
     portal: anyio.from_thread.BlockingPortal,
-    func: Callable[[Unpack[Args]], Awaitable[T]],
-    *args: Unpack[Args],
+    func: Callable[[*Args], Awaitable[T]],
+    *args: *Args,
     name: object = None,
 ) -> Future[T]:
     """Runs ``func(*args)`` on a portal's loop, from another thread; else as `start_soon`.

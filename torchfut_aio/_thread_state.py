@@ -23,10 +23,11 @@ import torch
 
 from ._cpython import is_within
 from ._devices import CurrentStreams
+from ._pytorch import thread_state_functions
 
 T = TypeVar("T")
 
-_C: Any = torch._C
+_C: Any = thread_state_functions()
 
 _call: Any = operator.methodcaller("__call__")
 
@@ -99,20 +100,20 @@ def _settings(kind: str | None) -> dict[str, tuple[Callable[[], Any], Callable[[
         "forward-mode AD": (_C._is_fwd_grad_enabled, _C._set_fwd_grad_enabled),
         "multithreaded backward": (_C._is_multithreading_enabled, _C._set_multithreading_enabled),
         "cache of autocast": (
-            torch.is_autocast_cache_enabled,
-            torch.set_autocast_cache_enabled,
+            _C.is_autocast_cache_enabled,
+            _C.set_autocast_cache_enabled,
         ),
     }
     for each in ("cpu", kind):
         if each is not None:
             settings |= {
                 f"autocast on {each}": (
-                    partial(torch.is_autocast_enabled, each),
-                    partial(torch.set_autocast_enabled, each),
+                    partial(_C.is_autocast_enabled, each),
+                    partial(_C.set_autocast_enabled, each),
                 ),
                 f"dtype of autocast on {each}": (
-                    partial(torch.get_autocast_dtype, each),
-                    partial(torch.set_autocast_dtype, each),
+                    partial(_C.get_autocast_dtype, each),
+                    partial(_C.set_autocast_dtype, each),
                 ),
             }
     return settings

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -11,13 +11,10 @@ from .._core import Promise
 from .._dependent import DependentFuture
 from .._devices import finish_current_streams
 from .._errors import NotAFutureError
-from .._rpc_errors import parse_fetched_error
+from .._pytorch import COLLECTIVE_TENSOR
 from ._registry import adopts, once
 from ._threads import settle_in_thread
 from ._torch import follow
-
-if TYPE_CHECKING:
-    from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 
 @adopts("torch.distributed.Work")
@@ -38,13 +35,15 @@ def _wait_for(work: torch.distributed.Work) -> None:
     finish_current_streams()
 
 
-@adopts("torch.distributed._functional_collectives.AsyncCollectiveTensor")
+@adopts(COLLECTIVE_TENSOR)
 @once
-def _from_tensor(source: AsyncCollectiveTensor, future: DependentFuture[Any]) -> None:
+def _from_tensor(source: Any, future: DependentFuture[Any]) -> None:
     # torch has the work in a registry of C++'s, and takes it out to wait for it.
-    if source.completed:
+    is_known = all(hasattr(source, name) for name in ("completed", "elem", "trigger_wait"))
+    if is_known and source.completed:
         future.set_result(source.elem)
-    elif torch.__version__ < "2.13":  # that of 2.7 is for each thread; those between were not run
+    # That of torch 2.7 is for each thread; those between were not run.
+    elif not is_known or torch.__version__ < "2.13":
         raise NotAFutureError(
             "an AsyncCollectiveTensor cannot be awaited with this PyTorch, which waits for it only "
             "in the thread that began it: pass the Work that dist.all_reduce(tensor, "
@@ -57,4 +56,6 @@ def _from_tensor(source: AsyncCollectiveTensor, future: DependentFuture[Any]) ->
 @adopts("torch.distributed.rpc.RRef", "torch.distributed.rpc.PyRRef")
 @once
 def _from_rref(source: Any, future: DependentFuture[Any]) -> None:
+    from .._rpc_errors import parse_fetched_error
+
     settle_in_thread(Promise(future, "the adopted RRef"), source.to_here, parse_fetched_error)

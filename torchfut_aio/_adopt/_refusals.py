@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from .._errors import NotAFutureError
+from .._pytorch import COALESCING_MANAGER
 from .._repr import described
 
 _MANY = "Pass many futures as one flat list to gather() or collect_all()."
@@ -30,7 +31,7 @@ _CURES = {
         "A tensor is there already, but kernels may still fill it: await synchronize(), or "
         "to_host(tensor)."
     ),
-    "torch.distributed.distributed_c10d._CoalescingManager": (
+    COALESCING_MANAGER: (
         "Pass manager.works of a coalescing manager to gather(), after its `with` block."
     ),
     "torch.distributed.rpc.rref_proxy.RRefProxy": (

@@ -9,11 +9,10 @@ import sys
 import time
 import weakref
 from _thread import start_new_thread
-from collections.abc import Callable, Generator, MutableMapping
+from collections.abc import Callable, Generator
 from typing import Any, TypeAlias, TypeVar, get_type_hints, overload
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import _core
 from .._arguments import Devices, devices_checked
@@ -190,10 +189,31 @@ _stopped: dict[Adoption, Any] = {}
 # Seconds for a source that is done to call its callbacks.
 _GRACE = 0.05
 
-# The futures of sources that may still be pending, each made once. By identity, as a source may
-# define `==`, or what it likes. A source holds its future through the callback that it was given,
-# not the other way.
-_made: MutableMapping[Any, dict[Any, weakref.ref[Future[Any]]]] = WeakIdKeyDictionary()
+
+class _Ref(weakref.ref[Any]):
+    """A weak reference to a source, by identity, as a source may define ``==`` as it likes."""
+
+    __slots__ = ("_id",)
+
+    def __init__(self, source: Any, _forget: Callable[[Any], object]) -> None:
+        self._id = id(source)
+
+    def __hash__(self) -> int:
+        return self._id
+
+    def __eq__(self, other: Any) -> bool:
+        # A source that has gone is equal to none, not even to another in its place in memory.
+        source = self()
+        return self is other or (source is not None and source is other())
+
+
+# The futures of sources that may still be pending, each made once. A source holds its future
+# through the callback that it was given, not the other way.
+_made: dict[_Ref, dict[Any, weakref.ref[Future[Any]]]] = {}
+
+
+def _forget(source: _Ref) -> None:
+    _made.pop(source, None)
 
 
 def once(adopt: Callable[[Any, DependentFuture[Any]], None]) -> _Adapter:
@@ -201,9 +221,8 @@ def once(adopt: Callable[[Any, DependentFuture[Any]], None]) -> _Adapter:
 
     def adapter(source: Any, *, devices: Devices = None) -> Future[Any]:
         key = () if devices is None else devices_checked(devices)
-        made = _made.get(source)
-        if made is None:
-            made = _made.setdefault(source, {})
+        # setdefault is atomic: a dict begins its search again if `__eq__` lets another thread in.
+        made = _made.setdefault(_Ref(source, _forget), {})
         ref = made.get(key)
         future: Any = None if ref is None else ref()
         if future is None or _was_cancelled(future):

@@ -7,15 +7,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
-import torch
-
 from .. import _core
 from .._arguments import Devices
 from .._dependent import DependentFuture
 from .._devices import finish_devices, has_streams_for_callbacks
 from .._errors import drop_catching_frame
 from .._future import Future
-from .._rpc_errors import error_in, parse_remote_error
+from .._pytorch import CppFuture
 from .._worker import call_contained
 from ._registry import Adoption, adopts, once
 from ._threads import settle_in_thread
@@ -31,14 +29,16 @@ def _from_ours(source: Future[T], *, devices: Devices = None) -> Future[T]:
     return source if devices is None else _from_torch(source, devices=devices)
 
 
-@adopts("torch.futures.Future", kind=torch._C.Future)
+@adopts("torch.futures.Future", kind=CppFuture)
 @once
-def _from_torch(source: torch._C.Future[Any], future: DependentFuture[Any]) -> None:
+def _from_torch(source: CppFuture[Any], future: DependentFuture[Any]) -> None:
+    from .._rpc_errors import parse_remote_error
+
     follow(source, future, parse_remote_error)
 
 
 def follow(
-    source: torch._C.Future[Any],
+    source: CppFuture[Any],
     future: DependentFuture[Any],
     translate: Translate = lambda error: error,
 ) -> None:
@@ -72,6 +72,8 @@ class _Adoption(Adoption):
     def adopt(self, source: Any) -> None:
         error = value = None
         try:
+            from .._rpc_errors import error_in
+
             if issubclass(type(source), Future):
                 error = source.exception()
                 value = source.value() if error is None else None
@@ -109,24 +111,26 @@ class _Callback(_core.DoneCallback):
         start_new_thread(call_contained, (self._adoption.recover, source, error))
 
 
-def _finished(source: torch._C.Future[Any]) -> Any:
+def _finished(source: CppFuture[Any]) -> Any:
     source.wait()
     # If it has no devices, the streams on which its kernels run are unknown.
     finish_devices()
     return read(source)
 
 
-def _waited(source: torch._C.Future[Any]) -> Any:
+def _waited(source: CppFuture[Any]) -> Any:
     source.wait()
     return read(source)
 
 
-def read(source: torch._C.Future[Any]) -> Any:
+def read(source: CppFuture[Any]) -> Any:
     """Return the value of a future that is done, or raise its error.
 
     Also the error of a failed future of ours that C++ has copied, as a value, to ``source``.
     """
     try:
+        from .._rpc_errors import error_in
+
         value = source.value()
         error = error_in(value)
         if error is not None:

@@ -17,12 +17,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NoReturn
 
-import torch
-
 from .._errors import rebuild_exception, type_and_text
+from .._pytorch import CppFuture, set_unwrap_func
 from ._outcome import Outcome
 
-_Future: Any = torch._C.Future
+_Future: Any = CppFuture
 # Makes the C++ future of a future, given its devices. (torch.futures.Future.__init__ would only
 # convert the devices once more.)
 init_in_torch = _Future.__init__
@@ -63,7 +62,7 @@ def complete_in_torch(future: Any, outcome: Outcome) -> None:
 def _fail(future: Any, outcome: Outcome, error: BaseException) -> None:
     try:
         find = partial(_error_of, weakref.ref(outcome), *type_and_text(error))
-        _Future._set_unwrap_func(future, partial(_raise_found, find))
+        set_unwrap_func(future, partial(_raise_found, find))
         set_value_in_torch(future, _stand_in_for(error, find))
     except BaseException:  # Ctrl-C, or no memory: C++ consumers must not wait for ever
         if not _Future.done(future):

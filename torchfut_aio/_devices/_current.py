@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from ._streams import current_stream, device_exchange, devices_in_use
+from .._pytorch import device_exchange, set_stream
+from ._streams import current_stream, devices_in_use
 
 
 class CurrentStreams:
@@ -30,9 +31,7 @@ class CurrentStreams:
         devices = dict.fromkeys([*self.streams, *(seen.streams if seen else ())])
         # A device that had no context yet had the stream that a thread begins with.
         streams = [self.streams.get(device) or _first_stream(device) for device in devices]
-        calls: list[Callable[[], Any]] = [
-            partial(torch._C._accelerator_setStream, stream) for stream in streams
-        ]
+        calls: list[Callable[[], Any]] = [partial(set_stream, stream) for stream in streams]
         if devices:  # last, as setting a stream makes its device current
             calls.append(partial(device_exchange(next(iter(devices)).type), self.device))
         return calls

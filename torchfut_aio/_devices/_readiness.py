@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from .._loops import Loop
+from .._pytorch import CppFuture, extract_tensors
 from ._blocker import Notify
 from ._events import RecordedEvent, record_event, says_no_events
 from ._streams import (
@@ -132,15 +133,15 @@ class Readiness:
 
 def _completed(
     devices: list[torch.device], found: list[torch.Tensor]
-) -> torch._C.Future[list[torch.Tensor]]:
+) -> CppFuture[list[torch.Tensor]]:
     """Returns a C++ future that is done; without devices, if these have no events."""
-    future: torch._C.Future[list[torch.Tensor]] = torch._C.Future(devices)
+    future: CppFuture[list[torch.Tensor]] = CppFuture(devices)
     try:
         future.set_result(found)
     except RuntimeError as error:
         if not says_no_events(error):
             raise
-        future = torch._C.Future([])
+        future = CppFuture([])
         future.set_result(found)
     return future
 
@@ -170,7 +171,7 @@ def declared_readiness(
     readiness, found, error = None, [], None
     try:
         # C++ would call the same, and keep what it finds to itself.
-        found = torch._jit_internal._extract_tensors(value)  # type: ignore[no-untyped-call]
+        found = [*tensors(value)] if extract_tensors is None else extract_tensors(value)
     except Exception as exception:  # what cannot be pickled
         error = exception.with_traceback(None)
     try:

@@ -16,6 +16,8 @@ from typing import TypeGuard, TypeVar
 
 import torch
 
+from .._pytorch import CppFuture, can_exchange, device_exchange, has_primary_context
+
 T = TypeVar("T")
 
 
@@ -34,7 +36,7 @@ def devices_in_use() -> list[torch.device]:
     accelerator = accelerator_in_use()
     if accelerator is None:
         return []
-    has_context = getattr(torch._C, f"_{accelerator.type}_hasPrimaryContext", lambda _: True)
+    has_context = has_primary_context(accelerator.type)
     count = torch.accelerator.device_count()
     return [torch.device(accelerator.type, n) for n in range(count) if has_context(n)]
 
@@ -49,8 +51,8 @@ def call_with_current(device: torch.device | None, function: Callable[[], T]) ->
     """Returns ``function()``, called while ``device`` is current, in a thread of the program."""
     if not _is_another(device):
         return function()
-    if not hasattr(torch.get_device_module(device), "_maybe_exchange_device"):
-        return function()  # other backends than CUDA and XPU could not undo it: see below
+    if not can_exchange(device):
+        return function()  # other backends than CUDA and XPU could not undo it: see device_exchange
     before = torch.accelerator.current_device_index()
     torch.accelerator.set_device_index(device)
     try:
@@ -77,19 +79,6 @@ def restore_current(kind: str, index: int) -> None:
         device_exchange(kind)(index)
 
 
-@functools.cache
-def device_exchange(kind: str) -> Callable[[int], object]:
-    """Returns what makes a device current without giving it a context, if there is such."""
-    # CUDA and XPU remember the device, even if it has no context. Others leave, as torch's own
-    # ``device_index()`` does, another one current then.
-    exchange: Callable[[int], object] | None = (
-        getattr(torch._C, f"_{kind}_maybeExchangeDevice", None)
-        or getattr(torch.get_device_module(kind), "_maybe_exchange_device", None)
-        or getattr(torch._C, "_accelerator_maybeExchangeDevice", None)
-    )
-    return exchange or torch._C._accelerator_setDeviceIndex
-
-
 def current_stream(device: torch.device) -> torch.Stream:
     """Returns the stream of ``device`` that is current in this thread."""
     accelerator = torch.accelerator.current_accelerator()
@@ -114,7 +103,7 @@ def finish_devices() -> None:
 def has_streams_for_callbacks() -> bool:
     """Tells whether C++ can run callbacks of a future on devices, which takes a pool of streams."""
     for device in devices_in_use()[:1]:
-        future: torch._C.Future[None] = torch._C.Future([device])
+        future: CppFuture[None] = CppFuture([device])
         future.set_result(None)
         try:
             call_with_current(device, partial(future.add_done_callback, lambda _: None))

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from .._pytorch import CppFuture, no_torch_function
 from .._repr import described
 
 # Types whose instances hold no tensor: most results, told by a glance.
@@ -23,7 +24,7 @@ HOST_ONLY = frozenset({type(None), bool, int, float, complex, str, bytes})
 
 # What leads to tensors that are no part of the value.
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType)
-_OPAQUE = (torch._C.Future, type, types.ModuleType, *_FUNCTIONS)
+_OPAQUE = (CppFuture, type, types.ModuleType, *_FUNCTIONS)
 
 
 def tensors(value: object) -> Iterator[torch.Tensor]:
@@ -36,7 +37,7 @@ def device_of(tensor: torch.Tensor) -> torch.device:
     if type(tensor) is torch.Tensor:
         return tensor.device
     try:
-        with torch._C.DisableTorchFunctionSubclass():
+        with no_torch_function():
             return tensor.device
     except Exception:
         return torch.device("cpu")

@@ -20,11 +20,10 @@ import types
 import weakref
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import GradBucket
 
 from .. import _loops
 from .._arguments import async_function_checked
@@ -36,8 +35,12 @@ from .._repr import described
 from .._tasks import task_name
 from . import _background_loop
 
-_Hook = Callable[[Any, GradBucket], Coroutine[Any, Any, torch.Tensor]]
-_TorchHook = Callable[[Any, GradBucket], Future[torch.Tensor]]
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import GradBucket
+
+    _Hook: TypeAlias = Callable[[Any, GradBucket], Coroutine[Any, Any, torch.Tensor]]
+    _TorchHook: TypeAlias = Callable[[Any, GradBucket], Future[torch.Tensor]]
+
 _Resume = Callable[[Any], Any]  # a coroutine's send() or throw()
 _EITHER = inspect.Parameter.POSITIONAL_OR_KEYWORD
 _PATIENCE = 5.0  # seconds between two looks whether the loop can run the hook at all

@@ -11,8 +11,6 @@ from contextlib import AbstractContextManager, closing
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import anyio
-from torch.distributed import rpc
-from torch.distributed.rpc import functions
 
 from .. import _core, _loops
 from .._arguments import async_function_checked, timeout_checked
@@ -21,8 +19,8 @@ from .._cpython import calling_module
 from .._devices import devices_in_use
 from .._errors import warn_that_wait_blocks_a_loop
 from .._future import Future
+from .._pytorch import CALLS_ASYNC_FOR_RPC, CALLS_FOR_RPC, rpc_checked, this_worker
 from .._repr import described
-from .._rpc_errors import this_worker
 from .._tasks import run_contained, task_name
 from .._worker import call_contained
 from . import _background_loop
@@ -79,13 +77,17 @@ def async_rpc(func: Callable[P, Awaitable[T]]) -> Callable[P, Future[T]]:
         arguments: Future[Any] = Future()
         arguments.set_result((args, kwargs))
         future: Future[T] = Future(devices=devices_in_use())
-        if calling_module(functions.__name__) == rpc.internal.__name__:
+        if calling_module(CALLS_ASYNC_FOR_RPC) == CALLS_FOR_RPC:
             # The caller raises the error. Nobody may look at it here.
             _core.ignore_error(future)
         _hosts[-1].start_soon(Promise(future, name), _handle, func, arguments)
         return future
 
-    remote: Callable[P, Future[T]] = functions.async_execution(call)  # type: ignore[no-untyped-call]
+    try:
+        from torch.distributed.rpc.functions import async_execution
+    except ImportError:  # torch has no RPC: only direct calls remain
+        return call
+    remote: Callable[P, Future[T]] = async_execution(call)  # type: ignore[no-untyped-call]
     return remote
 
 
@@ -173,7 +175,7 @@ def serve_on(portal: anyio.from_thread.BlockingPortal) -> AbstractContextManager
 
     Raises:
         TypeError: ``portal`` is not one.
-        RuntimeError: The portal is not running.
+        RuntimeError: The portal is not running, or this build of PyTorch has no RPC.
 
     Example:
         >>> import anyio.from_thread
@@ -189,6 +191,7 @@ def serve_on(portal: anyio.from_thread.BlockingPortal) -> AbstractContextManager
         raise TypeError(
             f"serve_on() takes a BlockingPortal of anyio.from_thread, not {described(portal)}"
         )
+    rpc_checked("serve_on")
     # RPC's threads call the loop directly: the portal would have them wait for it.
     try:
         loop = portal.call(_loops.current)
@@ -239,6 +242,8 @@ def shutdown(graceful: bool = True, timeout: float | None = None) -> None:
             for host in reversed(_hosts[:]):
                 host.close()
         if this_worker() is not None:
+            from torch.distributed import rpc
+
             given = {} if timeout is None else {"timeout": timeout}
             rpc.shutdown(graceful, **given)
     finally:

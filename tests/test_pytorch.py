@@ -1,0 +1,235 @@
+"""What is private to PyTorch is not relied on: each use has a public way beside it, or refuses."""
+
+from __future__ import annotations
+
+import ast
+import pathlib
+
+import pytest
+import torch
+
+import torchfut_aio
+from torchfut_aio import _pytorch
+
+from .forks import outputs
+
+PACKAGE = pathlib.Path(torchfut_aio.__file__).parent
+
+# The package is imported after the fork, once something has been taken away.
+BEFORE = """
+import asyncio, sys, threading
+import anyio.from_thread, torch
+import torch.distributed.rpc as rpc
+from torch.distributed.rpc import backend_registry
+
+def use():
+    from torchfut_aio import _devices, distributed
+    asyncio.run(wait())
+    value = {"a": [torch.ones(2)]}
+    readiness, error = _devices.declared_readiness((), value)
+    assert error is None, error
+    assert readiness.tensors() == value["a"]
+    said("task_local_state", lambda: asyncio.run(keep_state()))
+    said("check_task_state", torchfut_aio.check_task_state)
+    use_distributed()
+
+async def wait():
+    pending = [Future() for _ in range(3)]
+    asyncio.get_running_loop().call_later(0.001, torchfut_aio.set_results, pending, range(3))
+    assert await torchfut_aio.gather(pending) == [0, 1, 2]
+    theirs = torch.futures.Future()
+    ours = torchfut_aio.as_future(theirs)
+    assert ours is torchfut_aio.as_future(theirs)
+    theirs.set_result(torch.ones(2))
+    assert "tensor (2,)" in repr(ours)
+    assert (await ours).tolist() == [1, 1]
+    async with torchfut_aio.Batcher(list, max_batch=2, max_wait=0, max_queue=9) as batcher:
+        assert await batcher.submit(5) == 5
+    failed = Future()
+    failed.set_exception(KeyError("why"))
+    try:
+        await failed.then(Future.wait)
+    except KeyError:
+        said("wait_all", lambda: torch.futures.wait_all([failed]))
+
+async def keep_state():
+    @torchfut_aio.task_local_state
+    async def function():
+        await asyncio.sleep(0)
+    await function()
+
+def use_distributed():
+    from torchfut_aio import distributed
+    @distributed.async_rpc
+    async def double(x):
+        return 2 * x
+    assert double(2).wait(60) == 4
+    with anyio.from_thread.start_blocking_portal() as portal:
+        said("serve_on", lambda: distributed.serve_on(portal).__exit__(None, None, None))
+    distributed.shutdown()
+
+def train_with_a_hook():
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+    from torchfut_aio import distributed
+    @distributed.async_comm_hook
+    async def hook(state, bucket):
+        return bucket.buffer().mul_(3)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    model = DistributedDataParallel(torch.nn.Linear(2, 1))
+    model.register_comm_hook(None, hook)
+    model(torch.ones(1, 2)).sum().backward()
+    dist.destroy_process_group()
+    print("gradient", model.module.weight.grad.tolist())
+
+def said(what, function):
+    try:
+        function()
+        print(what, "works")
+    except Exception as error:
+        print(f"{what} raises {type(error).__name__}: {error}")
+"""
+USE = """
+import torchfut_aio
+from torchfut_aio import Future
+assert not {"torchfut_aio._rpc_errors", "torchfut_aio._thread_state"} & {*sys.modules}
+use()
+"""
+
+# Torch itself calls this by its name.
+RENAME_UNWRAP = """
+theirs = torch._C.Future._set_unwrap_func
+del torch._C.Future._set_unwrap_func
+def raise_value(value):
+    raise value
+def set_exception(self, error):
+    theirs(self, raise_value)
+    self.set_result(error)
+torch.futures.Future.set_exception = set_exception
+"""
+
+OF_THREADS = {name: f"del torch._C.{name}" for name in _pytorch._OF_THREADS}
+WITH_A_FALLBACK = {
+    "DisableTorchFunctionSubclass": "del torch._C.DisableTorchFunctionSubclass",
+    "RemoteException": "del sys.modules['torch.distributed.rpc.internal'].RemoteException",
+    "_accelerator_maybeExchangeDevice": "vars(torch._C).pop('_accelerator_maybeExchangeDevice', 0)",
+    "_accelerator_setDeviceIndex": "del torch._C._accelerator_setDeviceIndex",
+    "_accelerator_setStream": "del torch._C._accelerator_setStream",
+    "_distributed_c10d": "sys.modules['torch._C._distributed_c10d'] = None",
+    "_extract_tensors": "del torch._jit_internal._extract_tensors",
+    "_functional_collectives": "sys.modules['torch.distributed._functional_collectives'] = None",
+    "_is_tensorpipe_available": "del rpc._is_tensorpipe_available",
+    "_jit_internal": "del torch._jit_internal",
+    "nothing": "",
+    "rpc._is_current_rpc_agent_set": "del rpc._is_current_rpc_agent_set",
+    "rpc._get_current_rpc_agent": "del rpc._get_current_rpc_agent",
+    "torch.utils.weak": "sys.modules['torch.utils.weak'] = None",
+}
+WITHOUT_RPC = {
+    "TensorPipe": "rpc._is_tensorpipe_available = False",
+    "RPC": "rpc.is_available = lambda: False; rpc.__dict__.pop('get_worker_info')",
+    "torch.distributed": (
+        "del torch.distributed\n"
+        "for name in list(sys.modules):\n"
+        "    if name.startswith('torch.distributed'):\n"
+        "        sys.modules[name] = None"
+    ),
+}
+OTHERS = {
+    "Future": "del torch._C.Future",
+    "_set_unwrap_func": RENAME_UNWRAP,
+    "another agent": (
+        "rpc._is_tensorpipe_available = False\n"
+        "backend_registry.register_backend('OTHER', None, None)"
+    ),
+}
+CASES = OF_THREADS | WITH_A_FALLBACK | WITHOUT_RPC | OTHERS
+
+ALL_WORK = {
+    "wait_all": "wait_all raises KeyError: 'why'",
+    "task_local_state": "task_local_state works",
+    "check_task_state": "check_task_state works",
+    "serve_on": "serve_on works",
+}
+
+
+@pytest.fixture(scope="module")
+def printed():
+    """What the use of the package printed without each name."""
+    return outputs(BEFORE, {name: f"{without}\n{USE}" for name, without in CASES.items()})
+
+
+def lines(expected):
+    return [*expected.values()]
+
+
+@pytest.mark.parametrize("name", WITH_A_FALLBACK)
+def test_a_private_name_that_has_gone_has_a_fallback(name, printed):
+    assert printed[name].splitlines() == lines(ALL_WORK)
+
+
+@pytest.mark.parametrize("name", OF_THREADS)
+def test_task_state_refuses_where_torch_cannot_keep_it(name, printed):
+    why = (
+        "RuntimeError: task_local_state() and check_task_state() do not work with torch "
+        f"{torch.__version__}, whose torch._C has no {name}"
+    )
+    refused = {each: f"{each} raises {why}" for each in ("task_local_state", "check_task_state")}
+    assert printed[name].splitlines() == lines(ALL_WORK | refused)
+
+
+@pytest.mark.parametrize("name", WITHOUT_RPC)
+def test_only_serve_on_refuses_without_rpc(name, printed):
+    missing = "TensorPipe, the agent of torch.distributed.rpc"
+    why = (
+        f"RuntimeError: serve_on() is for RPC, and torch {torch.__version__} lacks "
+        f"{missing if name == 'TensorPipe' else 'torch.distributed.rpc'}"
+    )
+    assert printed[name].splitlines() == lines(ALL_WORK | {"serve_on": f"serve_on raises {why}"})
+
+
+def test_hooks_need_no_rpc():
+    for_hooks = "import torchfut_aio\ntrain_with_a_hook()"
+    cases = {name: f"{WITHOUT_RPC[name]}\n{for_hooks}" for name in ("TensorPipe", "RPC")}
+    assert {*outputs(BEFORE, cases).values()} == {"gradient [[3.0, 3.0]]"}
+
+
+def test_serve_on_takes_another_agent_than_tensorpipe(printed):
+    assert printed["another agent"].splitlines() == lines(ALL_WORK)
+
+
+def test_the_class_of_cpp_futures_is_found_without_its_name(printed):
+    # In the first line, torch itself takes the class by its name.
+    assert printed["Future"].splitlines()[1:] == lines(ALL_WORK)[1:]
+
+
+def test_a_failed_future_never_has_a_value_for_torch(printed):
+    error = "wait_all raises TypeError: exceptions must derive from BaseException"
+    assert printed["_set_unwrap_func"].splitlines() == lines(ALL_WORK | {"wait_all": error})
+
+
+def test_all_that_is_private_to_pytorch_is_in_one_module():
+    private = {*_pytorch._OF_THREADS, "DisableTorchFunctionSubclass", "RemoteException"}
+    for path in PACKAGE.rglob("*.py"):
+        if path.name == "_pytorch.py":
+            continue
+        tree = ast.parse(path.read_text())
+        for block in ast.walk(tree):
+            if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING":
+                block.body.clear()
+        for node in ast.walk(tree):
+            line = f"{path.name}, line {getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                assert not is_private(f"{node.module}.{node.names[0].name}"), line
+            elif isinstance(node, ast.Attribute):
+                assert not is_private(ast.unparse(node)), line
+            elif isinstance(node, ast.Constant) and type(node.value) is str:
+                assert node.value not in private, line
+                assert not is_private(node.value), line
+
+
+def is_private(name):
+    parts = name.split(".")
+    return parts[0] == "torch" and any(
+        part.startswith("_") and not part.startswith("__") for part in parts
+    )

@@ -1,0 +1,173 @@
+"""What the package relies on that is private to PyTorch: all of it, here.
+
+Each was checked on torch 2.7.1 and 2.13.0. Where a name is gone, a public function takes its place,
+or the call that needs it raises RuntimeError. Importing the package never does:
+``tests/test_pytorch.py`` takes away each name in turn.
+
+The texts of PyTorch's errors are not here: see `says_no_events`, and ``_rpc_errors.py``.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections import namedtuple
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+# The class of C++ beneath torch.futures.Future: that of every future that C++ makes. Its methods
+# run no Python, so no interrupt can come within them.
+if TYPE_CHECKING:
+    CppFuture = torch._C.Future
+else:
+    CppFuture = torch.futures.Future.__base__
+
+
+def _set_unwrap_func(future: Any, _unwrap: Callable[[Any], Any]) -> None:
+    """Make C++ raise for a failed future: a TypeError, rather than the error itself.
+
+    It serves where C++ futures take no function that raises the error. Without one, functions such
+    as ``torch.futures.wait_all`` would return what the package stores in the place of a value.
+    """
+    # This makes C++ raise the value, which is no exception, and calls set_result. The caller does.
+    future.set_result = lambda _: None
+    try:
+        torch.futures.Future.set_exception(future, Exception())
+    finally:
+        del future.set_result
+
+
+# Has a future call ``unwrap(value)`` whenever it returns its value.
+set_unwrap_func: Callable[[Any, Callable[[Any], Any]], None]
+set_unwrap_func = getattr(CppFuture, "_set_unwrap_func", _set_unwrap_func)
+
+# Within it, a subclass of Tensor runs no code of its own. Without it, that code runs, and callers
+# expect that it may raise.
+no_torch_function: Callable[[], AbstractContextManager[Any]]
+no_torch_function = getattr(torch._C, "DisableTorchFunctionSubclass", nullcontext)
+
+# Returns the tensors that C++ finds in a value. None where TorchScript, which it is part of, is
+# gone: search the value then.
+extract_tensors: Callable[[object], list[torch.Tensor]] | None
+extract_tensors = getattr(getattr(torch, "_jit_internal", None), "_extract_tensors", None)
+# The module that pickles a value to do so.
+EXTRACTS_TENSORS = "torch._jit_internal"
+
+# What `as_future` takes for the result of a functional collective.
+COLLECTIVE_TENSOR = "torch.distributed._functional_collectives.AsyncCollectiveTensor"
+# What it refuses with a hint.
+COALESCING_MANAGER = "torch.distributed.distributed_c10d._CoalescingManager"
+
+
+# ---------------------------------------------------------------------------------- devices
+
+
+def has_primary_context(kind: str) -> Callable[[int], bool]:
+    """Return what knows which devices have a context; where nothing does, all count as in use."""
+    found: Callable[[int], bool] = getattr(torch._C, f"_{kind}_hasPrimaryContext", lambda _: True)
+    return found
+
+
+def can_exchange(device: torch.device) -> bool:
+    """Return True if the thread's device can be made current again without giving it a context."""
+    return hasattr(torch.get_device_module(device), "_maybe_exchange_device")
+
+
+@functools.cache
+def device_exchange(kind: str) -> Callable[[int], object]:
+    """Return what makes a device current without giving it a context, if there is such."""
+    # CUDA and XPU remember the device, even if it has no context. Others leave, as torch's own
+    # ``device_index()`` does, another one current then.
+    exchange: Callable[[int], object] | None = (
+        getattr(torch._C, f"_{kind}_maybeExchangeDevice", None)
+        or getattr(torch.get_device_module(kind), "_maybe_exchange_device", None)
+        or getattr(torch._C, "_accelerator_maybeExchangeDevice", None)
+        or getattr(torch._C, "_accelerator_setDeviceIndex", None)
+    )
+    return exchange or torch.accelerator.set_device_index
+
+
+# As torch.accelerator.set_stream, which is written in Python: an interrupt may come within that.
+set_stream: Callable[[torch.Stream], None]
+set_stream = getattr(torch._C, "_accelerator_setStream", torch.accelerator.set_stream)
+
+
+# ------------------------------------------------------------------- the state of a thread
+
+_OF_THREADS = (
+    "_ForceDispatchKeyGuard",
+    "_InferenceMode",
+    "_dispatch_tls_local_exclude_set",
+    "_dispatch_tls_local_include_set",
+    "_is_fwd_grad_enabled",
+    "_is_multithreading_enabled",
+    "_set_fwd_grad_enabled",
+    "_set_grad_enabled",
+    "_set_multithreading_enabled",
+    "autocast_decrement_nesting",
+    "autocast_increment_nesting",
+    "clear_autocast_cache",
+    "get_autocast_dtype",
+    "is_autocast_cache_enabled",
+    "is_autocast_enabled",
+    "set_autocast_cache_enabled",
+    "set_autocast_dtype",
+    "set_autocast_enabled",
+)
+
+
+def thread_state_functions() -> Any:
+    """Return what gets and sets the modes of a thread, by the names in ``torch._C``.
+
+    Raises:
+        RuntimeError: One is missing. No public function restores a mode that no interrupt can miss.
+    """
+    found = {name: getattr(torch._C, name, None) for name in _OF_THREADS}
+    missing = ", ".join(name for name, function in found.items() if function is None)
+    if missing:
+        raise RuntimeError(
+            "task_local_state() and check_task_state() do not work with torch "
+            f"{torch.__version__}, whose torch._C has no {missing}"
+        )
+    return SimpleNamespace(**found)
+
+
+# -------------------------------------------------------------------------------------- RPC
+
+# The module that calls functions for RPC, and the one through which it calls async functions.
+CALLS_FOR_RPC = "torch.distributed.rpc.internal"
+CALLS_ASYNC_FOR_RPC = "torch.distributed.rpc.functions"
+
+
+def remote_exception() -> Any:
+    """Return the class of what RPC sends for a function that raised, or one like it."""
+    kind = getattr(sys.modules.get(CALLS_FOR_RPC), "RemoteException", None)
+    return kind or namedtuple("_RemoteException", ("msg", "exception_type"))
+
+
+def this_worker() -> object:
+    """Return RPC's WorkerInfo of this process, or None if RPC is not initialised."""
+    get_worker_info = getattr(sys.modules.get("torch.distributed.rpc"), "get_worker_info", None)
+    try:
+        return None if get_worker_info is None else get_worker_info()
+    except RecursionError:
+        raise
+    except RuntimeError:  # it is not initialised
+        return None
+
+
+def rpc_checked(function: str) -> None:
+    """Raise RuntimeError if RPC cannot be started in this build of PyTorch."""
+    rpc: Any = getattr(getattr(torch, "distributed", None), "rpc", None)
+    if rpc is None or not rpc.is_available():
+        missing = "torch.distributed.rpc"
+    else:
+        agents = rpc.backend_registry.BackendType  # TensorPipe, and those that the program added
+        if getattr(rpc, "_is_tensorpipe_available", True) or len(agents) > 1:
+            return
+        missing = "TensorPipe, the agent of torch.distributed.rpc"
+    raise RuntimeError(f"{function}() is for RPC, and torch {torch.__version__} lacks {missing}")
