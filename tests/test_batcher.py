@@ -22,6 +22,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 import torch
+import trio
 
 from torchfut_aio import (
     Batcher,
@@ -33,11 +34,13 @@ from torchfut_aio import (
     _batcher,
     _loops,
     _worker,
+    as_future,
     gather,
 )
 
 from . import explorer
 from .accelerator import being_filled
+from .forks import outputs
 from .loops import on_asyncio, on_every_loop
 from .meanings import LISTS, NOT_LISTS
 from .threads import PATIENCE, PATIENCE_WITH_PROCESSES, alongside, running, until
@@ -799,6 +802,200 @@ def test_another_loop_of_the_thread_cannot_use_an_async_batcher(two_loops):
 
 async def in_gather(fut):
     return await gather([fut])
+
+
+async def as_asyncio(fut):
+    return await fut.as_asyncio()
+
+
+def test_futures_made_of_those_of_an_async_batcher_raise_there_too(two_loops):
+    home, other = two_loops
+    batcher = batcher_of(double_soon)
+    home(batcher.__aenter__())
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        pending = pool.submit(batcher.submit, 3).result(PATIENCE)
+    child, gathered = pending.then(lambda fut: fut.value() + 1), gather([pending])
+    for wait in (awaited(child), awaited(gathered), as_asyncio(pending)):
+        with pytest.raises(RuntimeError, match="while this thread runs another loop"):
+            other(wait)
+    for fut in (pending, child, gathered):
+        with pytest.raises(RuntimeError, match="would block the thread of the event loop"):
+            fut.wait()
+    assert home(awaited(child)) == 7
+    assert gathered.wait() == [6]
+    home(batcher.aclose())
+
+
+@on_asyncio
+@pytest.mark.filterwarnings("ignore:It looks like Trio's signal handling")
+async def test_a_run_of_trio_in_a_task_cannot_wait_for_the_loop_of_the_task():
+    async def on_trio():
+        with pytest.raises(RuntimeError, match="while this thread runs another loop"):
+            batcher.submit(1)
+        with pytest.raises(RuntimeError, match="while this thread runs another"):
+            await as_future(source)
+
+    source = asyncio.get_running_loop().create_future()
+    async with batcher_of(double_soon) as batcher:
+        trio.run(on_trio)
+        assert await batcher.submit(1) == 2
+
+
+class Odd(BaseException):
+    pass
+
+
+@on_every_loop
+@pytest.mark.parametrize(
+    "error",
+    [
+        Odd("foo"),
+        BaseExceptionGroup("foo", [KeyboardInterrupt()]),
+        SystemExit("foo"),
+        asyncio.CancelledError("foo"),
+        GeneratorExit("foo"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+async def test_what_an_async_function_raises_ends_no_loop(error, caplog):
+    async def function(items):
+        if items == ["bad"]:
+            raise error
+        return items
+
+    async with batcher_of(function) as batcher:
+        with anyio.fail_after(PATIENCE):
+            bad = batcher.submit("bad")
+            await eventually(bad.done)
+            cancelled = (asyncio.CancelledError, GeneratorExit)
+            expected = concurrent.futures.CancelledError if isinstance(error, cancelled) else None
+            assert isinstance(bad.exception(), expected or type(error))
+            assert await batcher.submit("good") == "good"
+    assert not caplog.records
+
+
+class HostileDict(Exception):
+    @property
+    def __dict__(self):
+        raise ZeroDivisionError
+
+
+class HostileTraceback(Exception):
+    @property
+    def __traceback__(self):
+        raise ZeroDivisionError
+
+    def with_traceback(self, traceback):
+        raise ZeroDivisionError
+
+
+class HostileCopy(Exception):
+    def __copy__(self):
+        raise SystemExit
+
+
+@pytest.mark.parametrize("kind", [HostileDict, HostileTraceback, HostileCopy])
+def test_an_error_of_a_hostile_class_is_that_of_the_items(kind):
+    error = kind("foo")
+    with batcher_of(fails_with(error), max_batch=2, max_wait=math.inf) as batcher:
+        futures = [batcher.submit(n) for n in range(2)]
+        until(lambda: all(fut.done() for fut in futures))
+        assert [type(fut.exception()) for fut in futures] == [kind, kind]
+
+
+class Slotted(Exception):
+    __slots__ = ("reason",)
+
+
+def test_copies_of_an_error_have_what_its_slots_have():
+    error = Slotted("foo")
+    error.reason = "bar"
+    with batcher_of(fails_with(error), max_batch=2, max_wait=math.inf) as batcher:
+        errors = [fut.exception() for fut in settled([batcher.submit(n) for n in range(2)])]
+    assert errors[0] is not errors[1]
+    assert [each.reason for each in errors] == ["bar", "bar"]
+
+
+def test_closing_an_idle_batcher_without_patience_is_no_timeout():
+    for _ in range(20):
+        batcher = batcher_of()
+        assert batcher.submit(1).wait(PATIENCE) == 2
+        until(lambda batcher=batcher: batcher.statistics().running == 0)
+        batcher.close(timeout=0)
+        with pytest.raises(BatcherClosedError):
+            batcher.submit(1)
+        until(lambda: not threads())
+
+
+@on_asyncio
+async def test_a_batcher_that_is_dropped_leaves_no_task(collected):
+    before = asyncio.all_tasks()
+    for used in (False, True):
+        batcher = batcher_of(double_soon)
+        await batcher.__aenter__()
+        if used:
+            assert await batcher.submit(1) == 2
+        del batcher
+        collected()
+        await eventually(lambda: asyncio.all_tasks() == before)
+
+
+FORKED = """
+import asyncio, os, sys, threading, trio, uvloop, warnings
+from torchfut_aio import Batcher
+
+warnings.simplefilter("ignore")
+
+async def double(items):
+    return [2 * item for item in items]
+
+async def in_child(batcher):
+    assert batcher.statistics().running == batcher.statistics().queued == 0
+    try:
+        batcher.submit(1)
+    except RuntimeError as error:
+        print(error)
+    async with batcher:
+        print(await batcher.submit(5))
+
+def child(batcher, run):
+    code = 1
+    try:
+        run(in_child, batcher)
+        sys.stdout.flush()
+        code = 0
+    finally:
+        os._exit(code)
+
+async def main(run):
+    async with Batcher(double, max_batch=2, max_wait=0, max_queue=100) as batcher:
+        assert await batcher.submit(1) == 2
+        pid = os.fork()
+        if not pid:
+            # In a thread: this one is in the midst of the parent's loop.
+            thread = threading.Thread(target=child, args=(batcher, run))
+            thread.start()
+            thread.join()
+        assert os.waitpid(pid, 0)[1] == 0
+        assert await batcher.submit(2) == 4
+"""
+
+
+@pytest.fixture(scope="module")
+def forked():
+    runs = {
+        "asyncio": "lambda f, *args: asyncio.run(f(*args))",
+        "uvloop": "lambda f, *args: uvloop.run(f(*args))",
+        "trio": "trio.run",
+    }
+    return outputs(FORKED, {name: f"run = {run}; run(main, run)" for name, run in runs.items()})
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop", "trio"])
+def test_a_forked_child_has_to_enter_an_async_batcher_itself(loop, forked):
+    error, result = forked[loop].splitlines()
+    assert "a process that was forked has to enter it again" in error
+    assert result == "10"
 
 
 def test_close_refuses_to_wait_for_a_loop_of_its_thread(two_loops):

@@ -1008,3 +1008,14 @@ def test_the_example_names_the_request_that_waits_for_ever(tmp_path):
     )
     shown = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     assert {"waits", "completes", "has yet to go on"} <= {event["name"] for event in shown}
+
+
+def test_entries_of_futures_that_are_equal_are_two():
+    class Equal(Future):
+        def __eq__(self, other):
+            raise TypeError("these cannot be compared")
+
+    futures = [Equal(), Equal()]
+    found = [each for each in pending_futures() if type(getattr(each, "future", None)) is Equal]
+    assert len({*found}) == len(futures) == 2
+    assert found[0] != found[1]

@@ -57,6 +57,7 @@ class OutOfMemory(RuntimeError):
 
 
 held = []
+kept = []
 
 
 def forward(*_):
@@ -236,6 +237,38 @@ async def of_torch():
     child = fut.then(forward)
     fut.set_result(5)
     await as_future(child)
+
+
+@door
+async def of_torch_that_failed():
+    await as_future(failed_of_torch())
+
+
+def failed_of_torch():
+    fut = torch.futures.Future()
+    threading.Thread(target=fail, args=(fut,)).start()
+    return fut
+
+
+@door
+async def left_stream():
+    stream = ValueStream()
+    stream.push(5)
+    async for _ in stream:
+        break
+    produce(stream)
+    try:
+        stream.push(5)
+    finally:
+        del stream
+
+
+@door
+async def stream_that_is_stopped():
+    stream = ValueStream()
+    produce(stream)
+    await stream.aclose()
+    kept.append(stream)
 
 
 @door

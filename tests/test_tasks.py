@@ -21,6 +21,7 @@ import anyio.lowlevel
 import anyio.to_thread
 import pytest
 import trio
+import trio.testing
 import uvloop
 from anyio.from_thread import start_blocking_portal
 
@@ -398,6 +399,36 @@ async def test_a_task_whose_future_somebody_else_completes_goes_on_unheard(kind,
     assert ended == [True]
     assert fut.value() == "mine"
     assert not caplog.records
+
+
+@on_every_loop
+async def test_a_cancelled_task_with_a_group_of_its_own_is_cancelled():
+    async def in_group():
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(anyio.sleep_forever)
+            await anyio.sleep_forever()
+
+    async with anyio.create_task_group() as tg:
+        fut = start_soon(tg, in_group)
+        await anyio.wait_all_tasks_blocked()
+        tg.cancel_scope.cancel()
+    assert fut.cancelled()
+
+
+def test_a_cancelled_task_with_a_nursery_of_its_own_is_cancelled():
+    async def in_nursery():
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.sleep_forever)
+            await trio.sleep_forever()
+
+    async def main():
+        async with trio.open_nursery() as nursery:
+            fut = start_soon(nursery, in_nursery)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.cancel_scope.cancel()
+        return fut
+
+    assert trio.run(main).cancelled()
 
 
 @on_every_loop

@@ -134,7 +134,7 @@ def listed(values: Any, what: str) -> list[Any]:
         TypeError: ``values`` is anything else, such as a mapping, a text, or an iterator.
     """
     kind: Any = type(values)
-    if issubclass(kind, torch.Tensor) or hasattr(kind, "__dlpack__"):
+    if hasattr(kind, "__dlpack__") and hasattr(kind, "ndim"):
         if values.ndim:
             return [*values]
         problem = f"{described(values)} of no dimensions"

@@ -250,7 +250,7 @@ class Batcher(ProcessLocal, Generic[T, R]):
         try:
             ended.block(seconds, _CLOSE_BLOCKS)
         except TimeoutError:
-            raise self._abandon(seconds) from None
+            self._abandon(seconds)
 
     async def aclose(self, drain: bool = True, *, timeout: float | None = None) -> None:  # noqa: ASYNC109
         """Does what `close` does, and waits without blocking the loop.
@@ -284,7 +284,7 @@ class Batcher(ProcessLocal, Generic[T, R]):
             with anyio.fail_after(seconds):
                 await ended
         except TimeoutError:
-            raise self._abandon(seconds) from None
+            self._abandon(seconds)
 
     def _has_work(self) -> bool:
         return bool(self._worker.work or self._worker.batch)
@@ -298,13 +298,15 @@ class Batcher(ProcessLocal, Generic[T, R]):
             worker.begin_to_close()
         return worker.ended
 
-    def _abandon(self, seconds: float | None) -> TimeoutError:
+    def _abandon(self, seconds: float | None) -> None:
+        had_work = self._has_work()
         text = "the batcher was closed, and its function did not return in time"
         self._worker.abandon(BatcherClosedError(text))
-        return TimeoutError(
-            f"the function of the batcher did not return within {seconds:g} s; what was pending "
-            "has failed"
-        )
+        if had_work:  # or only the thread has not ended yet, which nothing waits for
+            raise TimeoutError(
+                f"the function of the batcher did not return within {seconds:g} s; what was "
+                "pending has failed"
+            ) from None
 
     def __enter__(self) -> Batcher[T, R]:
         if self._needs_loop:
@@ -330,6 +332,8 @@ class Batcher(ProcessLocal, Generic[T, R]):
         if worker is not None and worker.threads():
             worker.closing = True
             worker.ring()
+        elif worker is not None and worker.home is not None:
+            worker.ended.try_set_result(None)  # or a task of the loop would wait for it
 
 
 def _check_drain(drain: object) -> None:
@@ -375,8 +379,17 @@ class _Home:
         # A loop that closes may keep a call, and not make it; one that has stopped may stay open.
         return self._thread.is_alive() and self._loop.call_soon(_nothing)
 
-    def check(self) -> None:
-        """Raise RuntimeError if the loop cannot run because this thread, its own, runs another."""
+    def check(self, blocks: bool = False) -> None:
+        """Raise RuntimeError if the loop cannot run because this thread, its own, runs another.
+
+        Or because the thread is about to block, if ``blocks``, and does not run the loop now.
+        """
+        in_its_thread = threading.current_thread() is self._thread
+        if blocks and in_its_thread and not _loops.loop_in_this_thread() and self.runs():
+            raise RuntimeError(
+                "wait() would block the thread of the event loop that entered the batcher, and has "
+                "to run its function: await the future on that loop"
+            )
         if self._loop.stands_still():
             raise RuntimeError(
                 "the batcher's function is async, and the event loop that entered the batcher "

@@ -14,6 +14,7 @@ from typing import Any, TypeVar, overload
 from . import _core
 from ._adopt import Source, as_future
 from ._arguments import timeout_checked
+from ._dependent import DependentFuture
 from ._errors import InvalidStateError, NotAFutureError
 from ._future import Future
 from ._repr import described
@@ -102,7 +103,7 @@ class Collector(_core.DoneCallback):
     """Completes one future when the last of several has completed."""
 
     # ``result`` makes the combined result of the list of futures, of which none failed.
-    __slots__ = ("combined", "distinct", "futures", "result", "tickets")
+    __slots__ = ("__weakref__", "combined", "distinct", "futures", "result", "tickets")
 
     def __init__(
         self, futures: list[Future[Any]], result: Callable[[list[Future[Any]]], Any]
@@ -111,8 +112,17 @@ class Collector(_core.DoneCallback):
         self.futures = futures
         self.distinct = distinct(futures)
         self.combined: Future[Any] = Future()
+        if any(issubclass(type(future), DependentFuture) for future in self.distinct):
+            self.combined = DependentFuture()
+            self.combined.depend_on(self)
         # Popping from a list is one indivisible step: whoever finds it empty is the last.
         self.tickets = [None] * (len(self.distinct) - 1)
+
+    def check(self, blocks: bool = False) -> None:
+        """Check that the futures can be completed while the calling thread waits."""
+        for future in self.distinct:
+            if issubclass(type(future), DependentFuture):
+                future.check(blocks)  # type: ignore[attr-defined]
 
     def start(self) -> Future[Any]:
         for future in self.distinct:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import weakref
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any, Protocol, TypeVar
 
 from ._arguments import Devices
-from ._future import Future
+from ._core import devices_of
+from ._future import Future, chain
 
 T = TypeVar("T")
+S = TypeVar("S")
 
 
 class _Checks(Protocol):
-    def check(self) -> None:
-        """Raise if waiting would not end; recover if what was to complete the future is done."""
+    def check(self, blocks: bool = False) -> None:
+        """Raise if waiting would not end; recover if what was to complete the future is done.
+
+        If ``blocks``, the wait is one of the calling thread, without a limit.
+        """
 
 
 class DependentFuture(Future[T]):
@@ -36,12 +42,21 @@ class DependentFuture(Future[T]):
         return super().__await__(ready)
 
     def wait(self, timeout: float | None = None) -> T:
-        self.check()
+        self.check(blocks=timeout is None)
         return super().wait(timeout)
 
-    def check(self) -> None:
+    def as_asyncio(self) -> asyncio.Future[T]:
+        self.check()
+        return super().as_asyncio()
+
+    def then(self, callback: Callable[[Future[T]], S]) -> Future[S]:
+        child: DependentFuture[S] = DependentFuture(devices=devices_of(self))
+        child._depends_on = self._depends_on
+        return chain(self, callback, child)
+
+    def check(self, blocks: bool = False) -> None:
         """Check that the future is done, or can be completed while this thread waits."""
         if self._depends_on is not None and not self.done():
             thing = self._depends_on()
             if thing is not None:
-                thing.check()
+                thing.check(blocks)

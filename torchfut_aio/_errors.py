@@ -213,8 +213,20 @@ def drop_catching_frame(error: BaseException) -> BaseException:
 
     That frame refers to the future that is to hold the error: the two would be a cycle.
     """
-    traceback = error.__traceback__
-    return error.with_traceback(traceback and traceback.tb_next)
+    traceback = traceback_of(error)
+    return with_traceback(error, traceback and traceback.tb_next)
+
+
+def traceback_of(error: BaseException) -> types.TracebackType | None:
+    """Return the traceback, whatever the class of the error defines."""
+    found: types.TracebackType | None = _traceback.__get__(error)
+    return found
+
+
+def with_traceback(error: E, traceback: types.TracebackType | None) -> E:
+    """Return the error with that traceback, whatever the class of the error defines."""
+    _traceback.__set__(error, traceback)
+    return error
 
 
 def one_for_each(error: BaseException, count: int) -> list[BaseException]:
@@ -232,17 +244,29 @@ def own_copy(error: E) -> E:
     try:
         copied = copy.copy(error)
         copied_args = _args.__get__(copied)  # TypeError if it is no exception
-    except Exception:
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
         return error
     same = len(args) == len(copied_args) and all(map(operator.is_, args, copied_args))
     if copied is error or type(copied) is not type(error) or not same:
         return error
+    _copy_state(error, copied)
     for attribute in _CHAIN:
         attribute.__set__(copied, attribute.__get__(error))
-    notes = error.__dict__.get("__notes__")
+    notes = _dict.__get__(error).get("__notes__")
     if type(notes) is list:
-        copied.__dict__["__notes__"] = [*notes]
+        _dict.__get__(copied)["__notes__"] = [*notes]
     return copied
+
+
+def _copy_state(error: BaseException, copied: BaseException) -> None:
+    """Copy what is neither in the arguments nor in the dict: slots, and what C keeps."""
+    for base in type(error).__mro__:
+        for name, attribute in list(vars(base).items()):
+            if isinstance(attribute, _STATE) and not name.startswith("__"):
+                with contextlib.suppress(AttributeError, TypeError):  # unset, or read-only
+                    attribute.__set__(copied, attribute.__get__(error))
 
 
 def without_frames(error: BaseException) -> BaseException:
@@ -289,6 +313,8 @@ _PLAIN = (str, int, float, bool, type(None))
 # An exception's own class may define these attributes as it likes.
 _args: Any = vars(BaseException)["args"]
 _cause: Any = vars(BaseException)["__cause__"]
+_dict: Any = vars(BaseException)["__dict__"]
+_traceback: Any = vars(BaseException)["__traceback__"]
 # In this order: to set the cause suppresses the context.
 _CHAIN: list[Any] = [
     vars(BaseException)[name]
@@ -307,11 +333,7 @@ def _with_text(kind: type[BaseException], text: str) -> Any:
 def _combine_with(kind: Any, error: BaseException) -> CallbackError:
     args = _args.__get__(error)
     combined: CallbackError = _new_without_init(_combined(CallbackError, kind), *args)
-    for base in kind.__mro__:
-        for name, attribute in list(vars(base).items()):
-            if isinstance(attribute, _STATE) and not name.startswith("__"):
-                with contextlib.suppress(AttributeError, TypeError):  # unset, or read-only
-                    attribute.__set__(combined, attribute.__get__(error))
+    _copy_state(error, combined)
     _args.__set__(combined, args)
     combined.__dict__.update(error.__dict__)
     return combined

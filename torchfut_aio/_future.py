@@ -329,12 +329,9 @@ class Future(Settable[T]):
             >>> child.wait()
             6
         """
-        callback_checked(callback)
         # A class with a constructor of its own may need what only its users know.
         kind = type(self) if type(self).__init__ is Future.__init__ else Future
-        child: Future[Any] = kind(devices=self._devices)
-        _core.add_callback(self, _core.ThenCallback(callback, child))
-        return child
+        return chain(self, callback, kind(devices=self._devices))
 
     def remove_done_callback(self, callback: Callable[[Future[T]], object]) -> int:
         """Removes every attached ``callback`` that has not run yet.
@@ -390,6 +387,12 @@ class InternalFuture(Future[T]):
         """Wait as `wait` does, with a `BlockingWaitWarning` of another text; ignore the outcome."""
         if not self.done():
             self._block(timeout, warning)
+
+
+def chain(future: Future[T], callback: Callable[[Future[T]], S], child: Future[S]) -> Future[S]:
+    callback_checked(callback)
+    _core.add_callback(future, _core.ThenCallback(callback, child))
+    return child
 
 
 class _StreamOrdered:

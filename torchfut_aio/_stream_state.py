@@ -209,7 +209,8 @@ class StreamState:
         try:
             refused = self.end.setdefault(_CLOSED, error) is not error or _LEFT in self.end
             if refused and error is not None:
-                error.exception()  # which nobody will retrieve
+                error.exception()  # which nothing will retrieve
+            self._drop_error_if_left()
             self._wake_all()
         except BaseException:
             self._wake_all_again()
@@ -237,11 +238,17 @@ class StreamState:
             error = self.end.get(_CLOSED)
             if error is not None:
                 error.exception()
+            self._drop_error_if_left()
             self.values.clear()
             self._wake_all()
         except BaseException:
             self._wake_all_again()
             raise
+
+    def _drop_error_if_left(self) -> None:
+        # Nothing raises it any more. Its frames lead to the stream, which would keep all they hold.
+        if _LEFT in self.end and _CLOSED in self.end:
+            self.end[_CLOSED] = None
 
     def _wake_all(self) -> None:
         self.readers.wake(EVERYONE)

@@ -14,7 +14,6 @@ import inspect
 import sys
 import weakref
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
 
 from . import _loops
@@ -207,9 +206,16 @@ def task_name(func: Any, name: object = None) -> str:
 async def run_contained(
     promise: Promise, func: Callable[..., Awaitable[Any]], args: tuple[Any, ...]
 ) -> None:
-    """Keeps the promise with the outcome of ``func(*args)``; raises nothing that ends a loop."""
-    with suppress(KeyboardInterrupt, SystemExit):
+    """Keep the promise with the outcome of ``func(*args)``; raise only a cancellation of the loop.
+
+    The loop runs this as a task of its own, which anything else would end it, or be logged by it.
+    """
+    cancelled = _loops.current().cancelled
+    try:
         await _run(promise, func, args)
+    except BaseException as error:
+        if _consists_of(error, (cancelled, GeneratorExit)):
+            raise
 
 
 async def _run(
@@ -228,8 +234,8 @@ async def _run(
         kind = type(error)
         if issubclass(kind, asyncio.CancelledError):
             promise.cancel(*error.args[:1])  # what was given to cancel()
-        elif issubclass(kind, (GeneratorExit, *_trios_cancellation())):
-            promise.cancel()  # GeneratorExit: nobody will resume the coroutine
+        elif _consists_of(error, _cancellations()):
+            promise.cancel()
         else:
             promise.fail(error)
         if not issubclass(kind, Exception):
@@ -238,6 +244,13 @@ async def _run(
         promise.keep(result)
 
 
-def _trios_cancellation() -> tuple[type[BaseException], ...]:
-    cancelled = getattr(sys.modules.get("trio"), "Cancelled", None)
-    return () if cancelled is None else (cancelled,)
+def _consists_of(error: BaseException, kinds: tuple[type[BaseException], ...]) -> bool:
+    """Return whether ``error`` is of these kinds, or a group of such, as a nursery raises."""
+    if issubclass(type(error), BaseExceptionGroup):
+        return all(_consists_of(each, kinds) for each in error.exceptions)  # type: ignore[attr-defined]
+    return issubclass(type(error), kinds)
+
+
+def _cancellations() -> tuple[type[BaseException], ...]:
+    trios = getattr(sys.modules.get("trio"), "Cancelled", GeneratorExit)
+    return asyncio.CancelledError, GeneratorExit, trios  # GeneratorExit: nothing will resume it

@@ -289,6 +289,6 @@ def _for_each(function: Callable[[Worker], None]) -> None:
         function(worker)
 
 
-atexit.register(_for_each, Worker.at_exit)
+atexit.register(_for_each, lambda worker: worker.at_exit())
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=lambda: _for_each(Worker.after_fork))
+    os.register_at_fork(after_in_child=lambda: _for_each(lambda worker: worker.after_fork()))

@@ -70,7 +70,7 @@ class _Adoption(Adoption):
         self._kept = None
         super().adopt(source)
 
-    def check(self) -> None:
+    def check(self, blocks: bool = False) -> None:  # noqa: ARG002
         source = self._source()
         if source is not None and not source.done():
             _check_that_it_can_run(source.get_loop())

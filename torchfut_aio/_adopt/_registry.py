@@ -293,7 +293,7 @@ class Adoption(_core.Promise):
         """Do what `adopt` does, in a thread that nothing interrupts."""
         self.adopt(source)
 
-    def check(self) -> None:
+    def check(self, blocks: bool = False) -> None:  # noqa: ARG002
         """Recover if the source is done and had no frame left to call the callback."""
         source = self._source()
         if source is not None and source.done() and not self._is_recovering:

@@ -11,7 +11,7 @@ from .. import _core
 from .._arguments import Devices
 from .._dependent import DependentFuture
 from .._devices import finish_devices, has_streams_for_callbacks
-from .._errors import drop_catching_frame
+from .._errors import traceback_of, with_traceback
 from .._future import Future
 from .._pytorch import CppFuture
 from .._worker import call_contained
@@ -50,14 +50,17 @@ def follow(
     if not (source.done() or has_streams_for_callbacks()):
         # If it has devices, no callback could run, and the first would end the ``set_result`` of
         # the thread that completes it.
-        settle_in_thread(adoption, partial(_finished, source), translate)
+        settle_in_thread(adoption, partial(_finished, source), adoption.translate)
         return
     try:
         source.add_done_callback(adoption.callback())
     except RecursionError:
         raise
     except RuntimeError:  # it is done, and there are no streams to run the callback on
-        adoption.settle(partial(_waited, source), translate)
+        adoption.settle(partial(_waited, source), adoption.translate)
+
+
+_READERS = (__name__, "torch.futures")
 
 
 class _Adoption(Adoption):
@@ -83,19 +86,27 @@ class _Adoption(Adoption):
         except (KeyboardInterrupt, SystemExit, RecursionError, MemoryError):
             raise  # of this thread; if it is the source's after all, `recover` finds it again
         except BaseException as raised:
-            error = drop_catching_frame(raised)
+            error = raised
         finally:
             del source  # the error's traceback leads here, and the source holds the error
         if error is None:
             self.keep(value)
         else:
             try:
-                self.fail(self._translate(error))
+                self.fail(self.translate(error))
             finally:
                 del error
 
     def adopt_again(self, source: Any) -> None:
-        self.settle(partial(_waited, source), self._translate)
+        self.settle(partial(_waited, source), self.translate)
+
+    def translate(self, error: BaseException) -> BaseException:
+        """Return the error of the future, without the frames in which it was read."""
+        # Those of torch refer to its future, which keeps the error where no collector finds it.
+        traceback = traceback_of(error)
+        while traceback is not None and traceback.tb_frame.f_globals.get("__name__") in _READERS:
+            traceback = traceback.tb_next
+        return self._translate(with_traceback(error, traceback))
 
 
 class _Callback(_core.DoneCallback):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from .._devices import HOST_ONLY, Readiness, declared_readiness, found_readiness, joint_readiness
-from .._errors import CANCELLATIONS
+from .._errors import CANCELLATIONS, traceback_of, with_traceback
 
 _logger = logging.getLogger("torchfut_aio.unretrieved")
 
@@ -77,7 +77,7 @@ class _Error(Outcome):
         assert self.error is not None
         # A raised exception collects the frames that it passes. Each reader starts from the
         # traceback that it came with, so an error that is read often does not grow.
-        return self.error.with_traceback(self.traceback)
+        return with_traceback(self.error, self.traceback)
 
     def __del__(self) -> None:
         if getattr(self, "is_retrieved", True) or sys is None or sys.is_finalizing():
@@ -107,7 +107,7 @@ def _outcome(value: Any, readiness: Readiness | None, error: BaseException | Non
     if error is not None:
         failure = _Error()
         failure.error = error
-        failure.traceback = error.__traceback__
+        failure.traceback = traceback_of(error)
         failure.readiness = readiness
         failure.is_retrieved = False
         return failure

@@ -22,6 +22,7 @@ clock to tell whether it is late.)
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import weakref
 from abc import ABC, abstractmethod
@@ -149,11 +150,13 @@ class Loop(ABC):
         queue: Those that were completed elsewhere and await their wake-up.
         wake_up: What stands for the wake-up under way; None if there is none.
         watcher: What the device side keeps for this loop.
+        cancelled: What a task of the loop raises that is cancelled.
         before_wait: A method that `waiter` calls before each wait of a task, on any loop; or None.
         checkpoints_suspend: Whether an await that need not wait suspends its task all the same.
             On trio it always does.
     """
 
+    cancelled: ClassVar[type[BaseException]] = asyncio.CancelledError
     before_wait: ClassVar[Callable[[Any], object] | None] = None
 
     __slots__ = (

@@ -63,6 +63,8 @@ class TrioLoop(Loop):
 
     __slots__ = ("_token",)
 
+    cancelled = trio.Cancelled
+
     def __init__(self, token: trio.lowlevel.TrioToken) -> None:
         super().__init__()
         self._token = token

@@ -22,7 +22,7 @@ from .._stream_state import StreamState
 from .._worker import workers
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a future may define `==` as it likes
 class PendingFuture:
     """A future that was pending, and what waited for it then.
 
@@ -44,7 +44,7 @@ class PendingFuture:
         return _indented([Future.__repr__(self.future), *where, *_lines(self.who, now)])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a future may define `==` as it likes
 class PendingStream:
     """A stream that tasks or threads waited for.
 
