@@ -21,6 +21,7 @@ from torch._C._distributed_c10d import _create_work_from_future
 from torch.distributed.checkpoint import state_dict_saver
 
 from torchfut_aio import Future, NotAFutureError, as_completed, as_future, gather
+from torchfut_aio._adopt import _registry
 
 from .loops import on_asyncio, on_every_loop
 from .threads import PATIENCE, PATIENCE_WITH_PROCESSES, alongside, running
@@ -471,3 +472,22 @@ def test_a_function_without_annotations_registers_nothing():
 
     with pytest.raises(TypeError, match="annotated function"):
         as_future.register(adopt)
+
+
+def test_equal_sources_are_adopted_apart_and_none_is_kept():
+    class Equal(concurrent.futures.Future):
+        def __eq__(self, other):
+            return True
+
+        __hash__ = None
+
+    before = len(_registry._made)
+    sources = [Equal() for _ in range(3)]
+    futures = [as_future(source) for source in sources]
+    for n, source in enumerate(sources):
+        assert as_future(source) is futures[n]
+        source.set_result(n)
+    assert [fut.wait(PATIENCE) for fut in futures] == [0, 1, 2]
+    del sources, source
+    gc.collect()
+    assert len(_registry._made) <= before

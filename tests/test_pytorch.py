@@ -118,7 +118,7 @@ WITH_A_FALLBACK = {
     "_distributed_c10d": "sys.modules['torch._C._distributed_c10d'] = None",
     "_extract_tensors": "del torch._jit_internal._extract_tensors",
     "_functional_collectives": "sys.modules['torch.distributed._functional_collectives'] = None",
-    "_is_tensorpipe_available": "del rpc._is_tensorpipe_available",
+    "_is_tensorpipe_available": "vars(rpc).pop('_is_tensorpipe_available', 0)",
     "_jit_internal": "del torch._jit_internal",
     "nothing": "",
     "rpc._is_current_rpc_agent_set": "del rpc._is_current_rpc_agent_set",
