@@ -214,7 +214,7 @@ async def run_contained(
     try:
         await _run(promise, func, args)
     except BaseException as error:
-        if _consists_of(error, (cancelled, GeneratorExit)):
+        if _consists_of(error, (cancelled,)):
             raise
 
 

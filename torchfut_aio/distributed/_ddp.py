@@ -23,7 +23,6 @@ from collections.abc import Callable, Coroutine, Generator
 from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 import torch
-import torch.distributed as dist
 
 from .. import _loops
 from .._arguments import async_function_checked
@@ -31,6 +30,7 @@ from .._core import Promise
 from .._devices import devices_in_use
 from .._errors import drop_catching_frame
 from .._future import Future
+from .._pytorch import CppFuture
 from .._repr import described
 from .._tasks import task_name
 from . import _background_loop
@@ -197,7 +197,8 @@ class _Call:
         tensor = await self._drive(self._hook(self._state, self._bucket))
         name = task_name(self._hook)
         if not isinstance(tensor, torch.Tensor):
-            is_future = isinstance(tensor, (torch.futures.Future, torch._C.Future, dist.Work))
+            # A future of torch, or what a collective returns.
+            is_future = isinstance(tensor, CppFuture) or hasattr(tensor, "get_future")
             raise TypeError(
                 f"a communication hook returns a tensor, and {name} returned {described(tensor)}"
                 + (": await as_future() of it, and return the tensor" if is_future else "")
