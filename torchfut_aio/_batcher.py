@@ -80,7 +80,7 @@ class Batcher(ProcessLocal, Generic[T, R]):
     starts when there is something.
 
     An async function runs as a task of the loop that has entered the batcher, ``async with``.
-    Either way it has no context (`contextvars`) of any caller, as a batch has many.
+    Either way it has no context (``contextvars``) of any caller, as a batch has many.
 
     Every future completes. If the function raises, all items of the batch fail with its error.
     Each item gets its own copy of the exception if ``copy.copy`` can make one; otherwise all share

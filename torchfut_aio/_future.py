@@ -282,7 +282,7 @@ class Future(Settable[T]):
         """Runs ``callback(self)`` when the future completes; inline now, if it is done.
 
         Callbacks run in the thread that completes the future, in the order in which
-        they were added, each in a copy of the context (`contextvars`) in which it was
+        they were added, each in a copy of the context (``contextvars``) in which it was
         added. If the future has devices, dedicated streams are current
         while a callback runs, synchronised with the kernels that fill the value. What
         a callback raises is logged, to the logger ``torchfut_aio``, and touches neither

@@ -55,7 +55,7 @@ def start_soon(
     others may still want what it does. ``asyncio.Task`` and the futures of anyio's portals are not
     like that. To end a task, cancel its group, or a cancel scope that it has entered.
 
-    The task runs in a copy of the caller's context (`contextvars`), made at the call.
+    The task runs in a copy of the caller's context (``contextvars``), made at the call.
 
     Args:
         task_group: A task group of anyio, an ``asyncio.TaskGroup`` or a ``trio.Nursery``,
@@ -120,7 +120,7 @@ def submit(
 
     A thread without an event loop blocks until the portal's loop has made the task. One that
     runs a loop does not: a thread beside it hands the call over, in order for each portal. Either
-    way, the function runs in a copy of the caller's context (`contextvars`).
+    way, the function runs in a copy of the caller's context (``contextvars``).
 
     Args:
         portal: An ``anyio.from_thread.BlockingPortal``.
