@@ -266,7 +266,17 @@ def _copy_state(error: BaseException, copied: BaseException) -> None:
         for name, attribute in list(vars(base).items()):
             if isinstance(attribute, _STATE) and not name.startswith("__"):
                 with contextlib.suppress(AttributeError, TypeError):  # unset, or read-only
-                    attribute.__set__(copied, attribute.__get__(error))
+                    _copy_attribute(attribute, error, copied)
+
+
+def _copy_attribute(attribute: Any, error: BaseException, copied: BaseException) -> None:
+    value, missing = attribute.__get__(error), object()
+    try:
+        copy_has: object = attribute.__get__(copied)
+    except AttributeError:
+        copy_has = missing
+    if copy_has is not value:  # an OSError shows a second filename that was set to None
+        attribute.__set__(copied, value)
 
 
 def without_frames(error: BaseException) -> BaseException:
