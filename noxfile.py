@@ -27,7 +27,7 @@ PINNED = re.search(r"^torch==(.*)$", (HERE / "constraints.txt").read_text(), fla
 # The oldest that pyproject.toml claims, with what was mended in it since.
 LOWEST = dict(re.findall(r"\b(torch|anyio|trio|uvloop)>=([\d.]+)", str(PROJECT["project"])))
 OLDEST = LOWEST.pop("torch") + ".*"
-NEWEST = "2.14.1"
+NEWEST = "2.15.0"
 
 # Every Python that pyproject.toml names with the newest torch; one Python with each torch.
 TESTED = [
