@@ -401,8 +401,9 @@ def test_items_share_an_error_that_cannot_be_copied(error):
 def test_items_that_are_not_drained_get_an_error_each(gated):
     batcher, first = running_batcher(gated)
     queued = [batcher.submit(n) for n in range(3)]
-    gated.may_return.set()
-    batcher.close(drain=False)
+    with running(lambda: batcher.close(drain=False)):
+        settled(queued)
+        gated.may_return.set()
     assert first.wait(PATIENCE) == 0
     assert len({id(fut.exception()) for fut in queued}) == 3
 

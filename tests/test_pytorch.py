@@ -22,6 +22,8 @@ import anyio.from_thread, torch
 import torch.distributed.rpc as rpc
 from torch.distributed.rpc import backend_registry
 
+rpc._is_tensorpipe_available = True  # some builds, such as Debian's, have none
+
 def use():
     from torchfut_aio import _devices, distributed
     asyncio.run(wait())

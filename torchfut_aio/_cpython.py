@@ -228,7 +228,7 @@ def threads_within(function: Callable[..., Any]) -> set[int]:
     frames: dict[int, FrameType] = getattr(sys, "_current_frames", dict)()
     code = getattr(function, "__code__", None)
     try:
-        return {thread for thread, frame in frames.items() if _is_below(frame, code)}
+        return set(filter(lambda thread: _is_below(frames[thread], code), frames))
     finally:
         frames.clear()  # the frame of this call is in it: it would keep those of all threads
 

@@ -156,21 +156,26 @@ class ValueStream(ProcessLocal, Generic[T]):
         if pending:
             self._push_rest(pending, number, timeout)
 
-    def _push_rest(self, pending: deque[_core.Outcome], number: int, timeout: float | None) -> None:
+    # A function of its own: see tests/test_backward_jumps.py.
+    def _push_as_room_comes(
+        self, pending: deque[_core.Outcome], number: int, timeout: float | None
+    ) -> None:
         state = self._state
         give_up = None if timeout is None else time.monotonic() + timeout
+        while pending:
+            left = None if give_up is None else give_up - time.monotonic()
+            if left is not None and left <= 0:
+                raise TimeoutError(
+                    f"the stream had no room within {timeout:g} s: "
+                    f"{number - len(pending)} of {number} values were pushed"
+                )
+            state.writers.block(state.can_write, left, _PUSH_BLOCKS)
+            state.put_many(pending)
+
+    def _push_rest(self, pending: deque[_core.Outcome], number: int, timeout: float | None) -> None:
+        state = self._state
         try:
-            while True:
-                left = None if give_up is None else give_up - time.monotonic()
-                if left is not None and left <= 0:
-                    pushed = f"{number - len(pending)} of {number} values were pushed"
-                    if number == 1:
-                        pushed = "the value was not pushed"
-                    raise TimeoutError(f"the stream had no room within {timeout:g} s: {pushed}")
-                state.writers.block(state.can_write, left, _PUSH_BLOCKS)
-                state.put_many(pending)
-                if not pending:
-                    return
+            self._push_as_room_comes(pending, number, timeout)
         except BaseException:
             try:
                 state.hand_on()
