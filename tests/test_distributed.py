@@ -512,8 +512,8 @@ def test_a_call_that_comes_as_a_run_of_trio_ends_fails_and_leaves_the_run_alone(
         futures[0].wait(PATIENCE)
 
 
-@needs_rpc
 @on_every_loop
+@needs_rpc
 async def test_an_application_serves_on_its_own_loop_and_calls_from_there():
     async with anyio.from_thread.BlockingPortal() as portal:
         with serve_on(portal):
