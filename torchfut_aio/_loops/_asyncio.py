@@ -185,8 +185,7 @@ def stands_still(event_loop: asyncio.AbstractEventLoop) -> bool:
     """Return whether ``event_loop`` cannot run because this thread runs another."""
     running = running_loop()
     if running is event_loop:
-        # In guest mode, trio's tasks run in callbacks of the loop, and not within a task of it.
-        return _in_trio_task() and asyncio.current_task(event_loop) is not None
+        return False
     if event_loop.is_running():
         return _cpython.thread_of(event_loop) == get_ident()
     return not event_loop.is_closed() and (running is not None or _in_trio_task())
