@@ -208,7 +208,7 @@ async def run_contained(
 ) -> None:
     """Keep the promise with the outcome of ``func(*args)``; raise only a cancellation of the loop.
 
-    The loop runs this as a task of its own, which anything else would end it, or be logged by it.
+    The loop runs this as a task of its own. Anything else would end trio's run, or asyncio logs it.
     """
     cancelled = _loops.current().cancelled
     try:

@@ -307,7 +307,7 @@ class Adoption(_core.Promise):
 
     def cancel_at_end(self) -> None:
         """Complete the future when the source is garbage-collected."""
-        self.fail_pending("it was garbage-collected: nobody can complete it any more")
+        self.fail_pending("it was garbage-collected: nothing can complete it any more")
 
     def fail_pending(self, why: str) -> None:
         """Fail the future, as its source will never complete it."""
