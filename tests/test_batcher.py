@@ -41,7 +41,7 @@ from .accelerator import being_filled
 from .forks import outputs
 from .loops import on_asyncio, on_every_loop
 from .meanings import LISTS, NOT_LISTS
-from .threads import PATIENCE, PATIENCE_WITH_PROCESSES, alongside, running, until
+from .threads import PATIENCE, PATIENCE_WITH_PROCESSES, alongside, no_thread_starts, running, until
 from .waiting import Reader, eventually, polled
 
 NAME = "torchfut_aio batcher in a test"
@@ -1173,13 +1173,9 @@ def test_a_batch_costs_the_same_however_long_the_queue(gated, monkeypatch):
     assert costs[1] <= 1.5 * costs[0]
 
 
-def test_a_thread_that_cannot_start_is_the_error_of_submit(monkeypatch):
-    def cannot_start(thread):
-        raise RuntimeError("can't start new thread")
-
+def test_a_thread_that_cannot_start_is_the_error_of_submit():
     batcher = batcher_of()
-    with monkeypatch.context() as patch:
-        patch.setattr(_worker.WorkerThread, "start", cannot_start)
+    with no_thread_starts():
         with pytest.raises(RuntimeError, match="can't start new thread"):
             batcher.submit(1)
         assert batcher.statistics().queued == 0
@@ -1187,13 +1183,10 @@ def test_a_thread_that_cannot_start_is_the_error_of_submit(monkeypatch):
     batcher.close()
 
 
-def test_close_returns_though_no_thread_can_start(monkeypatch):
-    def cannot_start(thread):
-        raise RuntimeError("can't start new thread")
-
+def test_close_returns_though_no_thread_can_start():
     batcher = batcher_of()
-    monkeypatch.setattr(_worker.WorkerThread, "start", cannot_start)
-    batcher.close()
+    with no_thread_starts():
+        batcher.close()
     with pytest.raises(BatcherClosedError):
         batcher.submit(1)
 

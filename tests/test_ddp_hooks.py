@@ -24,7 +24,7 @@ from torchfut_aio._loops import ThreadWaiter
 from torchfut_aio.distributed import _background_loop, _ddp, async_comm_hook, async_rpc, shutdown
 
 from .accelerator import FIRST, NEW, being_filled, read_on_current_stream
-from .threads import PATIENCE, running, until
+from .threads import PATIENCE, no_thread_starts, running, until
 
 either_way = pytest.mark.parametrize("overlap", [False, True])
 
@@ -425,13 +425,9 @@ def test_calls_return_while_the_loop_is_shut_down():
     assert all(fut.done() for fut in futures)
 
 
-def test_a_call_raises_if_no_thread_can_be_started(monkeypatch):
-    def cannot(thread):
-        raise RuntimeError("can't start new thread")
-
+def test_a_call_raises_if_no_thread_can_be_started():
     hook = hook_that_notes([])
-    with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", cannot)
+    with no_thread_starts():
         with pytest.raises(RuntimeError, match="can't start new thread"):
             hook(done(), Bucket())
     assert hook(done(), Bucket()).wait(PATIENCE).item() == 1

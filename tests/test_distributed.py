@@ -36,7 +36,7 @@ from . import explorer, services
 from .accelerator import FIRST, NEW, being_filled, read_on_current_stream
 from .cluster import LOOPS, Cluster
 from .loops import on_every_loop
-from .threads import PATIENCE, PATIENCE_WITH_PROCESSES, running, until
+from .threads import PATIENCE, PATIENCE_WITH_PROCESSES, no_thread_starts, running, until
 
 every_loop = pytest.mark.parametrize("loop", LOOPS)
 needs_rpc = pytest.mark.usefixtures("tensorpipe")
@@ -652,13 +652,9 @@ def test_an_exit_that_ends_the_background_loop_is_survived_by_later_calls():
         until(lambda: len(background_threads()) == 1)  # the other one is ending
 
 
-def test_a_thread_that_cannot_be_started_fails_the_call_and_leaves_nothing(monkeypatch):
-    def cannot(thread):
-        raise RuntimeError("can't start new thread")
-
+def test_a_thread_that_cannot_be_started_fails_the_call_and_leaves_nothing():
     with background_loop_ends():
-        with monkeypatch.context() as patch:
-            patch.setattr(threading.Thread, "start", cannot)
+        with no_thread_starts():
             with pytest.raises(RuntimeError, match="can't start new thread"):
                 double(1)
         assert double(2).wait(PATIENCE) == 4

@@ -33,7 +33,7 @@ from torchfut_aio._devices._blocker import Blocker
 from . import explorer
 from .accelerator import DEVICE, FIRST, NEW, being_filled, simulated_only
 from .loops import on_every_loop
-from .threads import PATIENCE, running, until
+from .threads import PATIENCE, no_thread_starts, running, until
 from .waiting import Reader, pending, polled
 
 pytestmark = pytest.mark.device
@@ -410,17 +410,11 @@ def test_whoever_is_struck_while_adopting_leaves_nothing_and_harms_nobody(
         assert not _background._watching.work, strike
 
 
-def test_a_thread_that_cannot_be_started_leaves_no_notification_behind(
-    accelerator, producer, monkeypatch
-):
-    def cannot(thread):
-        raise RuntimeError("can't start new thread")
-
+def test_a_thread_that_cannot_be_started_leaves_no_notification_behind(accelerator, producer):
     blocker = Blocker()
     with producer:
         accelerator.sleep(PATIENCE)
-    with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", cannot)
+    with no_thread_starts():
         with pytest.raises(RuntimeError, match="can't start new thread"):
             as_future(producer)
         with pytest.raises(RuntimeError, match="can't start new thread"):

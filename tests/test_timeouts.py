@@ -13,7 +13,7 @@ import textwrap
 import threading
 import time
 import weakref
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 import anyio
 import pytest
@@ -33,7 +33,15 @@ from torchfut_aio import (
 from . import explorer
 from .accelerator import NEW, being_filled
 from .loops import on_asyncio, on_every_loop
-from .threads import PATIENCE, PATIENCE_WITH_PROCESSES, alongside, running, until
+from .threads import (
+    PATIENCE,
+    PATIENCE_WITH_PROCESSES,
+    alongside,
+    cannot_start,
+    no_thread_starts,
+    running,
+    until,
+)
 from .waiting import Reader, polled
 
 SOON, LATER = 0.001, 3600.0  # seconds
@@ -400,20 +408,9 @@ def test_a_source_whose_repr_raises_does_not_stop_the_thread(looked_after):
     assert type(shy.exception()) is TimeoutError
 
 
-@contextmanager
-def starts_of_threads(start):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(threading.Thread, "start", start)
-        yield patch
-
-
-def cannot_start(thread):
-    raise RuntimeError("can't start new thread")
-
-
 def test_a_thread_that_cannot_be_started_is_one_timeouts_error():
     source = Future()
-    with starts_of_threads(cannot_start):
+    with no_thread_starts():
         with pytest.raises(RuntimeError, match="can't start new thread"):
             with_timeout(source, SOON)
     assert repr(source) == IDLE
@@ -421,14 +418,14 @@ def test_a_thread_that_cannot_be_started_is_one_timeouts_error():
 
 
 def test_a_thread_that_cannot_be_started_leaves_no_deadline_behind(timer):
-    with starts_of_threads(cannot_start):
+    with no_thread_starts():
         with pytest.raises(RuntimeError, match="can't start new thread"):
             with_timeout(Future(), LATER)
     assert not timer.work
     assert not timer.new
 
 
-def test_who_relied_on_a_thread_that_cannot_be_started_times_out_or_is_told():
+def test_who_relied_on_a_thread_that_cannot_be_started_times_out_or_is_told(monkeypatch):
     outcomes = []
 
     def other():
@@ -443,7 +440,8 @@ def test_who_relied_on_a_thread_that_cannot_be_started_times_out_or_is_told():
             pass
         cannot_start(thread)
 
-    with starts_of_threads(start_other_first) as patch:
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start_other_first)
         with pytest.raises(RuntimeError, match="can't start new thread"):
             with_timeout(Future(), SOON)
     [outcome] = outcomes

@@ -26,7 +26,7 @@ from torchfut_aio._loops import _alarm
 
 from .accelerator import DEVICE, FIRST, NEW, completed_on
 from .loops import on_asyncio, on_every_loop
-from .threads import PATIENCE, PATIENCE_WITH_PROCESSES, running
+from .threads import PATIENCE, PATIENCE_WITH_PROCESSES, no_thread_starts, running
 from .waiting import Reader, eventually, pending, polled
 
 pytestmark = pytest.mark.device
@@ -64,7 +64,10 @@ def open_files():
 
 
 @on_every_loop
-async def test_nothing_pending_is_nothing_scheduled_and_not_one_query(accelerator, producer):
+async def test_nothing_pending_is_nothing_scheduled_and_not_one_query(
+    accelerator, producer, collected
+):
+    collected()  # the files of earlier tests' loops, which would be closed meanwhile
     before = registered_with_the_loop()
     for _ in range(3):
         fut = completed_on(producer, accelerator, None)
@@ -761,15 +764,12 @@ def test_loops_may_start_and_end_in_many_threads_at_once(accelerator):
 
 @on_every_loop
 async def test_a_stream_for_which_no_thread_can_be_started_is_polled(
-    accelerator, producer, blocking_policy, monkeypatch
+    accelerator, producer, blocking_policy
 ):
-    def fails(thread):
-        raise RuntimeError("can't start new thread")
-
     reader = Reader(completed_on(producer, accelerator, None))
-    monkeypatch.setattr(threading.Thread, "start", fails)
-    async with anyio.create_task_group() as tg:
-        tg.start_soon(reader)
-        await polled(3)
-        accelerator.wake()
+    with no_thread_starts():
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(reader)
+            await polled(3)
+            accelerator.wake()
     assert reader.outcome.tolist() == NEW

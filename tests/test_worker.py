@@ -14,7 +14,14 @@ from torchfut_aio import _worker
 from torchfut_aio._worker import Worker
 
 from . import explorer
-from .threads import PATIENCE, PATIENCE_WITH_PROCESSES, running, until
+from .threads import (
+    PATIENCE,
+    PATIENCE_WITH_PROCESSES,
+    cannot_start,
+    no_thread_starts,
+    running,
+    until,
+)
 
 NAME = "torchfut_aio worker in a test"
 
@@ -60,10 +67,6 @@ def submits_beside(worker):
     with running(lambda: events.append(submits(worker))):
         pass
     return events[0]
-
-
-def cannot_start(thread):
-    raise RuntimeError("can't start new thread")
 
 
 # ------------------------------------------------------------------------------- work
@@ -134,10 +137,9 @@ def test_what_ends_the_thread_by_an_error_leaves_the_rest_to_another(kind):
 # --------------------------------------------------------------------- a start that fails
 
 
-def test_a_thread_that_cannot_be_started_is_the_error_of_one_submission(monkeypatch):
+def test_a_thread_that_cannot_be_started_is_the_error_of_one_submission():
     worker = Sets()
-    with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", cannot_start)
+    with no_thread_starts():
         with pytest.raises(RuntimeError, match="can't start new thread"):
             submits(worker)
     assert not worker.work

@@ -10,6 +10,9 @@ from typing import Any
 
 import anyio
 import anyio.to_thread
+import pytest
+
+from torchfut_aio._worker import WorkerThread
 
 PATIENCE = 60.0  # seconds after which something that should happen is given up on
 # The same for a process of its own, which has to import torch first: on a machine whose load
@@ -54,6 +57,18 @@ async def alongside(*functions: Callable[[], Any]) -> AsyncIterator[None]:
     finally:
         with anyio.CancelScope(shield=True):
             await anyio.to_thread.run_sync(threads.__exit__, None, None, None)
+
+
+def cannot_start(thread: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
+
+
+@contextmanager
+def no_thread_starts() -> Iterator[None]:
+    """Refuses the threads that the package starts; an event loop's own, such as trio's, start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WorkerThread, "start", cannot_start)
+        yield
 
 
 def until(condition: Callable[[], bool]) -> None:
