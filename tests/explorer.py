@@ -240,17 +240,16 @@ def _signal_points(code: CodeType) -> _Points:
         for offset, i in instructions.items()
         if "JUMP" in i.opname and isinstance(i.argval, int) and i.argval <= offset
     }
-    # Tracing may begin after the RESUME with which a function begins from CPython 3.11 on, or a
-    # generator goes on. None is looked at that goes on in the midst of a yield from or await.
+    # Tracing may begin after the RESUME with which a function begins, or a generator goes on.
+    # None is looked at that goes on in the midst of a yield from or await.
     offsets = list(instructions)
     entries = {
         now
         for last, now in itertools.pairwise(offsets)
         if instructions[last].opname == "RESUME" and (instructions[last].arg or 0) & 3 < 2
-    } or {offsets[0]}
+    }
     # A call that raised leads to a handler, and signals are not looked for on the way there.
-    parse: Any = getattr(dis, "_parse_exception_table", lambda _: ())  # from CPython 3.11 on
-    handlers = {entry.target for entry in parse(code)}
+    handlers = {entry.target for entry in dis._parse_exception_table(code)}
     return lambda last, now: (
         now not in handlers and (last in called or now in entries or now in backward)
     )
@@ -269,8 +268,9 @@ def _calls(code: CodeType) -> _Points:
 
 def _ends_with(before: list[dis.Instruction]) -> bool:
     """Tells whether a call is the one with which a ``with`` lets go: who could not would hang."""
-    nones = [i.opname == "DUP_TOP" or (i.opname, i.argval) == ("LOAD_CONST", None) for i in before]
-    return nones == [True] * 3
+    # LOAD_COMMON_CONSTANT: from CPython 3.15 on.
+    loads = ("LOAD_CONST", "LOAD_COMMON_CONSTANT")
+    return [i.opname in loads and i.argval is None for i in before] == [True] * 3
 
 
 def _is_call(instruction: dis.Instruction) -> bool:
