@@ -22,6 +22,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 import torch
+import trio
 
 from torchfut_aio import (
     Batcher,
@@ -33,6 +34,7 @@ from torchfut_aio import (
     _batcher,
     _loops,
     _worker,
+    as_future,
     gather,
 )
 
@@ -823,6 +825,21 @@ def test_futures_made_of_those_of_an_async_batcher_raise_there_too(two_loops):
     assert home(awaited(child)) == 7
     assert gathered.wait() == [6]
     home(batcher.aclose())
+
+
+@on_asyncio
+@pytest.mark.filterwarnings("ignore:It looks like Trio's signal handling")
+async def test_a_run_of_trio_in_a_task_cannot_wait_for_the_loop_of_the_task():
+    async def on_trio():
+        with pytest.raises(RuntimeError, match="while this thread runs another loop"):
+            batcher.submit(1)
+        with pytest.raises(RuntimeError, match="while this thread runs another"):
+            await as_future(source)
+
+    source = asyncio.get_running_loop().create_future()
+    async with batcher_of(double_soon) as batcher:
+        trio.run(on_trio)
+        assert await batcher.submit(1) == 2
 
 
 class Odd(BaseException):

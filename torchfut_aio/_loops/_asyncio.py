@@ -185,14 +185,17 @@ def stands_still(event_loop: asyncio.AbstractEventLoop) -> bool:
     """Return whether ``event_loop`` cannot run because this thread runs another."""
     running = running_loop()
     if running is event_loop:
-        return False
+        # Trio's tasks run in callbacks of the loop in guest mode, and not within a task of it.
+        return _trio_runs_here() and asyncio.current_task(event_loop) is not None
     if event_loop.is_running():
         return _cpython.thread_of(event_loop) == get_ident()
-    return not event_loop.is_closed() and (running is not None or _in_trio_task())
+    return not event_loop.is_closed() and (running is not None or _trio_runs_here())
 
 
-def _in_trio_task() -> bool:
-    return bool(getattr(sys.modules.get("trio.lowlevel"), "in_trio_task", bool)())
+def _trio_runs_here() -> bool:
+    """Return whether the caller runs on trio, and not on a loop of asyncio's kind within trio."""
+    trio = sys.modules.get("torchfut_aio._loops._trio")  # not there before a program imports trio
+    return trio is not None and trio.current() is not None
 
 
 def _will_look_before_it_sleeps(event_loop: asyncio.AbstractEventLoop) -> bool:
