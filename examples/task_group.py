@@ -94,7 +94,7 @@ async def merge(answers: MemoryObjectReceiveStream[Hits]) -> list[int]:
 async def ask(shards: list[Shard], query: torch.Tensor, deadline: float) -> str:
     """Returns what the shards that answer in time know of the query."""
     requests = [shard.search(query) for shard in shards]
-    answered = failed = 0
+    answered = 0
     send, receive = anyio.create_memory_object_stream[Hits](1)
     async with anyio.create_task_group() as group:
         best = start_soon(group, merge, receive)
@@ -104,11 +104,12 @@ async def ask(shards: list[Shard], query: torch.Tensor, deadline: float) -> str:
                     if request.exception() is None:
                         answered += 1
                         await send.send(request.value())
-                    else:
-                        failed += 1
     # The group has exited, so the task is done. What is still pending here is given up: the
     # shard sees that when it gets there, and if it is about to answer, its answer is dropped.
     given_up = sum(request.cancel() for request in requests)
+    # An error may have come too late for the loop; one that is never read would be logged.
+    done = [request for request in requests if not request.cancelled()]
+    failed = sum(request.exception() is not None for request in done)
     return (
         f"{answered} shards answered, {failed} failed, {given_up} given up: "
         f"documents {', '.join(map(str, best.value()))}"
