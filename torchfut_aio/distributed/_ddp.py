@@ -120,7 +120,7 @@ class _Reduction:
         self._last: weakref.ref[Future[Any]] | None = None
         # Of the bucket whose hook has raised in its first step, in this backward pass.
         self._raised_at_once: Future[torch.Tensor] | None = None
-        # DDP keeps only the C++ side of a future, which does not keep an error.
+        # Of this backward pass. DDP keeps only the C++ side of a future, which keeps no error.
         self._failed: deque[Future[torch.Tensor]] = deque(maxlen=1000)
 
     def start(self, state: object, bucket: GradBucket) -> Future[torch.Tensor]:
@@ -132,7 +132,7 @@ class _Reduction:
         before = self._last
         call = _Call(self._hook, state, bucket, None if before is None else before())
         future: Future[torch.Tensor] = Future(devices=devices_in_use())
-        future.add_done_callback(self._keep_if_failed)
+        future.add_done_callback(functools.partial(_keep_if_failed, self._failed))
         if not self._overlap:
             self._last = weakref.ref(future)
         call.start(future)
@@ -144,15 +144,16 @@ class _Reduction:
         return future
 
     def _begin_backward_pass(self) -> None:
-        self._failed.clear()
+        self._failed = deque(maxlen=1000)  # another, as the last pass may still fail
         self._raised_at_once = None
         last = None if self._last is None else self._last()
         if last is not None:  # wait for it all the same, but ignore its error
             self._last = weakref.ref(last.then(lambda _: None))
 
-    def _keep_if_failed(self, future: Future[torch.Tensor]) -> None:
-        if future.exception() is not None:
-            self._failed.append(future)
+
+def _keep_if_failed(kept: deque[Future[torch.Tensor]], future: Future[torch.Tensor]) -> None:
+    if future.exception() is not None:
+        kept.append(future)
 
 
 class _Call:
