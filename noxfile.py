@@ -58,14 +58,14 @@ def run(session: nox.Session, script: str, *arguments: str) -> None:
 )
 def tests(session: nox.Session, torch: str) -> None:
     """The test suite."""
-    install(session, "examples,test", torch)
+    install(session, "test", torch)
     run(session, "test", *session.posargs)
 
 
 @nox.session(python=PYTHON)
 def check(session: nox.Session) -> None:
     """Lint, format and types."""
-    install(session, "examples,test")
+    install(session, "test")
     run(session, "check")
 
 
@@ -79,7 +79,7 @@ def examples(session: nox.Session) -> None:
 @nox.session(python=PYTHON)
 def integrations(session: nox.Session) -> None:
     """The futures of other libraries, with the libraries themselves."""
-    install(session, "examples,test,integrations")
+    install(session, "test,integrations")
     run(session, "test", "tests/test_integrations.py", *session.posargs)
 
 
@@ -92,7 +92,7 @@ def dist(session: nox.Session) -> None:
 @nox.session(python=PYTHON)
 def docs(session: nox.Session) -> None:
     """The site is built without a warning, and what it and the docstrings show happens."""
-    install(session, "docs,examples,test")
+    install(session, "docs,test")
     run(session, "docs")
     run(session, "test", "tests/test_documentation.py", *session.posargs)
 
