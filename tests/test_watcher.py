@@ -496,6 +496,9 @@ from tests.threads import until
 import torchfut_aio
 from torchfut_aio import Future, PollPolicy, as_future, set_poll_policy, synchronize
 
+# os.fork() warns from CPython 3.12 on, and raises if that is an error, from 3.15 on.
+warnings.filterwarnings("ignore", ".*multi-threaded, use of fork", DeprecationWarning)
+
 def kernels():
     with torch.Stream("sim:0") as stream:
         sim.sleep(3600)
