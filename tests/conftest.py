@@ -7,6 +7,8 @@ import gc
 import glob
 import os
 import signal
+import sys
+import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -50,6 +52,13 @@ def pytest_terminal_summary(
 
 def pytest_collection_finish() -> None:
     explorer.freeze()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fails a run that was to be without the GIL, if anything has turned it on."""
+    if os.environ.get("PYTHON_GIL") == "0" and sysconfig.get_config_var("Py_GIL_DISABLED"):
+        if sys._is_gil_enabled():  # type: ignore[attr-defined]
+            pytest.exit("the GIL is on, so these tests have not run without it", returncode=1)
 
 
 @pytest.fixture(autouse=True)

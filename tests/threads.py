@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -18,6 +19,13 @@ PATIENCE = 60.0  # seconds after which something that should happen is given up 
 # The same for a process of its own, which has to import torch first: on a machine whose load
 # is ten times its cores, that alone takes a minute.
 PATIENCE_WITH_PROCESSES = 10 * PATIENCE
+
+has_gil: bool = getattr(sys, "_is_gil_enabled", lambda: True)()
+
+
+def needs_gil(why: str) -> pytest.MarkDecorator:
+    """Skips a test where there is no GIL, and says why what it tests is not so there."""
+    return pytest.mark.skipif(not has_gil, reason=f"without a GIL: {why}")
 
 
 @contextmanager
