@@ -56,9 +56,9 @@ def pytest_collection_finish() -> None:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Fails a run that was to be without the GIL, if anything has turned it on."""
-    if os.environ.get("PYTHON_GIL") == "0" and sysconfig.get_config_var("Py_GIL_DISABLED"):
-        if sys._is_gil_enabled():  # type: ignore[attr-defined]
-            pytest.exit("the GIL is on, so these tests have not run without it", returncode=1)
+    has_none = sysconfig.get_config_var("Py_GIL_DISABLED") and os.environ.get("PYTHON_GIL") == "0"
+    if has_none and sys._is_gil_enabled():
+        pytest.exit("the GIL is on, so these tests have not run without it", returncode=1)
 
 
 @pytest.fixture(autouse=True)

@@ -20,6 +20,7 @@ from torchfut_aio import (
     QueueFullError,
     StreamClosedError,
     ValueStream,
+    as_completed,
     with_timeout,
 )
 from torchfut_aio._core import Promise
@@ -133,6 +134,19 @@ def test_a_thread_that_begins_to_wait_gets_the_value():
 
     race(wait, lambda n: futures[n].set_result(n))
     assert got == list(range(RACES))
+
+
+def test_two_threads_share_what_completes():
+    futures = [Future() for _ in range(RACES)]
+    shared, taken = as_completed(futures), [[], []]
+
+    def complete_and_take(n):
+        futures[2 * n].set_result(None)
+        futures[2 * n + 1].set_result(None)
+        taken[1].append(next(shared))
+
+    race(lambda n: taken[0].append(next(shared)), complete_and_take, RACES // 2)
+    assert Counter(map(id, taken[0] + taken[1])) == Counter(map(id, futures))
 
 
 def test_has_waiters_may_be_asked_while_followers_come_and_go():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import sys
 import threading
 import time
@@ -30,14 +31,18 @@ def needs_gil(why: str) -> pytest.MarkDecorator:
 
 @contextmanager
 def running(*functions: Callable[[], Any]) -> Iterator[None]:
-    """Runs ``functions`` in a thread each, released together; joins them at the end."""
+    """Runs ``functions`` in a thread each, released together; joins them at the end.
+
+    In a context of their own. On builds without a GIL, threads begin with that of their maker, and
+    anyio takes from it which event loop runs here.
+    """
     errors: list[BaseException] = []
     start = threading.Barrier(len(functions) + 1)
 
     def run(function: Callable[[], Any]) -> None:
         start.wait(PATIENCE)
         try:
-            function()
+            contextvars.Context().run(function)
         except BaseException as error:
             errors.append(error)
 
