@@ -23,6 +23,8 @@ from blockbuster import BlockBuster
 from hypothesis import HealthCheck, settings
 from torch.distributed import rpc
 
+import torchfut_aio._loops._trio  # noqa: F401  the first wait would import it, and take a lock
+
 from . import explorer
 from .accelerator import accelerator, accelerator_module, consumer, producer
 from .threads import PATIENCE, until
