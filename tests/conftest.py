@@ -7,6 +7,8 @@ import gc
 import glob
 import os
 import signal
+import sys
+import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +22,8 @@ import uvloop
 from blockbuster import BlockBuster
 from hypothesis import HealthCheck, settings
 from torch.distributed import rpc
+
+import torchfut_aio._loops._trio  # noqa: F401  the first wait would import it, and take a lock
 
 from . import explorer
 from .accelerator import accelerator, accelerator_module, consumer, producer
@@ -50,6 +54,13 @@ def pytest_terminal_summary(
 
 def pytest_collection_finish() -> None:
     explorer.freeze()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fails a run that was to be without the GIL, if anything has turned it on."""
+    has_none = sysconfig.get_config_var("Py_GIL_DISABLED") and os.environ.get("PYTHON_GIL") == "0"
+    if has_none and sys._is_gil_enabled():
+        pytest.exit("the GIL is on, so these tests have not run without it", returncode=1)
 
 
 @pytest.fixture(autouse=True)

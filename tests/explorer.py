@@ -46,7 +46,8 @@ def strikes(
         first: The number of the first point.
         error: What to raise.
         do: A function to call at the point, instead of raising: what another thread might do.
-        at: "signals", where CPython looks for signals; or "calls", instead of each call.
+        at: "signals", where CPython looks for signals; "calls", instead of each call; or
+            "instructions", before each, where without a GIL another thread may do something.
         thread: The name of a thread that is started meanwhile and to be struck; if None, the
             thread that enters the context is.
     """
@@ -92,7 +93,7 @@ class Strike:
         self._left = number
         self.files = files
         self._do = do
-        self._points = {"signals": _signal_points, "calls": _calls}[at]
+        self._points = {"signals": _signal_points, "calls": _calls, "instructions": _all}[at]
         self._tracer = (_Settrace if sys.version_info < (3, 12) else _Monitoring)(self)
         self._last: dict[FrameType, int] = {}  # the last instruction of each frame
 
@@ -264,6 +265,10 @@ def _calls(code: CodeType) -> _Points:
         if _is_call(i) and not _ends_with(instructions[n - 3 : n])
     }
     return lambda _last, now: now in called
+
+
+def _all(_code: CodeType) -> _Points:
+    return lambda _last, _now: True
 
 
 def _ends_with(before: list[dis.Instruction]) -> bool:

@@ -20,7 +20,7 @@ import torchfut_aio
 from torchfut_aio import Future, _cpython
 
 from .forks import outputs
-from .threads import PATIENCE
+from .threads import PATIENCE, needs_gil
 
 PACKAGE = pathlib.Path(torchfut_aio.__file__).parent
 
@@ -287,6 +287,7 @@ def test_no_module_reads_the_local_variables_of_frames():
         assert not any(isinstance(n, ast.Constant) and n.value == "f_locals" for n in nodes), path
 
 
+@needs_gil("only the thread of a task could look where it waits")
 def test_the_place_of_what_is_no_coroutine_of_python_is_unknown(monkeypatch):
     class Strange:
         cr_await = cr_frame = "not a frame"

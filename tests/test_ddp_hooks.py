@@ -19,12 +19,11 @@ import torch.distributed as dist
 
 import torchfut_aio
 from torchfut_aio import Future, as_completed, as_future, gather
-from torchfut_aio._cpython import threads_within
 from torchfut_aio._loops import ThreadWaiter
 from torchfut_aio.distributed import _background_loop, _ddp, async_comm_hook, async_rpc, shutdown
 
 from .accelerator import FIRST, NEW, being_filled, read_on_current_stream
-from .threads import PATIENCE, no_thread_starts, running, until
+from .threads import PATIENCE, needs_gil, no_thread_starts, running, until
 
 either_way = pytest.mark.parametrize("overlap", [False, True])
 
@@ -364,10 +363,25 @@ def test_an_error_that_ends_an_await_keeps_nothing_once_dropped(waits):
 # --------------------------------------------------------------------- the waiting
 
 
-def test_a_call_waits_for_a_loop_busy_with_another_bucket(nothing_blocks_a_loop):
+@pytest.fixture
+def main_thread_blocks(monkeypatch):
+    """An event that is set when the main thread is about to block."""
+    event, block = threading.Event(), ThreadWaiter.block
+
+    def noted(waiter, timeout):
+        if waiter.thread == threading.main_thread().ident:
+            event.set()
+        block(waiter, timeout)
+
+    monkeypatch.setattr(ThreadWaiter, "block", noted)
+    return event
+
+
+def test_a_call_waits_for_a_loop_busy_with_another_bucket(
+    nothing_blocks_a_loop, main_thread_blocks
+):
     nothing_blocks_a_loop.deactivate()
     steps, release, go_on = [], Future(), threading.Event()
-    main = threading.get_ident()
 
     @async_comm_hook
     async def hook(state, bucket):
@@ -379,13 +393,14 @@ def test_a_call_waits_for_a_loop_busy_with_another_bucket(nothing_blocks_a_loop)
         return bucket.buffer()
 
     def let_go_on_when_the_call_waits():
-        until(lambda: main in threads_within(ThreadWaiter.block))
+        assert main_thread_blocks.wait(PATIENCE)
         go_on.set()
 
     busy = threading.Event()
     futures = [hook(None, Bucket(0))]
     release.set_result(None)
     assert busy.wait(PATIENCE)
+    main_thread_blocks.clear()
     with running(let_go_on_when_the_call_waits):
         futures.append(hook(None, Bucket(1)))
         assert steps == [0, 1]
@@ -440,14 +455,14 @@ def test_a_call_raises_when_the_interpreter_exits(monkeypatch):
             hook_that_notes([])(done(), Bucket())
 
 
-def test_ctrl_c_ends_the_wait_and_the_hook_goes_on(nothing_blocks_a_loop):
+def test_ctrl_c_ends_the_wait_and_the_hook_goes_on(nothing_blocks_a_loop, main_thread_blocks):
     nothing_blocks_a_loop.deactivate()
     steps, interrupted = [], threading.Event()
     main = threading.main_thread().ident
 
     @async_comm_hook
     async def hook(state, bucket):
-        until(lambda: main in threads_within(ThreadWaiter.block))
+        assert main_thread_blocks.wait(PATIENCE)
         signal.pthread_kill(main, signal.SIGINT)
         assert interrupted.wait(PATIENCE)
         steps.append("goes on")
@@ -473,6 +488,7 @@ def test_backward_on_the_background_loop_raises():
         train().wait(PATIENCE)
 
 
+@needs_gil("whether another thread is in backward(), no thread can look up safely")
 def test_a_call_raises_if_backward_blocks_the_loop(monkeypatch, nothing_blocks_a_loop):
     nothing_blocks_a_loop.deactivate()
     monkeypatch.setattr(_ddp, "_PATIENCE", 0.01)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextvars
 import threading
 import weakref
 from contextlib import suppress
@@ -77,7 +78,7 @@ def in_thread(function, *args):
     def call():
         nonlocal args
         with suppress(OutOfMemory):
-            function(*args)
+            contextvars.Context().run(function, *args)  # see `running`
         args = ()
 
     thread = threading.Thread(target=call)

@@ -368,8 +368,7 @@ class OneWait:
 def test_a_further_kind_of_loop_is_a_file_and_a_line(monkeypatch):
     loop = OneTask()
     monkeypatch.setattr(_loops, "_KINDS", (("one_task", "run", "_one_task"), *_loops._KINDS))
-    monkeypatch.setattr(_loops, "_not_imported", ("one_task",))
-    monkeypatch.setattr(_loops, "_files", _loops._files)
+    monkeypatch.setattr(_loops, "_admitted", (_loops._admitted[0], ("one_task",)))
     file = types.SimpleNamespace(current=lambda: loop)
     monkeypatch.setitem(sys.modules, "torchfut_aio._loops._one_task", file)
     with pytest.raises(RuntimeError, match="no asyncio, uvloop or trio event loop runs here"):

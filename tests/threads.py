@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextvars
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -19,17 +21,28 @@ PATIENCE = 60.0  # seconds after which something that should happen is given up 
 # is ten times its cores, that alone takes a minute.
 PATIENCE_WITH_PROCESSES = 10 * PATIENCE
 
+has_gil: bool = getattr(sys, "_is_gil_enabled", lambda: True)()
+
+
+def needs_gil(why: str) -> pytest.MarkDecorator:
+    """Skips a test where there is no GIL, and says why what it tests is not so there."""
+    return pytest.mark.skipif(not has_gil, reason=f"without a GIL: {why}")
+
 
 @contextmanager
 def running(*functions: Callable[[], Any]) -> Iterator[None]:
-    """Runs ``functions`` in a thread each, released together; joins them at the end."""
+    """Runs ``functions`` in a thread each, released together; joins them at the end.
+
+    In a context of their own. On builds without a GIL, threads begin with that of their maker, and
+    anyio takes from it which event loop runs here.
+    """
     errors: list[BaseException] = []
     start = threading.Barrier(len(functions) + 1)
 
     def run(function: Callable[[], Any]) -> None:
         start.wait(PATIENCE)
         try:
-            function()
+            contextvars.Context().run(function)
         except BaseException as error:
             errors.append(error)
 

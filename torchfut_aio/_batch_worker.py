@@ -24,6 +24,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextvars import ContextVar
+from threading import get_ident
 from typing import Any, Protocol
 
 import torch
@@ -42,6 +43,20 @@ _LOOK = 0.1  # seconds after which a thread that waits looks whether the interpr
 in_batch: ContextVar[object] = ContextVar("torchfut_aio batch", default=None)
 
 
+class Tally:
+    """A count to which any threads add at once, and lose none: each has a part of its own."""
+
+    def __init__(self) -> None:
+        self._parts: dict[int, int] = {}  # by thread
+
+    def add(self, number: int = 1) -> None:
+        thread = get_ident()
+        self._parts[thread] = self._parts.get(thread, 0) + number
+
+    def total(self) -> int:
+        return sum([*self._parts.values()])
+
+
 class Home(Protocol):
     """Where the batches of an async function run."""
 
@@ -57,7 +72,8 @@ class BatchWorker(Worker):
         batch: The futures and items that are run now.
         closing: Whether the thread is to end when nothing is queued.
         ended: Done when the function will run no more.
-        batches, items, rejected, skipped, waited, ran: As in `BatcherStatistics`.
+        batches, items, waited, ran: As in `BatcherStatistics`; the thread that serves counts them.
+        rejected, skipped: The same, of which any thread adds some.
     """
 
     daemon = False  # the function may block in torch
@@ -73,7 +89,8 @@ class BatchWorker(Worker):
         self.batch: list[tuple[Future[Any], Any]] = []
         self.closing = False
         self.ended: InternalFuture[None] = InternalFuture()
-        self.batches = self.items = self.rejected = self.skipped = 0
+        self.batches = self.items = 0
+        self.rejected, self.skipped = Tally(), Tally()
         self.waited = self.ran = 0.0
         self._rings_at: float = 1  # so many in the queue
         self._may_purge_at = 0.0
@@ -198,7 +215,7 @@ class BatchWorker(Worker):
         done = future.done()
         if done:
             # First, for a caller that sees that it has gone.
-            self.skipped += future in self.work
+            self.skipped.add(future in self.work)
             self.work.pop(future, None)
         return done
 

@@ -176,7 +176,7 @@ class Batcher(ProcessLocal, Generic[T, R]):
             raise BatcherClosedError("the batcher is closed and takes no more items")
         future: Future[R] = self._future_of_loop() if self._needs_loop else Future()
         if len(worker.work) >= self._max_queue and not worker.make_room(self._max_queue):
-            worker.rejected += 1
+            worker.rejected.add()
             raise QueueFullError(f"the queue is full: {self._max_queue} items wait")
         worker.submit(future, (item, time.monotonic()))
         if worker.ended.done():  # it may have ended meanwhile: rule 3 of `_batch_worker.py`
@@ -207,8 +207,8 @@ class Batcher(ProcessLocal, Generic[T, R]):
             running=len(worker.batch),
             batches=worker.batches,
             items=worker.items,
-            rejected=worker.rejected,
-            skipped=worker.skipped,
+            rejected=worker.rejected.total(),
+            skipped=worker.skipped.total(),
             waited=worker.waited,
             ran=worker.ran,
             mean_batch_size=worker.items / worker.batches if worker.batches else 0.0,

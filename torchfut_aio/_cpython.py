@@ -223,8 +223,11 @@ def is_within(function: Callable[..., Any]) -> bool:
 def threads_within(function: Callable[..., Any]) -> set[int]:
     """Return the identifiers of the threads that are in a call of ``function``.
 
-    Empty where the interpreter does not say.
+    Empty where the interpreter does not say, and without a GIL: there the other threads run while
+    this one walks their frames, which may crash the interpreter.
     """
+    if not _has_gil():
+        return set()
     frames: dict[int, FrameType] = getattr(sys, "_current_frames", dict)()
     code = getattr(function, "__code__", None)
     try:

@@ -25,7 +25,7 @@ from typing import NoReturn
 
 from . import _core
 from ._errors import StreamClosedError, without_frames
-from ._waiters import EVERYONE, Waiters
+from ._waiters import EVERYONE, Waiters, first
 
 ROOM = (None,)  # for one value
 
@@ -194,7 +194,7 @@ class StreamState:
         """Raise StreamClosedError if the reading side is closed."""
         if _LEFT not in self.end:
             return
-        if next(iter(self.end)) == _CLOSED:  # which came first
+        if first(self.end) == _CLOSED:  # which came first
             raise StreamClosedError(
                 "the stream has ended: it was closed, and then its readers left"
             )

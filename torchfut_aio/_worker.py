@@ -249,7 +249,8 @@ class Worker(ABC):
     def claim(self, thread: WorkerThread) -> bool:
         """Makes ``thread`` the one that serves, or returns False if another does."""
         with self._claiming:
-            if self._server is not None and self._server.is_there:
+            server = self._server  # once, as the other thread may release it meanwhile
+            if server is not None and server.is_there:
                 return False
             self._server = thread
         self.new.clear()

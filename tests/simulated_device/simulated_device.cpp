@@ -139,9 +139,10 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     count(counters.stream_queries);
     make_context(current_device);
     check_capture();
+    Queue& queue = queue_of(stream); // before the lock: whoever holds `other_mutex` takes it, too
     Lock lock(mutex);
-    queue_of(stream).check();
-    return queue_of(stream).steps.empty();
+    queue.check();
+    return queue.steps.empty();
   }
   void synchronizeStream(const c10::Stream& stream) const override {
     synchronize(simulated::record(stream));
@@ -426,7 +427,9 @@ pybind11::dict current_counters() {
 
 } // namespace
 
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
+// No GIL is needed: what threads share is atomic, or one of the two mutexes of streams.h guards it,
+// and no Python object is touched while a mutex is held.
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, module, pybind11::mod_gil_not_used()) {
   using Released = pybind11::call_guard<pybind11::gil_scoped_release>;
   at::RegisterPrivateUse1HooksInterface(new Hooks);
   module.attr("DEVICES") = kDevices;

@@ -329,7 +329,7 @@ def is_followed(future: Completable[Any]) -> bool:
     """Tells whether the future is pending and somebody follows it."""
     state = future._state
     # In this order: a completion stores the outcome before it deletes a follower.
-    return bool(state) and state.keys() != {IGNORED} and OUTCOME not in state
+    return any(each is not IGNORED for each in [*state]) and OUTCOME not in state
 
 
 def _refuse_second(future: Completable[Any]) -> NoReturn:

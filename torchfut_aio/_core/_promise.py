@@ -42,23 +42,25 @@ class Promise:
 
     def keep(self, result: object) -> None:
         """Complete the future with a value."""
-        if self._future is not None:
+        future = self._future  # once, as another thread may keep or fail the promise meanwhile
+        if future is not None:
             try:
-                try_complete_with_value(self._future, result)
+                try_complete_with_value(future, result)
             except BaseException:
-                start_new_thread(call_contained, (_complete_later, self._future, result))
+                start_new_thread(call_contained, (_complete_later, future, result))
                 raise
-            self._future = None
+            self._future = future = None
 
     def fail(self, error: BaseException) -> None:
         """Complete the future with an error."""
-        if self._future is not None:
+        future = self._future
+        if future is not None:
             try:
-                try_complete_with_error(self._future, error)
+                try_complete_with_error(future, error)
             except BaseException:
-                start_new_thread(call_contained, (try_complete_with_error, self._future, error))
+                start_new_thread(call_contained, (try_complete_with_error, future, error))
                 raise
-            self._future = None
+            self._future = future = None
 
     def settle(
         self,
@@ -77,7 +79,8 @@ class Promise:
 
     def is_pending(self) -> bool:
         """Return whether the future is not done yet."""
-        return self._future is not None and outcome_of(self._future) is None
+        future = self._future
+        return future is not None and outcome_of(future) is None
 
     def cancel(self, *why: object) -> None:
         """Complete the future with a CancelledError that says why."""

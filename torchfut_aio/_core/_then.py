@@ -59,5 +59,6 @@ class ThenCallback(DoneCallback):
         self.child = None
 
     def fail(self, _future: Completable[Any], error: BaseException) -> None:
-        if self.child is not None and outcome_of(self.child) is None:
-            complete_with_error(self.child, error)
+        child = self.child
+        if child is not None and outcome_of(child) is None:
+            complete_with_error(child, error)

@@ -298,8 +298,9 @@ class Watcher:
             queue.events.clear()
         self._active.clear()
         self._alarm_at = inf
-        if self._alarm is not None:
-            self._alarm.close()  # if an interrupt strikes now, the next wait sets it again
+        alarm = self._alarm
+        if alarm is not None:
+            alarm.close()  # if an interrupt strikes now, the next wait sets it again
             self._alarm = None
 
     def abandon(self) -> None:

@@ -47,8 +47,12 @@ _KINDS = (
 current_asyncio = _asyncio.current
 stands_still = _asyncio.stands_still
 
-_files: tuple[Any, ...] = (_asyncio,)
-_not_imported = tuple(library for library, _, _ in _KINDS if library != "asyncio")
+# The files of the kinds whose library is imported, and the libraries of the others. Two threads may
+# admit a kind at once: as this is one object, the older of two is a whole one, and is mended.
+_admitted: tuple[tuple[Any, ...], tuple[str, ...]] = (
+    (_asyncio,),
+    tuple(library for library, _, _ in _KINDS if library != "asyncio"),
+)
 
 
 def current() -> Loop:
@@ -57,10 +61,11 @@ def current() -> Loop:
     Raises:
         RuntimeError: No event loop runs here.
     """
-    for library in _not_imported:
+    files, not_imported = _admitted
+    for library in not_imported:
         if library in sys.modules:
-            _admit_imported()
-    for file in _files:
+            files = _admit_imported()
+    for file in files:
         loop: Loop | None = file.current()
         if loop is not None:
             return loop
@@ -72,13 +77,13 @@ def current() -> Loop:
 
 def loop_in_this_thread() -> bool:
     """Tells whether blocking the calling thread would block an event loop."""
-    _admit_imported()
-    return any(file.current() is not None for file in _files)
+    return any(file.current() is not None for file in _admit_imported())
 
 
-def _admit_imported() -> None:
-    """Imports the files of the kinds whose library the program has imported meanwhile."""
-    global _files, _not_imported
+def _admit_imported() -> tuple[Any, ...]:
+    """Imports the files of the kinds whose library the program has imported, and returns them."""
+    global _admitted
     here = [kind for kind in _KINDS if hasattr(sys.modules.get(kind[0]), kind[1])]
-    _files = tuple(importlib.import_module("." + file, __name__) for _, _, file in here)
-    _not_imported = tuple(kind[0] for kind in _KINDS if kind not in here)
+    files = tuple(importlib.import_module("." + file, __name__) for _, _, file in here)
+    _admitted = files, tuple(kind[0] for kind in _KINDS if kind not in here)
+    return files

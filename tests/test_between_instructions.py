@@ -1,0 +1,411 @@
+"""What another thread does between two instructions, wherever that is.
+
+With a GIL, threads take turns at calls and backward jumps only. Without one, another thread may do
+all of its step between any two instructions of this one: between a check of an attribute and its
+use, say. Here it does, at each of them in turn, on any build. (That steps overlap within an
+instruction is for test_races.py.)
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import threading
+from contextlib import suppress
+
+import anyio
+import pytest
+
+import torchfut_aio
+from torchfut_aio import (
+    Batcher,
+    BatcherClosedError,
+    Future,
+    InvalidStateError,
+    StreamClosedError,
+    ValueStream,
+    _collect,
+    _core,
+    _timeouts,
+    as_completed,
+    gather,
+    with_timeout,
+)
+from torchfut_aio._core import Promise
+from torchfut_aio._worker import Worker, WorkerThread
+
+from .explorer import strikes
+from .test_stress import every_loop
+from .threads import PATIENCE
+
+
+def between_instructions(step, *modules):
+    """Gives a strike for each instruction of the package, or of some modules of it.
+
+    There, another thread calls ``step.now()``, which is set anew for each.
+    """
+    errors = []
+
+    def contained():
+        try:
+            step.now()
+        except BaseException as error:
+            errors.append(error)
+
+    def do():
+        thread = threading.Thread(target=contained)
+        thread.start()
+        thread.join(PATIENCE)
+        assert not thread.is_alive(), "it waits for this thread"
+
+    for strike in strikes(*(modules or [torchfut_aio]), do=do, at="instructions"):
+        yield strike
+        assert not errors, (strike.where, errors)
+
+
+class Step:
+    """What the other thread does: set `now` before each strike."""
+
+
+@pytest.fixture
+def other():
+    return Step()
+
+
+def try_set(fut, value):
+    with suppress(InvalidStateError):
+        fut.set_result(value)
+
+
+# ----------------------------------------------------------------------------- futures
+
+
+def test_the_first_to_set_a_result_wins(other):
+    for strike in between_instructions(other):
+        fut = Future()
+        other.now = lambda: try_set(fut, "other")
+        with strike:
+            try_set(fut, "own")
+        assert fut.wait(PATIENCE) in ("own", "other")
+
+
+@pytest.mark.parametrize("others", [0, 2])
+def test_a_callback_runs_once_if_the_future_completes(other, others):
+    for strike in between_instructions(other):
+        fut, ran = Future(), []
+        for _ in range(others):
+            fut.add_done_callback(lambda _: None)
+        other.now = lambda: fut.set_result(1)
+        with strike:
+            fut.add_done_callback(ran.append)
+        if not fut.done():
+            fut.set_result(1)
+        assert ran == [fut], strike
+
+
+@pytest.mark.parametrize("others", [0, 2])
+def test_a_callback_is_run_or_removed(other, others):
+    for strike in between_instructions(other):
+        fut, ran = Future(), []
+        for _ in range(others):
+            fut.add_done_callback(lambda _: None)
+        fut.add_done_callback(ran.append)
+        other.now = lambda: fut.set_result(1)
+        with strike:
+            removed = fut.remove_done_callback(ran.append)
+        if not fut.done():
+            fut.set_result(1)
+        assert removed + len(ran) == 1, strike
+
+
+def test_a_completion_runs_a_callback_that_is_added_once(other):
+    for strike in between_instructions(other):
+        fut, ran = Future(), []
+        fut.add_done_callback(lambda _: None)
+        other.now = lambda: fut.add_done_callback(ran.append)
+        with strike:
+            fut.set_result(1)
+        if not ran:
+            other.now()
+        assert ran == [fut], strike
+
+
+def test_a_future_may_be_shown_and_asked_while_it_completes(other):
+    for strike in between_instructions(other):
+        fut = Future()
+        fut.add_done_callback(lambda _: None)
+        other.now = lambda: fut.set_result(1)
+        with strike:
+            repr(fut)
+            fut.has_waiters()
+            fut.done()
+
+
+def test_a_child_and_its_cancellation_are_one_outcome(other):
+    for strike in between_instructions(other):
+        fut = Future()
+        child = fut.then(lambda _: "value")
+        other.now = child.cancel
+        with strike:
+            fut.set_result(1)
+        assert child.done()
+        assert child.cancelled() or child.value() == "value"
+
+
+@pytest.mark.parametrize("own", ["keep", "fail", "is_pending", "end"])
+@pytest.mark.parametrize("others", ["keep", "fail"])
+def test_a_promise_is_kept_once_whatever_two_threads_do(other, own, others):
+    arguments = {"keep": ("value",), "fail": (ValueError(),)}
+    for strike in between_instructions(other, _core):
+        fut = Future()
+        promise = Promise(fut, "raced")
+        other.now = lambda: getattr(promise, others)(*arguments.get(others, ()))
+        with strike:
+            getattr(promise, own)(*arguments.get(own, ()))
+        if strike.where is not None:
+            assert fut.done(), strike
+            fut.exception()
+
+
+def test_a_deadline_and_a_completion_are_one_outcome(other):
+    for strike in between_instructions(other, _core, _timeouts):
+        fut = Future()
+        child = with_timeout(fut, PATIENCE)
+        deadline = next(iter(fut._state))
+        other.now = lambda: deadline.expire()
+        with strike:
+            fut.set_result("value")
+        assert isinstance(child.exception(), TimeoutError) or child.value() == "value"
+    for strike in between_instructions(other, _core, _timeouts):
+        fut = Future()
+        child = with_timeout(fut, PATIENCE)
+        deadline = next(iter(fut._state))
+        other.now = lambda: fut.set_result("value")
+        with strike:
+            deadline.expire()
+        try_set(fut, "value")
+        assert isinstance(child.exception(), TimeoutError) or child.value() == "value"
+
+
+def test_futures_that_complete_at_once_complete_what_is_made_of_them(other):
+    for strike in between_instructions(other):
+        first, second = Future(), Future()
+        both = gather([first, second])
+        other.now = lambda: second.set_result(2)
+        with strike:
+            first.set_result(1)
+        try_set(second, 2)
+        assert both.wait(PATIENCE) == [1, 2], strike
+
+
+def test_what_fails_at_once_fails_what_is_made_of_it_once(other):
+    for strike in between_instructions(other, _core, _collect):
+        first, second = Future(), Future()
+        both = gather([first, second])
+        other.now = lambda: second.set_exception(ValueError())
+        with strike:
+            first.set_exception(KeyError())
+        if not second.done():
+            other.now()
+        assert isinstance(both.exception(), (KeyError, ValueError))
+        first.exception(), second.exception()
+
+
+def test_an_arrival_reaches_a_thread_that_looks_for_one(other):
+    for strike in between_instructions(other):
+        futures = [Future() for _ in range(2)]
+        shared = as_completed(futures)
+        futures[0].set_result(None)
+        other.now = lambda: futures[1].set_result(None)
+        with strike:
+            first = next(shared)
+        try_set(futures[1], None)
+        assert [first, *shared] == futures, strike
+
+
+def test_a_copy_of_a_future_is_cancelled_or_has_the_value(other):
+    for strike in between_instructions(other):
+        fut = Future()
+        copy = fut.as_concurrent()
+        other.now = copy.cancel
+        with strike:
+            fut.set_result(1)
+        assert copy.cancelled() or copy.result() == 1
+    for strike in between_instructions(other):
+        fut, source = Future(), concurrent.futures.Future()
+        adopted = torchfut_aio.as_future(source)
+        other.now = lambda: adopted.cancel()
+        with strike:
+            source.set_result(1)
+        assert adopted.cancelled() or adopted.value() == 1
+
+
+# ----------------------------------------------------------------------------- streams
+
+
+def test_a_value_pushed_during_a_read_is_read_next(other):
+    for strike in between_instructions(other):
+        stream = ValueStream()
+        stream.push(1)
+        values = iter(stream)
+        other.now = lambda: stream.push(2)
+        with strike:
+            assert next(values) == 1
+        if strike.where is not None:
+            assert next(values) == 2, strike
+
+
+def test_two_reads_at_once_read_different_values(other):
+    for strike in between_instructions(other):
+        stream, read = ValueStream(max_size=2), []
+        own, others = iter(stream), iter(stream)
+        stream.push(1), stream.push(2)
+        other.now = lambda: read.append(next(others))
+        with strike:
+            read.append(next(own))
+        if strike.where is not None:
+            assert sorted(read) == [1, 2], strike
+            assert (stream.try_push(3), stream.try_push(4), stream.try_push(5)) == (1, 1, 0)
+
+
+def test_two_pushes_at_once_fill_a_stream_to_its_limit(other):
+    for strike in between_instructions(other):
+        stream, pushed = ValueStream(max_size=1), []
+        values = iter(stream)
+        other.now = lambda: pushed.append(stream.try_push("other"))
+        with strike:
+            pushed.append(stream.try_push("own"))
+        assert sum(pushed) == 1 == len(stream)
+        next(values)
+
+
+def test_a_push_during_a_close_is_read_or_refused(other):
+    def push(stream, refused):
+        try:
+            stream.push(1)
+        except StreamClosedError:
+            refused.append(1)
+
+    for strike in between_instructions(other):
+        stream, refused = ValueStream(), []
+        other.now = lambda: push(stream, refused)
+        with strike:
+            stream.close()
+        if strike.where is not None:
+            assert [*stream] + refused == [1], strike
+    for strike in between_instructions(other):
+        stream, refused = ValueStream(), []
+        other.now = stream.close
+        with strike:
+            push(stream, refused)
+        stream.close()
+        assert [*stream] + refused == [1], strike
+
+
+def test_a_stream_may_be_iterated_while_it_ends(other):
+    for strike in between_instructions(other):
+        stream = ValueStream()
+        stream.stop_listening()
+        other.now = stream.close
+        with strike, suppress(StreamClosedError):
+            iter(stream)
+
+
+def test_a_stream_is_left_by_its_last_iterator_only(other):
+    for strike in between_instructions(other):
+        stream = ValueStream()
+        own, others = [iter(stream)], [iter(stream)]
+        other.now = others.clear
+        with strike:
+            own.clear()
+        others.clear()
+        assert not stream.listening
+
+
+# --------------------------------------------------------- a task about to wait, or awake
+
+
+@every_loop
+def test_a_task_wakes_wherever_the_completion_comes(other, backend, options, nothing_blocks_a_loop):
+    nothing_blocks_a_loop.deactivate()  # it waits for the other thread, within the loop
+
+    async def main():
+        with anyio.fail_after(PATIENCE):
+            with strike:
+                got.append(await fut)
+
+    for strike in between_instructions(other):
+        fut, got = Future(), []
+        other.now = lambda: try_set(fut, 1)
+        if strike._left > 200:  # all of its way to sleep: later, nobody would complete it
+            break
+        with suppress(TimeoutError):
+            timer = threading.Timer(0.02, try_set, (fut, 1))
+            timer.start()
+            anyio.run(main, backend=backend, backend_options=options)
+            timer.join()
+        assert got == [1], strike
+
+
+@every_loop
+def test_a_task_reads_wherever_the_push_comes(other, backend, options, nothing_blocks_a_loop):
+    nothing_blocks_a_loop.deactivate()  # it waits for the other thread, within the loop
+
+    async def main():
+        with anyio.fail_after(PATIENCE):
+            with strike:
+                got.extend([value async for value in stream])
+
+    def push():
+        with suppress(IndexError):  # the other thread has, or the timer
+            pushes.pop()
+            stream.push(1)
+            stream.close()
+
+    for strike in between_instructions(other):
+        stream, got, pushes = ValueStream(), [], [None]
+        other.now = push
+        if strike._left > 200:
+            break
+        timer = threading.Timer(0.02, push)
+        timer.start()
+        anyio.run(main, backend=backend, backend_options=options)
+        timer.join()
+        assert got == [1], strike
+
+
+# ----------------------------------------------------------------------- worker threads
+
+
+class Idle(Worker):
+    def serve(self, thread):
+        pass
+
+
+def test_a_thread_claims_a_worker_that_another_releases(other):
+    for strike in between_instructions(other):
+        worker = Idle("raced")
+        first, second = WorkerThread(worker), WorkerThread(worker)
+        first.is_there = True
+        assert worker.claim(first)
+        other.now = lambda: worker.release(first)
+        with strike:
+            claimed = worker.claim(second)
+        worker.release(first)
+        assert claimed or worker.claim(second), strike
+
+
+def test_an_item_submitted_while_a_batcher_closes_is_run_or_fails(other):
+    def submit(batcher, futures):
+        with suppress(BatcherClosedError):
+            futures.append(batcher.submit(1))
+
+    for strike in between_instructions(other):
+        futures = []
+        batcher = Batcher(list, max_batch=1, max_wait=0, max_queue=9)
+        other.now = batcher.close
+        with strike:
+            submit(batcher, futures)
+        batcher.close()
+        for fut in futures:
+            with suppress(BatcherClosedError):
+                assert fut.wait(PATIENCE) == 1

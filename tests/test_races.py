@@ -1,0 +1,344 @@
+"""Two threads that do a step each at the same moment, thousands of times.
+
+Without a GIL the two steps overlap for real: what is not one step shows. With one they are at least
+in either order.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+
+import anyio
+import pytest
+
+from torchfut_aio import (
+    Batcher,
+    Future,
+    InvalidStateError,
+    QueueFullError,
+    StreamClosedError,
+    ValueStream,
+    as_completed,
+    with_timeout,
+)
+from torchfut_aio._core import Promise
+
+from .loops import on_every_loop
+from .threads import PATIENCE, alongside, has_gil, running
+
+RACES = 1_000 if has_gil else 4_000
+
+
+def race(first, second, races=RACES):
+    """Calls ``first(n)`` and ``second(n)`` at the same moment, for each n, in a thread each."""
+    at = [-1, -1]
+
+    def runner(own, step):
+        def run():
+            try:
+                for n in range(races):
+                    at[own] = n
+                    spins = 0
+                    while at[1 - own] < n:
+                        spins += 1
+                        if spins % 1000 == 0:
+                            time.sleep(0)  # the other needs this core, or the GIL
+                    step(n)
+            finally:
+                at[own] = races  # the other does not wait for a thread that has failed
+
+        return run
+
+    with running(runner(0, first), runner(1, second)):
+        pass
+
+
+# ----------------------------------------------------------------------------- futures
+
+
+def test_one_of_two_that_set_a_result_wins():
+    futures = [Future() for _ in range(RACES)]
+    won = [[], []]
+
+    def setter(own):
+        def set_result(n):
+            try:
+                futures[n].set_result((own, n))
+            except InvalidStateError:
+                return
+            won[own].append(n)
+
+        return set_result
+
+    race(setter(0), setter(1))
+    assert sorted(won[0] + won[1]) == list(range(RACES))
+    assert all(futures[n].value() == (own, n) for own in (0, 1) for n in won[own])
+
+
+# A future that has none yet, and one that has some.
+alone_or_not = pytest.mark.parametrize("others", [0, 2], ids=["alone", "behind others"])
+
+
+def futures_with(others):
+    futures = [Future() for _ in range(RACES)]
+    for fut in futures:
+        for _ in range(others):
+            fut.add_done_callback(lambda _: None)
+    return futures
+
+
+@alone_or_not
+def test_callbacks_that_two_threads_add_both_run(others):
+    futures, ran = futures_with(others), Counter()
+    race(
+        lambda n: futures[n].add_done_callback(lambda _: ran.update([("first", n)])),
+        lambda n: futures[n].add_done_callback(lambda _: ran.update([("second", n)])),
+    )
+    for fut in futures:
+        fut.set_result(None)
+    assert len(ran) == 2 * RACES
+    assert set(ran.values()) == {1}
+
+
+@alone_or_not
+def test_a_callback_added_during_a_completion_runs_once(others):
+    futures, ran = futures_with(others), [[] for _ in range(RACES)]
+    race(
+        lambda n: futures[n].add_done_callback(ran[n].append),
+        lambda n: futures[n].set_result(n),
+    )
+    assert [len(calls) for calls in ran] == [1] * RACES
+
+
+@alone_or_not
+def test_a_callback_is_removed_or_runs_and_not_both(others):
+    futures, ran = futures_with(others), [[] for _ in range(RACES)]
+    removed = [0] * RACES
+    for fut, calls in zip(futures, ran):
+        fut.add_done_callback(calls.append)
+
+    def remove(n):
+        removed[n] = futures[n].remove_done_callback(ran[n].append)
+
+    race(remove, lambda n: futures[n].set_result(n))
+    assert [number + len(calls) for number, calls in zip(removed, ran)] == [1] * RACES
+
+
+def test_a_thread_that_begins_to_wait_gets_the_value():
+    futures, got = futures_with(0), [None] * RACES
+
+    def wait(n):
+        got[n] = futures[n].wait(PATIENCE)
+
+    race(wait, lambda n: futures[n].set_result(n))
+    assert got == list(range(RACES))
+
+
+def test_two_threads_share_what_completes():
+    futures = [Future() for _ in range(RACES)]
+    shared, taken = as_completed(futures), [[], []]
+
+    def complete_and_take(n):
+        futures[2 * n].set_result(None)
+        futures[2 * n + 1].set_result(None)
+        taken[1].append(next(shared))
+
+    race(lambda n: taken[0].append(next(shared)), complete_and_take, RACES // 2)
+    assert Counter(map(id, taken[0] + taken[1])) == Counter(map(id, futures))
+
+
+def test_has_waiters_may_be_asked_while_followers_come_and_go():
+    fut, over = Future(), threading.Event()
+    fut.add_done_callback(print)  # so that the answer is always the same
+
+    def come_and_go():
+        try:
+            for _ in range(RACES):
+                fut.add_done_callback(len)
+                fut.remove_done_callback(len)
+        finally:
+            over.set()
+
+    answers = set()
+    with running(come_and_go):
+        while not over.is_set():
+            answers.add(fut.has_waiters())
+    assert answers <= {True}
+    assert fut.remove_done_callback(print) == 1
+
+
+def test_a_promise_may_be_kept_and_failed_at_once():
+    futures = [Future() for _ in range(RACES)]
+    promises = [Promise(fut, "raced") for fut in futures]
+    late = TimeoutError()
+    race(lambda n: promises[n].keep(n), lambda n: promises[n].fail(late))
+    assert all(fut.exception() is late or fut.value() == n for n, fut in enumerate(futures))
+
+
+@on_every_loop
+async def test_a_completion_at_the_deadline_is_one_outcome():
+    futures = [Future() for _ in range(500)]
+    limited = [with_timeout(fut, n / 50_000) for n, fut in enumerate(futures)]
+
+    def complete():
+        for n, fut in enumerate(futures):
+            fut.set_result(n)
+
+    outcomes = Counter()
+
+    async def take(n):
+        try:
+            assert await limited[n] == n
+            outcomes["value"] += 1
+        except TimeoutError:
+            outcomes["timeout"] += 1
+
+    with anyio.fail_after(PATIENCE):
+        async with alongside(complete), anyio.create_task_group() as group:
+            for n in range(len(futures)):
+                group.start_soon(take, n)
+    assert outcomes.total() == len(futures)
+
+
+@on_every_loop
+async def test_a_loop_about_to_sleep_is_woken():
+    # One future at a time: the loop has nothing else to do, and the thread has the next at once.
+    work = [Future() for _ in range(2_000)]
+    awaited = threading.Semaphore(0)
+
+    def complete():
+        for n, fut in enumerate(work):
+            assert awaited.acquire(timeout=PATIENCE)
+            fut.set_result(n)
+
+    async with alongside(complete):
+        with anyio.fail_after(PATIENCE):
+            for n, fut in enumerate(work):
+                awaited.release()
+                assert await fut == n
+
+
+# ------------------------------------------------------------------- streams and batchers
+
+PUSHES = 1_000
+
+
+def four_that_push(stream):
+    producers = [lambda k=k: [stream.push((k, n)) for n in range(PUSHES)] for k in range(4)]
+    left = [None] * 3
+
+    def closing(produce):
+        def run():
+            produce()
+            try:
+                left.pop()
+            except IndexError:  # the last of the four
+                stream.close()
+
+        return run
+
+    return [closing(produce) for produce in producers]
+
+
+def check_read(read):
+    for k in range(4):
+        assert [n for producer, n in read if producer == k] == list(range(PUSHES))
+
+
+# Without a limit, and with one that keeps the threads waiting.
+max_sizes = pytest.mark.parametrize("max_size", [None, 3])
+
+
+@on_every_loop
+@max_sizes
+async def test_what_four_threads_push_is_read_once_in_order(max_size):
+    stream = ValueStream(max_size=max_size)
+    async with alongside(*four_that_push(stream)):
+        with anyio.fail_after(PATIENCE):
+            check_read([value async for value in stream])
+
+
+@max_sizes
+def test_a_thread_reads_once_what_four_threads_push(max_size):
+    stream, read = ValueStream(max_size=max_size), []
+    with running(lambda: read.extend(stream), *four_that_push(stream)):
+        pass
+    check_read(read)
+
+
+@max_sizes
+def test_two_threads_read_between_them_what_four_push(max_size):
+    stream, read = ValueStream(max_size=max_size), [[], []]
+    readers = [iter(stream), iter(stream)]  # both are there before the first value
+    with running(
+        lambda: read[0].extend(readers[0]),
+        lambda: read[1].extend(readers[1]),
+        *four_that_push(stream),
+    ):
+        pass
+    assert Counter(read[0] + read[1]) == Counter((k, n) for k in range(4) for n in range(PUSHES))
+
+
+def test_a_stream_is_never_fuller_than_its_limit():
+    stream, pushed, sizes, read = ValueStream(max_size=2), [0, 0], set(), []
+
+    def pusher(own):
+        def push(n):
+            pushed[own] += stream.try_push(n)
+
+        return push
+
+    values = iter(stream)
+
+    def read_all():
+        for value in values:
+            read.append(value)
+            sizes.add(len(stream))
+
+    with running(read_all):
+        race(pusher(0), pusher(1))
+        stream.close()
+    assert len(read) == sum(pushed)
+    assert max(sizes) <= 2
+
+
+def test_a_value_is_read_or_refused_when_a_stream_closes():
+    streams = [ValueStream() for _ in range(RACES)]
+    refused = [False] * RACES
+
+    def push(n):
+        try:
+            streams[n].push(n)
+        except StreamClosedError:
+            refused[n] = True
+
+    race(push, lambda n: streams[n].close())
+    for n, stream in enumerate(streams):
+        assert [*stream] == ([] if refused[n] else [n])
+
+
+def test_refused_items_are_counted_whatever_threads_submit():
+    release, counts = threading.Event(), [0] * 4
+
+    def function(items):
+        release.wait(PATIENCE)
+        return items
+
+    with Batcher(function, max_batch=1, max_wait=0, max_queue=1) as batcher:
+
+        def submitter(own):
+            def submit():
+                for _ in range(RACES):
+                    try:
+                        batcher.submit(None)
+                    except QueueFullError:
+                        counts[own] += 1
+
+            return submit
+
+        with running(*(submitter(own) for own in range(4))):
+            pass
+        assert batcher.statistics().rejected == sum(counts)
+        release.set()
