@@ -57,6 +57,13 @@ extract_tensors = getattr(getattr(torch, "_jit_internal", None), "_extract_tenso
 # The module that pickles a value to do so.
 EXTRACTS_TENSORS = "torch._jit_internal"
 
+
+def pytree_node(kind: type) -> Any:
+    """Return how torch's pytree takes apart what is of this class; None if it does not know it."""
+    nodes = getattr(sys.modules.get("torch.utils._pytree"), "SUPPORTED_NODES", {})
+    return nodes.get(kind)
+
+
 # What `as_future` takes for the result of a functional collective.
 COLLECTIVE_TENSOR = "torch.distributed._functional_collectives.AsyncCollectiveTensor"
 # What it refuses with a hint.
@@ -89,6 +96,16 @@ def device_exchange(kind: str) -> Callable[[int], object]:
         or getattr(torch._C, "_accelerator_setDeviceIndex", None)
     )
     return exchange or torch.accelerator.set_device_index
+
+
+@functools.cache
+def has_record_stream(kind: str) -> bool:
+    """Return True if ``Tensor.record_stream`` is known to work on devices of this kind."""
+    try:
+        key = torch._C._dispatch_key_for_device(kind)
+        return torch._C._dispatch_has_kernel_for_dispatch_key("aten::record_stream", key)
+    except (AttributeError, RuntimeError):
+        return False
 
 
 # As torch.accelerator.set_stream, which is written in Python: an interrupt may come within that.
