@@ -100,6 +100,8 @@ class RecordedEvent:
             return
         device = self.event.device
         stream = current_stream(device)
+        if self.stream == (device, stream.stream_id):
+            return  # it is in order
         if type(self.event) is not torch.Event:
             stream = _of_own_class(stream)
         call_with_current(device, partial(self.event.wait, stream))

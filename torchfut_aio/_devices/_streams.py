@@ -20,8 +20,10 @@ from .._pytorch import (
     CppFuture,
     can_exchange,
     device_exchange,
+    device_index,
     has_primary_context,
     set_stream,
+    stream_of_index,
 )
 
 T = TypeVar("T")
@@ -59,7 +61,7 @@ def call_with_current(device: torch.device | None, function: Callable[[], T]) ->
         return function()
     if not can_exchange(device):
         return function()  # other backends than CUDA and XPU could not undo it: see device_exchange
-    before = torch.accelerator.current_device_index()
+    before = device_index()
     torch.accelerator.set_device_index(device)
     try:
         return function()
@@ -72,7 +74,7 @@ def _is_another(device: torch.device | None) -> TypeGuard[torch.device]:
     if device is None or device.index is None:
         return False
     try:
-        return device.index != torch.accelerator.current_device_index()
+        return device.index != device_index()
     except RecursionError:
         raise
     except RuntimeError:  # this process has no accelerator: what is asked next will tell
@@ -81,7 +83,7 @@ def _is_another(device: torch.device | None) -> TypeGuard[torch.device]:
 
 def restore_current(kind: str, index: int) -> None:
     """Makes a device current that was so before, without giving it a context."""
-    if index != torch.accelerator.current_device_index():
+    if index != device_index():
         device_exchange(kind)(index)
 
 
@@ -89,7 +91,8 @@ def current_stream(device: torch.device) -> torch.Stream:
     """Returns the stream of ``device`` that is current in this thread."""
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is not None and accelerator.type == device.type:
-        return torch.accelerator.current_stream(device)
+        index = device.index
+        return stream_of_index(device_index() if index is None else index)
     stream: torch.Stream = torch.get_device_module(device).current_stream(device)
     return stream
 
@@ -153,7 +156,7 @@ def on_streams(streams: Sequence[torch.Stream]) -> Iterator[None]:
 
     A stream is a context manager itself, but not one that two threads may enter.
     """
-    device = torch.accelerator.current_device_index()
+    device = device_index()
     before = [current_stream(stream.device) for stream in streams]
     try:
         _make_all_current(streams, device)

@@ -76,10 +76,12 @@ def _is(thing: object, kind: type | tuple[type, ...]) -> bool:
 def keep_memory(found: Iterable[torch.Tensor]) -> None:
     """Keep the memory of tensors, should these go, until the current streams are done with it."""
     rest = []
+    streams: dict[torch.device, torch.Stream] = {}
     for tensor in found:
         plain = type(tensor) in PLAIN and tensor.layout == torch.strided
-        if plain and has_record_stream(tensor.device.type):
-            tensor.record_stream(current_stream(tensor.device))
+        if plain and has_record_stream((device := tensor.device).type):
+            stream = streams.get(device) or streams.setdefault(device, current_stream(device))
+            tensor.record_stream(stream)
         else:
             rest.append(tensor)
     devices = {device for tensor in rest if (device := device_of(tensor)).type != "cpu"}
