@@ -16,11 +16,11 @@ from __future__ import annotations
 import math
 import time
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Generator, Iterable, Iterator
+from collections.abc import AsyncIterator, Generator, Iterable, Iterator, Sized
 from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar, overload
-from weakref import WeakKeyDictionary, WeakMethod
+from weakref import WeakMethod
 
 from . import _core, _loops
 from ._adopt import Source
@@ -107,10 +107,11 @@ class _Arrivals(_core.DoneCallback):
         self.pending = {id(future): future for future in futures}
         self.left = self.pending.copy()  # those that have not been yielded
         self.arrived: deque[Future[Any]] = deque()
+        # In order, as a thread takes the first.
         self.running: OrderedDict[int, Future[Any]] = OrderedDict()
         self.started: list[int] = []  # all that ever were in ``running``
         # How many of these each loop watches, or has watched.
-        self.watched: WeakKeyDictionary[_loops.Loop, int] = WeakKeyDictionary()
+        self.watched: dict[_loops.Loop, int] = {}
         self.waiters: dict[object, _loops.Waker] = {}
         # How many were yielded since somebody last had to wait.
         self.streak = 0
@@ -125,7 +126,8 @@ class _Arrivals(_core.DoneCallback):
     def run(self, future: Future[Any]) -> None:
         # Not with append(): an interrupt may strike after a call, and these go together.
         key = id(future)
-        if self.readiness(future) is None:
+        outcome: Any = _core.outcome_of(future)
+        if outcome.readiness is None or outcome.error is not None:
             self.arrived += (future,)
         else:
             self.running[key] = future
@@ -198,18 +200,18 @@ class _Arrivals(_core.DoneCallback):
         for future in [*self.pending.values()]:
             _core.remove(future, self)
 
-    def time_left(self, running: int = 0) -> float | None:
+    def time_left(self, running: Sized = ()) -> float | None:
         """Returns how many seconds there are to wait for the next arrival; None is for ever.
 
         Raises:
-            TimeoutError: There are none, and a future is pending, or ``running`` is not 0.
+            TimeoutError: There are none, and a future is pending, or in ``running``.
         """
         if self.deadline == math.inf:
             return None
         seconds = self.deadline - time.monotonic()
         if seconds <= 0:
             self.expire()
-            pending = len(self.pending) + running
+            pending = len(self.pending) + len(running)
             if pending and not self.arrived:
                 raise not_done_within(self.timeout, pending)
         return max(seconds, 0.0)
@@ -234,7 +236,7 @@ class _Arrivals(_core.DoneCallback):
     def __await__(self) -> Generator[Any, Any, None]:
         """Does for a task what `block` does for a thread."""
         loop = _loops.current()
-        seconds = self.time_left(len(self.running))
+        seconds = self.time_left(self.running)
         waiter = loop.waiter()
         streak, self.streak = self.streak, 0
         if self.pending and loop.wake_later(waiter, streak):

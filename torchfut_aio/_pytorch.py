@@ -104,6 +104,8 @@ def has_record_stream(kind: str) -> bool:
     try:
         key = torch._C._dispatch_key_for_device(kind)
         return torch._C._dispatch_has_kernel_for_dispatch_key("aten::record_stream", key)
+    except RecursionError:
+        raise
     except (AttributeError, RuntimeError):
         return False
 
