@@ -34,6 +34,9 @@ HOST_ONLY = frozenset({type(None), bool, int, float, complex, str, bytes})
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType)
 _OPAQUE = (CppFuture, type, types.ModuleType, torch.nn.Module, *_FUNCTIONS)
 
+# Those of these very types have no attributes.
+_BARE = frozenset({list, tuple, dict, set, frozenset, deque})
+
 # Tensors that are nothing but their memory.
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -118,6 +121,8 @@ def _walk(value: object, most: int | None = None) -> Iterator[tuple[Any, list[An
 
 def _parts(thing: Any, most: int | None) -> list[Any]:
     parts: list[Any] = []
+    if most == 0:
+        return parts
     # What cannot be read, such as a mapping whose file is closed, holds nothing.
     with suppress(Exception):
         parts += islice(_items(thing), most)
@@ -137,7 +142,7 @@ def _items(thing: Any) -> Iterator[Any]:
 
 
 def _attributes(thing: object) -> Iterator[tuple[str, object]]:
-    if _is(thing, _OPAQUE):
+    if type(thing) in _BARE or _is(thing, _OPAQUE):
         return
     with suppress(AttributeError):
         yield from list(object.__getattribute__(thing, "__dict__").items())
