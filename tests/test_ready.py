@@ -11,11 +11,13 @@ import torch
 
 from torchfut_aio import (
     Future,
+    _as_completed,
     _to_stdlib,
     as_completed,
     as_future,
     collect_all,
     gather,
+    set_results,
     statistics,
     synchronize,
     to_host,
@@ -400,6 +402,32 @@ def test_as_completed_whose_loop_has_ended_goes_on_on_another(accelerator, produ
     anyio.run(give_up)
     accelerator.wake()
     assert anyio.run(read) == futures
+
+
+@pytest.mark.parametrize(("error", "at"), [(KeyboardInterrupt, "signals"), (MemoryError, "calls")])
+@pytest.mark.parametrize("where", ["task", "thread"])
+def test_as_completed_that_was_interrupted_yields_what_it_has_not(
+    accelerator, producer, error, at, where
+):
+    value = torch.ones(1, device=FIRST)
+
+    async def read(completed):
+        return [fut async for fut in completed]
+
+    for strike in strikes(_as_completed, error=error, at=at, every=3):
+        futures, got = [Future() for _ in range(3)], []
+        completed = as_completed(futures)
+        with producer:
+            set_results(futures[:2], [value, value])
+        futures[2].set_result(1)
+
+        async def first(completed=completed):
+            return await anext(completed)
+
+        with strike:
+            got.append(next(completed) if where == "thread" else asyncio.run(first()))
+        rest = list(completed) if where == "thread" else asyncio.run(read(completed))
+        assert len({*got, *rest}) == len(got + rest) == 3
 
 
 @on_every_loop

@@ -267,10 +267,11 @@ class Future(Settable[T]):
 
         For ``concurrent.futures.wait``, executors, and frameworks that insist on one. It
         completes once the kernels that fill the value have finished, as threads may read it
-        then whatever streams they use. Its callbacks run in the thread that completes this
-        future, or, after kernels, in one of this package that watches them: they must not block.
-        Cancelling it leaves this future as it was, and nothing behind; so cancel it when you
-        lose interest.
+        then whatever streams they use. A thread that enqueues kernels on it keeps it until they
+        are done, or calls ``tensor.record_stream``. Its callbacks run in the thread that completes
+        this future, or, after kernels, in one of this package that watches them: they must not
+        block. Cancelling it leaves this future as it was, and nothing behind; so cancel it when
+        you lose interest.
 
         Example:
             >>> import concurrent.futures
@@ -289,8 +290,9 @@ class Future(Settable[T]):
 
         Callbacks run in the thread that completes the future, in the order in which
         they were added, each in a copy of the context (``contextvars``) in which it was
-        added. If the future has devices, dedicated streams are current
-        while a callback runs, synchronised with the kernels that fill the value. What
+        added. If the future has devices, or its value is on an accelerator, dedicated streams of
+        high priority are current while a callback runs, synchronised with the kernels that fill
+        the value. What
         a callback raises is logged, to the logger ``torchfut_aio``, and touches neither
         the future nor other callbacks; KeyboardInterrupt and SystemExit go on to the
         caller of `set_result`, after the other callbacks have run.
