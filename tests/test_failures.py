@@ -346,6 +346,36 @@ async def test_a_failure_keeps_nothing_alive(name, no_collector, nothing_blocks_
     await eventually(lambda: held and not any(activations() is not None for activations in held))
 
 
+@on_every_loop
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+async def test_an_error_for_lack_of_memory_holds_no_tensors_while_it_is_kept(error):
+    def run(items):
+        activations = torch.ones(1000)
+        held.append(weakref.ref(activations))
+        raise error(f"no memory for {len(items)}")
+
+    async def run_soon():
+        await anyio.lowlevel.checkpoint()
+        run([1])
+
+    held.clear()
+    ready = Future()
+    ready.set_result([1])
+    async with (
+        anyio.create_task_group() as group,
+        Batcher(run, max_batch=2, max_wait=1, max_queue=9) as batcher,
+    ):
+        both = [batcher.submit(n) for n in range(2)]
+        futures = [*both, ready.then(lambda fut: run(fut.value())), start_soon(group, run_soon)]
+        errors = await settled(futures)
+    assert [type(each).__mro__.count(error) for each in errors] == [1] * 4
+    assert [activations() for activations in held] == [None] * 3
+
+
+async def settled(futures):
+    return await gather(futures, return_exceptions=True)
+
+
 async def let_go(way):
     with suppress(RuntimeError):  # torch makes one of it
         await way()

@@ -28,9 +28,9 @@ def use():
     from torchfut_aio import _devices, distributed
     asyncio.run(wait())
     value = {"a": [torch.ones(2)]}
-    readiness, error = _devices.declared_readiness((), value)
+    readiness, error = _devices.declared_readiness((), value, _devices.Moment())
     assert error is None, error
-    assert readiness.tensors() == value["a"]
+    assert readiness.tensors == value["a"]
     said("task_local_state", lambda: asyncio.run(keep_state()))
     said("check_task_state", torchfut_aio.check_task_state)
     use_distributed()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from torchfut_aio import Future
-from torchfut_aio._devices import _readiness, found_readiness, joint_readiness
+from torchfut_aio._devices import Moment, _readiness, found_readiness, joint_readiness
 
 from .accelerator import (
     FIRST,
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.device
 def readiness_on(stream, accelerator):
     with stream:
         tensor = being_filled(accelerator)
-        readiness, error = found_readiness([tensor])
+        readiness, error = found_readiness([tensor], Moment())
     assert error is None
     return readiness, tensor
 
@@ -49,11 +49,11 @@ def test_a_callback_runs_on_a_dedicated_stream_after_the_kernels(accelerator, pr
 
 
 @simulated_only
-def test_without_a_pool_of_streams_a_callback_runs_on_the_current_one_after_the_kernels(
+def test_without_new_streams_a_callback_runs_on_the_current_one_after_the_kernels(
     accelerator, producer, consumer
 ):
     readiness, tensor = readiness_on(producer, accelerator)
-    accelerator.take_stream_pool_away()
+    accelerator.take_new_streams_away()
     seen = []
     with consumer:
         readiness.run(lambda: seen.append((current_stream(), read_on_current_stream(tensor))))
@@ -77,15 +77,15 @@ def test_a_callback_is_called_once_even_if_nothing_can_be_ordered(accelerator, p
 
 
 @simulated_only
-@pytest.mark.parametrize("broken", ["take_stream_pool_away", "refuse_events"])
+@pytest.mark.parametrize("broken", ["take_new_streams_away", "refuse_events"])
 def test_a_future_completes_its_dependants_on_a_device_that_cannot_order(accelerator, broken):
     fut, seen = Future(), []
     fut.add_done_callback(seen.append)
     child = fut.then(lambda f: "child")
     with torch.Stream(FIRST):
         tensor = being_filled(accelerator)
-    if broken == "take_stream_pool_away":
-        accelerator.take_stream_pool_away()
+    if broken == "take_new_streams_away":
+        accelerator.take_new_streams_away()
         fut.set_result(tensor)
     else:
         combined, _ = readiness_on(torch.Stream(FIRST), accelerator)
@@ -156,9 +156,8 @@ async def test_a_value_whose_streams_cannot_be_ordered_fails_its_as_asyncio_and_
 @on_every_loop
 async def test_a_joint_readiness_is_that_of_all_parts(accelerator, producer, consumer):
     parts = [readiness_on(stream, accelerator)[0] for stream in (producer, consumer)]
-    assert joint_readiness([None, parts[0], parts[0]]) == (parts[0], None)
-    joint, error = joint_readiness([*parts, None])
-    assert error is None
+    assert joint_readiness([None, parts[0], parts[0]]) is parts[0]
+    joint = joint_readiness([*parts, None])
 
     class Ready:
         def __await__(self):
@@ -266,15 +265,15 @@ def test_any_object_completes_a_future_and_its_children(accelerator, make, neste
 def test_what_resists_hides_no_tensors_beside_it(accelerator, producer, make):
     with producer:
         tensor = being_filled(accelerator)
-        readiness, error = found_readiness([make(), tensor])
+        readiness, error = found_readiness([make(), tensor], Moment())
     assert error is None
-    [found] = readiness.tensors()
+    [found] = readiness.tensors
     assert found is tensor
 
 
 def test_a_tensor_with_a_torch_function_of_its_own_is_found_on_the_device(accelerator, producer):
     with producer:
         tensor = being_filled(accelerator)
-        readiness, error = found_readiness(tensor.as_subclass(HostTensor))
+        readiness, error = found_readiness(tensor.as_subclass(HostTensor), Moment())
     assert error is None
     assert readiness is not None

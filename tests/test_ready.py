@@ -11,11 +11,13 @@ import torch
 
 from torchfut_aio import (
     Future,
+    _as_completed,
     _to_stdlib,
     as_completed,
     as_future,
     collect_all,
     gather,
+    set_results,
     statistics,
     synchronize,
     to_host,
@@ -36,7 +38,7 @@ from .accelerator import (
 from .explorer import strikes
 from .loops import on_asyncio, on_every_loop
 from .threads import PATIENCE, alongside, running, until
-from .waiting import Reader, pending, polled
+from .waiting import Reader, eventually, pending, polled
 
 pytestmark = pytest.mark.device
 
@@ -333,15 +335,112 @@ async def test_a_child_is_ready_when_what_its_callback_enqueued_is_done(
 
 @on_every_loop
 @told_or_not
-async def test_as_completed_yields_what_is_set_and_awaiting_that_means_ready(
-    accelerator, producer, devices
+async def test_as_completed_yields_in_a_task_what_is_ready_in_that_order(
+    accelerator, producer, consumer, devices
+):
+    slow, quick, late = completed_on(producer, accelerator, devices), Future(), Future()
+    completed = as_completed([slow, quick, late])
+    with consumer:
+        quick.set_result(torch.full((2,), 7.0, device=FIRST))
+    assert await anext(completed) is quick
+    assert not producer.query()
+    reader = Reader(anext(completed))
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(reader)
+        await polled()
+        late.set_result("text")
+    assert reader.outcome is late
+    accelerator.wake()
+    assert [fut.value().tolist() async for fut in completed] == [NEW]
+    assert statistics().pending == 0
+
+
+@told_or_not
+def test_as_completed_yields_in_a_thread_with_the_current_streams_ordered(
+    accelerator, producer, consumer, devices
 ):
     fut = completed_on(producer, accelerator, devices)
-    async for done in as_completed([fut]):
-        assert done is fut
-        assert not producer.query()
-        accelerator.wake()
-        assert (await done).tolist() == NEW
+    with consumer:
+        [copy] = [read_on_current_stream(fut.value()) for fut in as_completed([fut])]
+    assert not producer.query()
+    accelerator.wake()
+    consumer.synchronize()
+    assert copy.tolist() == NEW
+
+
+@on_every_loop
+async def test_as_completed_times_out_on_kernels_and_leaves_nothing(accelerator, producer):
+    fut = completed_on(producer, accelerator, None)
+    with pytest.raises(TimeoutError, match=r"not done within 0\.01 s: 1;"):
+        await anext(as_completed([fut], timeout=0.01))
+    accelerator.wake()
+    assert (await fut).tolist() == NEW
+    await eventually(lambda: statistics().pending == 0)
+
+
+@on_every_loop
+async def test_as_completed_that_was_cancelled_goes_on_in_a_thread(accelerator, producer):
+    fut = completed_on(producer, accelerator, None)
+    completed = as_completed([fut])
+    with anyio.move_on_after(0.01):
+        await anext(completed)
+    assert await anyio.to_thread.run_sync(next, completed) is fut
+    assert not producer.query()
+
+
+def test_as_completed_whose_loop_has_ended_goes_on_on_another(accelerator, producer):
+    futures = [completed_on(producer, accelerator, None) for _ in range(2)]
+    completed = as_completed(futures)
+
+    async def give_up():
+        with anyio.move_on_after(0.01):
+            await anext(completed)
+
+    async def read():
+        return [fut async for fut in completed]
+
+    anyio.run(give_up)
+    accelerator.wake()
+    assert anyio.run(read) == futures
+
+
+@pytest.mark.parametrize(("error", "at"), [(KeyboardInterrupt, "signals"), (MemoryError, "calls")])
+@pytest.mark.parametrize("where", ["task", "thread"])
+def test_as_completed_that_was_interrupted_yields_what_it_has_not(
+    accelerator, producer, error, at, where
+):
+    value = torch.ones(1, device=FIRST)
+
+    async def read(completed):
+        return [fut async for fut in completed]
+
+    for strike in strikes(_as_completed, error=error, at=at, every=3):
+        futures, got = [Future() for _ in range(3)], []
+        completed = as_completed(futures)
+        with producer:
+            set_results(futures[:2], [value, value])
+        futures[2].set_result(1)
+
+        async def first(completed=completed):
+            return await anext(completed)
+
+        with strike:
+            got.append(next(completed) if where == "thread" else asyncio.run(first()))
+        rest = list(completed) if where == "thread" else asyncio.run(read(completed))
+        assert len({*got, *rest}) == len(got + rest) == 3
+
+
+@on_every_loop
+async def test_as_completed_yields_a_future_whose_kernel_failed(accelerator, producer):
+    fut = Future()
+    with producer:
+        tensor = being_filled(accelerator)
+        accelerator.fail("the kernel failed")
+        fut.set_result(tensor)
+    accelerator.wake()
+    done = await anext(as_completed([fut]))
+    with pytest.raises(RuntimeError, match="the kernel failed"):
+        await done
 
 
 @on_every_loop

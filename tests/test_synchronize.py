@@ -571,8 +571,9 @@ def test_where_the_device_takes_no_events_futures_fail_and_nobody_is_left_waitin
 ):
     errors, futures = [], [Future() for _ in range(3)]
     done = [Future(), Future()]
-    for fut in done:
-        fut.set_result(filled())
+    with producer:
+        for fut in done:
+            fut.set_result(filled())
     child, combined = futures[1].then(lambda f: value), gather([*done, futures[2]])
     torch.accelerator.synchronize()
 

@@ -5,22 +5,31 @@ appended to ``arrived``, and whoever waits for an arrival is woken. Whoever dele
 ``left`` yields it, and then deletes it from the head of ``arrived``. Between the two statements
 CPython checks for no signal, so nobody is interrupted there; and nobody else can delete the head,
 as only who yields it does. So an iterator that was interrupted anywhere goes on where it was.
+
+A future whose kernels may still run is in ``running`` first. A task waits until it arrives: the
+watchers of all loops whose tasks wait look after it. A thread takes it from there, and orders its
+streams after the kernels. To delete it there is to have taken it, for either.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Generator, Iterable, Iterator
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator, Generator, Iterable, Iterator, Sized
+from contextlib import suppress
+from functools import partial
 from typing import Any, TypeVar, overload
+from weakref import WeakMethod
 
 from . import _core, _loops
 from ._adopt import Source
 from ._collect import adopted, not_done_within, timeout_of
+from ._devices import Readiness
 from ._errors import warn_that_wait_blocks_a_loop
 from ._future import Future
 from ._process_local import ProcessLocal
+from ._waiters import first
 
 T = TypeVar("T")
 
@@ -34,8 +43,12 @@ def as_completed(
 ) -> _AsCompleted[Any]:
     """Iterates over ``futures`` in the order in which they complete.
 
-    Use it with ``async for`` on an event loop, with ``for`` in a thread. It may be
-    abandoned half way, and then leaves nothing behind with the futures still pending.
+    Use it with ``async for`` on an event loop, with ``for`` in a thread. If kernels still fill
+    the value of a future, ``async for`` yields it when they have finished, and ``for`` with the
+    current streams ordered after them, as `Future.wait` does. So ``fut.value()`` is safe at once.
+    (If a kernel has failed, ``await fut`` and ``fut.wait()`` raise the device's error.)
+
+    It may be abandoned half way, and then leaves nothing behind with the futures still pending.
     Several tasks or threads may share one: each future goes to one of them. Where they
     complete faster than a task takes them, one on asyncio or uvloop lets them gather for
     up to a millisecond when it has taken all.
@@ -51,8 +64,9 @@ def as_completed(
 
     Raises:
         NotAFutureError: One of them is None, or cannot be adopted.
-        TimeoutError: When all that had arrived in time is yielded, and some is pending still:
-            from ``for`` and ``async for``. The iterator has left these then, and they go on.
+        TimeoutError: When all that had arrived in time is yielded, and some is pending still, or
+            its kernels run: from ``for`` and ``async for``. The iterator has left these then, and
+            they go on.
         TypeError, ValueError: ``timeout`` is not a number, or is NaN.
 
     Example:
@@ -70,7 +84,21 @@ def as_completed(
 class _Arrivals(_core.DoneCallback):
     """The futures of one iterator: those still pending, and those that have arrived."""
 
-    __slots__ = ("arrived", "deadline", "left", "pending", "streak", "timeout", "waiters")
+    __slots__ = (
+        "__weakref__",
+        "arrived",
+        "deadline",
+        "left",
+        "pending",
+        "running",
+        "started",
+        "streak",
+        "timeout",
+        "waiters",
+        "watched",
+    )
+
+    uses_streams = False
 
     def __init__(self, futures: Iterable[Future[Any]], timeout: float | None) -> None:
         self.timeout = timeout
@@ -79,6 +107,11 @@ class _Arrivals(_core.DoneCallback):
         self.pending = {id(future): future for future in futures}
         self.left = self.pending.copy()  # those that have not been yielded
         self.arrived: deque[Future[Any]] = deque()
+        # In order, as a thread takes the first.
+        self.running: OrderedDict[int, Future[Any]] = OrderedDict()
+        self.started: list[int] = []  # all that ever were in ``running``
+        # How many of these each loop watches, or has watched.
+        self.watched: dict[_loops.Loop, int] = {}
         self.waiters: dict[object, _loops.Waker] = {}
         # How many were yielded since somebody last had to wait.
         self.streak = 0
@@ -93,15 +126,45 @@ class _Arrivals(_core.DoneCallback):
     def run(self, future: Future[Any]) -> None:
         # Not with append(): an interrupt may strike after a call, and these go together.
         key = id(future)
-        self.arrived += (future,)
+        outcome: Any = _core.outcome_of(future)
+        if outcome.readiness is None or outcome.error is not None:
+            self.arrived += (future,)
+        else:
+            self.running[key] = future
+            self.started += (key,)
         del self.pending[key]
         self.wake()
 
     def fail(self, future: Future[Any], _error: BaseException) -> None:
-        key = id(future)
-        if key in self.pending:
+        if id(future) in self.pending:
+            self.run(future)
+        else:
+            self.wake()
+
+    def readiness(self, future: Future[Any]) -> Readiness | None:
+        """Return the readiness of a future that is done, unless it has failed."""
+        outcome = _core.outcome_of(future)
+        return None if outcome is None or outcome.error is not None else outcome.readiness
+
+    def watch(self, loop: _loops.Loop) -> None:
+        """Let futures whose kernels run arrive when these have finished; ``loop`` runs here."""
+        arrive = WeakMethod(self.arrive)  # an iterator that was left is not kept
+        for n in range(self.watched.get(loop, 0), len(self.started)):
+            key = self.started[n]
+            future = self.running.get(key)
+            readiness = None if future is None else self.readiness(future)
+            if readiness is not None:
+                readiness.notify_when_ready(loop, partial(_arrive, arrive, key), lambda _: None)
+            self.watched[loop] = n + 1
+
+    def arrive(self, key: int) -> None:
+        future = self.running.get(key)
+        if future is not None:
+            try:
+                del self.running[key]
+            except KeyError:  # a thread yields it, or another loop has said so
+                return
             self.arrived += (future,)
-            del self.pending[key]
         self.wake()
 
     def wake(self) -> None:
@@ -111,15 +174,21 @@ class _Arrivals(_core.DoneCallback):
             if waker is not None:
                 waker.wake(waiter)
 
-    def worth_waiting(self, waiter: object, waker: _loops.Waker) -> bool:
-        """Has ``waiter`` woken by the next arrival; False if there is no need to wait for one.
+    def worth_waiting(self) -> bool:
+        """Return False if there is no need to wait for an arrival.
 
-        First it is stored, then this looks whether a future has arrived. Whoever brings one does
-        these in the opposite order.
+        A waiter is stored first, then this looks whether a future has arrived. Whoever brings one
+        does these in the opposite order.
         """
-        self.waiters[waiter] = waker
         # A copy, as that locks the deque where there is no GIL.
-        return not self.arrived.copy() and bool(self.pending)
+        return not self.arrived.copy() and bool(self.pending or self.running)
+
+    def order(self, future: Future[Any]) -> None:
+        """Order the current streams after the kernels of a future, if they can be ordered."""
+        readiness = self.readiness(future)
+        if readiness is not None:
+            with suppress(Exception):  # the device's error, which its value raises, too
+                readiness.wait()
 
     def expire(self) -> None:
         """Lets go of the futures that are pending, for which it is too late."""
@@ -131,33 +200,35 @@ class _Arrivals(_core.DoneCallback):
         for future in [*self.pending.values()]:
             _core.remove(future, self)
 
-    def time_left(self) -> float | None:
+    def time_left(self, running: Sized = ()) -> float | None:
         """Returns how many seconds there are to wait for the next arrival; None is for ever.
 
         Raises:
-            TimeoutError: There are none.
+            TimeoutError: There are none, and a future is pending, or in ``running``.
         """
         if self.deadline == math.inf:
             return None
         seconds = self.deadline - time.monotonic()
         if seconds <= 0:
             self.expire()
-            if self.pending and not self.arrived:
-                raise not_done_within(self.timeout, len(self.pending))
+            pending = len(self.pending) + len(running)
+            if pending and not self.arrived:
+                raise not_done_within(self.timeout, pending)
         return max(seconds, 0.0)
 
     def block(self) -> None:
         """Blocks the calling thread until a future has arrived, or none is pending."""
         # Callbacks that this thread has put off may be the next to arrive.
         _core.run_deferred()
-        if self.arrived or not self.pending:
+        if self.arrived or self.running or not self.pending:
             return
         seconds = self.time_left()
         if _loops.loop_in_this_thread():
             warn_that_wait_blocks_a_loop()
         waiter = _loops.ThreadWaiter()
         try:
-            if self.worth_waiting(waiter, _loops.THREADS):
+            self.waiters[waiter] = _loops.THREADS
+            if self.worth_waiting() and not self.running:
                 waiter.block(seconds)
         finally:
             self.waiters.pop(waiter, None)
@@ -165,7 +236,7 @@ class _Arrivals(_core.DoneCallback):
     def __await__(self) -> Generator[Any, Any, None]:
         """Does for a task what `block` does for a thread."""
         loop = _loops.current()
-        seconds = self.time_left()
+        seconds = self.time_left(self.running)
         waiter = loop.waiter()
         streak, self.streak = self.streak, 0
         if self.pending and loop.wake_later(waiter, streak):
@@ -176,7 +247,10 @@ class _Arrivals(_core.DoneCallback):
         try:
             if seconds is not None:
                 alarm = loop.call_later(seconds, self.expire)
-            if self.worth_waiting(waiter, loop):
+            self.waiters[waiter] = loop
+            if self.running:
+                self.watch(loop)
+            if self.worth_waiting():
                 yield from waiter
             else:
                 yield from loop.checkpoint()
@@ -184,6 +258,12 @@ class _Arrivals(_core.DoneCallback):
             self.waiters.pop(waiter, None)
             if alarm is not None:
                 alarm.cancel()
+
+
+def _arrive(arrive: WeakMethod[Any], key: int, _error: Exception | None) -> None:
+    function = arrive()
+    if function is not None:
+        function(key)
 
 
 class _AsCompleted(ProcessLocal, AsyncIterator[Future[T]], Iterator[Future[T]]):
@@ -209,13 +289,26 @@ class _AsCompleted(ProcessLocal, AsyncIterator[Future[T]], Iterator[Future[T]]):
         arrivals = self._arrivals
         del self  # or a traceback that is kept would keep the iterator
         arrived, left = arrivals.arrived, arrivals.left
+        running = arrivals.running
         while left:
             if not arrived:
-                arrivals.block()
-                continue
+                running_key = first(running)
+                if running_key is None:
+                    arrivals.block()
+                    continue
+                try:
+                    future = running[running_key]
+                    arrivals.order(future)
+                    del running[running_key]
+                except KeyError:  # it has arrived, or another thread yields it
+                    continue
+                del left[running_key]
+                return future
             try:
                 future = arrived[0]
                 key = id(future)
+                if arrivals.started:
+                    arrivals.order(future)
                 del left[key]
             except (KeyError, IndexError):  # another thread yields it
                 continue
@@ -237,6 +330,8 @@ class _AsCompleted(ProcessLocal, AsyncIterator[Future[T]], Iterator[Future[T]]):
             try:
                 future = arrived[0]
                 key = id(future)
+                if arrivals.started:
+                    arrivals.order(future)
                 del left[key]
             except (KeyError, IndexError):  # another task yields it
                 continue

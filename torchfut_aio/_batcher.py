@@ -97,8 +97,9 @@ class Batcher(ProcessLocal, Generic[T, R]):
             Anything else, a dict say, fails the batch with a TypeError. Of a tensor each item gets
             a ``.clone()`` of its row, as the rows share its storage: to hand out the rows
             themselves, return ``list(tensor)``. Kernels may still fill the results, on the streams
-            that are current when it returns. If it works on a stream of its own, it has the
-            current one wait for that.
+            that are current when it returns. If it works on a stream of its own, let the current
+            one wait for that before it returns: a ``with stream:`` around ``return`` has ended by
+            then. Of a CUDA graph's static output return clones, as the next replay changes it.
         max_batch: The most items in a batch.
         max_wait: How many seconds an item may wait for more to come. With 0 or less, a batch is
             what has come while the batch before it ran.

@@ -102,6 +102,8 @@ def wait_all(futures: Iterable[Any], timeout: float | None = None, *_others: obj
 class Collector(_core.DoneCallback):
     """Completes one future when the last of several has completed."""
 
+    uses_streams = False
+
     # ``result`` makes the combined result of the list of futures, of which none failed.
     __slots__ = ("__weakref__", "combined", "distinct", "futures", "result", "tickets")
 

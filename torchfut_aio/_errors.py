@@ -16,7 +16,10 @@ import inspect
 import operator
 import types
 import warnings
+from traceback import clear_frames
 from typing import Any, TypeVar
+
+import torch
 
 from ._cpython import laid_out_by_c
 from ._repr import short
@@ -25,6 +28,8 @@ E = TypeVar("E", bound=BaseException)
 
 CANCELLATIONS = (asyncio.CancelledError, concurrent.futures.CancelledError)
 """The errors of a future that was cancelled."""
+
+OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
 
 
 class InvalidStateError(RuntimeError, asyncio.InvalidStateError):
@@ -212,9 +217,15 @@ def drop_catching_frame(error: BaseException) -> BaseException:
     """Takes the frame that caught ``error`` out of its traceback.
 
     That frame refers to the future that is to hold the error: the two would be a cycle.
+
+    If memory ran out, the frames below it let go of what they hold. Others are to have that
+    memory, however long the error is kept.
     """
     traceback = traceback_of(error)
-    return with_traceback(error, traceback and traceback.tb_next)
+    traceback = traceback and traceback.tb_next
+    if traceback is not None and issubclass(type(error), OUT_OF_MEMORY):
+        clear_frames(traceback)
+    return with_traceback(error, traceback)
 
 
 def traceback_of(error: BaseException) -> types.TracebackType | None:

@@ -44,7 +44,10 @@ class Future(Settable[T]):
             ``torch.device`` with an index, string or index; a value on any other is an error. Child
             futures made by `then` inherit them. If None, the value is searched for
             tensors of the accelerator when the future is completed, and streams are
-            synchronised all the same.
+            synchronised all the same. Tensors are found in containers that torch's pytree
+            knows, in dataclasses, and in the attributes of plain objects, but never in a
+            module. A value of more than a thousand parts is not searched to the end, and
+            counts as one that the kernels fill that are enqueued on the current streams.
 
     Example:
         >>> import asyncio, threading
@@ -75,6 +78,9 @@ class Future(Settable[T]):
 
     def value(self) -> T:
         """Returns the value of a future that is done, without synchronising streams.
+
+        So tensors on an accelerator may still be being filled, unless this thread has waited for
+        the future, or got it from `as_completed`, or is in its callback.
 
         Returns:
             The value held by this future.
@@ -261,10 +267,11 @@ class Future(Settable[T]):
 
         For ``concurrent.futures.wait``, executors, and frameworks that insist on one. It
         completes once the kernels that fill the value have finished, as threads may read it
-        then whatever streams they use. Its callbacks run in the thread that completes this
-        future, or, after kernels, in one of this package that watches them: they must not block.
-        Cancelling it leaves this future as it was, and nothing behind; so cancel it when you
-        lose interest.
+        then whatever streams they use. A thread that enqueues kernels on it keeps it until they
+        are done, or calls ``tensor.record_stream``. Its callbacks run in the thread that completes
+        this future, or, after kernels, in one of this package that watches them: they must not
+        block. Cancelling it leaves this future as it was, and nothing behind; so cancel it when
+        you lose interest.
 
         Example:
             >>> import concurrent.futures
@@ -283,8 +290,9 @@ class Future(Settable[T]):
 
         Callbacks run in the thread that completes the future, in the order in which
         they were added, each in a copy of the context (``contextvars``) in which it was
-        added. If the future has devices, dedicated streams are current
-        while a callback runs, synchronised with the kernels that fill the value. What
+        added. If the future has devices, or its value is on an accelerator, dedicated streams of
+        high priority are current while a callback runs, synchronised with the kernels that fill
+        the value. What
         a callback raises is logged, to the logger ``torchfut_aio``, and touches neither
         the future nor other callbacks; KeyboardInterrupt and SystemExit go on to the
         caller of `set_result`, after the other callbacks have run.
@@ -310,6 +318,10 @@ class Future(Settable[T]):
         The callback runs as one given to `add_done_callback` does, context and streams included.
         A child has the devices of this future, and its class too, unless that has a
         constructor of its own. Chains may have any length.
+
+        Kernels may still fill what the callback returns, on the streams that are current when it
+        has returned. A ``with stream:`` around ``return`` has ended by then: let the stream
+        outside wait for that one, by ``torch.cuda.current_stream().wait_stream(stream)``.
 
         Args:
             callback: Called with this future as its only argument.

@@ -57,6 +57,13 @@ extract_tensors = getattr(getattr(torch, "_jit_internal", None), "_extract_tenso
 # The module that pickles a value to do so.
 EXTRACTS_TENSORS = "torch._jit_internal"
 
+
+def pytree_node(kind: type) -> Any:
+    """Return how torch's pytree takes apart what is of this class; None if it does not know it."""
+    nodes = getattr(sys.modules.get("torch.utils._pytree"), "SUPPORTED_NODES", {})
+    return nodes.get(kind)
+
+
 # What `as_future` takes for the result of a functional collective.
 COLLECTIVE_TENSOR = "torch.distributed._functional_collectives.AsyncCollectiveTensor"
 # What it refuses with a hint.
@@ -91,9 +98,28 @@ def device_exchange(kind: str) -> Callable[[int], object]:
     return exchange or torch.accelerator.set_device_index
 
 
+@functools.cache
+def has_record_stream(kind: str) -> bool:
+    """Return True if ``Tensor.record_stream`` is known to work on devices of this kind."""
+    try:
+        key = torch._C._dispatch_key_for_device(kind)
+        return torch._C._dispatch_has_kernel_for_dispatch_key("aten::record_stream", key)
+    except RecursionError:
+        raise
+    except (AttributeError, RuntimeError):
+        return False
+
+
 # As torch.accelerator.set_stream, which is written in Python: an interrupt may come within that.
 set_stream: Callable[[torch.Stream], None]
 set_stream = getattr(torch._C, "_accelerator_setStream", torch.accelerator.set_stream)
+# As these, which take five times as long.
+stream_of_index: Callable[[int], torch.Stream]
+stream_of_index = getattr(torch._C, "_accelerator_getStream", torch.accelerator.current_stream)
+device_index: Callable[[], int]
+device_index = getattr(
+    torch._C, "_accelerator_getDeviceIndex", torch.accelerator.current_device_index
+)
 
 
 # ------------------------------------------------------------------- the state of a thread

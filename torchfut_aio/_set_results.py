@@ -9,6 +9,7 @@ import torch
 
 from . import _core
 from ._arguments import listed
+from ._devices import Moment
 from ._errors import NotAFutureError
 from ._future import Future
 from ._repr import described
@@ -56,6 +57,7 @@ def set_results(
             f"not {len(all_values)} for {len(all_futures)}"
         )
     outcomes = []
+    moment = Moment()
     for future, value in zip(all_futures, all_values, strict=True):
         # By the types: to ask for its class could run the code of a proxy, which may raise.
         if not issubclass(type(future), Future):
@@ -65,6 +67,6 @@ def set_results(
         if issubclass(type(value), BaseException):
             outcomes.append(_core.outcome_of_error(value, devices))
         else:
-            outcomes.append(_core.outcome_of_value(value, devices))
+            outcomes.append(_core.outcome_of_value(value, devices, moment))
     done_before: list[Any] = _core.complete_all(all_futures, outcomes)
     return done_before

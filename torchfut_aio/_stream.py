@@ -14,6 +14,7 @@ import torch
 
 from . import _core, _loops
 from ._arguments import exception_checked, listed, timeout_checked
+from ._devices import Moment
 from ._process_local import ProcessLocal
 from ._stream_state import ROOM, StreamState
 from ._waiters import first
@@ -150,7 +151,11 @@ class ValueStream(ProcessLocal, Generic[T]):
         """
         if timeout is not None:
             timeout = timeout_checked(timeout)
-        pending = deque(map(_core.outcome_of_value, listed(values, "push_many() takes")))
+        moment = Moment()
+        pending = deque(
+            _core.outcome_of_value(value, (), moment)
+            for value in listed(values, "push_many() takes")
+        )
         number = len(pending)
         self._state.put_many(pending)
         if pending:

@@ -47,7 +47,8 @@ def task_local_state(func: Any) -> Any:
     what it awaits. Other tasks see nothing of it, and neither does the caller after the function
     has ended. So a ``with torch.no_grad():``, ``with torch.autocast(...):`` or ``with stream:``
     may have an ``await`` in it. It works on every event loop, and costs those who do not use it
-    nothing.
+    nothing. The streams of the function order nothing for the caller: if kernels on another stream
+    fill what it returns, let the stream that was current at the call wait for that one first.
 
     Not covered: modes that are stacks of objects, such as ``with torch.device(...):`` and those of
     ``torch.overrides`` and ``torch.utils._python_dispatch``; hooks for saved tensors; the profiler;

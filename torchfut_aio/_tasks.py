@@ -57,6 +57,10 @@ def start_soon(
 
     The task runs in a copy of the caller's context (``contextvars``), made at the call.
 
+    Kernels may still fill what it returns, on the streams that are current when it has returned.
+    A ``with stream:`` around ``return`` has ended by then, with `task_local_state`, too. So let
+    the stream outside wait for that one: ``torch.cuda.current_stream().wait_stream(stream)``.
+
     Args:
         task_group: A task group of anyio, an ``asyncio.TaskGroup`` or a ``trio.Nursery``,
             of the loop that runs in this thread.
@@ -120,7 +124,8 @@ def submit(
 
     A thread without an event loop blocks until the portal's loop has made the task. One that
     runs a loop does not: a thread beside it hands the call over, in order for each portal. Either
-    way, the function runs in a copy of the caller's context (``contextvars``).
+    way, the function runs in a copy of the caller's context (``contextvars``). What `start_soon`
+    says of streams holds here, too.
 
     Args:
         portal: An ``anyio.from_thread.BlockingPortal``.

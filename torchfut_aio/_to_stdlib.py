@@ -149,6 +149,8 @@ class _ConcurrentCopy(_core.DoneCallback):
 
     __slots__ = ("source", "target")
 
+    uses_streams = False
+
     def __init__(
         self, source: _core.Completable[Any], target: concurrent.futures.Future[Any]
     ) -> None:

@@ -93,8 +93,9 @@ reach_events_late = _extension.reach_events_late
 """``reach_events_late()``: an event is reached half a millisecond after what is before it, on an
 idle stream, too, as no GPU reaches one at once."""
 begin_capture = _extension.begin_capture
-"""``begin_capture()``: some thread captures a graph in "global" mode, as on CUDA. Queries raise,
-and invalidate the capture, except in threads that are in thread-local capture mode."""
+"""``begin_capture(stream_id=-1)``: some thread captures a graph in "global" mode, as on CUDA.
+Queries and pinned memory raise, and invalidate the capture, except in threads that are in
+thread-local capture mode; and so does an order of the stream that captures after an event."""
 end_capture = _extension.end_capture
 """``end_capture()`` ends that, and tells whether the capture is valid."""
 exchange_capture_mode = _extension.exchange_capture_mode

@@ -74,15 +74,19 @@ std::atomic<bool> reaches_late{false};
 
 // A thread that captures a graph in "global" mode forbids queries to all threads but those in
 // "thread-local" mode, which is 1, as in CUDA. A query that it forbids invalidates the capture.
+// The stream that captures is ordered after no work of outside, whatever the mode.
 std::atomic<bool> capturing{false}, capture_is_valid{true};
+std::atomic<c10::StreamId> captured_stream{-1};
 thread_local int capture_mode = 0;
 
-void check_capture() {
-  if (!capturing || capture_mode == 1)
+void check_capture(bool allowed) {
+  if (!capturing || allowed)
     return;
   capture_is_valid = false;
   TORCH_CHECK(false, "operation not permitted when stream is capturing");
 }
+
+void check_capture() { check_capture(capture_mode == 1); }
 
 // Which devices have a context. All, unless a test counts them: then a device gets one when it
 // is made current, or is current while anything is asked.
@@ -178,6 +182,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   void block(void* event, const c10::Stream& stream) const override {
     check_events();
     TORCH_CHECK(!refuses_events, "the device is lost");
+    check_capture(stream.id() != captured_stream);
     simulated::block(stream, latest(event));
   }
   bool queryEvent(void* event) const override {
@@ -211,6 +216,8 @@ void release(void* memory) { delete static_cast<Memory*>(memory); }
 struct Allocator final : c10::Allocator {
   explicit Allocator(bool pin) : pin(pin) {}
   c10::DataPtr allocate(size_t size) override {
+    if (pin)
+      check_capture();
     auto start = static_cast<char*>(::operator new(size));
     if (!pin)
       return {start, new Memory(start, [](char* p) { ::operator delete(p); }), release,
@@ -362,6 +369,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
   library.impl("fill_.Scalar", fill);
   library.impl("zero_", zero);
   library.impl("_local_scalar_dense", item);
+  library.impl("record_stream", [](at::Tensor&, c10::Stream) {}); // as recordDataPtrOnStream
 }
 
 // Sparse tensors are two dense ones. What is computed with them is computed by the host.
@@ -451,7 +459,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module, pybind11::mod_gil_not_used()) {
   module.def("share_rings", [] { shares_rings = true; });
   module.def("keep_first_recordings", [] { keeps_first_recording = true; });
   module.def("reach_events_late", [] { reaches_late = true; });
-  module.def("begin_capture", [] { capture_is_valid = capturing = true; });
+  module.def("begin_capture", [](c10::StreamId stream) {
+    captured_stream = stream;
+    capture_is_valid = capturing = true;
+  }, pybind11::arg("stream_id") = -1);
   module.def("end_capture", [] {
     capturing = false;
     return capture_is_valid.load();

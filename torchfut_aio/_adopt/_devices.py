@@ -50,5 +50,5 @@ def _from_recorded(event: RecordedEvent, devices: Devices) -> Future[None]:
         else:
             future.try_set_exception(error)
 
-    when_reached(event, complete)
+    when_reached([event], complete)
     return future

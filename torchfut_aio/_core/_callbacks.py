@@ -45,6 +45,9 @@ class DoneCallback:
     run: Callable[[Any], object]
     """Called with the future, once that has completed."""
 
+    uses_streams = True
+    """Whether it may enqueue kernels; if not, it does without streams of its own."""
+
     since: float | None = None
     """When it was added, on the clock of ``time.perf_counter``, if that was recorded."""
 
@@ -200,7 +203,7 @@ def _run_each(
         except KeyError:
             continue  # another thread runs it, or it was removed
         try:
-            if outcome.readiness is None:
+            if outcome.readiness is None or not callback.uses_streams:
                 callback.run(future)
             else:
                 # On dedicated streams that are ordered after the kernels.

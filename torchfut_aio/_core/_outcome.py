@@ -16,7 +16,14 @@ from typing import Any
 
 import torch
 
-from .._devices import HOST_ONLY, Readiness, declared_readiness, found_readiness, joint_readiness
+from .._devices import (
+    HOST_ONLY,
+    Moment,
+    Readiness,
+    declared_readiness,
+    found_readiness,
+    joint_readiness,
+)
 from .._errors import CANCELLATIONS, traceback_of, with_traceback
 
 _logger = logging.getLogger("torchfut_aio.unretrieved")
@@ -86,16 +93,19 @@ class _Error(Outcome):
             _logger.error("A future failed, and nobody retrieved its error:", exc_info=self.error)
 
 
-def outcome_of_value(value: Any, devices: Sequence[torch.device] = ()) -> Outcome:
+def outcome_of_value(
+    value: Any, devices: Sequence[torch.device] = (), moment: Moment | None = None
+) -> Outcome:
     """Returns the outcome of a future on ``devices`` that is completed with ``value`` here, now.
 
     The current streams are those on which kernels may still fill the value. If the devices take
-    no more events, or the value is on a device that was not declared, this is an error's.
+    no more events, or the value is on a device that was not declared, this is an error's. Values
+    that are set at the same ``moment`` share events.
     """
     if devices:
-        return _outcome(value, *declared_readiness(devices, value))
+        return _outcome(value, *declared_readiness(devices, value, moment or Moment()))
     if type(value) not in HOST_ONLY:
-        readiness, error = found_readiness(value)
+        readiness, error = found_readiness(value, moment or Moment())
         if readiness is not None or error is not None:
             return _outcome(value, readiness, error)
     outcome = Outcome()
@@ -124,9 +134,11 @@ def _outcome(value: Any, readiness: Readiness | None, error: BaseException | Non
 def outcome_of_error(error: BaseException, devices: Sequence[torch.device] = ()) -> Outcome:
     """Returns the outcome of a future on ``devices`` that fails with ``error``."""
     # With a readiness, so that its callbacks run on dedicated streams, too.
-    return _outcome(None, declared_readiness(devices, None)[0] if devices else None, error)
+    return _outcome(
+        None, declared_readiness(devices, None, Moment())[0] if devices else None, error
+    )
 
 
 def joined_outcome(value: Any, parts: Iterable[Outcome]) -> Outcome:
     """Returns the outcome whose value is made of those of ``parts``: ready when they are."""
-    return _outcome(value, *joint_readiness(part.readiness for part in parts))
+    return _outcome(value, joint_readiness(part.readiness for part in parts), None)

@@ -13,7 +13,13 @@ Nothing here knows what a future of this package is.
 from ._current import CurrentStreams
 from ._events import RecordedEvent, already_recorded, record_event, says_no_events
 from ._policy import PollPolicy, set_poll_policy
-from ._readiness import Readiness, declared_readiness, found_readiness, joint_readiness
+from ._readiness import (
+    Moment,
+    Readiness,
+    declared_readiness,
+    found_readiness,
+    joint_readiness,
+)
 from ._statistics import Statistics
 from ._streams import (
     devices_in_use,
@@ -28,6 +34,7 @@ from ._watcher import statistics
 __all__ = [
     "HOST_ONLY",
     "CurrentStreams",
+    "Moment",
     "PollPolicy",
     "Readiness",
     "RecordedEvent",

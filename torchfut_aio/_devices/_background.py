@@ -7,6 +7,7 @@ the program can watch its event.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from functools import partial
 
 from .. import _loops
@@ -16,22 +17,22 @@ from ._events import RecordedEvent
 from ._watcher import watcher_of
 
 
-def when_reached(recorded: RecordedEvent, notify: Notify) -> None:
-    """Calls ``notify(error or None)`` when ``recorded`` is reached: in a thread, or now."""
+def when_reached(events: Sequence[RecordedEvent], notify: Notify) -> None:
+    """Calls ``notify(error or None)`` when all events are reached: in a thread, or now."""
     try:
-        if recorded.query():
+        if all(event.query() for event in events):
             notify(None)
             return
     except Exception as error:
         notify(error)
         return
-    _watching.submit(notify, recorded)
+    _watching.submit(notify, events)
 
 
 class _Watching(Worker):
     """Runs an event loop while there is an event to watch.
 
-    ``work`` maps each notify function to its event.
+    ``work`` maps each notify function to its events.
     """
 
     # A daemon, as an interpreter that exits does not wait for kernels that may take long. But a
@@ -74,9 +75,9 @@ class _Watching(Worker):
         while not thread.is_to_end:
             self._rung.clear()
             for notify in self.take():
-                recorded = self.work.get(notify)
-                if recorded is not None:
-                    watcher.notify_when_reached([recorded], partial(self._notify, notify))
+                events = self.work.get(notify)
+                if events is not None:
+                    watcher.notify_when_reached(events, partial(self._notify, notify))
             if not self.has_work():
                 return
             await self._rung.wait()

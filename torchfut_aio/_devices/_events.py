@@ -21,7 +21,7 @@ import torch
 
 from ._capture import call_beside_captures, is_of_a_capture
 from ._policy import policy
-from ._streams import call_with_current, make_current
+from ._streams import call_with_current, current_stream, make_current
 
 # By device, and whether a thread that waits for them blocks rather than spins. To append to a
 # deque and to pop from it are atomic: no lock is needed, and a finaliser may append.
@@ -93,6 +93,18 @@ class RecordedEvent:
                 if not is_of_a_capture(error):
                     raise
                 sleep(_CAPTURE)
+
+    def order_current_stream(self) -> None:
+        """Order the current stream of the event's device after it, if the device has events."""
+        if self.has_to_block:
+            return
+        device = self.event.device
+        stream = current_stream(device)
+        if self.stream == (device, stream.stream_id):
+            return  # it is in order
+        if type(self.event) is not torch.Event:
+            stream = _of_own_class(stream)
+        call_with_current(device, partial(self.event.wait, stream))
 
     def __del__(self) -> None:
         # It may have been interrupted before the attributes were set.

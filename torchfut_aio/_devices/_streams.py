@@ -9,14 +9,22 @@ in such a way that no context comes of it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TypeGuard, TypeVar
 
 import torch
 
-from .._pytorch import CppFuture, can_exchange, device_exchange, has_primary_context
+from .._pytorch import (
+    CppFuture,
+    can_exchange,
+    device_exchange,
+    device_index,
+    has_primary_context,
+    set_stream,
+    stream_of_index,
+)
 
 T = TypeVar("T")
 
@@ -53,7 +61,7 @@ def call_with_current(device: torch.device | None, function: Callable[[], T]) ->
         return function()
     if not can_exchange(device):
         return function()  # other backends than CUDA and XPU could not undo it: see device_exchange
-    before = torch.accelerator.current_device_index()
+    before = device_index()
     torch.accelerator.set_device_index(device)
     try:
         return function()
@@ -66,7 +74,7 @@ def _is_another(device: torch.device | None) -> TypeGuard[torch.device]:
     if device is None or device.index is None:
         return False
     try:
-        return device.index != torch.accelerator.current_device_index()
+        return device.index != device_index()
     except RecursionError:
         raise
     except RuntimeError:  # this process has no accelerator: what is asked next will tell
@@ -75,7 +83,7 @@ def _is_another(device: torch.device | None) -> TypeGuard[torch.device]:
 
 def restore_current(kind: str, index: int) -> None:
     """Makes a device current that was so before, without giving it a context."""
-    if index != torch.accelerator.current_device_index():
+    if index != device_index():
         device_exchange(kind)(index)
 
 
@@ -83,7 +91,8 @@ def current_stream(device: torch.device) -> torch.Stream:
     """Returns the stream of ``device`` that is current in this thread."""
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is not None and accelerator.type == device.type:
-        return torch.accelerator.current_stream(device)
+        index = device.index
+        return stream_of_index(device_index() if index is None else index)
     stream: torch.Stream = torch.get_device_module(device).current_stream(device)
     return stream
 
@@ -115,10 +124,11 @@ def has_streams_for_callbacks() -> bool:
 
 
 def new_stream(device: torch.device) -> torch.Stream:
-    """Returns a stream for orders or copies; the current one, where the device makes none.
+    """Returns a stream for callbacks or copies; the current one, where the device makes none.
 
-    The streams of a device take turns, so it is at times one that was returned before. But the
-    program's, and those of callbacks, have another priority, and so take turns among themselves.
+    The streams of a device take turns, so it is at times one that was returned before. But those
+    of the program have another priority, and so take turns among themselves. Among these is the
+    one on which ``torch.cuda.graph`` captures, which must not be ordered after anything.
     """
     try:
         return torch.Stream(device, priority=-1)
@@ -134,23 +144,33 @@ def side_stream(device: torch.device) -> torch.Stream:
     return new_stream(device)
 
 
-def stream_for_orders(device: torch.device) -> torch.Stream:
-    """Returns a stream that may be ordered after others without holding up any copy."""
+def dedicated_stream(device: torch.device) -> torch.Stream:
+    """Returns a stream for a callback, which holds up no copy."""
     stream = new_stream(device)
     return new_stream(device) if stream == side_stream(device) else stream
 
 
 @contextmanager
-def on_stream(stream: torch.Stream) -> Iterator[None]:
-    """Makes ``stream`` current, and its device.
+def on_streams(streams: Sequence[torch.Stream]) -> Iterator[None]:
+    """Makes streams current, one of each device. The current device stays so.
 
     A stream is a context manager itself, but not one that two threads may enter.
     """
-    device = torch.accelerator.current_device_index()
-    before = torch.accelerator.current_stream(stream.device)
-    torch.accelerator.set_stream(stream)
+    device = device_index()
+    before = [current_stream(stream.device) for stream in streams]
     try:
+        _make_all_current(streams, device)
         yield
     finally:
-        torch.accelerator.set_stream(before)
-        restore_current(stream.device.type, device)
+        try:
+            _make_all_current(before, device)
+        except BaseException:  # an interrupt: once more
+            _make_all_current(before, device)
+            raise
+
+
+def _make_all_current(streams: Sequence[torch.Stream], device: int) -> None:
+    for stream in streams:
+        set_stream(stream)
+    if streams:  # last, as setting a stream makes its device current
+        restore_current(streams[0].device.type, device)

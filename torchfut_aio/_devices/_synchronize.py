@@ -12,9 +12,10 @@ import torch
 from .._loops import current
 from .._repr import described
 from ._blocker import Blocker
+from ._capture import call_beside_captures
 from ._events import RecordedEvent, already_recorded, record_event
-from ._streams import current_stream, make_current, on_stream, side_stream
-from ._tensors import device_of, replaced, tensors
+from ._streams import current_stream, make_current, on_streams, side_stream
+from ._tensors import PLAIN, device_of, replaced, tensors
 from ._watcher import reached
 
 T = TypeVar("T")
@@ -121,8 +122,9 @@ def _called(blocker: Blocker, function: Callable[[], object]) -> Generator[Any, 
 def to_host(value: T) -> Coroutine[Any, Any, T]:
     """Copies tensors of the accelerator to the host, while the event loop runs; for ``await``.
 
-    The async counterpart of ``tensor.cpu()``. The tensors may be anywhere in ``value``: in
-    containers, dataclasses and objects, however nested. They are copied to pinned memory on
+    The async counterpart of ``tensor.cpu()``. The tensors may be in containers that torch's pytree
+    knows, in dataclasses, and in the attributes of plain objects, but not of a module, however
+    nested. They are copied to pinned memory on
     a side stream, once the kernels are done that are enqueued on the current streams when
     this is called; later kernels on these do not wait for the copies. (The first calls, which
     allocate the pinned memory, may take milliseconds.)
@@ -161,10 +163,12 @@ async def _to_host(value: T, found: list[torch.Tensor], starts: list[RecordedEve
     copies: dict[int, torch.Tensor] = {}
     for tensor in found:
         if (host := _pinned_like(tensor)) is not None:
-            with on_stream(side_stream(tensor.device)):
+            with on_streams([side_stream(tensor.device)]):
                 copies[id(tensor)] = host.copy_(tensor, non_blocking=True)
         else:
-            copies[id(tensor)] = await _in_thread(tensor.cpu)
+            copies[id(tensor)] = await _in_thread(
+                call_beside_captures, device_of(tensor), tensor.cpu
+            )
     sides = [side_stream(device) for device in set(map(device_of, found))]
     await reached([record_event(side) for side in sides])
     copied: T = replaced(value, copies)
@@ -174,18 +178,19 @@ async def _to_host(value: T, found: list[torch.Tensor], starts: list[RecordedEve
 def _pinned_like(tensor: torch.Tensor) -> torch.Tensor | None:
     """Returns pinned memory for a copy; None if the copy has to block, and needs a thread."""
     # Sparse tensors and subclasses take several steps, of which some block.
-    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout != torch.strided:
+    if type(tensor) not in PLAIN or tensor.layout != torch.strided:
         return None
+    allocate = functools.partial(torch.empty_like, tensor, device="cpu", pin_memory=True)
     try:
-        return torch.empty_like(tensor, device="cpu", pin_memory=True)
+        return call_beside_captures(tensor.device, allocate)
     except RecursionError:
         raise
     except RuntimeError:  # the accelerator, or the memory of the host, has none
         return None
 
 
-async def _in_thread(function: Any) -> Any:
+async def _in_thread(function: Any, *args: Any) -> Any:
     # Imported here, as only this needs it.
     from anyio.to_thread import run_sync
 
-    return await run_sync(function, abandon_on_cancel=True)
+    return await run_sync(function, *args, abandon_on_cancel=True)

@@ -1,4 +1,8 @@
-"""Tensors in values: in containers, dataclasses and objects, however nested.
+"""Tensors in values: in containers, in dataclasses, and in the attributes of plain objects.
+
+Containers are those of Python that can be read twice, and those that torch's pytree knows. A
+module is none of these: what it holds is not the value's. Nor is what only iterates, such as a
+``zip``, as a search would use it up.
 
 A value may be any object, and what it says of itself may raise: a proxy has a ``__class__`` of
 its own, an object a ``__getattribute__``, a tensor a ``__torch_function__``. So its true type
@@ -10,26 +14,50 @@ from __future__ import annotations
 import copy
 import types
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
 
-from .._pytorch import CppFuture, no_torch_function
+from .._pytorch import CppFuture, has_record_stream, no_torch_function, pytree_node
 from .._repr import described
+from ._events import says_no_events
+from ._streams import call_with_current, current_stream
 
 # Types whose instances hold no tensor: most results, told by a glance.
 HOST_ONLY = frozenset({type(None), bool, int, float, complex, str, bytes})
 
 # What leads to tensors that are no part of the value.
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType)
-_OPAQUE = (CppFuture, type, types.ModuleType, *_FUNCTIONS)
+_OPAQUE = (CppFuture, type, types.ModuleType, torch.nn.Module, *_FUNCTIONS)
+
+# Those of these very types have no attributes.
+_BARE = frozenset({list, tuple, dict, set, frozenset, deque})
+
+# Tensors that are nothing but their memory.
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+_FILLED = (Mapping, list, set, deque)
 
 
 def tensors(value: object) -> Iterator[torch.Tensor]:
     """Yields the tensors in ``value``, once each."""
     return (thing for thing, _ in _walk(value) if _is(thing, torch.Tensor))
+
+
+def search(value: object, most: int) -> tuple[list[torch.Tensor], bool]:
+    """Returns the tensors among the first ``most`` parts of ``value``; whether these were all."""
+    if type(value) is torch.Tensor:
+        return [value], True
+    found: list[torch.Tensor] = []
+    for thing, parts in _walk(value, most):
+        if _is(thing, torch.Tensor):
+            found.append(thing)
+        most -= len(parts)
+    return found, most > 0
 
 
 def device_of(tensor: torch.Tensor) -> torch.device:
@@ -48,35 +76,73 @@ def _is(thing: object, kind: type | tuple[type, ...]) -> bool:
     return issubclass(type(thing), kind)
 
 
-def _walk(value: object) -> Iterator[tuple[Any, list[Any]]]:
-    """Yields all that ``value`` leads to, once each, and what each directly holds."""
+def keep_memory(found: Iterable[torch.Tensor]) -> None:
+    """Keep the memory of tensors, should these go, until the current streams are done with it."""
+    rest = []
+    streams: dict[torch.device, torch.Stream] = {}
+    for tensor in found:
+        plain = type(tensor) in PLAIN and tensor.layout == torch.strided
+        if plain and has_record_stream((device := tensor.device).type):
+            stream = streams.get(device) or streams.setdefault(device, current_stream(device))
+            tensor.record_stream(stream)
+        else:
+            rest.append(tensor)
+    devices = {device for tensor in rest if (device := device_of(tensor)).type != "cpu"}
+    if devices:
+        # C++ knows the memory of all kinds of tensors, on every device.
+        future: CppFuture[list[torch.Tensor]] = CppFuture(list(devices))
+        try:
+            call_with_current(next(iter(devices)), partial(future.set_result, rest))
+        except RuntimeError as error:
+            if not says_no_events(error):
+                raise
+        else:
+            call_with_current(next(iter(devices)), future.wait)
+
+
+def _walk(value: object, most: int | None = None) -> Iterator[tuple[Any, list[Any]]]:
+    """Yields all that ``value`` leads to, once each, and what each directly holds.
+
+    What is nested least comes first, and it ends with the first ``most`` parts.
+    """
     seen: dict[int, object] = {}  # kept, so that no id is used again meanwhile
-    found = [value]
+    found = deque([value])
     while found:
-        thing = found.pop()
+        thing = found.popleft()
         if type(thing) in HOST_ONLY or id(thing) in seen:
             continue
         seen[id(thing)] = thing
-        parts = [] if _is(thing, torch.Tensor) else _parts(thing)
+        parts = [] if _is(thing, torch.Tensor) else _parts(thing, most)
+        if most is not None:
+            most -= len(parts)
         yield thing, parts
         found.extend(parts)
 
 
-def _parts(thing: Any) -> list[Any]:
+def _parts(thing: Any, most: int | None) -> list[Any]:
     parts: list[Any] = []
+    if most == 0:
+        return parts
     # What cannot be read, such as a mapping whose file is closed, holds nothing.
     with suppress(Exception):
-        if _is(thing, Mapping):
-            parts += [*thing.values()]
-        elif _is(thing, (list, tuple, set, frozenset, deque)):
-            parts += [*thing]
+        parts += islice(_items(thing), most)
     with suppress(Exception):
-        parts += [part for _, part in _attributes(thing)]
+        left = None if most is None else most - len(parts)
+        parts += islice((part for _, part in _attributes(thing)), left)
     return parts
 
 
+def _items(thing: Any) -> Iterator[Any]:
+    if _is(thing, Mapping):
+        return iter(thing.values())
+    if _is(thing, (list, tuple, set, frozenset, deque)):
+        return iter(thing)
+    node = pytree_node(type(thing))
+    return iter(() if node is None else node.flatten_fn(thing)[0])
+
+
 def _attributes(thing: object) -> Iterator[tuple[str, object]]:
-    if _is(thing, _OPAQUE):
+    if type(thing) in _BARE or _is(thing, _OPAQUE):
         return
     with suppress(AttributeError):
         yield from list(object.__getattribute__(thing, "__dict__").items())
@@ -93,26 +159,48 @@ def replaced(value: Any, substitutes: Mapping[int, torch.Tensor]) -> Any:
     What holds none of these tensors is kept as it is; what does is copied, shallowly, once
     each, so that what was shared still is.
     """
-    holders = _holders(value, substitutes)
-    copies: dict[int, Any] = dict(substitutes)
-    # All but tuples are there before they are filled, as what they hold may lead back.
-    for key, thing in holders.items():
-        if not _is(thing, (tuple, frozenset)):
-            copies[key] = copy.copy(thing)
-            if copies[key] is thing:
-                name = described(thing)
-                raise TypeError(f"{name} holds a tensor, and copies of it are itself")
+    return _Copies(_holders(value, substitutes), substitutes).of(value)
 
-    def new(thing: Any) -> Any:
-        if id(thing) in holders and id(thing) not in copies:
-            parts = [new(part) for part in thing]
-            make = getattr(type(thing), "_make", type(thing))  # of a named tuple
-            copies.setdefault(id(thing), make(parts))
-        return copies.get(id(thing), thing)
 
-    for thing in holders.values():
-        _fill(new(thing), thing, new)
-    return new(value)
+class _Copies:
+    """Copies of what holds tensors, by id, and of the tensors themselves."""
+
+    def __init__(self, holders: dict[int, Any], substitutes: Mapping[int, torch.Tensor]) -> None:
+        self._holders = holders
+        self._copies: dict[int, Any] = dict(substitutes)
+        # All are there before they are filled, as what they hold may lead back; but for those
+        # that are made of what they hold.
+        for key, thing in holders.items():
+            if _maker(thing) is None:
+                self._copies[key] = copy.copy(thing)
+                if self._copies[key] is thing:
+                    name = described(thing)
+                    raise TypeError(f"{name} holds a tensor, and copies of it are itself")
+        for thing in holders.values():
+            _fill(self.of(thing), thing, self.of)
+
+    def of(self, thing: Any) -> Any:
+        """Return the copy of ``thing``, or itself if it holds none of the tensors."""
+        if id(thing) in self._holders and id(thing) not in self._copies:
+            make = _maker(thing)
+            assert make is not None
+            self._copies.setdefault(id(thing), make([self.of(part) for part in _items(thing)]))
+        return self._copies.get(id(thing), thing)
+
+
+def _maker(thing: Any) -> Callable[[list[Any]], Any] | None:
+    """Return what makes a thing like this of the parts of it, or None if a copy is to be filled."""
+    if _is(thing, (tuple, frozenset)):
+        make: Callable[[list[Any]], Any] = getattr(type(thing), "_make", type(thing))
+        return make
+    node = None if _is(thing, _FILLED) else pytree_node(type(thing))
+    if node is None:
+        return None
+    return partial(_unflattened, node.unflatten_fn, node.flatten_fn(thing)[1])
+
+
+def _unflattened(unflatten: Callable[[list[Any], Any], Any], context: Any, parts: list[Any]) -> Any:
+    return unflatten(parts, context)
 
 
 def _holders(value: object, tensor_ids: Mapping[int, object]) -> dict[int, Any]:

@@ -224,11 +224,12 @@ def _recorded_callback(future: _core.Completable[Any], callback: _core.DoneCallb
 class _RecordedCallback(_core.DoneCallback):
     """Runs a callback, and notes when; equal to that, so that whoever added it can remove it."""
 
-    __slots__ = ("_callback", "_recording", "since")
+    __slots__ = ("_callback", "_recording", "since", "uses_streams")
 
     def __init__(self, recording: Recording, callback: _core.DoneCallback) -> None:
         self._recording = recording
         self._callback = callback
+        self.uses_streams = callback.uses_streams
         self.since = perf_counter()
 
     @property
