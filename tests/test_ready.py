@@ -31,6 +31,7 @@ from .accelerator import (
     current_stream,
     read_on_current_stream,
     several_devices,
+    stream_beside,
     told_or_not,
 )
 from .explorer import strikes
@@ -305,7 +306,7 @@ async def test_a_combined_future_does_not_wait_for_other_work_of_who_completes_t
 async def test_combining_orders_nobodys_streams(accelerator, producer, devices):
     one, other = completed_on(producer, accelerator, devices), Future(devices=devices)
     combined = gather([one, other])
-    with torch.Stream(FIRST) as bystander:
+    with stream_beside(producer) as bystander:
         other.set_result(torch.ones(2, device=FIRST))
     bystander.synchronize()
     assert not producer.query()
