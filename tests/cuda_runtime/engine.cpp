@@ -44,7 +44,9 @@ Thread& thread() {
 
 static bool is_blocking(const Stream& stream) { return !(stream.flags & cudaStreamNonBlocking); }
 
-// Whether an earlier op of another stream holds up the connection that both share.
+// Whether an earlier op of another stream holds up the connection that both share: see
+// CUDA_DEVICE_MAX_CONNECTIONS in "Environment Variables" of the CUDA C++ Programming Guide. That
+// the streams of each priority take the queues in turn is from memory.
 static bool held_up_by_connection(const Stream& stream, const Op& op) {
   if (stream.connection < 0) return false;
   for (auto& other : state().devices[stream.device].streams)
@@ -168,7 +170,7 @@ std::shared_ptr<Stream> new_stream(int index, unsigned flags, int priority) {
   stream->device = index;
   stream->flags = flags;
   stream->priority = priority;
-  if (s.connections) stream->connection = int(device.next_connection++ % s.connections);
+  if (s.connections) stream->connection = int(device.next_connection[priority]++ % s.connections);
   device.streams.insert(stream);
   s.streams[stream.get()] = stream;
   return stream;
@@ -236,6 +238,8 @@ cudaError_t wait_for_stream(Lock& lock, const std::shared_ptr<Stream>& stream) {
   return s.devices[stream->device].failed;
 }
 
+// By the descriptions of cudaErrorAssert and cudaErrorIllegalAddress: any further work returns the
+// same error. That it reaches the other devices, too, is from memory.
 void fail(int index, cudaError_t error) {
   State& s = state();
   for (int n = 0; n < s.count; n++) {
@@ -266,7 +270,8 @@ Memory* memory_of(const void* address, uintptr_t* base) {
 }
 
 cudaError_t unsafe_call() {
-  // As the documentation of cudaThreadExchangeStreamCaptureMode says it.
+  // By the description of cudaThreadExchangeStreamCaptureMode. That it invalidates the capture:
+  // "Invalidation" in the CUDA C++ Programming Guide, on stream capture.
   auto mode = thread().mode;
   cudaError_t error = cudaSuccess;
   for (auto& capture : state().captures) {

@@ -3,6 +3,8 @@
 // One thread, the engine, runs the work of all streams of all devices. Each stream is a FIFO.
 // What takes time (a spinning kernel, a wait for a value or for another stream) holds up its own
 // stream only. Host functions run in a thread of their own.
+//
+// Which waits for which: page "Stream synchronization behavior" of the CUDA Runtime API reference.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -114,7 +116,7 @@ struct Device {
   bool has_context = false;
   cudaError_t failed = cudaSuccess;  // what all calls return from now on
   size_t used = 0;
-  unsigned next_connection = 0;
+  std::map<int, unsigned> next_connection;  // of streams of each priority
   std::shared_ptr<Stream> legacy;
   std::set<std::shared_ptr<Stream>> streams;  // all, with the legacy one
 };

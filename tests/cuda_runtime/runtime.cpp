@@ -1,4 +1,8 @@
 // The functions of libcudart that PyTorch calls. See engine.h.
+//
+// Each does what its description says in the CUDA Runtime API reference, of which the sections are
+// named below; cuda_runtime_api.h has the same text. "Programming Guide" is the CUDA C++ Programming
+// Guide. What stands on no page is marked "from memory".
 #include <dlfcn.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -21,6 +25,9 @@ static bool valid(Event* event) { return state().events.count(event) != 0; }
 
 
 // ---------------------------------------------------------------------------- errors
+
+// Section "Error Handling". That a failed kernel's error cannot be cleared: see cudaErrorAssert and
+// cudaErrorIllegalAddress in "Data types used by CUDA Runtime".
 
 API cudaError_t cudaGetLastError() {
   cudaError_t last = thread().last;
@@ -73,6 +80,9 @@ API const char* cudaGetErrorString(cudaError_t error) {
 
 // ---------------------------------------------------------------------------- devices
 
+// Sections "Device Management", "Peer Device Memory Access", "Version Management". The numbers are
+// made up, of the size that a GPU has.
+
 API cudaError_t cudaGetDeviceCount(int* count) {
   return call("cudaGetDeviceCount", kNothing, [&](Lock&) {
     *count = state().count;
@@ -90,7 +100,7 @@ API cudaError_t cudaSetDevice(int device) {
     if (device < 0 || device >= state().count) return cudaErrorInvalidDevice;
     if (thread().last == device_now().failed) thread().last = cudaSuccess;  // it is of that device
     thread().device = device;
-    cudaError_t error = make_context(device);  // since CUDA 12
+    cudaError_t error = make_context(device);  // as the description of cudaSetDevice says
     return error ? error : state().devices[device].failed;
   });
 }
@@ -204,6 +214,8 @@ API cudaError_t cudaProfilerStop() { return cudaSuccess; }
 
 // ---------------------------------------------------------------------------- streams
 
+// Section "Stream Management"; the default streams: page "Stream synchronization behavior".
+
 API cudaError_t cudaStreamCreateWithPriority(cudaStream_t* out, unsigned flags, int priority) {
   return call("cudaStreamCreateWithPriority", kContext, [&](Lock&) {
     priority = std::max(-5, std::min(0, priority));
@@ -243,6 +255,8 @@ API cudaError_t cudaStreamGetPriority(cudaStream_t handle, int* priority) {
     return cudaSuccess;
   });
 }
+// Programming Guide, "Creating a Graph Using Stream Capture": it is invalid to query or synchronize
+// a stream that is captured, and that invalidates the capture.
 static cudaError_t asked_about(const shared_ptr<Stream>& stream) {
   if (stream->capture) {
     stream->capture->invalid = true;
@@ -279,6 +293,9 @@ API cudaError_t cudaStreamAddCallback(cudaStream_t handle, cudaStreamCallback_t 
 }
 
 // ---------------------------------------------------------------------------- events
+
+// Section "Event Management". A query of an event is an unsafe call during a capture: from memory,
+// of PyTorch's issues.
 
 API cudaError_t cudaEventCreateWithFlags(cudaEvent_t* out, unsigned flags) {
   return call("cudaEventCreateWithFlags", kContext, [&](Lock&) {
@@ -370,6 +387,8 @@ API cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t of, unsigne
       auto capture = event->captured_in.lock();
       if (!capture) return cudaErrorCapturedEvent;
       if (capture->invalid) return cudaErrorStreamCaptureInvalidated;
+      // Programming Guide, "Cross-stream Dependencies and Events" and "Prohibited and Unhandled
+      // Operations".
       if (stream->capture && stream->capture != capture) {
         stream->capture->invalid = capture->invalid = true;
         return cudaErrorStreamCaptureMerge;
@@ -401,6 +420,9 @@ API cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t of, unsigne
 
 // ---------------------------------------------------------------------------- memory
 
+// Section "Memory Management"; which copies wait: page "API synchronization behavior". That
+// allocations are unsafe calls during a capture: cudaThreadExchangeStreamCaptureMode.
+
 static cudaError_t allocate(Lock& lock, void** out, size_t size, cudaMemoryType type) {
   State& s = state();
   *out = nullptr;
@@ -431,7 +453,7 @@ static cudaError_t deallocate(Lock& lock, void* p, cudaMemoryType type) {
     return cudaErrorInvalidValue;
   Memory memory = found->second;
   auto streams = s.devices[memory.device].streams;
-  for (auto& stream : streams) wait_for_stream(lock, stream);  // it synchronises
+  for (auto& stream : streams) wait_for_stream(lock, stream);  // "may perform implicit synchronization"
   s.memory_map.erase(at);
   if (type == cudaMemoryTypeDevice) s.devices[memory.device].used -= memory.size;
   munmap(p, memory.size);
@@ -501,8 +523,8 @@ static cudaError_t copy(Lock& lock, void* to, const void* from, size_t size,
   if (!size) return cudaSuccess;
   Memory *target = memory_of(to), *source = memory_of(from);
   Op op;
-  // Pageable memory of the host. What is little is read at once; and what is to be written to it
-  // is waited for, as the documentation of the runtime's synchronous behaviour says.
+  // Pageable memory of the host is staged before the call returns, and a copy to it has ended then.
+  // That 64 KiB are copied without waiting: Programming Guide, "Asynchronous Concurrent Execution".
   if (!source && !stream->capture) {
     auto staged = std::make_shared<std::vector<char>>(
         static_cast<const char*>(from), static_cast<const char*>(from) + size);
@@ -573,6 +595,8 @@ API cudaError_t cudaMemset(void* to, int value, size_t size) {
 
 // ---------------------------------------------------------------------------- captures
 
+// Sections "Stream Management" and "Graph Management".
+
 static cudaError_t begin_capture(const shared_ptr<Stream>& stream, Graph* graph,
                                  cudaStreamCaptureMode mode) {
   State& s = state();
@@ -639,10 +663,8 @@ API cudaError_t cudaStreamIsCapturing(cudaStream_t handle, cudaStreamCaptureStat
     if (stream == state().devices[stream->device].legacy)
       for (auto& capture : state().captures)
         for (auto* other : capture->streams)
-          if (other->device == stream->device && !(other->flags & cudaStreamNonBlocking)) {
-            capture->invalid = true;
-            return cudaErrorStreamCaptureImplicit;
-          }
+          if (other->device == stream->device && !(other->flags & cudaStreamNonBlocking))
+            return cudaErrorStreamCaptureImplicit;  // which leaves the capture valid
     *status = !stream->capture            ? cudaStreamCaptureStatusNone
               : stream->capture->invalid ? cudaStreamCaptureStatusInvalidated
                                          : cudaStreamCaptureStatusActive;
@@ -731,6 +753,9 @@ API cudaError_t cudaGraphRetainUserObject(cudaGraph_t graph, cudaUserObject_t ob
 
 // ---------------------------------------------------------------------------- kernels
 
+// Section "Execution Control". The functions that begin with two underscores are what nvcc's host
+// code calls; they stand on no page, but for their declarations in crt/host_runtime.h.
+
 static std::unordered_map<const void*, Kernel*>& kernels() {
   static auto* all = new std::unordered_map<const void*, Kernel*>;  // by the host's function
   return *all;
@@ -812,7 +837,8 @@ static cudaError_t launch(const void* function, dim3 grid, dim3 block, void** ar
     uint64_t threads = uint64_t(block.x) * block.y * block.z;
     if (!threads || threads > 1024 || !grid.x || !grid.y || !grid.z)
       return cudaErrorInvalidConfiguration;
-    // Kernels are loaded when they are launched first, and that may synchronise the context.
+    // Programming Guide, "Lazy Loading": a kernel is loaded when it is launched first, and that may
+    // synchronize the context.
     static std::set<std::pair<int, Kernel*>> loaded;
     bool first = loaded.insert({stream->device, kernel}).second && !stream->capture;
     if (first && state().loading_waits) {
@@ -821,6 +847,7 @@ static cudaError_t launch(const void* function, dim3 grid, dim3 block, void** ar
     }
     auto op = op_of_launch(*kernel, arguments, grid, block);
     if (!op) return cudaErrorNoKernelImageForDevice;
+    // Programming Guide, "Environment Variables": CUDA_LAUNCH_BLOCKING.
     cudaError_t error = enqueue(stream, std::move(*op));
     return error || stream->capture || !state().launch_blocking ? error
                                                                 : wait_for_stream(lock, stream);
@@ -858,6 +885,8 @@ API cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* coun
 }
 
 // ---------------------------------------------------------------------------- the driver
+
+// Section "Driver Entry Point Access".
 
 // The driver's library has the same devices. It is loaded by its name, as the runtime does.
 __attribute__((constructor)) static void load_driver() {
