@@ -102,3 +102,9 @@ def links(session: nox.Session) -> None:
     """What the site links to elsewhere is there; takes the network."""
     install(session, "docs")
     session.run("python", "-m", "sphinx", "-b", "linkcheck", "docs", "build/linkcheck")
+
+
+@nox.session(python=False, default=False)
+def cuda(session: nox.Session) -> None:
+    """The device tests on PyTorch's CUDA build, in an environment that the script makes."""
+    run(session, "test-on-cuda-runtime", "--all")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,9 +24,12 @@ from torchfut_aio import Future
 from torchfut_aio._devices import _events
 from torchfut_aio._devices._synchronize import side_stream
 
+from . import gpus
 from .threads import PATIENCE
 
 DEVICE = os.environ.get("TORCHFUT_AIO_TEST_DEVICE", "sim")
+if DEVICE == "sim":
+    gpus.hide()  # before anything counts them
 FIRST, SECOND = f"{DEVICE}:0", f"{DEVICE}:1"
 
 OLD, NEW = [0.0, 0.0], [7.0, 7.0]
@@ -80,6 +84,18 @@ def _stream() -> torch.Stream:
     while (stream := torch.Stream(FIRST)) == side_stream(torch.device(FIRST)):
         pass
     return stream
+
+
+def ends_soon(stream: torch.Stream) -> bool:
+    """Returns whether all that is enqueued on ``stream`` ends within a second.
+
+    Streams of a GPU share a few hardware queues. So one may wait for another that is held up,
+    although nothing orders it after that; but not each one does.
+    """
+    given_up = time.monotonic() + 1
+    while not (ended := stream.query()) and time.monotonic() < given_up:
+        time.sleep(0.001)
+    return ended
 
 
 # Whether a stream will soon write zeros, or is held up by a kernel that is not to end yet, nobody

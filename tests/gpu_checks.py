@@ -24,7 +24,7 @@ import torch
 from torchfut_aio import Future, PollPolicy, as_future, set_poll_policy, synchronize, to_host
 from torchfut_aio._devices import _capture, record_event
 
-from .accelerator import DEVICE, FIRST, NEW, SECOND, being_filled, current_stream
+from .accelerator import DEVICE, FIRST, NEW, SECOND, being_filled, current_stream, write_zeros
 from .threads import PATIENCE, running
 
 MISSING = 77  # the exit status for what this machine cannot check
@@ -41,6 +41,7 @@ def within_patience(main: Any) -> Any:
 
 def blocking_policy(accelerator: Any) -> None:
     """A thread blocks for an event of the device's own class, on torch.accelerator's stream."""
+    write_zeros(accelerator)
     before = set_poll_policy(PollPolicy(blocking=True))
 
     async def main() -> None:
@@ -98,12 +99,13 @@ async def _awaited(fut: Future[Any]) -> Any:
 def capture(accelerator: Any) -> None:
     """A thread captures a graph in "global" mode, while another awaits kernels."""
     tensor, stream = torch.zeros(2, device=FIRST), torch.Stream(FIRST)
-    begun, end = threading.Event(), threading.Event()
+    prepared, begun, end = threading.Event(), threading.Event(), threading.Event()
 
     async def main() -> None:
         with stream:
             accelerator.fill_after(tensor, 7, 0.001)
-        await synchronize(stream)  # all that a first time makes is there
+        await synchronize(stream)
+        prepared.set()  # the clock is measured, the kernels are loaded, and the package has events
         begun.set() if DEVICE == "sim" else await asyncio.to_thread(begun.wait, PATIENCE)
         for n in range(50):
             with stream:
@@ -111,6 +113,7 @@ def capture(accelerator: Any) -> None:
             await synchronize(stream)
 
     def capture_until_end() -> None:
+        assert prepared.wait(PATIENCE)
         captured = torch.zeros(1, device=FIRST)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="global"):
@@ -167,6 +170,7 @@ def copies(accelerator: Any) -> None:
 
 def external_streams(accelerator: Any) -> None:
     """Stream 2, which is another one in each thread, is not taken for one."""
+    write_zeros(accelerator)
     other: Future[Any] = Future()
 
     def of_this_thread() -> Any:

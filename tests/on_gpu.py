@@ -151,6 +151,9 @@ def report(results: Iterable[Result], gpus: Sequence[str], driver: str, when: da
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("scripts/test-on-gpu", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="little of the benchmark")
+    parser.add_argument(
+        "--folder", type=Path, help="where the report goes (default: docs/_results/gpu-DATE-TIME)"
+    )
     parser.add_argument("parts", nargs="*", help="the names of some parts (default: all)")
     options = parser.parse_args(arguments)
     names = [part.name for part in parts(options.quick, RESULTS)]
@@ -160,8 +163,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("!!!! NOT TESTED ON A GPU: torch finds none here. No report is written.")
         return NO_GPU
     when = datetime.now(UTC)
-    folder = RESULTS / f"gpu-{when:%Y-%m-%d-%H%M%S}"
-    folder.mkdir(parents=True)
+    folder = (options.folder or RESULTS / f"gpu-{when:%Y-%m-%d-%H%M%S}").absolute()
+    folder.mkdir(parents=True, exist_ok=options.folder is not None)
     path = folder / "report.md"
     results = []
     wanted = parts(options.quick, folder)
@@ -173,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{results[-1].output}{part.name}: {results[-1].outcome}", flush=True)
         # After each, so that what is known stays if this is cut off.
         path.write_text(report(results, gpus(), driver(), when))
-    print(f"written to {path.relative_to(ROOT)}")
+    print(f"written to {os.path.relpath(path, ROOT)}")
     return 0 if results and all(result.is_well for result in results) else 1
 
 

@@ -2,7 +2,8 @@
 
 Importing this builds the C++ extension, once for each version of its source and of torch,
 and registers two devices, ``sim:0`` and ``sim:1``, for the rest of the process. From then
-on ``torch.accelerator`` and integers for devices mean these, even where there is a GPU.
+on ``torch.accelerator`` and integers for devices mean these. Where there is a GPU, torch finds
+it no more in this process.
 
 Kernels are enqueued with ``fill_`` and ``copy_`` and with the functions below, on the
 current stream. Any other operation is computed by the host, which waits for the current
@@ -26,6 +27,10 @@ from unittest import mock
 import torch
 
 from torchfut_aio._devices._streams import side_stream
+
+from .. import gpus
+
+gpus.hide()
 
 _HERE = Path(__file__).parent
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "torchfut-aio"

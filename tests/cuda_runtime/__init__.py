@@ -1,0 +1,50 @@
+"""The stand-in for CUDA, as Python sees it: whether PyTorch runs on it, and what it was asked.
+
+See ``README.md``. It is there in the environment of ``scripts/test-on-cuda-runtime`` only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+
+def _library() -> ctypes.CDLL | None:
+    if torch.version.cuda is None:
+        return None
+    try:
+        library = ctypes.CDLL("libcudart.so.13")  # which torch has loaded
+        library.cuda_standin_calls.restype = ctypes.c_uint64
+        library.cuda_standin_unknown_kernel.restype = ctypes.c_char_p
+    except (OSError, AttributeError):  # there is no such library, or it is NVIDIA's
+        return None
+    return library
+
+
+_standin = _library()
+
+IS_THERE = _standin is not None
+
+
+def calls(function: str) -> int:
+    """Return how often a function of CUDA's runtime has been called, by all threads."""
+    assert _standin
+    number: int = _standin.cuda_standin_calls(function.encode())
+    return number
+
+
+def unknown_kernels(after: int = 0) -> list[str]:
+    """Return the kernels that were launched but are not known, without the first ``after``."""
+    assert _standin
+    names: list[str] = []
+    while name := _standin.cuda_standin_unknown_kernel(ctypes.c_size_t(after + len(names))):
+        names.append(name.decode())
+    return names
+
+
+def enqueue_failure(error: int, stream: torch.Stream) -> None:
+    """Enqueue a kernel that fails with an error of ``cudaError_t``."""
+    assert _standin
+    handle = ctypes.c_void_p(stream.cuda_stream)
+    assert _standin.cuda_standin_enqueue_failure(handle, error) == 0
