@@ -143,9 +143,9 @@ def to_host(value: T) -> Coroutine[Any, Any, T]:
 
     Example:
         >>> import asyncio, torch
-        >>> accelerator = torch.accelerator.current_accelerator() or "cpu"
+        >>> device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
         >>> async def main():
-        ...     batch = {"name": "first", "scores": [torch.ones(2, device=accelerator)]}
+        ...     batch = {"name": "first", "scores": [torch.ones(2, device=device)]}
         ...     return await torchfut_aio.to_host(batch)
         >>> asyncio.run(main())
         {'name': 'first', 'scores': [tensor([1., 1.])]}
