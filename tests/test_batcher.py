@@ -389,6 +389,15 @@ def test_items_of_a_failed_batch_get_an_error_each(error):
         assert each.__notes__.count("mine") == 1
 
 
+def test_an_item_that_the_thread_finds_twice_counts_once(monkeypatch):
+    """As one does that is submitted while a new thread looks what there is."""
+    take = _worker.Worker.take
+    monkeypatch.setattr(_worker.Worker, "take", lambda worker: take(worker) * 2)
+    with batcher_of(double, max_batch=3, max_wait=math.inf) as batcher:
+        assert [fut.wait(PATIENCE) for fut in [batcher.submit(n) for n in range(3)]] == [0, 2, 4]
+        assert batcher.statistics().batches == 1
+
+
 @pytest.mark.parametrize(
     "error", [NeedsTwo(1, 2), Changes("foo")], ids=lambda error: type(error).__name__
 )

@@ -200,16 +200,15 @@ class BatchWorker(Worker):
     def _first_in_line(self) -> list[Future[Any]]:
         """Return the futures of the next batch as it is now; drop those that were given up."""
         line = self._line
-        first: list[Future[Any]] = []
+        first: dict[Future[Any], None] = {}  # each once, and a new thread may find one twice
         line.extend(self.take())
         while line and len(first) < self.max_batch:
             future = line.popleft()
-            # One that was withdrawn is not in the queue. A new thread may find one twice, and take
-            # it once.
+            # One that was withdrawn is not in the queue.
             if not self._drop_if_done(future) and future in self.work:
-                first.append(future)
+                first[future] = None
         line.extendleft(reversed(first))
-        return first
+        return [*first]
 
     def _drop_if_done(self, future: Future[Any]) -> bool:
         done = future.done()

@@ -1,8 +1,8 @@
 """What the package relies on that is private to CPython, or to its asyncio: all of it, here.
 
-Each was checked on CPython 3.11.7, 3.12.1, 3.13.0 and 3.14.10, and has a public way to fall back
-on where it is not as expected: another interpreter or a newer one, a loop with futures of its own,
-a task that is not asyncio's. So the package has no upper bound on the version of Python.
+Each was checked on CPython 3.11.7, 3.12.1, 3.13.0, 3.14.8 and 3.15.0, and has a public way to fall
+back on where it is not as expected: another interpreter or a newer one, a loop with futures of its
+own, a task that is not asyncio's. So the package has no upper bound on the version of Python.
 """
 
 from __future__ import annotations

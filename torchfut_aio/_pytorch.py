@@ -1,7 +1,7 @@
 """What the package relies on that is private to PyTorch: all of it, here.
 
-Each was checked on torch 2.7.1, 2.13.0 and 2.14.1. Where a name is gone, a public function takes
-its place, or the call that needs it raises RuntimeError. Importing the package never does:
+Each was checked on torch 2.7.1, 2.13.0, 2.14.1 and 2.15.0. Where a name is gone, a public function
+takes its place, or the call that needs it raises RuntimeError. Importing the package never does:
 ``tests/test_pytorch.py`` takes away each name in turn.
 
 The texts of PyTorch's errors are not here: see `says_no_events`, and ``_rpc_errors.py``.
