@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import gc
-import signal
 import sys
 import threading
 import weakref
@@ -455,15 +454,16 @@ def test_a_call_raises_when_the_interpreter_exits(monkeypatch):
             hook_that_notes([])(done(), Bucket())
 
 
-def test_ctrl_c_ends_the_wait_and_the_hook_goes_on(nothing_blocks_a_loop, main_thread_blocks):
+def test_ctrl_c_ends_the_wait_and_the_hook_goes_on(
+    nothing_blocks_a_loop, main_thread_blocks, ctrl_c
+):
     nothing_blocks_a_loop.deactivate()
     steps, interrupted = [], threading.Event()
-    main = threading.main_thread().ident
 
     @async_comm_hook
     async def hook(state, bucket):
         assert main_thread_blocks.wait(PATIENCE)
-        signal.pthread_kill(main, signal.SIGINT)
+        ctrl_c()
         assert interrupted.wait(PATIENCE)
         steps.append("goes on")
         return bucket.buffer()
