@@ -20,7 +20,7 @@ from ._watcher import watcher_of
 def when_reached(events: Sequence[RecordedEvent], notify: Notify) -> None:
     """Calls ``notify(error or None)`` when all events are reached: in a thread, or now."""
     try:
-        if all(event.query() for event in events):
+        if all(map(RecordedEvent.query, events)):
             notify(None)
             return
     except Exception as error:

@@ -164,11 +164,16 @@ def found_readiness(value: object, moment: Moment) -> tuple[Readiness | None, Ex
     except Exception:  # it cannot be searched, so it counts as one that holds nothing
         return None, None
     try:
-        found = [tensor for tensor in found if device_of(tensor).type == accelerator.type]
+        found = _those_on(accelerator.type, found)
         used = _devices_of(found) if is_all else devices_in_use()
         return (Readiness(found, moment.events(used), used) if used else None), None
     except Exception as error:  # after a failed kernel, the accelerator takes no more events
         return None, error.with_traceback(None)
+
+
+# A function of its own: see tests/test_backward_jumps.py.
+def _those_on(kind: str, found: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [tensor for tensor in found if device_of(tensor).type == kind]
 
 
 def _devices_of(found: Iterable[torch.Tensor]) -> set[torch.device]:
