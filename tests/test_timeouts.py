@@ -684,8 +684,12 @@ def test_finalisers_may_complete_sources_and_set_timeouts_in_the_middle_of_anyth
             pass
     finally:
         gc.set_threshold(*threshold)
-    gc.collect()
-    until(lambda: all(fut.done() for fut in made))
+
+    def all_are_done():
+        gc.collect()  # it does nothing while another thread's collector calls a finaliser
+        return all(fut.done() for fut in made)
+
+    until(all_are_done)
     assert len(made) == 2 * 300 * 3
 
 
