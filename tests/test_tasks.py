@@ -28,7 +28,7 @@ from anyio.from_thread import start_blocking_portal
 from torchfut_aio import Future, _core, _tasks, as_completed, as_future, gather, start_soon, submit
 
 from .loops import on_asyncio, on_every_loop
-from .threads import PATIENCE, alongside, running, until
+from .threads import PATIENCE, alongside, needs_gil, running, until
 
 on_a_thread = anyio.to_thread.run_sync
 
@@ -705,6 +705,7 @@ def test_what_is_no_portal_is_refused(portal):
         submit(portal, double, 1)
 
 
+@needs_gil("anyio's portal may block for ever when it stops")
 @each_loop
 @pytest.mark.parametrize("cancel", [True, False])
 # Of anyio's own, on trio: its group may close between the portal's look and the start.

@@ -140,8 +140,7 @@ class Collector(_core.DoneCallback):
             self.complete()
 
     def fail(self, _future: Future[Any], error: BaseException) -> None:
-        if not self.combined.done():
-            _core.complete_with_error(self.combined, error)
+        _core.try_complete_with_error(self.combined, error)
 
     def complete(self) -> None:
         with suppress(InvalidStateError):  # somebody has completed it instead

@@ -16,6 +16,7 @@ from ._completion import (
     complete_with_value,
     is_cancelled,
     outcome_of,
+    try_complete_with_error,
 )
 
 
@@ -59,6 +60,6 @@ class ThenCallback(DoneCallback):
         self.child = None
 
     def fail(self, _future: Completable[Any], error: BaseException) -> None:
-        child = self.child
-        if child is not None and outcome_of(child) is None:
-            complete_with_error(child, error)
+        child = self.child  # once, as another thread may complete it meanwhile
+        if child is not None:
+            try_complete_with_error(child, error)
