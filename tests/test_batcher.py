@@ -366,10 +366,18 @@ def fails_with(error):
     return function
 
 
+class SharesItsAttributes(ValueError):
+    def __copy__(self):
+        copied = type(self)(*self.args)
+        copied.__dict__ = self.__dict__
+        return copied
+
+
 @pytest.mark.parametrize(
     "error",
     [
         noted(ValueError("foo", 5)),
+        noted(SharesItsAttributes("foo")),
         noted(OSError(2, "foo", "path")),
         KeyboardInterrupt(),
         ExceptionGroup("both", [ValueError(1), KeyError(2)]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -9,6 +10,12 @@ import sys
 import pytest
 
 from .threads import PATIENCE_WITH_PROCESSES
+
+
+def skip_without(library):
+    """Skips a test, without importing here what changes asyncio or exceptions for all."""
+    if importlib.util.find_spec(library) is None:
+        pytest.skip(f"install the extra `integrations` to test {library}")
 
 
 def run(program, *, first=""):
@@ -36,10 +43,10 @@ def run(program, *, first=""):
     ],
 )
 def test_what_the_library_hands_out_is_adopted(module, program):
-    pytest.importorskip(module, reason=f"install the extra `integrations` to test {module}")
+    skip_without(module)
     run(program)
 
 
 def test_greenlets_and_loops_complete_what_each_other_waits_for():
-    pytest.importorskip("gevent", reason="install the extra `integrations` to test gevent")
+    skip_without("gevent")
     run("gevent", first="import gevent.monkey; gevent.monkey.patch_all()")

@@ -265,9 +265,11 @@ def own_copy(error: E) -> E:
     _copy_state(error, copied)
     for attribute in _CHAIN:
         attribute.__set__(copied, attribute.__get__(error))
+    own = {**_dict.__get__(copied)}  # tblib, for one, makes exceptions share it with a copy
     notes = _dict.__get__(error).get("__notes__")
     if type(notes) is list:
-        _dict.__get__(copied)["__notes__"] = [*notes]
+        own["__notes__"] = [*notes]
+    _dict.__set__(copied, own)
     return copied
 
 
