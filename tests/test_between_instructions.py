@@ -135,9 +135,10 @@ def test_a_future_may_be_shown_and_asked_while_it_completes(other):
         fut.add_done_callback(lambda _: None)
         other.now = lambda: fut.set_result(1)
         with strike:
-            repr(fut)
+            shown = repr(fut)
             fut.has_waiters()
             fut.done()
+        assert shown.startswith(("<Future pending", "<Future done result=1")), strike
 
 
 def test_a_child_and_its_cancellation_are_one_outcome(other):

@@ -17,7 +17,6 @@ import math
 import time
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Generator, Iterable, Iterator, Sized
-from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar, overload
 from weakref import WeakMethod
@@ -177,8 +176,8 @@ class _Arrivals(_core.DoneCallback):
     def worth_waiting(self) -> bool:
         """Return False if there is no need to wait for an arrival.
 
-        A waiter is stored first, then this looks whether a future has arrived. Whoever brings one
-        does these in the opposite order.
+        A waiter is stored first, then this looks for a future that has arrived. A completion does
+        these in the opposite order, so one of the two sees the other.
         """
         # A copy, as that locks the deque where there is no GIL.
         return not self.arrived.copy() and bool(self.pending or self.running)
@@ -187,8 +186,12 @@ class _Arrivals(_core.DoneCallback):
         """Order the current streams after the kernels of a future, if they can be ordered."""
         readiness = self.readiness(future)
         if readiness is not None:
-            with suppress(Exception):  # the device's error, which its value raises, too
+            try:
                 readiness.wait()
+            except (MemoryError, RecursionError):  # not ordered, so not yielded: the next does it
+                raise
+            except Exception:
+                pass  # the device's error, which its value raises, too
 
     def expire(self) -> None:
         """Lets go of the futures that are pending, for which it is too late."""

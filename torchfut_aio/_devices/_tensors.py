@@ -196,11 +196,8 @@ def _maker(thing: Any) -> Callable[[list[Any]], Any] | None:
     node = None if _is(thing, _FILLED) else pytree_node(type(thing))
     if node is None:
         return None
-    return partial(_unflattened, node.unflatten_fn, node.flatten_fn(thing)[1])
-
-
-def _unflattened(unflatten: Callable[[list[Any], Any], Any], context: Any, parts: list[Any]) -> Any:
-    return unflatten(parts, context)
+    unflatten, context = node.unflatten_fn, node.flatten_fn(thing)[1]
+    return lambda parts: unflatten(parts, context)
 
 
 def _holders(value: object, tensor_ids: Mapping[int, object]) -> dict[int, Any]:
