@@ -440,6 +440,25 @@ def test_as_completed_that_was_interrupted_yields_what_it_has_not(
         assert len({*got, *rest}) == len(got + rest) == 3
 
 
+@pytest.mark.parametrize("error", [MemoryError, RecursionError])
+def test_as_completed_yields_nothing_in_a_thread_that_it_could_not_order(
+    accelerator, producer, monkeypatch, error
+):
+    def fails(readiness):
+        raise error
+
+    fut = Future()
+    with producer:
+        fut.set_result(being_filled(accelerator))
+    completed = as_completed([fut])
+    with monkeypatch.context() as patch:
+        patch.setattr(_readiness.Readiness, "wait", fails)
+        with pytest.raises(error):
+            next(completed)
+    assert next(completed) is fut
+    accelerator.wake()
+
+
 @on_every_loop
 async def test_as_completed_yields_a_future_whose_kernel_failed(accelerator, producer):
     fut = Future()
