@@ -520,6 +520,23 @@ def test_a_stream_that_was_read_to_its_end_may_be_read_again():
     assert not stream.listening
 
 
+def test_a_value_that_came_too_late_does_not_count_as_unread():
+    stream = ValueStream()
+    readers = [iter(stream)]
+
+    class Values(OrderedDict):
+        def __setitem__(self, *item):  # a push that has found the stream open
+            stream.close()
+            assert list(readers[0]) == []
+            super().__setitem__(*item)
+            readers.clear()
+
+    stream._state.values = Values()
+    with pytest.raises(StreamClosedError):
+        stream.push(1)
+    assert list(stream) == []
+
+
 @on_every_loop
 async def test_reading_again_after_async_with_raises_what_happened_first():
     for closed_first in (True, False):

@@ -31,6 +31,7 @@ ROOM = (None,)  # for one value
 
 _CLOSED = "closed"
 _LEFT = "left"
+_READ = "read"
 
 
 class StreamState:
@@ -40,7 +41,7 @@ class StreamState:
         values: The outcomes that were pushed and not read, as keys, in order.
         room: See rule 2; None if the stream is not bounded.
         end: Empty until the stream takes no more values. It was closed, with an error or None;
-            or those who listened have left; or both.
+            or those who listened have left; or both. And an iterator may have come to the end.
         listeners: The iterators that may read, each by a key of its own.
         readers: Who waits for a value.
         writers: Who waits for room.
@@ -172,6 +173,8 @@ class StreamState:
 
     def raise_end(self, end: type[Exception]) -> NoReturn:
         """Raises the error with which the stream was closed, or ``end`` if there is none."""
+        if _LEFT not in self.end:
+            self.end[_READ] = None
         outcome = self.end.get(_CLOSED)
         if outcome is not None and _LEFT not in self.end:
             try:
@@ -221,10 +224,11 @@ class StreamState:
         self.listeners.pop(listener, None)
         if self.listeners:
             return
-        if self.values or _CLOSED not in self.end:
+        # What is in `values` after an iterator has come to the end is about to be taken back.
+        if _READ not in self.end and (self.values or _CLOSED not in self.end):
             self.stop()
             return
-        closed = self.end[_CLOSED]
+        closed = self.end.get(_CLOSED)
         if closed is not None and closed.error is not None and closed.is_retrieved:
             # Frames in its traceback lead to the stream, which would keep what they hold. So who
             # reads on gets an error without them.
