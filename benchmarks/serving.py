@@ -86,7 +86,7 @@ def application(predict: Predict) -> Starlette:
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(CONNECTIONS))
-        options = {"max_batch": MAX_BATCH, "max_wait": MAX_WAIT, "max_queue": CONNECTIONS}
+        options = {"max_batch_size": MAX_BATCH, "max_wait": MAX_WAIT, "max_queue_size": CONNECTIONS}
         async with Batcher(predict, **options) as batcher:
             for number, name in enumerate(NAMES):
                 answers[number] = batcher.submit if name == OURS else by_hand(name, predict)

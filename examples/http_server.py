@@ -276,7 +276,7 @@ class Service:
     @asynccontextmanager
     async def _lifespan(self, _app: Starlette) -> AsyncIterator[None]:
         self._batcher: Batcher[torch.Tensor, int] = Batcher(
-            self._classify, max_batch=MAX_BATCH, max_wait=0.002, max_queue=MAX_QUEUE
+            self._classify, max_batch_size=MAX_BATCH, max_wait=0.002, max_queue_size=MAX_QUEUE
         )
         self._writer = Writer(self._next_tokens)
         yield

@@ -124,7 +124,7 @@ def main() -> None:
     samples = list(zip(images[held_out], labels[held_out].tolist(), strict=True))
 
     batcher: Classifier = Batcher(
-        partial(classify, model), max_batch=MAX_BATCH, max_wait=0, max_queue=CLIENTS
+        partial(classify, model), max_batch_size=MAX_BATCH, max_queue_size=CLIENTS
     )
     with batcher:
         run(load_test(batcher, samples))

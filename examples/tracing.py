@@ -50,7 +50,7 @@ async def serve(path: str) -> None:
     with Recording() as recording:
         never.add_done_callback(note)
         task = asyncio.create_task(lost(never), name="lost request")
-        async with Batcher(model, max_batch=4, max_wait=0.002, max_queue=100) as batcher:
+        async with Batcher(model, max_batch_size=4, max_wait=0.002, max_queue_size=100) as batcher:
             requests = [
                 asyncio.create_task(request(batcher, n), name=f"request {n}") for n in range(6)
             ]

@@ -402,7 +402,7 @@ def test_an_item_submitted_while_a_batcher_closes_is_run_or_fails(other):
 
     for strike in between_instructions(other):
         futures = []
-        batcher = Batcher(list, max_batch=1, max_wait=0, max_queue=9)
+        batcher = Batcher(list, max_batch_size=1, max_queue_size=9)
         other.now = batcher.close
         with strike:
             submit(batcher, futures)

@@ -411,7 +411,7 @@ class Gate:
 
 
 def gated(function):
-    return Batcher(function, max_batch=1, max_wait=0, max_queue=9, name="embed")
+    return Batcher(function, max_batch_size=1, max_queue_size=9, name="embed")
 
 
 @on_every_loop

@@ -50,7 +50,7 @@ class AtExit:
 
 def begin(used):
     global batcher, result
-    batcher = Batcher(list, max_batch=2, max_wait=0, max_queue=100)
+    batcher = Batcher(list, max_batch_size=2, max_queue_size=100)
     if used:
         assert batcher.submit(1).wait(60) == 1
         assert double().wait(60) == 2

@@ -194,13 +194,13 @@ async def set_with_others():
 
 @door
 async def batched():
-    async with Batcher(forward, max_batch=2, max_wait=0, max_queue=2) as batcher:
+    async with Batcher(forward, max_batch_size=2, max_queue_size=2) as batcher:
         await batcher.submit(1)
 
 
 @door
 async def batched_in_tasks():
-    async with Batcher(forward_soon, max_batch=2, max_wait=0, max_queue=2) as batcher:
+    async with Batcher(forward_soon, max_batch_size=2, max_queue_size=2) as batcher:
         await batcher.submit(1)
 
 
@@ -363,7 +363,7 @@ async def test_an_error_for_lack_of_memory_holds_no_tensors_while_it_is_kept(err
     ready.set_result([1])
     async with (
         anyio.create_task_group() as group,
-        Batcher(run, max_batch=2, max_wait=1, max_queue=9) as batcher,
+        Batcher(run, max_batch_size=2, max_wait=1, max_queue_size=9) as batcher,
     ):
         both = [batcher.submit(n) for n in range(2)]
         futures = [*both, ready.then(lambda fut: run(fut.value())), start_soon(group, run_soon)]

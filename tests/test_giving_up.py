@@ -426,7 +426,10 @@ def quickstart(monkeypatch):
 def test_the_worker_outlives_clients_that_give_up(client, quickstart, error):
     model = Model(error)
     batcher = Batcher(
-        functools.partial(quickstart.classify, model), max_batch=64, max_wait=0, max_queue=64
+        functools.partial(quickstart.classify, model),
+        max_batch_size=64,
+        max_wait=0,
+        max_queue_size=64,
     )
     began = batcher.submit(torch.tensor(1))  # is in the model when its client gives up
     assert model.begun.wait(PATIENCE)

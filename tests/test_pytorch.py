@@ -45,7 +45,7 @@ async def wait():
     theirs.set_result(torch.ones(2))
     assert "tensor (2,)" in repr(ours)
     assert (await ours).tolist() == [1, 1]
-    async with torchfut_aio.Batcher(list, max_batch=2, max_wait=0, max_queue=9) as batcher:
+    async with torchfut_aio.Batcher(list, max_batch_size=2, max_queue_size=9) as batcher:
         assert await batcher.submit(5) == 5
     failed = Future()
     failed.set_exception(KeyError("why"))

@@ -326,7 +326,7 @@ def test_refused_items_are_counted_whatever_threads_submit():
         release.wait(PATIENCE)
         return items
 
-    with Batcher(function, max_batch=1, max_wait=0, max_queue=1) as batcher:
+    with Batcher(function, max_batch_size=1, max_queue_size=1) as batcher:
 
         def submitter(own):
             def submit():

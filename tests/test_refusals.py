@@ -136,7 +136,7 @@ def test_what_a_callback_raises_is_logged_with_its_name_only(caplog):
 
 
 def batcher(max_wait=0):
-    return Batcher(list, max_batch=1, max_wait=max_wait, max_queue=1)
+    return Batcher(list, max_batch_size=1, max_wait=max_wait, max_queue_size=1)
 
 
 TAKE_SECONDS = {
@@ -192,7 +192,7 @@ CURES = [
     (ValueStream(), r"`async for`"),
     (aiter(ValueStream()), r"`async for`"),
     (torchfut_aio.as_completed([]), r"`async for`"),
-    (Batcher(list, max_batch=1, max_wait=0, max_queue=1), r"submit\(item\)"),
+    (Batcher(list, max_batch_size=1, max_queue_size=1), r"submit\(item\)"),
     (dist.distributed_c10d._CoalescingManager(), r"manager\.works .* gather\(\)"),
     (
         multiprocessing.pool.IMapIterator.__new__(multiprocessing.pool.IMapIterator),

@@ -72,34 +72,35 @@ class BatchWorker(Worker):
         batch: The futures and items that are run now.
         closing: Whether the thread is to end when nothing is queued.
         ended: Done when the function will run no more.
-        batches, items, waited, ran: As in `BatcherStatistics`; the thread that serves counts them.
+        batches, items, wait_time, run_time: As in `BatcherStatistics`; counted by the thread
+            that serves.
         rejected, skipped: The same, of which any thread adds some.
     """
 
     daemon = False  # the function may block in torch
 
     def __init__(
-        self, function: Callable[[list[Any]], Any], max_batch: int, max_wait: float, name: str
+        self, function: Callable[[list[Any]], Any], max_batch_size: int, max_wait: float, name: str
     ) -> None:
         super().__init__(name)
         self.function = function
         self.home: Home | None = None
-        self.max_batch = max_batch
+        self.max_batch_size = max_batch_size
         self.max_wait = max_wait
         self.batch: list[tuple[Future[Any], Any]] = []
         self.closing = False
         self.ended: InternalFuture[None] = InternalFuture()
         self.batches = self.items = 0
         self.rejected, self.skipped = Tally(), Tally()
-        self.waited = self.ran = 0.0
+        self.wait_time = self.run_time = 0.0
         self._rings_at: float = 1  # so many in the queue
         self._may_purge_at = 0.0
         self._line: deque[Future[Any]] = deque()  # of the thread that serves
 
     # ------------------------------------------------------------ for those who submit and close
 
-    def make_room(self, max_queue: int) -> bool:
-        """Drop what has been given up; return whether fewer than ``max_queue`` wait then."""
+    def make_room(self, max_queue_size: float) -> bool:
+        """Drop what has been given up; return whether fewer than ``max_queue_size`` wait then."""
         start = time.monotonic()
         if start < self._may_purge_at:
             return False
@@ -107,7 +108,7 @@ class BatchWorker(Worker):
             self._drop_if_done(future)
         now = time.monotonic()
         self._may_purge_at = now + 20 * (now - start)  # it takes at most 5% of the time
-        return len(self.work) < max_queue
+        return len(self.work) < max_queue_size
 
     def is_inside(self) -> bool:
         """Return whether the function calls, or a callback of a future that it completes."""
@@ -185,10 +186,10 @@ class BatchWorker(Worker):
             futures = self._first_in_line()
             now = time.monotonic()
             if futures:
-                self._rings_at = self.max_batch
+                self._rings_at = self.max_batch_size
                 _, submitted = self.work.get(futures[0], (None, now))
                 left = submitted + self.max_wait - now
-                if left <= 0 or len(futures) == self.max_batch or is_last:
+                if left <= 0 or len(futures) == self.max_batch_size or is_last:
                     return futures
             else:
                 left = give_up - now
@@ -202,7 +203,7 @@ class BatchWorker(Worker):
         line = self._line
         first: dict[Future[Any], None] = {}  # each once, and a new thread may find one twice
         line.extend(self.take())
-        while line and len(first) < self.max_batch:
+        while line and len(first) < self.max_batch_size:
             future = line.popleft()
             # One that was withdrawn is not in the queue.
             if not self._drop_if_done(future) and future in self.work:
@@ -228,7 +229,7 @@ class BatchWorker(Worker):
             if entry is not None:  # it was not withdrawn
                 item, submitted = entry
                 self.batch.append((future, item))
-                self.waited += now - submitted
+                self.wait_time += now - submitted
                 self.work.pop(future, None)
         return bool(futures)
 
@@ -243,7 +244,7 @@ class BatchWorker(Worker):
             results = one_for_each(drop_catching_frame(error), len(futures))
         self.batches += 1
         self.items += len(futures)
-        self.ran += time.monotonic() - start
+        self.run_time += time.monotonic() - start
         try:
             set_results(futures, results)
         except BaseException as error:  # there was no memory, or a callback raised it

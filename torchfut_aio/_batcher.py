@@ -7,7 +7,7 @@ task for each batch, and waits for it.
 from __future__ import annotations
 
 import inspect
-import numbers
+import math
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable
@@ -22,7 +22,6 @@ from ._dependent import DependentFuture
 from ._errors import BatcherClosedError, QueueFullError
 from ._future import Future, InternalFuture
 from ._process_local import ProcessLocal
-from ._repr import short
 from ._tasks import run_contained
 
 T = TypeVar("T")
@@ -47,13 +46,13 @@ class BatcherStatistics:
         items: On how many items in all.
         rejected: How many items were refused because the queue was full.
         skipped: How many were given up before they were run.
-        waited: For how many seconds the items that were run had waited, in all.
-        ran: For how many seconds the function has run.
+        wait_time: For how many seconds the items that were run had waited, in all.
+        run_time: For how many seconds the function has run.
         mean_batch_size: How many items a batch had on average; 0.0 before the first.
 
     Example:
         >>> import dataclasses, json
-        >>> with torchfut_aio.Batcher(list, max_batch=8, max_wait=0, max_queue=8) as batcher:
+        >>> with torchfut_aio.Batcher(list, max_batch_size=8, max_queue_size=8) as batcher:
         ...     _ = batcher.submit(5).wait()
         ...     text = json.dumps(dataclasses.asdict(batcher.statistics()))
         >>> json.loads(text)["items"]
@@ -66,15 +65,15 @@ class BatcherStatistics:
     items: int
     rejected: int
     skipped: int
-    waited: float
-    ran: float
+    wait_time: float
+    run_time: float
     mean_batch_size: float
 
 
 class Batcher(ProcessLocal, Generic[T, R]):
     """Runs a function on many items at once, and makes a future of each item's result.
 
-    A batch begins when ``max_batch`` items are there, or when the first of them has waited for
+    A batch begins when ``max_batch_size`` items are there, or when the first of them has waited for
     ``max_wait`` seconds. One batch runs at a time, in a thread of the batcher; what comes meanwhile
     waits for the next. The thread ends when it has had nothing to do for some seconds, and another
     starts when there is something.
@@ -92,7 +91,7 @@ class Batcher(ProcessLocal, Generic[T, R]):
     the function is async.
 
     Args:
-        function: Called with a list of items; returns as many results, in that order, as a list,
+        func: Called with a list of items; returns as many results, in that order, as a list,
             a tuple, another sequence that is no text, or a tensor or array of that many rows.
             Anything else, a dict say, fails the batch with a TypeError. Of a tensor each item gets
             a ``.clone()`` of its row, as the rows share its storage: to hand out the rows
@@ -100,11 +99,11 @@ class Batcher(ProcessLocal, Generic[T, R]):
             that are current when it returns. If it works on a stream of its own, let the current
             one wait for that before it returns: a ``with stream:`` around ``return`` has ended by
             then. Of a CUDA graph's static output return clones, as the next replay changes it.
-        max_batch: The most items in a batch.
+        max_batch_size: The most items in a batch.
+        max_queue_size: The most items that may wait, at least ``max_batch_size``; `submit` refuses
+            more. Threads that submit at the same time may exceed it by one each. None: no limit.
         max_wait: How many seconds an item may wait for more to come. With 0 or less, a batch is
             what has come while the batch before it ran.
-        max_queue: The most items that may wait, at least ``max_batch``; `submit` refuses more.
-            Threads that submit at the same time may exceed it by one each.
         name: The name of the thread, or of the task; by default ``torchfut_aio batcher of`` and
             the name of the function.
 
@@ -117,7 +116,7 @@ class Batcher(ProcessLocal, Generic[T, R]):
         ...     return (2 * torch.tensor(items)).tolist()
         >>> async def main():
         ...     async with torchfut_aio.Batcher(
-        ...         double, max_batch=64, max_wait=0.001, max_queue=1000
+        ...         double, max_batch_size=64, max_wait=0.001, max_queue_size=1000
         ...     ) as batcher:
         ...         futures = [batcher.submit(n) for n in range(100)]
         ...         return sum(await torchfut_aio.gather(futures))
@@ -127,46 +126,50 @@ class Batcher(ProcessLocal, Generic[T, R]):
 
     def __init__(
         self,
-        function: Callable[[list[T]], Iterable[R | BaseException]]
+        func: Callable[[list[T]], Iterable[R | BaseException]]
         | Callable[[list[T]], Awaitable[Iterable[R | BaseException]]],
         *,
-        max_batch: int,
-        max_wait: float,
-        max_queue: int,
+        max_batch_size: int,
+        max_queue_size: int | None,
+        max_wait: float = 0.0,
         name: str | None = None,
     ) -> None:
-        if not callable(function):
+        if not callable(func):
             raise TypeError(
-                f"a batcher takes a function of a list of items, not {type(function).__qualname__}"
+                f"a batcher takes a function of a list of items, not {type(func).__qualname__}"
             )
-        async_checked(function)
-        for argument, value in (("max_batch", max_batch), ("max_queue", max_queue)):
-            if not isinstance(value, int):
-                raise TypeError(f"{argument} must be an int, not {type(value).__qualname__}")
-        if max_batch < 1:
-            raise ValueError(f"max_batch must be at least 1, not {max_batch}")
-        if max_queue < max_batch:
+        async_checked(func)
+        if not isinstance(max_batch_size, int):
+            kind = type(max_batch_size).__qualname__
+            raise TypeError(f"max_batch_size must be an int, not {kind}")
+        if max_batch_size < 1:
+            raise ValueError(f"max_batch_size must be at least 1, not {max_batch_size}")
+        if max_queue_size is not None and not isinstance(max_queue_size, int):
+            kind = type(max_queue_size).__qualname__
+            raise TypeError(f"max_queue_size must be an int or None, not {kind}")
+        if max_queue_size is not None and max_queue_size < max_batch_size:
             raise ValueError(
-                f"max_queue must be at least max_batch, which is {max_batch}; not {max_queue}"
+                "max_queue_size must be at least max_batch_size, which is "
+                f"{max_batch_size}; not {max_queue_size}"
             )
         if name is None:
-            called = getattr(function, "__qualname__", type(function).__qualname__)
+            called = getattr(func, "__qualname__", type(func).__qualname__)
             name = f"torchfut_aio batcher of {called}"
         wait = timeout_checked(max_wait, "max_wait must be a number of seconds")
-        self._max_queue = max_queue
-        self._worker = BatchWorker(function, max_batch, wait, name)
-        self._needs_loop = _is_async(function)
+        self._max_queue_size = math.inf if max_queue_size is None else max_queue_size
+        self._worker = BatchWorker(func, max_batch_size, wait, name)
+        self._needs_loop = _is_async(func)
 
     _what = "a Batcher"
     _cure = "create it in the process that submits; a child that is forked begins with none queued"
 
     # ------------------------------------------------------------------------------ items
 
-    def submit(self, item: T) -> Future[R]:
+    def submit(self, item: T, /) -> Future[R]:
         """Queues an item, from any thread, and returns the future of its result.
 
         Raises:
-            QueueFullError: ``max_queue`` items wait.
+            QueueFullError: ``max_queue_size`` items wait.
             BatcherClosedError: The batcher is closed, or is being closed.
             RuntimeError: The function is async, and no loop of this process has entered the
                 batcher, or that loop cannot run because this thread runs another; or no thread
@@ -176,9 +179,9 @@ class Batcher(ProcessLocal, Generic[T, R]):
         if worker.closing:
             raise BatcherClosedError("the batcher is closed and takes no more items")
         future: Future[R] = self._future_of_loop() if self._needs_loop else Future()
-        if len(worker.work) >= self._max_queue and not worker.make_room(self._max_queue):
+        if len(worker.work) >= self._max_queue_size and not worker.make_room(self._max_queue_size):
             worker.rejected.add()
-            raise QueueFullError(f"the queue is full: {self._max_queue} items wait")
+            raise QueueFullError(f"the queue is full: {self._max_queue_size} items wait")
         worker.submit(future, (item, time.monotonic()))
         if worker.ended.done():  # it may have ended meanwhile: rule 3 of `_batch_worker.py`
             worker.fail_queued(BatcherClosedError("the batcher is closed"))
@@ -200,6 +203,25 @@ class Batcher(ProcessLocal, Generic[T, R]):
     def _home(self) -> _Home | None:
         return self._worker.home  # type: ignore[return-value]
 
+    @property
+    def closed(self) -> bool:
+        """Whether the batcher takes no more items; some may still run."""
+        return self._worker.closing
+
+    @property
+    def name(self) -> str:
+        """The name of the batcher's thread, or of its tasks."""
+        return self._worker.name
+
+    def __repr__(self) -> str:
+        worker = self._worker
+        state = "closed" if self.closed else "open"
+        limit = "" if self._max_queue_size == math.inf else f"/{self._max_queue_size}"
+        return (
+            f"<{type(self).__qualname__} {self.name!r} {state} queued={len(worker.work)}{limit} "
+            f"running={len(worker.batch)}>"
+        )
+
     def statistics(self) -> BatcherStatistics:
         """Returns what the batcher has done so far, from any thread."""
         worker = self._worker
@@ -210,14 +232,14 @@ class Batcher(ProcessLocal, Generic[T, R]):
             items=worker.items,
             rejected=worker.rejected.total(),
             skipped=worker.skipped.total(),
-            waited=worker.waited,
-            ran=worker.ran,
+            wait_time=worker.wait_time,
+            run_time=worker.run_time,
             mean_batch_size=worker.items / worker.batches if worker.batches else 0.0,
         )
 
     # ---------------------------------------------------------------------------- closing
 
-    def close(self, drain: bool = True, *, timeout: float | None = None) -> None:
+    def close(self, *, drain: bool = True, timeout: float | None = None) -> None:
         """Takes no more items, and returns when the function runs no more.
 
         It may be called again, to wait again. The function itself, and callbacks of the futures,
@@ -230,14 +252,12 @@ class Batcher(ProcessLocal, Generic[T, R]):
 
         Raises:
             TimeoutError: The function still runs. The interpreter will wait for it to return.
-            TypeError, ValueError: ``drain`` is not a bool, or ``timeout`` is not a number, or is
-                NaN; the batcher stays open.
+            TypeError, ValueError: ``timeout`` is not a number, or is NaN; the batcher stays open.
             RuntimeError: The function is async, and needs the event loop of this thread.
 
         Warns:
             BlockingWaitWarning: This thread runs an event loop: ``await aclose()`` there.
         """
-        _check_drain(drain)
         seconds = None if timeout is None else timeout_checked(timeout)
         if self._worker.is_inside():
             self._begin_to_close(drain)
@@ -253,7 +273,7 @@ class Batcher(ProcessLocal, Generic[T, R]):
         except TimeoutError:
             self._abandon(seconds)
 
-    async def aclose(self, drain: bool = True, *, timeout: float | None = None) -> None:  # noqa: ASYNC109
+    async def aclose(self, *, drain: bool = True, timeout: float | None = None) -> None:  # noqa: ASYNC109
         """Does what `close` does, and waits without blocking the loop.
 
         Args:
@@ -263,12 +283,10 @@ class Batcher(ProcessLocal, Generic[T, R]):
 
         Raises:
             TimeoutError: The function still runs. The interpreter will wait for it to return.
-            TypeError, ValueError: ``drain`` is not a bool, or ``timeout`` is not a number, or is
-                NaN; the batcher stays open.
+            TypeError, ValueError: ``timeout`` is not a number, or is NaN; the batcher stays open.
             RuntimeError: The function is async, and its loop cannot run what is left, because this
                 thread runs another; the batcher stays open.
         """
-        _check_drain(drain)
         seconds = None if timeout is None else timeout_checked(timeout)
         if self._worker.is_inside():
             self._begin_to_close(drain)
@@ -335,13 +353,6 @@ class Batcher(ProcessLocal, Generic[T, R]):
             worker.ring()
         elif worker is not None and worker.home is not None:
             worker.ended.try_set_result(None)  # or a task of the loop would wait for it
-
-
-def _check_drain(drain: object) -> None:
-    if not isinstance(drain, bool):
-        is_number = isinstance(drain, numbers.Real)
-        cure = f"; a time limit is timeout={short(drain)}" if is_number else ""
-        raise TypeError(f"drain must be a bool, not {short(drain)}{cure}")
 
 
 def _is_async(function: Any) -> bool:
