@@ -55,10 +55,6 @@ PUBLIC = {}
 for module in (torchfut_aio, torchfut_aio.distributed):
     for public in module.__all__:
         PUBLIC[public] = f"{module.__name__}.{public}"
-        # Signatures and bases then name it as it is imported, not by its private module.
-        if public != "as_future":  # an object, whose class would be renamed
-            getattr(module, public).__module__ = module.__name__
-
 
 # A method of the same name may be meant: `Batcher.submit`, say.
 AMBIGUOUS = {

@@ -24,7 +24,7 @@ from torchfut_aio import (
     as_future,
     collect_all,
     gather,
-    submit,
+    start_soon,
     wait_all,
     with_timeout,
 )
@@ -83,11 +83,11 @@ def main(folder: Path, portal: BlockingPortal, pool: ThreadPoolExecutor) -> None
     contents[BROKEN] = b"not a tensor"
 
     # Async functions as futures: all run at once, and wait_all() blocks until all are done.
-    sizes = wait_all(submit(portal, write, *file) for file in zip(paths, contents, strict=True))
+    sizes = wait_all(start_soon(portal, write, *file) for file in zip(paths, contents, strict=True))
     print(f"  written     {len(sizes)} files, {sum(sizes):,} bytes")
 
     # From the loop's thread to the workers: these wait for what the loop reads.
-    parts = [as_future(pool.submit(measure, submit(portal, read, path))) for path in paths]
+    parts = [as_future(pool.submit(measure, start_soon(portal, read, path))) for path in paths]
     # In the order in which they complete.
     intact = [part for part in as_completed(parts) if part.exception() is None]
     print(f"  measured    {len(intact)} of {len(parts)} files")

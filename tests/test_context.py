@@ -10,7 +10,7 @@ import anyio.lowlevel
 import pytest
 from anyio.from_thread import start_blocking_portal
 
-from torchfut_aio import Future, start_soon, submit
+from torchfut_aio import Future, start_soon
 
 from .loops import on_every_loop
 from .threads import PATIENCE, alongside
@@ -95,7 +95,7 @@ async def test_tasks_carry_the_context_of_their_caller(nothing_blocks_a_loop):
         variable.set(number)
         async with anyio.create_task_group() as tg:
             mine = start_soon(tg, query)
-            theirs = submit(portal, query)
+            theirs = start_soon(portal, query)
             variable.set("later")
             assert (await mine, await theirs) == (number, number)
 
@@ -106,7 +106,7 @@ async def test_tasks_carry_the_context_of_their_caller(nothing_blocks_a_loop):
 
         def in_thread():
             variable.set("a thread's")
-            assert submit(portal, query).wait(PATIENCE) == "a thread's"
+            assert start_soon(portal, query).wait(PATIENCE) == "a thread's"
 
         async with alongside(in_thread):
             pass

@@ -35,7 +35,7 @@ from torchfut_aio import (
     distributed,
     gather,
     set_results,
-    submit,
+    start_soon,
     task_local_state,
     with_timeout,
 )
@@ -526,7 +526,7 @@ async def test_futures_of_the_package_itself_are_not_listed():
         ours.append(with_timeout(ours[0], PATIENCE))
         async with anyio.from_thread.BlockingPortal() as portal:
             never = Future()
-            ours += [never, submit(portal, in_a_coroutine, never)]
+            ours += [never, start_soon(portal, in_a_coroutine, never)]
             statistics = batcher.statistics, async_batcher.statistics
             await eventually(lambda: all(each().running == 1 for each in statistics))
             await eventually(lambda: bool(listed(never).who))

@@ -40,10 +40,10 @@ def check_examples(text, name, names):
 
 def documented():
     """Every docstring of the package that has an example, by its name."""
-    for info in pkgutil.walk_packages(torchfut_aio.__path__, "torchfut_aio."):
-        module = importlib.import_module(info.name)
+    found = pkgutil.walk_packages(torchfut_aio.__path__, "torchfut_aio.")
+    for module in (torchfut_aio, *(importlib.import_module(each.name) for each in found)):
         for name, thing in vars(module).items():
-            if name.startswith("_") or getattr(thing, "__module__", None) != info.name:
+            if name.startswith("_") or getattr(thing, "__module__", None) != module.__name__:
                 continue
             if type(thing).__module__ == "typing":
                 continue  # the docstring of a ParamSpec is Python's
@@ -52,7 +52,7 @@ def documented():
                 (f"{name}.{member}", getattr(value, "__doc__", None)) for member, value in members
             ]:
                 if doc and ">>>" in doc:
-                    yield pytest.param(doc, id=f"{info.name}.{where}")
+                    yield pytest.param(doc, id=f"{module.__name__}.{where}")
 
 
 @pytest.mark.parametrize("doc", list(documented()))

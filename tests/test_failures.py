@@ -33,7 +33,6 @@ from torchfut_aio import (
     gather,
     set_results,
     start_soon,
-    submit,
     task_local_state,
     wait_all,
     with_timeout,
@@ -217,7 +216,7 @@ async def started():
 @door
 async def submitted():
     with start_blocking_portal() as portal:
-        await submit(portal, forward_soon)
+        await start_soon(portal, forward_soon)
 
 
 @door

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import copy
 import functools
 import gc
 import pickle
@@ -46,9 +47,23 @@ def test_a_cancelled_future_raises_the_cancelled_error_of_asyncio_and_of_threads
     assert fut.cancelled()
     with pytest.raises(kind, match="the client has gone") as caught:
         fut.wait()
-    assert type(caught.value) is CancelledError
+    assert isinstance(caught.value, CancelledError)
     assert caught.value is fut.exception()
     assert isinstance(caught.value, Exception)
+
+
+@pytest.mark.parametrize("copied", [lambda e: pickle.loads(pickle.dumps(e)), copy.copy])
+def test_a_cancelled_error_that_is_copied_is_the_same(copied):
+    fut = Future()
+    fut.cancel("the client has gone")
+    fut.exception().add_note("a note")
+    error = copied(fut.exception())
+    assert type(error) is type(fut.exception())
+    assert isinstance(error, asyncio.CancelledError)
+    assert error.args == ("the client has gone",)
+    assert error.__notes__ == ["a note"]
+    assert b"torchfut_aio._" not in pickle.dumps(error)
+    assert type(copied(CancelledError("foo"))) is CancelledError
 
 
 def test_without_a_message_the_error_says_nothing():
@@ -233,7 +248,8 @@ def test_it_can_be_told_to_other_processes():
     fut = Future()
     fut.cancel("enough")
     again = pickle.loads(pickle.dumps(fut.exception()))
-    assert (type(again), str(again)) == (CancelledError, "enough")
+    assert isinstance(again, CancelledError)
+    assert str(again) == "enough"
     remote = rpc_error(CancelledError, "enough")
     assert isinstance(remote, CancelledError)
     assert isinstance(remote, RpcError)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import pathlib
+import pickle
 import subprocess
 import sys
 
+import pytest
+
 import torchfut_aio
+from torchfut_aio import debug, distributed
 
 from .threads import PATIENCE_WITH_PROCESSES
 
@@ -69,8 +73,18 @@ def test_public_names_are_what_is_documented():
         assert getattr(torchfut_aio, name).__doc__, name
 
 
+@pytest.mark.parametrize("module", [torchfut_aio, distributed, debug], ids=lambda m: m.__name__)
+def test_what_is_public_is_called_what_users_import(module):
+    for name in module.__all__:
+        thing = getattr(module, name)
+        assert (thing.__module__, thing.__qualname__) == (module.__name__, name)
+        assert pickle.loads(pickle.dumps(thing)) is thing
+        assert "torchfut_aio._" not in repr(thing)
+
+
 # From the bottom to the top: each imports from those before it only.
 LAYERS = [
+    "_public",
     "_cpython",
     "_pytorch",
     "_annotations",

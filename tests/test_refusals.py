@@ -61,7 +61,6 @@ REFUSED = {
     "devices": lambda it: Future(devices=[it]),
     "start_soon": lambda it: torchfut_aio.start_soon(it, asyncio.sleep, 1),
     "its function": lambda it: torchfut_aio.start_soon(SimpleNamespace(start_soon=0), it),
-    "submit": lambda it: torchfut_aio.submit(it, asyncio.sleep, 1),
     "synchronize": lambda it: torchfut_aio.synchronize(it),
     "PollPolicy": lambda it: torchfut_aio.PollPolicy(shortest=it),
     "set_poll_policy": lambda it: torchfut_aio.set_poll_policy(it),

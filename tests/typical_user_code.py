@@ -32,7 +32,6 @@ from torchfut_aio import (
     set_poll_policy,
     start_soon,
     statistics,
-    submit,
     synchronize,
     task_local_state,
     to_host,
@@ -205,7 +204,7 @@ async def groups(nursery: trio.Nursery, group: anyio.abc.TaskGroup) -> None:
 
 
 def from_thread(portal: anyio.from_thread.BlockingPortal) -> int:
-    return submit(portal, double, 5).wait()
+    return start_soon(portal, double, 5).wait()
 
 
 # -------------------------------------------------------------------------- accelerators

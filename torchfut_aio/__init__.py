@@ -1,10 +1,9 @@
 """Futures of PyTorch that can be awaited.
 
 `Future` is a ``torch.futures.Future`` for ``await`` on asyncio, uvloop and trio.
-`as_future` makes one of another kind of future, `start_soon` and `submit` of an async
-function; `gather`, `collect_all`, `wait_all` and `as_completed` take many. A `Batcher` makes one
-for each item that its function is run on. A `ValueStream` is for many values, from threads to
-tasks.
+`as_future` makes one of another kind of future, `start_soon` of an async function;
+`gather`, `collect_all`, `wait_all` and `as_completed` take many. A `Batcher` makes one for each
+item that its function is run on. A `ValueStream` is for many values, from threads to tasks.
 
 To read the package, follow a completion: ``_future.py`` and ``_settable.py`` (the public
 methods), ``_core/`` (an outcome claims the future, and its followers are served), ``_loops/`` (a
@@ -45,10 +44,11 @@ from ._errors import (
 )
 from ._future import Future
 from ._gather import gather
+from ._public import publish
 from ._set_results import set_results
 from ._stream import ValueStream
 from ._task_state import check_task_state, task_local_state
-from ._tasks import start_soon, submit
+from ._tasks import start_soon
 from ._timeouts import with_timeout
 
 __version__ = "0.1.0"
@@ -79,10 +79,11 @@ __all__ = [
     "set_results",
     "start_soon",
     "statistics",
-    "submit",
     "synchronize",
     "task_local_state",
     "to_host",
     "wait_all",
     "with_timeout",
 ]
+
+publish(__name__)

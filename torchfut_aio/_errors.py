@@ -14,6 +14,7 @@ import copy
 import functools
 import inspect
 import operator
+import queue
 import types
 import warnings
 from traceback import clear_frames
@@ -32,20 +33,26 @@ CANCELLATIONS = (asyncio.CancelledError, concurrent.futures.CancelledError)
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
 
 
-class InvalidStateError(RuntimeError, asyncio.InvalidStateError):
+class InvalidStateError(
+    RuntimeError, asyncio.InvalidStateError, concurrent.futures.InvalidStateError
+):
     """The operation does not fit the future's state.
 
     The outcome of a pending future was read, or a future that is done was to be completed again.
-    It is a ``RuntimeError``, as in ``torch.futures``, and an ``asyncio.InvalidStateError``.
+    It is a ``RuntimeError``, as in ``torch.futures``, and the ``InvalidStateError`` of ``asyncio``
+    and of ``concurrent.futures``.
     """
 
 
-class CancelledError(asyncio.CancelledError, concurrent.futures.CancelledError):
-    """The future was cancelled by `Future.cancel`.
+class CancelledError(concurrent.futures.CancelledError):
+    """The future was cancelled: by `Future.cancel`, or with the task or future that it stands for.
 
-    It is two things at once. It is an ``asyncio.CancelledError``: a task of asyncio's that does not
-    catch it ends as cancelled. And it is a ``concurrent.futures.CancelledError``, an ``Exception``,
-    which ends nothing but what waited for the future.
+    It is a ``concurrent.futures.CancelledError``, and so an ``Exception``, which ends nothing but
+    what waited for the future.
+
+    That of `Future.cancel`, and of an asyncio future that was adopted, is an
+    ``asyncio.CancelledError`` as well: a task of asyncio's that does not catch it ends as
+    cancelled.
 
     Example:
         >>> fut = torchfut_aio.Future()
@@ -54,8 +61,37 @@ class CancelledError(asyncio.CancelledError, concurrent.futures.CancelledError):
         >>> fut.wait()
         Traceback (most recent call last):
         ...
-        torchfut_aio._errors.CancelledError: the client has gone
+        torchfut_aio.CancelledError: the client has gone
     """
+
+    @classmethod
+    def _of_asyncio(cls, *args: object) -> CancelledError:
+        # A pickle refers to this. It would not find the class below, which has another's name.
+        return AsyncioCancelledError(*args)
+
+
+class AsyncioCancelledError(CancelledError, asyncio.CancelledError):
+    """A CancelledError that asyncio takes for its own, and users for `CancelledError`."""
+
+    __module__, __qualname__ = __package__, CancelledError.__qualname__
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CancelledError._of_asyncio, self.args, self.__dict__ or None
+
+
+def own_cancellation(error: BaseException) -> BaseException:
+    """Return a `CancelledError` in the place of that of asyncio or of concurrent.futures."""
+    kinds = {
+        asyncio.CancelledError: AsyncioCancelledError,
+        concurrent.futures.CancelledError: CancelledError,
+    }
+    kind = kinds.get(type(error))
+    if kind is None:
+        return error
+    own: CancelledError = kind(*error.args)
+    for attribute in _CHAIN:
+        attribute.__set__(own, attribute.__get__(error))
+    return own
 
 
 class NotAFutureError(TypeError, RuntimeError):
@@ -137,11 +173,18 @@ class CallbackError(RuntimeError):
         # A combined class is made at run time and is in no module. So a pickle has the original.
         if self.__cause__ is None:
             return RuntimeError.__reduce__(self)  # type: ignore[return-value]
-        return callback_error, (self.__cause__,)
+        return CallbackError._of, (self.__cause__,)
+
+    @classmethod
+    def _of(cls, error: BaseException) -> BaseException:
+        return callback_error(error)
 
 
-class QueueFullError(RuntimeError):
-    """The queue of a `Batcher` is full, and takes no more items: a server answers 503."""
+class QueueFullError(RuntimeError, asyncio.QueueFull, queue.Full):
+    """The queue of a `Batcher` is full, and takes no more items: a server answers 503.
+
+    It is an ``asyncio.QueueFull`` and a ``queue.Full``, too.
+    """
 
 
 class BatcherClosedError(RuntimeError):
@@ -177,7 +220,11 @@ class RpcError(RuntimeError):
         return f"{type(self).__qualname__}({str(self)!r})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return rpc_error, (type(self).__bases__[-1], str(self))
+        return RpcError._of, (type(self).__bases__[-1], str(self))
+
+    @classmethod
+    def _of(cls, kind: Any, text: str) -> RpcError:
+        return rpc_error(kind, text)
 
 
 def rpc_error(kind: Any, text: str) -> RpcError:
@@ -379,4 +426,5 @@ def _combined(base: type[Any], kind: type[Any]) -> type[Any]:
     # Python replaces a StopIteration that leaves a coroutine by a RuntimeError.
     if issubclass(base, kind) or issubclass(kind, (StopIteration, StopAsyncIteration)):
         return base
-    return type(f"{base.__qualname__}[{kind.__qualname__}]", (base, kind), {})
+    name = f"{base.__qualname__}[{kind.__qualname__}]"
+    return type(name, (base, kind), {"__module__": base.__module__})

@@ -9,7 +9,7 @@ from . import _core
 from ._arguments import exception_checked
 from ._core import OUTCOME
 from ._devices import HOST_ONLY
-from ._errors import CancelledError
+from ._errors import AsyncioCancelledError
 
 T = TypeVar("T")
 
@@ -139,7 +139,7 @@ class Settable(_core.Completable[T]):
             >>> fut.done(), fut.cancelled(), fut.try_set_result("too late")
             (True, True, False)
         """
-        error = CancelledError() if msg is None else CancelledError(msg)
+        error = AsyncioCancelledError() if msg is None else AsyncioCancelledError(msg)
         return _core.try_complete_with_error(self, error)
 
     def done(self) -> bool:
@@ -153,7 +153,7 @@ class Settable(_core.Completable[T]):
     def cancelled(self) -> bool:
         """Returns whether the future failed because it, or what it stands for, was cancelled.
 
-        That is: with a ``CancelledError`` of asyncio or of concurrent.futures.
+        That is: with a `CancelledError`, or another of asyncio or of concurrent.futures.
         """
         return _core.is_cancelled(self)
 

@@ -38,18 +38,17 @@ _LINGER = 0.1
 
 
 def start_soon(
-    task_group: _TaskGroup,
+    task_group_or_portal: _TaskGroup | anyio.from_thread.BlockingPortal,
     func: Callable[[*Args], Awaitable[T]],
     *args: *Args,
     name: object = None,
 ) -> Future[T]:
-    """Runs ``func(*args)`` as a task of a task group; returns a future of its result.
+    """Runs ``func(*args)`` as a task of a task group, or of another thread's loop.
 
-    What the function raises goes to the future and leaves the group alone; if nobody retrieves
-    it, it is logged when the future goes. KeyboardInterrupt, SystemExit and cancellation also
+    What the function raises goes to the future and leaves the group alone; if nothing retrieves
+    it from there, it is logged. KeyboardInterrupt, SystemExit, GeneratorExit and cancellation also
     act on the group, as from any of its tasks. A task that is cancelled, or that ends with its
-    loop, fails the future with ``concurrent.futures.CancelledError``; so a future of a group
-    that has exited is done.
+    loop, fails the future with `CancelledError`; so a future of a group that has exited is done.
 
     If you cancel or complete the future yourself, the task goes on, and its result is dropped:
     others may still want what it does. ``asyncio.Task`` and the futures of anyio's portals are not
@@ -57,23 +56,33 @@ def start_soon(
 
     The task runs in a copy of the caller's context (``contextvars``), made at the call.
 
+    A portal takes tasks from any thread. One without an event loop blocks until the portal's loop
+    has made the task. One that runs a loop does not: a thread beside it hands the call over, in
+    order for each portal.
+
     Kernels may still fill what it returns, on the streams that are current when it has returned.
     A ``with stream:`` around ``return`` has ended by then, with `task_local_state`, too. So let
     the stream outside wait for that one: ``torch.cuda.current_stream().wait_stream(stream)``.
 
     Args:
-        task_group: A task group of anyio, an ``asyncio.TaskGroup`` or a ``trio.Nursery``,
-            of the loop that runs in this thread.
+        task_group_or_portal: A task group of anyio, an ``asyncio.TaskGroup`` or a
+            ``trio.Nursery``, of the loop that runs in this thread; or an
+            ``anyio.from_thread.BlockingPortal``.
         func: An async function.
         *args: Its positional arguments.
         name: The name of the task; by default, that of the function.
 
+    Returns:
+        The future of the function's result.
+
     Raises:
-        TypeError: ``task_group`` or ``func`` is not one.
-        RuntimeError: The group is not active, or no event loop runs in this thread.
+        TypeError: ``task_group_or_portal`` or ``func`` is not one.
+        RuntimeError: The group is not active, or no event loop runs in this thread; or the portal
+            is not running. In a thread that runs a loop, the future of a task for a portal fails
+            with it instead.
 
     Example:
-        >>> import anyio
+        >>> import anyio, anyio.from_thread
         >>> async def double(x):
         ...     await anyio.sleep(0.001)
         ...     return 2 * x
@@ -83,29 +92,36 @@ def start_soon(
         ...         return await torchfut_aio.gather(futures)
         >>> anyio.run(main)
         [0, 2, 4]
+        >>> with anyio.from_thread.start_blocking_portal() as portal:
+        ...     torchfut_aio.start_soon(portal, double, 21).wait()
+        42
     """
-    group: Any = task_group
+    where: Any = task_group_or_portal
     # An event loop has create_task, too, but does not wait for its tasks.
-    is_asyncios = hasattr(group, "create_task") and hasattr(group, "__aexit__")
-    if not hasattr(group, "start_soon") and not is_asyncios:
+    is_asyncios = hasattr(where, "create_task") and hasattr(where, "__aexit__")
+    is_portal = hasattr(where, "start_task_soon")
+    if not (is_portal or is_asyncios or hasattr(where, "start_soon")):
         raise TypeError(
-            "start_soon() takes a task group of anyio, an asyncio.TaskGroup or a trio.Nursery, "
-            f"not {described(group)}; from another thread, use submit()"
+            "start_soon() takes a task group of anyio, an asyncio.TaskGroup, a trio.Nursery or a "
+            f"BlockingPortal of anyio.from_thread, not {described(where)}"
         )
     _function_checked(func)
+    future: Future[T] = Future()
+    promise = Promise(future, task_name(func, name))
+    if is_portal:
+        _start_from_thread(where, promise, func, args)
+        return future
     if not _loops.loop_in_this_thread():
         raise RuntimeError(
             "start_soon() has to be called in the thread of the task group's event loop; from "
-            "another thread, use submit()"
+            "another thread, pass a BlockingPortal of anyio.from_thread"
         )
-    future: Future[T] = Future()
-    promise = Promise(future, task_name(func, name))
-    if hasattr(group, "start_soon"):
-        group.start_soon(_run, promise, func, args, name=promise.name)
+    if hasattr(where, "start_soon"):
+        where.start_soon(_run, promise, func, args, name=promise.name)
         return future
     coroutine = _run(promise, func, args)
     try:
-        task = group.create_task(coroutine, name=promise.name)
+        task = where.create_task(coroutine, name=promise.name)
     except BaseException:
         coroutine.close()
         raise
@@ -114,60 +130,20 @@ def start_soon(
     return future
 
 
-def submit(
-    portal: anyio.from_thread.BlockingPortal,
-    func: Callable[[*Args], Awaitable[T]],
-    *args: *Args,
-    name: object = None,
-) -> Future[T]:
-    """Runs ``func(*args)`` on a portal's loop, from another thread; else as `start_soon`.
-
-    A thread without an event loop blocks until the portal's loop has made the task. One that
-    runs a loop does not: a thread beside it hands the call over, in order for each portal. Either
-    way, the function runs in a copy of the caller's context (``contextvars``). What `start_soon`
-    says of streams holds here, too.
-
-    Args:
-        portal: An ``anyio.from_thread.BlockingPortal``.
-        func: An async function.
-        *args: Its positional arguments.
-        name: The name of the task; by default, that of the function.
-
-    Raises:
-        TypeError: ``portal`` or ``func`` is not one.
-        RuntimeError: The portal is not running. In a thread that runs a loop, the future fails
-            with it instead.
-
-    Example:
-        >>> import anyio.from_thread
-        >>> async def double(x):
-        ...     return 2 * x
-        >>> with anyio.from_thread.start_blocking_portal() as portal:
-        ...     torchfut_aio.submit(portal, double, 21).wait()
-        42
-    """
-    if not hasattr(portal, "start_task_soon"):
-        raise TypeError(
-            "submit(portal, func) takes a BlockingPortal of anyio.from_thread, "
-            f"not {described(portal)}"
-        )
-    _function_checked(func)
-    future: Future[T] = Future()
-    promise = Promise(future, task_name(func, name))
+def _start_from_thread(portal: Any, promise: Promise, func: Any, args: Any) -> None:
     # The loop's own thread, too: a portal refuses that, as it would wait for itself.
     if _loops.loop_in_this_thread():
         hand_over = _hand_overs.get(portal) or _hand_overs.setdefault(portal, _HandOver())
         hand_over.submit(promise, (contextvars.copy_context(), portal, func, args))
     else:
         portal.start_task_soon(_run, promise, func, args, name=promise.name)
-    return future
 
 
 class _HandOver(Worker):
     """Hands calls to one portal, for threads that must not wait for its loop."""
 
     def __init__(self) -> None:
-        super().__init__("torchfut_aio submit")
+        super().__init__("torchfut_aio start_soon")
 
     def serve(self, thread: WorkerThread) -> None:
         while not thread.is_to_end:

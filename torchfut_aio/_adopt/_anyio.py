@@ -62,8 +62,9 @@ def _has_ended(source: Any) -> bool:
 def _keep(promise: Promise, source: Any) -> None:
     try:
         error = source.exception
-    except Exception as cancelled:  # how anyio tells of a cancellation
-        error = drop_catching_frame(cancelled)
+    except Exception:  # anyio's TaskCancelled or FutureCancelled
+        promise.cancel()
+        return
     if error is None:
         promise.keep(source.return_value)
     else:

@@ -40,9 +40,9 @@ _CURES = {
     "multiprocessing.pool.IMapIterator": (
         "Use apply_async() or map_async() of the pool, whose AsyncResult can be adopted."
     ),
-    "torchfut_aio._stream.ValueStream": _STREAM,
+    "torchfut_aio.ValueStream": _STREAM,
     "torchfut_aio._stream._Listener": _STREAM,
-    "torchfut_aio._batcher.Batcher": "Call submit(item) of the batcher, which returns a future.",
+    "torchfut_aio.Batcher": "Call submit(item) of the batcher, which returns a future.",
     "torchfut_aio._as_completed._AsCompleted": (
         "Use `async for`: as_completed() gives futures, one after the other."
     ),

@@ -18,7 +18,7 @@ from .. import _core
 from .._arguments import Devices, devices_checked
 from .._dependent import DependentFuture
 from .._devices import finish_devices
-from .._errors import CancelledError, drop_catching_frame
+from .._errors import CANCELLATIONS, AsyncioCancelledError, CancelledError, drop_catching_frame
 from .._future import Future
 from .._repr import described
 from .._worker import call_contained
@@ -32,12 +32,11 @@ _A = TypeVar("_A", bound=_Adapter)
 class _AsFuture:
     """Returns a `Future` that completes as ``source`` does.
 
-    An error arrives as it is, and a cancellation as the source's own CancelledError: that of
-    ``concurrent.futures`` is not asyncio's. Only what RPC delivers as a text becomes an
-    `RpcError`, of the original's own type, too.
+    An error arrives as it is, and a cancellation as `CancelledError`. What RPC delivers as a text
+    becomes an `RpcError`, of the original's own type, too.
 
     A source that nothing can complete any more, because it was garbage-collected or its event loop
-    has closed, arrives as cancelled.
+    has closed, arrives as cancelled, too.
 
     For a source that is still pending, it returns the same future each time, so that asking again
     after a timeout leaves nothing behind. For an event or a stream, it makes one each time, and
@@ -76,6 +75,15 @@ class _AsFuture:
         ...     torchfut_aio.as_future(pool.submit(pow, 2, 10)).wait()
         1024
     """
+
+    def __init__(self) -> None:
+        self.__name__ = self.__qualname__ = "as_future"
+
+    def __repr__(self) -> str:
+        return f"<function {self.__module__}.{self.__qualname__}>"
+
+    def __reduce__(self) -> str:
+        return self.__qualname__  # as a function, it is pickled by its name
 
     @overload
     def __call__(
@@ -237,9 +245,12 @@ def once(adopt: Callable[[Any, DependentFuture[Any]], None]) -> _Adapter:
 
 
 def _was_cancelled(future: Future[Any]) -> bool:
-    """Return whether a caller that adopted the source before has cancelled the future."""
+    """Return whether a caller that adopted the source before has cancelled the future.
+
+    Or the source, of asyncio's, which may as well be adopted anew.
+    """
     outcome = _core.outcome_of(future)
-    return outcome is not None and type(outcome.error) is CancelledError
+    return outcome is not None and type(outcome.error) is AsyncioCancelledError
 
 
 class Adoption(_core.Promise):
@@ -266,8 +277,10 @@ class Adoption(_core.Promise):
             error = source.exception()  # not result(), which would add frames to the traceback
         except (RecursionError, MemoryError):
             raise
-        except (Exception, asyncio.CancelledError) as cancelled:
-            error = cancelled.with_traceback(None)
+        except (Exception, asyncio.CancelledError) as raised:
+            error = raised.with_traceback(None)
+            if source.cancelled() and not issubclass(type(error), CANCELLATIONS):  # gRPC's
+                error = CancelledError(*error.args)
         if error is None:
             self.keep(source.result())
         else:
@@ -312,7 +325,7 @@ class Adoption(_core.Promise):
     def fail_pending(self, why: str) -> None:
         """Fail the future, as its source will never complete it."""
         text = f"the adopted future was pending when {why}"
-        self.fail(concurrent.futures.CancelledError(text))
+        self.fail(CancelledError(text))
 
 
 def _until_done(adoption: Adoption) -> Generator[None, Any, None]:

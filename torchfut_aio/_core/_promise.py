@@ -14,13 +14,12 @@ until that is done. Three guarantees follow:
 
 from __future__ import annotations
 
-import concurrent.futures
 from _thread import start_new_thread
 from collections.abc import Callable
 from typing import Any
 
 from .._devices import finish_devices
-from .._errors import drop_catching_frame
+from .._errors import CancelledError, drop_catching_frame, own_cancellation
 from .._repr import short
 from .._worker import call_contained
 from ._completion import (
@@ -55,6 +54,7 @@ class Promise:
         """Complete the future with an error."""
         future = self._future
         if future is not None:
+            error = own_cancellation(error)
             try:
                 try_complete_with_error(future, error)
             except BaseException:
@@ -86,7 +86,7 @@ class Promise:
         """Complete the future with a CancelledError that says why."""
         reasons = [each if isinstance(each, str) else short(each) for each in why]
         text = ": ".join((f"{self.name} was cancelled", *reasons))
-        self.fail(concurrent.futures.CancelledError(text))
+        self.fail(CancelledError(text))
 
     def end(self, _task: object = None) -> None:
         """Fail the future if it is pending: what was to complete it has ended."""

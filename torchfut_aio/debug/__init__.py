@@ -5,7 +5,10 @@ and saves them as a trace for Perfetto. While none is on, the package runs as if
 """
 
 from .._loops import Who
+from .._public import publish
 from ._pending import PendingFuture, PendingStream, pending_futures
 from ._recording import Recording
 
 __all__ = ["PendingFuture", "PendingStream", "Recording", "Who", "pending_futures"]
+
+publish(__name__)

@@ -7,7 +7,10 @@ and RPCs are awaited without them: ``await as_future(dist.all_reduce(tensor, asy
 RPC pickles a function by its name, so `async_rpc` is a decorator, used where that is defined.
 """
 
+from .._public import publish
 from ._ddp import async_comm_hook
 from ._rpc import async_rpc, serve_on, shutdown
 
 __all__ = ["async_comm_hook", "async_rpc", "serve_on", "shutdown"]
+
+publish(__name__)
