@@ -193,7 +193,7 @@ def test_futures_passed_one_by_one_are_refused_with_the_cure(function):
             with pytest.raises(TypeError, match=cure):
                 function(*passed)
     with pytest.raises(TypeError, match=cure):
-        function(futures, None, futures)
+        function(futures, 5)
     assert not futures[0].has_waiters()
     loop.close()
 

@@ -84,7 +84,7 @@ def test_equal_futures_are_gathered_each(kind, when):
 def test_equal_futures_are_waited_for_each(kind):
     futures = [kind() for _ in range(3)]
     with running(*(lambda n=n: futures[n].set_result(n) for n in range(3))):
-        assert wait_all(futures, PATIENCE) == [0, 1, 2]
+        assert wait_all(futures, timeout=PATIENCE) == [0, 1, 2]
 
 
 @kinds
@@ -123,7 +123,7 @@ def test_equal_sources_are_adopted_each(kind):
     timed = [with_timeout(fut, PATIENCE) for fut in futures]
     for n, fut in enumerate(futures):
         fut.set_result(n)
-    assert wait_all(adopted, PATIENCE) == wait_all(timed, PATIENCE) == [0, 1, 2]
+    assert wait_all(adopted, timeout=PATIENCE) == wait_all(timed, timeout=PATIENCE) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("kind", equal(asyncio.Future))

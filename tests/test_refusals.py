@@ -141,8 +141,8 @@ def batcher(max_wait=0):
 TAKE_SECONDS = {
     "wait": lambda it: Future().wait(it),
     "with_timeout": lambda it: torchfut_aio.with_timeout(Future(), it),
-    "wait_all": lambda it: torchfut_aio.wait_all([], it),
-    "as_completed": lambda it: torchfut_aio.as_completed([], it),
+    "wait_all": lambda it: torchfut_aio.wait_all([], timeout=it),
+    "as_completed": lambda it: torchfut_aio.as_completed([], timeout=it),
     "push": lambda it: ValueStream(max_size=1).push(1, timeout=it),
     "push_many": lambda it: ValueStream(max_size=1).push_many([1], timeout=it),
     "max_wait": batcher,
@@ -227,3 +227,10 @@ def test_functions_of_concurrent_futures_are_told_what_they_take():
         with pytest.raises(AttributeError, match=r"fut\.as_concurrent\(\)"):
             function([Future(), other])
     assert not hasattr(Future(), "_condition")
+
+
+def test_result_is_no_attribute_and_the_error_names_what_is():
+    for future in (Future(), Future):
+        assert not hasattr(future, "result")
+        with pytest.raises(AttributeError, match=r"await .* wait\(timeout\) .* value\(\)"):
+            future.result()

@@ -23,7 +23,8 @@ from weakref import WeakMethod
 
 from . import _core, _loops
 from ._adopt import Source
-from ._collect import adopted, not_done_within, timeout_of
+from ._arguments import timeout_checked
+from ._collect import adopted, check_one_iterable, not_done_within
 from ._devices import Readiness
 from ._errors import warn_that_wait_blocks_a_loop
 from ._future import Future
@@ -34,11 +35,13 @@ T = TypeVar("T")
 
 
 @overload
-def as_completed(futures: Iterable[Source[T]], timeout: float | None = None) -> _AsCompleted[T]: ...
-@overload
-def as_completed(futures: Iterable[Any], timeout: float | None = None) -> _AsCompleted[Any]: ...
 def as_completed(
-    futures: Iterable[Any], timeout: float | None = None, *_others: object
+    futures: Iterable[Source[T]], *, timeout: float | None = None
+) -> _AsCompleted[T]: ...
+@overload
+def as_completed(futures: Iterable[Any], *, timeout: float | None = None) -> _AsCompleted[Any]: ...
+def as_completed(
+    futures: Iterable[Any], *_others: object, timeout: float | None = None
 ) -> _AsCompleted[Any]:
     """Iterates over ``futures`` in the order in which they complete.
 
@@ -76,7 +79,9 @@ def as_completed(
         >>> [fut.value() for fut in completed]
         ['first', 'second']
     """
-    timeout = timeout_of("as_completed", futures, timeout, _others)
+    check_one_iterable("as_completed", _others, ", and timeout= by its name")
+    if timeout is not None:
+        timeout = timeout_checked(timeout)
     return _AsCompleted(adopted(futures), timeout)
 
 

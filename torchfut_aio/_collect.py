@@ -6,7 +6,6 @@ with all of them: no task, no thread, and no closure per future.
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any, TypeVar, overload
@@ -56,10 +55,10 @@ def collect_all(futures: Iterable[Any], *_others: object) -> Future[list[Any]]:
 
 
 @overload
-def wait_all(futures: Iterable[Source[T]], timeout: float | None = None) -> list[T]: ...
+def wait_all(futures: Iterable[Source[T]], *, timeout: float | None = None) -> list[T]: ...
 @overload
-def wait_all(futures: Iterable[Any], timeout: float | None = None) -> list[Any]: ...
-def wait_all(futures: Iterable[Any], timeout: float | None = None, *_others: object) -> list[Any]:
+def wait_all(futures: Iterable[Any], *, timeout: float | None = None) -> list[Any]: ...
+def wait_all(futures: Iterable[Any], *_others: object, timeout: float | None = None) -> list[Any]:
     """Blocks until all of ``futures`` are done, or one has failed.
 
     A wait that times out or is interrupted leaves them as they were, and nothing behind.
@@ -84,7 +83,9 @@ def wait_all(futures: Iterable[Any], timeout: float | None = None, *_others: obj
         >>> torchfut_aio.wait_all([fut0, fut1])
         [0, 1]
     """
-    timeout = timeout_of("wait_all", futures, timeout, _others)
+    check_one_iterable("wait_all", _others, ", and timeout= by its name")
+    if timeout is not None:
+        timeout = timeout_checked(timeout)
     gatherer = Gatherer(adopted(futures), values)
     try:
         result: list[Any] = gatherer.start().wait(timeout)
@@ -234,24 +235,10 @@ def adopted(futures: Iterable[Any]) -> list[Future[Any]]:
     return [future if type(future) is Future else as_future(future) for future in _listed(futures)]
 
 
-def check_one_iterable(by: str, others: tuple[object, ...]) -> None:
+def check_one_iterable(by: str, others: tuple[object, ...], more: str = "") -> None:
     """Raise TypeError if futures were passed one by one, as to ``asyncio.gather``."""
     if others:
-        raise TypeError(f"{by}() takes one iterable: {by}([a, b])")
-
-
-def timeout_of(
-    by: str, futures: object, timeout: float | None, others: tuple[object, ...]
-) -> float | None:
-    """Return ``timeout``, checked, or raise TypeError if futures were passed one by one."""
-    if not isinstance(timeout, (numbers.Real, type(None))):
-        first, second = type(futures), type(timeout)
-        # Some futures are iterable, such as those of asyncio, for ``yield from``.
-        is_first_of_many = not hasattr(first, "__iter__") or hasattr(first, "__await__")
-        if is_first_of_many or hasattr(second, "add_done_callback"):
-            others = (timeout,)
-    check_one_iterable(by, others)
-    return None if timeout is None else timeout_checked(timeout)
+        raise TypeError(f"{by}() takes one iterable: {by}([a, b]){more}")
 
 
 def _listed(futures: Iterable[F]) -> list[F]:

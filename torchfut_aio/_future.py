@@ -25,6 +25,16 @@ T = TypeVar("T")
 S = TypeVar("S")
 
 
+class _Absent:
+    """An attribute that other futures have; to ask for it says what to use instead."""
+
+    def __init__(self, cure: str) -> None:
+        self._cure = cure
+
+    def __get__(self, future: object, kind: object) -> NoReturn:
+        raise AttributeError(self._cure)
+
+
 class Future(Settable[T]):
     """A ``torch.futures.Future`` that can be awaited.
 
@@ -362,10 +372,13 @@ class Future(Settable[T]):
 
     # --------------------------------------------------------------------- the rest
 
-    @property
-    def _condition(self) -> NoReturn:
-        """What functions of ``concurrent.futures`` ask for; says what to give them instead."""
-        raise AttributeError(
+    if not TYPE_CHECKING:  # a type checker is to find none of these
+        result = _Absent(
+            "a Future has no result(), which returns at once in asyncio and blocks in "
+            "concurrent.futures: await the future, or call wait(timeout) to block, or value() if "
+            "it is done"
+        )
+        _condition = _Absent(
             "wait() and as_completed() of concurrent.futures take futures of that module only: "
             "pass fut.as_concurrent() to them, or use those of torchfut_aio, as_completed() and "
             "wait_all()"

@@ -24,10 +24,10 @@ T = TypeVar("T")
 
 
 @overload
-def with_timeout(future: Source[T], seconds: float) -> Future[T]: ...
+def with_timeout(future: Source[T], timeout: float | None) -> Future[T]: ...
 @overload
-def with_timeout(future: object, seconds: float) -> Future[Any]: ...
-def with_timeout(future: object, seconds: float) -> Future[Any]:
+def with_timeout(future: object, timeout: float | None) -> Future[Any]: ...
+def with_timeout(future: object, timeout: float | None) -> Future[Any]:
     """Returns a future that completes as ``future`` does, or in time with TimeoutError.
 
     For chains that nobody awaits; a task may use its loop's own timeouts. A timeout leaves
@@ -37,11 +37,12 @@ def with_timeout(future: object, seconds: float) -> Future[Any]:
 
     Args:
         future: A future, or anything that `as_future` adopts.
-        seconds: How long from now. If not positive, ``future`` must be done now.
+        timeout: How long from now, in seconds. If not positive, ``future`` must be done now. None
+            is for ever.
 
     Raises:
         NotAFutureError: ``future`` is not one.
-        TypeError, ValueError: ``seconds`` is not a number, or is NaN.
+        TypeError, ValueError: ``timeout`` is not a number or None, or is NaN.
 
     Example:
         >>> fut = torchfut_aio.Future()
@@ -51,7 +52,7 @@ def with_timeout(future: object, seconds: float) -> Future[Any]:
         >>> fut
         <Future pending waiters=0 callbacks=0>
     """
-    seconds = timeout_checked(seconds, "with_timeout() takes a number of seconds")
+    seconds = math.inf if timeout is None else timeout_checked(timeout)
     source = as_future(future)
     deadline = _Deadline(source, seconds)
     child: Future[Any] = deadline.child
