@@ -18,7 +18,7 @@ from time import perf_counter
 
 import torch
 
-from torchfut_aio import Future, statistics, to_host
+from torchfut_aio import Future, poll_statistics, to_host
 
 REQUESTS = 500
 ARRIVALS_PER_SECOND = 1000
@@ -102,14 +102,14 @@ async def serve(pipeline: Pipeline, requests: list[torch.Tensor]) -> list[torch.
             late.append(perf_counter() - due)
 
     beats = asyncio.create_task(heartbeat())
-    before, start = statistics(), perf_counter()
+    before, start = poll_statistics(), perf_counter()
     clients = []
     for request in requests:
         await asyncio.sleep(random.expovariate(ARRIVALS_PER_SECOND))
         await in_flight.acquire()
         clients.append(asyncio.create_task(client(request)))
     outputs = await asyncio.gather(*clients)
-    after, seconds = statistics(), perf_counter() - start
+    after, seconds = poll_statistics(), perf_counter() - start
     beats.cancel()
 
     print(f"  requests    {len(outputs)}, at most {IN_FLIGHT} in flight")

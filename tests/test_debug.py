@@ -41,7 +41,7 @@ from torchfut_aio import (
 )
 from torchfut_aio._stream import state_of
 from torchfut_aio._stream_state import StreamState
-from torchfut_aio.debug import PendingFuture, PendingStream, Recording, Who, pending_futures
+from torchfut_aio.debug import PendingFuture, PendingStream, Recording, Waiter, pending_futures
 
 from .explorer import strikes
 from .loops import on_asyncio, on_every_loop
@@ -53,7 +53,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 def waiting_for(future):
     """Who waits for the future, as kinds and names."""
-    return [(who.kind, who.name) for who in listed(future).who]
+    return [(who.kind, who.name) for who in listed(future).waiters]
 
 
 def listed_futures():
@@ -183,7 +183,7 @@ def test_it_reads_as_a_line_for_the_future_and_one_for_each_who_waits():
 def test_without_a_recording_nobody_knows_since_when():
     future = Future()
     future.add_done_callback(log)
-    assert [who.since for who in listed(future).who] == [None]
+    assert [who.since for who in listed(future).waiters] == [None]
 
 
 def test_the_list_keeps_nothing_alive(no_collector):
@@ -300,7 +300,7 @@ async def test_a_task_is_listed_with_the_function_that_waits(function, place):
     async with anyio.create_task_group() as group:
         group.start_soon(function, future)
         await anyio.wait_all_tasks_blocked()
-        assert places_of(listed(future).who) == [f"{place}, test_debug.py"]
+        assert places_of(listed(future).waiters) == [f"{place}, test_debug.py"]
         future.set_result(5)
 
 
@@ -313,7 +313,7 @@ def test_a_ddp_hook_is_listed_with_its_place():
 
     future, buffer = Future(), torch.ones(1)
     hooked = hook(future, SimpleNamespace(index=lambda: 0, buffer=lambda: buffer))
-    assert places_of(listed(future).who) == ["in_a_coroutine, test_debug.py"]
+    assert places_of(listed(future).waiters) == ["in_a_coroutine, test_debug.py"]
     future.set_result(5)
     assert hooked.wait(PATIENCE) is buffer
     distributed.shutdown()
@@ -328,12 +328,12 @@ async def test_a_task_is_listed_with_the_line_that_waits():
     async with anyio.create_task_group() as group:
         group.start_soon(in_two_steps, future, another)
         await anyio.wait_all_tasks_blocked()
-        (who,) = listed(future).who
+        (who,) = listed(future).waiters
         assert who.where == f"in_two_steps, test_debug.py:{first + 1}"
         assert str(listed(future)).endswith(f" in {who.where}")
         future.set_result(5)
         await anyio.wait_all_tasks_blocked()
-        (who,) = listed(another).who
+        (who,) = listed(another).waiters
         assert who.where == f"in_two_steps, test_debug.py:{first + 2}"
         another.set_result(5)
 
@@ -362,7 +362,7 @@ async def test_a_task_of_libraries_only_has_no_place():
     task = asyncio.ensure_future(future)  # asyncio wraps it in a coroutine of its own
     await asyncio.sleep(0)
     assert waiting_for(future) == [("task", task.get_name())]
-    assert places_of(listed(future).who) == [None]
+    assert places_of(listed(future).waiters) == [None]
     future.set_result(5)
     await task
 
@@ -373,8 +373,8 @@ async def test_threads_and_callbacks_have_no_place():
     future.add_done_callback(log)
     async with anyio.create_task_group() as group:
         group.start_soon(anyio.to_thread.run_sync, future.wait)
-        await eventually(lambda: len(listed(future).who) == 2)
-        assert places_of(listed(future).who) == [None, None]
+        await eventually(lambda: len(listed(future).waiters) == 2)
+        assert places_of(listed(future).waiters) == [None, None]
         future.set_result(5)
 
 
@@ -475,7 +475,7 @@ def test_a_stream_is_listed_with_the_threads_that_wait():
     reader = threading.Thread(target=list, args=(stream,), name="reader")
     reader.start()
     until(lambda: listed_stream(stream) is not None)
-    assert listed_stream(stream).who == (Who("thread", "reader"),)
+    assert listed_stream(stream).waiters == (Waiter(kind="thread", name="reader"),)
     assert str(listed_stream(stream)).endswith("\n  thread reader, reads")
     stream.close()
     reader.join(PATIENCE)
@@ -485,7 +485,7 @@ def test_a_stream_is_listed_with_the_threads_that_wait():
     writer = threading.Thread(target=full.push, args=(2,), name="writer")
     writer.start()
     until(lambda: listed_stream(full) is not None)
-    assert listed_stream(full).writers == (Who("thread", "writer"),)
+    assert listed_stream(full).writers == (Waiter(kind="thread", name="writer"),)
     assert str(listed_stream(full)).endswith("\n  thread writer, writes")
     assert next(values) == 1
     writer.join(PATIENCE)
@@ -494,7 +494,7 @@ def test_a_stream_is_listed_with_the_threads_that_wait():
 def test_the_readers_of_a_stream_that_was_dropped_are_listed(no_collector):
     def lonely():
         streams = [each for each in pending_futures() if isinstance(each, PendingStream)]
-        return [each for each in streams if each.readers == (Who("thread", "lonely"),)]
+        return [each for each in streams if each.readers == (Waiter(kind="thread", name="lonely"),)]
 
     stream = ValueStream()
     state = state_of(stream)
@@ -529,7 +529,7 @@ async def test_futures_of_the_package_itself_are_not_listed():
             ours += [never, start_soon(portal, in_a_coroutine, never)]
             statistics = batcher.statistics, async_batcher.statistics
             await eventually(lambda: all(each().running == 1 for each in statistics))
-            await eventually(lambda: bool(listed(never).who))
+            await eventually(lambda: bool(listed(never).waiters))
             now = {pending.future for pending in listed_futures()}
             assert now - before == set(ours)
             never.set_result(5)
@@ -554,7 +554,7 @@ async def test_a_recording_knows_since_when_tasks_wait():
         async with anyio.create_task_group() as group:
             await spawn(group, wait, "request 1")
             after = time.perf_counter()
-            (who,) = listed(future).who
+            (who,) = listed(future).waiters
             assert (who.kind, who.name) == ("task", "request 1")
             assert places_of([who]) == seen_at("wait, test_debug.py")
             assert before <= who.since <= after
@@ -570,7 +570,7 @@ def test_a_recording_knows_since_when_threads_block_and_callbacks_are_there():
         thread = threading.Thread(target=future.wait, name="worker")
         thread.start()
         until(lambda: ("thread", "worker") in waiting_for(future))
-        assert all(before <= who.since <= time.perf_counter() for who in listed(future).who)
+        assert all(before <= who.since <= time.perf_counter() for who in listed(future).waiters)
         future.set_result(5)
         thread.join(PATIENCE)
 
@@ -688,7 +688,7 @@ def test_one_recording_is_on_at_a_time():
         pass
 
 
-class Waiter:
+class CountingWaiter:
     """Counts how often it is woken; its own waker, too."""
 
     woken = 0
@@ -696,15 +696,15 @@ class Waiter:
     def wake(self, _waiter):
         self.woken += 1
 
-    def who(self, _waiter):
-        return Who("thread", None)
+    def describe(self, _waiter):
+        return Waiter(kind="thread", name=None)
 
 
 @pytest.mark.parametrize(("at", "error"), [("signals", KeyboardInterrupt), ("calls", MemoryError)])
 def test_while_recording_an_interrupt_leaves_nobody_waiting(at, error):
     for strike in strikes(debug, at=at, error=error):
         with Recording():
-            future, waiter = Future(), Waiter()
+            future, waiter = Future(), CountingWaiter()
             _core.add_waiter(future, waiter, waiter)
             children = [future.then(lambda fut: 6), gather([future])]
             with strike:
@@ -913,7 +913,7 @@ def look():
     for _ in range(ROUNDS):
         for pending in pending_futures():
             str(pending)
-            for who in pending.who:
+            for who in pending.waiters:
                 found.add((who.kind, who.where and who.where.partition(",")[0]))
     stop.set()
 

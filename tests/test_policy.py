@@ -5,33 +5,34 @@ from __future__ import annotations
 import pytest
 
 import torchfut_aio
-from torchfut_aio import PollPolicy, set_poll_policy
+from torchfut_aio import PollPolicy, get_poll_policy, set_poll_policy
 
 
 def test_the_defaults_need_no_arguments_and_policies_compare():
-    assert PollPolicy() == PollPolicy(shortest=50e-6, longest=0.01, blocking=False)
+    assert PollPolicy() == PollPolicy(min_interval=50e-6, max_interval=0.01, blocking=False)
 
 
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        ({"shortest": 0}, ValueError),
-        ({"shortest": -1.0}, ValueError),
-        ({"shortest": 0.1, "longest": 0.01}, ValueError),
-        ({"longest": float("inf")}, ValueError),
-        ({"shortest": float("nan")}, ValueError),
-        ({"shortest": "1"}, TypeError),
-        ({"longest": None}, TypeError),
+        ({"min_interval": 0}, ValueError),
+        ({"min_interval": -1.0}, ValueError),
+        ({"min_interval": 0.1, "max_interval": 0.01}, ValueError),
+        ({"max_interval": float("inf")}, ValueError),
+        ({"min_interval": float("nan")}, ValueError),
+        ({"min_interval": "1"}, TypeError),
+        ({"max_interval": None}, TypeError),
     ],
 )
 def test_a_policy_that_makes_no_sense_is_refused(arguments, error):
-    with pytest.raises(error, match=r"shortest|longest"):
+    with pytest.raises(error, match=r"min_interval|max_interval"):
         PollPolicy(**arguments)
 
 
 def test_setting_a_policy_returns_the_one_before():
-    mine = PollPolicy(longest=0.002)
+    mine = PollPolicy(max_interval=0.002)
     before = set_poll_policy(mine)
+    assert get_poll_policy() is mine
     assert set_poll_policy(before) is mine
     with pytest.raises(TypeError, match="PollPolicy"):
         torchfut_aio.set_poll_policy(0.001)

@@ -25,14 +25,14 @@ from torch.distributed.rpc import backend_registry
 rpc._is_tensorpipe_available = True  # some builds, such as Debian's, have none
 
 def use():
-    from torchfut_aio import _devices, distributed
+    from torchfut_aio import _devices, debug, distributed
     asyncio.run(wait())
     value = {"a": [torch.ones(2)]}
     readiness, error = _devices.declared_readiness((), value, _devices.Moment())
     assert error is None, error
     assert readiness.tensors == value["a"]
     said("task_local_state", lambda: asyncio.run(keep_state()))
-    said("check_task_state", torchfut_aio.check_task_state)
+    said("set_task_state_checks", debug.set_task_state_checks)
     use_distributed()
 
 async def wait():
@@ -150,7 +150,7 @@ CASES = OF_THREADS | WITH_A_FALLBACK | WITHOUT_RPC | OTHERS
 ALL_WORK = {
     "wait_all": "wait_all raises KeyError: 'why'",
     "task_local_state": "task_local_state works",
-    "check_task_state": "check_task_state works",
+    "set_task_state_checks": "set_task_state_checks works",
     "serve_on": "serve_on works",
 }
 
@@ -173,10 +173,12 @@ def test_a_private_name_that_has_gone_has_a_fallback(name, printed):
 @pytest.mark.parametrize("name", OF_THREADS)
 def test_task_state_refuses_where_torch_cannot_keep_it(name, printed):
     why = (
-        "RuntimeError: task_local_state() and check_task_state() do not work with torch "
+        "RuntimeError: task_local_state() and set_task_state_checks() do not work with torch "
         f"{torch.__version__}, whose torch._C has no {name}"
     )
-    refused = {each: f"{each} raises {why}" for each in ("task_local_state", "check_task_state")}
+    refused = {
+        each: f"{each} raises {why}" for each in ("task_local_state", "set_task_state_checks")
+    }
     assert printed[name].splitlines() == lines(ALL_WORK | refused)
 
 

@@ -18,8 +18,8 @@ from torchfut_aio import (
     as_future,
     collect_all,
     gather,
+    poll_statistics,
     set_results,
-    statistics,
     synchronize,
     to_host,
 )
@@ -120,9 +120,9 @@ async def test_awaiting_again_returns_at_once(accelerator, producer, devices):
     fut = completed_on(producer, accelerator, devices)
     accelerator.wake()
     await fut
-    before = statistics()
+    before = poll_statistics()
     assert (await fut).tolist() == NEW
-    assert statistics() == before
+    assert poll_statistics() == before
 
 
 @on_every_loop
@@ -193,10 +193,10 @@ async def test_a_cancelled_await_leaves_the_future_as_it_was_and_nothing_behind(
     with anyio.move_on_after(0.01) as scope:
         await fut
     assert scope.cancelled_caught
-    polls = statistics().polls
-    assert statistics().pending == 0
+    polls = poll_statistics().polls
+    assert poll_statistics().pending == 0
     await anyio.sleep(0.01)
-    assert statistics().polls == polls
+    assert poll_statistics().polls == polls
     accelerator.wake()
     assert (await fut).tolist() == NEW
 
@@ -213,7 +213,7 @@ def test_loops_in_several_threads_may_await_one_value(accelerator, producer, dev
         return lambda: anyio.run(read, backend=backend)
 
     with running(on("asyncio"), on("asyncio"), on("trio"), on("trio")):
-        until(lambda: statistics().pending == 4)
+        until(lambda: poll_statistics().pending == 4)
         assert not values
         accelerator.wake()
     assert [value.tolist() for value in values] == [NEW] * 4
@@ -246,7 +246,7 @@ async def test_stream_ordered_resumes_while_the_kernels_run_with_the_current_str
         torch.accelerator.set_stream(before)
     assert not producer.query()
     assert not current.query()
-    assert statistics().queries == 0
+    assert poll_statistics().queries == 0
     accelerator.wake()
     await synchronize(current)
     assert copies[0].tolist() == NEW
@@ -362,7 +362,7 @@ async def test_as_completed_yields_in_a_task_what_is_ready_in_that_order(
     assert reader.outcome is late
     accelerator.wake()
     assert [fut.value().tolist() async for fut in completed] == [NEW]
-    assert statistics().pending == 0
+    assert poll_statistics().pending == 0
 
 
 @told_or_not
@@ -385,7 +385,7 @@ async def test_as_completed_times_out_on_kernels_and_leaves_nothing(accelerator,
         await anext(as_completed([fut], timeout=0.01))
     accelerator.wake()
     assert (await fut).tolist() == NEW
-    await eventually(lambda: statistics().pending == 0)
+    await eventually(lambda: poll_statistics().pending == 0)
 
 
 @on_every_loop
@@ -508,10 +508,10 @@ async def test_as_asyncio_completes_when_the_value_is_ready(accelerator, produce
 @on_asyncio
 async def test_a_cancelled_as_asyncio_leaves_nothing_with_the_watcher(accelerator, producer):
     target = completed_on(producer, accelerator, None).as_asyncio()
-    assert statistics().pending == 1
+    assert poll_statistics().pending == 1
     target.cancel()
     await asyncio.sleep(0)
-    assert statistics().pending == 0
+    assert poll_statistics().pending == 0
 
 
 @on_asyncio
@@ -524,8 +524,8 @@ async def test_an_interrupted_as_asyncio_leaves_nothing_with_the_watcher(acceler
             _to_stdlib.copy_when_ready(fut, target)
         if strike.where:
             await asyncio.sleep(0)
-            assert statistics().pending == 0, strike
-    assert statistics().pending == 1
+            assert poll_statistics().pending == 0, strike
+    assert poll_statistics().pending == 1
     accelerator.wake()
     assert (await target).tolist() == NEW
 
@@ -563,7 +563,7 @@ async def test_a_failed_kernel_reaches_those_who_await_its_stream_and_nobody_els
         await late
     with producer, pytest.raises(RuntimeError, match="the kernel failed"):
         await to_host(late.value())
-    assert statistics().pending == 0
+    assert poll_statistics().pending == 0
 
 
 @on_asyncio
@@ -608,7 +608,7 @@ async def test_every_one_of_many_awaits_on_many_streams_resumes_when_its_kernel_
             for n, fut in futures:
                 tg.start_soon(read, *([fut, n]))
     assert sorted(outcomes) == [(n, float(n)) for n in range(600)]
-    assert statistics().pending == 0
+    assert poll_statistics().pending == 0
 
 
 @on_every_loop
@@ -642,4 +642,4 @@ async def test_awaits_that_are_cancelled_at_random_harm_no_others(accelerator):
             await pending(10)
             accelerator.wake()
         assert [value.tolist() for value in resumed] == [NEW] * 10
-        assert statistics().pending == 0
+        assert poll_statistics().pending == 0

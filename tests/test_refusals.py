@@ -62,7 +62,7 @@ REFUSED = {
     "start_soon": lambda it: torchfut_aio.start_soon(it, asyncio.sleep, 1),
     "its function": lambda it: torchfut_aio.start_soon(SimpleNamespace(start_soon=0), it),
     "synchronize": lambda it: torchfut_aio.synchronize(it),
-    "PollPolicy": lambda it: torchfut_aio.PollPolicy(shortest=it),
+    "PollPolicy": lambda it: torchfut_aio.PollPolicy(min_interval=it),
     "set_poll_policy": lambda it: torchfut_aio.set_poll_policy(it),
     "async_rpc": lambda it: async_rpc(it),
     "async_comm_hook": lambda it: async_comm_hook(it),
@@ -149,7 +149,7 @@ TAKE_SECONDS = {
     "close": lambda it: batcher().close(timeout=it),
     "aclose": lambda it: asyncio.run(batcher().aclose(timeout=it)),
     "shutdown": lambda it: shutdown(timeout=it),
-    "PollPolicy": lambda it: torchfut_aio.PollPolicy(longest=it),
+    "PollPolicy": lambda it: torchfut_aio.PollPolicy(max_interval=it),
 }
 
 

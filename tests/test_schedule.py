@@ -45,7 +45,7 @@ def test_waits_that_are_alike_are_slept_through_and_noticed_at_once(seconds):
     lateness, polls = lived_through(alike(seconds, 200))
     assert statistics.median(lateness[20:]) < 100e-6
     # Besides those near the end, one each time that the longest pause is over.
-    assert statistics.mean(polls[20:]) < 4 + seconds / POLICY.longest
+    assert statistics.mean(polls[20:]) < 4 + seconds / POLICY.max_interval
 
 
 @pytest.mark.parametrize("seconds", [0.001, 0.005, 0.02, 0.1])
@@ -59,14 +59,14 @@ def test_intervals_grow_with_the_time_already_waited():
     schedule = LearnedSchedule()
     pauses = [schedule.next_poll(waited) - waited for waited in (0, 0.0005, 0.005, 1, 5, 100)]
     assert pauses == sorted(pauses)
-    assert pauses[0] == POLICY.shortest
-    assert pauses[-1] == pytest.approx(POLICY.longest)
+    assert pauses[0] == POLICY.min_interval
+    assert pauses[-1] == pytest.approx(POLICY.max_interval)
 
 
 @pytest.mark.parametrize(("before", "after"), [(0.005, 0.0001), (0.1, 0.0005), (0.0005, 0.02)])
 def test_a_stream_whose_waits_change_is_learned_anew(before, after):
     lateness, _ = lived_through(alike(before, 50) + alike(after, 60))
-    assert max(lateness) < POLICY.longest + 1e-4
+    assert max(lateness) < POLICY.max_interval + 1e-4
     assert statistics.median(lateness[-20:]) < 0.25e-3
 
 
@@ -90,7 +90,7 @@ def test_a_pause_is_never_shorter_or_longer_than_the_policy_allows(waits, waited
     for wait in waits:
         schedule.observe(Poll(wait / 3, wait / 2, wait, reached=True))
     pause = schedule.next_poll(waited) - waited
-    assert POLICY.shortest * 0.999 <= pause <= POLICY.longest * 1.001
+    assert POLICY.min_interval * 0.999 <= pause <= POLICY.max_interval * 1.001
 
 
 @given(st.lists(st.floats(1e-6, 3), max_size=20), st.floats(0, 3))

@@ -22,8 +22,8 @@ from torchfut_aio import (
     _worker,
     as_future,
     gather,
+    poll_statistics,
     set_poll_policy,
-    statistics,
     synchronize,
     to_host,
 )
@@ -110,7 +110,7 @@ async def test_what_is_done_is_not_waited_for(accelerator, producer):
     event.synchronize()
     for target in (event, torch.Event(DEVICE), "cpu"):
         assert await synchronize(target) is None
-    assert statistics().polls == 0
+    assert poll_statistics().polls == 0
     # A GPU reaches an event that is recorded now a moment later, even if it is idle.
     for target in (producer, None):
         assert await synchronize(target) is None
@@ -135,7 +135,7 @@ async def test_synchronize_may_be_cancelled(accelerator, producer, target_of):
     with anyio.move_on_after(0.01) as scope:
         await synchronize(target)
     assert scope.cancelled_caught
-    assert statistics().pending == 0
+    assert poll_statistics().pending == 0
     accelerator.wake()
 
 
@@ -316,7 +316,7 @@ async def test_to_host_may_be_cancelled(accelerator, producer):
         with anyio.move_on_after(0.01) as scope:
             await to_host(tensor)
         assert scope.cancelled_caught
-        assert statistics().pending == 0
+        assert poll_statistics().pending == 0
         accelerator.wake()
         assert (await to_host(tensor)).tolist() == NEW
     finally:

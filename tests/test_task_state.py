@@ -23,11 +23,11 @@ from torchfut_aio import (
     TaskStateWarning,
     _task_state,
     _thread_state,
-    check_task_state,
     task_local_state,
 )
 from torchfut_aio._devices import _current, devices_in_use
 from torchfut_aio._loops import Loop
+from torchfut_aio.debug import set_task_state_checks
 
 from .accelerator import FIRST, SECOND, being_filled, current_stream, several_devices
 from .explorer import strikes
@@ -505,9 +505,9 @@ def test_whatever_strikes_the_devices_and_streams_of_the_thread_are_as_they_were
 
 @pytest.fixture
 def checked():
-    check_task_state()
+    set_task_state_checks()
     yield
-    check_task_state(False)
+    set_task_state_checks(False)
     assert Loop.before_wait is None
 
 
@@ -546,7 +546,7 @@ async def test_an_await_with_another_state_is_warned_of_at_its_line(checked, way
 async def test_an_await_with_the_state_that_is_expected_is_not_warned_of(checked):
     async for fut in soon():
         with torch.no_grad():
-            check_task_state()  # from now on this one
+            set_task_state_checks()  # from now on this one
             assert await fut == 5
 
 
@@ -602,10 +602,10 @@ async def test_nothing_is_checked_unless_it_is_asked_for_in_this_thread():
     begun, end = threading.Event(), threading.Event()
 
     def elsewhere():
-        check_task_state()
+        set_task_state_checks()
         begun.set()
         end.wait(PATIENCE)
-        check_task_state(False)
+        set_task_state_checks(False)
 
     async with alongside(elsewhere):
         await anyio.to_thread.run_sync(begun.wait, PATIENCE)

@@ -149,7 +149,7 @@ async def test_one_of_each_kind_is_woken(wakes):
         for _ in range(3):
             tg.start_soon(read)
         await eventually(lambda: len(stream._state.readers.waiting) == 6)
-        assert sorted(who.kind for who in stream._state.readers.who()) == (
+        assert sorted(who.kind for who in stream._state.readers.describe()) == (
             ["task"] * 3 + ["thread"] * 3
         )
         counts.clear()

@@ -19,7 +19,7 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchfut_aio import Future, PollPolicy, _loops, set_poll_policy, statistics, synchronize
+from torchfut_aio import Future, PollPolicy, _loops, poll_statistics, set_poll_policy, synchronize
 from torchfut_aio._devices import RecordedEvent, _watcher, record_event
 from torchfut_aio._devices._watcher import Watcher, watcher_of
 from torchfut_aio._loops import _alarm
@@ -99,9 +99,9 @@ async def test_a_poll_is_one_query_a_stream_however_many_wait(accelerator):
             tg.start_soon(reader)
         await pending(1000)
         accelerator.reset_counters()
-        before = statistics()
+        before = poll_statistics()
         await polled(10)
-        after = statistics()
+        after = poll_statistics()
         assert 0 < after.queries - before.queries <= 4 * (after.polls - before.polls)
         assert accelerator.counters()["event_queries"] <= after.queries - before.queries
         accelerator.wake()
@@ -109,7 +109,10 @@ async def test_a_poll_is_one_query_a_stream_however_many_wait(accelerator):
             stream.synchronize()
     assert [reader.outcome.item() for reader in readers] == list(range(1000))
     # To find how many are done takes a few more: far fewer than there are.
-    assert statistics().queries - after.queries < 4 * (statistics().polls - after.polls) + 200
+    assert (
+        poll_statistics().queries - after.queries
+        < 4 * (poll_statistics().polls - after.polls) + 200
+    )
 
 
 @on_every_loop
@@ -181,18 +184,18 @@ async def test_a_loop_learns_how_long_waits_on_a_stream_take(accelerator, produc
     least, most = [], []
     with anyio.fail_after(PATIENCE):
         while len(most) < 20:
-            polls, enqueued = statistics().polls, time.monotonic()
+            polls, enqueued = poll_statistics().polls, time.monotonic()
             with producer:
                 accelerator.sleep(0.004)
             waiting = synchronize(producer)
             marked = time.monotonic()
             await waiting
-            if statistics().polls > polls:  # and not over before it began
+            if poll_statistics().polls > polls:  # and not over before it began
                 # At least from here to the end of the kernel, or half of that, as it was over
                 # somewhere between two looks.
                 least.append((0.004 - (marked - enqueued)) / 2)
                 most.append(time.monotonic() - enqueued)
-    learned = statistics().intervals
+    learned = poll_statistics().intervals
     assert list(learned) == [(torch.device(FIRST), producer.stream_id)]
     [interval] = learned.values()
     assert min(least) < interval < max(most)
@@ -203,13 +206,13 @@ def test_statistics_outside_of_a_loop_are_those_of_all_loops(accelerator, produc
         with producer:
             accelerator.sleep(0.001)
         await synchronize(producer)
-        return statistics()
+        return poll_statistics()
 
     gc.collect()
-    before = statistics()
+    before = poll_statistics()
     inside = [anyio.run(main, backend=backend) for backend in ("asyncio", "trio")]
     gc.collect()
-    after = statistics()
+    after = poll_statistics()
     assert after.pending == before.pending
     assert after.polls - before.polls >= sum(s.polls for s in inside)
     assert after.hits - before.hits == sum(s.hits for s in inside) == 2
@@ -485,7 +488,7 @@ def test_loops_that_close_with_waits_pending_leave_no_file_behind(
     asyncio.run(_read(done))  # the next loop that awaits clears up
     collected()
     assert open_files() <= before
-    assert statistics().pending == 0
+    assert poll_statistics().pending == 0
 
 
 PROGRAM = """
@@ -553,7 +556,7 @@ def program_ends(body):
         "def other():\n"
         "    asyncio.run(wait(stream))\n"
         "threading.Thread(target=other, daemon=True).start()\n"
-        "until(lambda: torchfut_aio.statistics().pending == 1)",
+        "until(lambda: torchfut_aio.poll_statistics().pending == 1)",
     ],
     ids=["adopted", "timed out", "task left", "adopted on asyncio", "on trio", "daemon thread"],
 )
@@ -569,7 +572,7 @@ adopted = as_future(stream)
 async def main():
     task = asyncio.ensure_future(synchronize(stream))
     await asyncio.sleep(0.01)
-    assert torchfut_aio.statistics().pending == 1
+    assert torchfut_aio.poll_statistics().pending == 1
     child = os.fork()
     if child == 0:
         try:
@@ -635,9 +638,9 @@ async def test_a_notification_that_raises_is_told_so_and_concerns_no_other_wait(
     ]
     assert caplog.text.count("LookupError: never can be told") == 2  # and the one before it
     await synchronize(producer)
-    polls = statistics().polls
+    polls = poll_statistics().polls
     await anyio.sleep(0.01)
-    assert statistics().polls == polls
+    assert poll_statistics().polls == polls
 
 
 class Breaks(AlwaysDue):
@@ -691,9 +694,9 @@ async def test_one_event_is_queried_once_a_poll_however_many_wait_for_it(acceler
         for _ in range(50):
             tg.start_soon(synchronize, event)
         await pending(50)
-        before = statistics()
+        before = poll_statistics()
         await polled(5)
-        after = statistics()
+        after = poll_statistics()
         assert after.queries - before.queries <= after.polls - before.polls
         accelerator.wake()
 
@@ -754,7 +757,7 @@ def test_loops_may_start_and_end_in_many_threads_at_once(accelerator):
 
     def ask():
         for _ in range(300):
-            assert statistics().pending >= 0
+            assert poll_statistics().pending >= 0
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)

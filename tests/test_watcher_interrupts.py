@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from torchfut_aio import Future, PollPolicy, set_poll_policy, statistics, synchronize
+from torchfut_aio import Future, PollPolicy, poll_statistics, set_poll_policy, synchronize
 from torchfut_aio._devices import _readiness, _schedule, _stream_queue, _watcher
 
 from .accelerator import FIRST, being_filled, write_zeros
@@ -77,15 +77,15 @@ def test_whatever_strikes_the_watcher_the_others_resume_and_so_do_new_waits(
         assert not asleep
 
     async def wait_again():
-        assert statistics().pending == 0
+        assert poll_statistics().pending == 0
         with streams[0]:
             accelerator.sleep(PATIENCE)
         again = asyncio.ensure_future(synchronize(streams[0]))
         await asyncio.sleep(0)
-        assert statistics().pending == 1
+        assert poll_statistics().pending == 1
         accelerator.wake()
         await asyncio.wait_for(again, PATIENCE)
-        assert statistics().pending == 0
+        assert poll_statistics().pending == 0
         await asyncio.sleep(0)
         await asyncio.sleep(0)
 

@@ -29,9 +29,9 @@ from torchfut_aio import (
     as_future,
     collect_all,
     gather,
+    poll_statistics,
     set_poll_policy,
     start_soon,
-    statistics,
     synchronize,
     task_local_state,
     to_host,
@@ -217,7 +217,7 @@ async def devices(stream: torch.Stream, answer: dict[str, torch.Tensor]) -> None
     copied = await to_host(answer)
     assert_type(copied, dict[str, torch.Tensor])
     set_poll_policy(PollPolicy())
-    print(statistics().polls)
+    print(poll_statistics().polls)
 
 
 # --------------------------------------------------------------------- torch.distributed

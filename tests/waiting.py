@@ -9,23 +9,23 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 
-from torchfut_aio import statistics
+from torchfut_aio import poll_statistics
 
 from .threads import PATIENCE
 
 
 async def polled(times: int = 5) -> None:
     """Returns when the watcher of this loop has polled events some more times."""
-    enough = statistics().polls + times
+    enough = poll_statistics().polls + times
     with anyio.fail_after(PATIENCE):
-        while statistics().polls < enough:  # noqa: ASYNC110
+        while poll_statistics().polls < enough:  # noqa: ASYNC110
             await anyio.sleep(0.001)
 
 
 async def pending(waits: int) -> None:
     """Returns when so many waits are pending on this loop."""
     with anyio.fail_after(PATIENCE):
-        while statistics().pending != waits:
+        while poll_statistics().pending != waits:
             await anyio.lowlevel.checkpoint()
 
 

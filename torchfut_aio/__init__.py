@@ -29,7 +29,15 @@ from ._adopt import as_future
 from ._as_completed import as_completed
 from ._batcher import Batcher, BatcherStatistics
 from ._collect import collect_all, wait_all
-from ._devices import PollPolicy, Statistics, set_poll_policy, statistics, synchronize, to_host
+from ._devices import (
+    PollPolicy,
+    PollStatistics,
+    get_poll_policy,
+    poll_statistics,
+    set_poll_policy,
+    synchronize,
+    to_host,
+)
 from ._errors import (
     BatcherClosedError,
     BlockingWaitWarning,
@@ -47,7 +55,7 @@ from ._gather import gather
 from ._public import publish
 from ._set_results import set_results
 from ._stream import ValueStream
-from ._task_state import check_task_state, task_local_state
+from ._task_state import task_local_state
 from ._tasks import start_soon
 from ._timeouts import with_timeout
 
@@ -64,21 +72,21 @@ __all__ = [
     "InvalidStateError",
     "NotAFutureError",
     "PollPolicy",
+    "PollStatistics",
     "QueueFullError",
     "RpcError",
-    "Statistics",
     "StreamClosedError",
     "TaskStateWarning",
     "ValueStream",
     "as_completed",
     "as_future",
-    "check_task_state",
     "collect_all",
     "gather",
+    "get_poll_policy",
+    "poll_statistics",
     "set_poll_policy",
     "set_results",
     "start_soon",
-    "statistics",
     "synchronize",
     "task_local_state",
     "to_host",

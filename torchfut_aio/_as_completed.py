@@ -124,8 +124,8 @@ class _Arrivals(_core.DoneCallback):
     def name(self) -> str:
         """Name what waits, too: ``as_completed() for task Task-1 in handler, app.py:42``."""
         wakers = [(waiter, self.waiters.get(waiter)) for waiter in [*self.waiters]]
-        who = [str(waker.who(waiter)) for waiter, waker in wakers if waker is not None]
-        return f"as_completed() for {', '.join(who)}" if who else "as_completed()"
+        names = [str(waker.describe(waiter)) for waiter, waker in wakers if waker is not None]
+        return f"as_completed() for {', '.join(names)}" if names else "as_completed()"
 
     def run(self, future: Future[Any]) -> None:
         # Not with append(): an interrupt may strike after a call, and these go together.

@@ -37,9 +37,9 @@ class DependentFuture(Future[T]):
         """Ask ``thing`` before each wait; weakly, as it is what holds the future."""
         self._depends_on = weakref.ref(thing)
 
-    def __await__(self, ready: bool = True) -> Generator[Any, Any, T]:
+    def __await__(self, _ready: bool = True) -> Generator[Any, Any, T]:
         self.check()
-        return super().__await__(ready)
+        return super().__await__(_ready)
 
     def wait(self, timeout: float | None = None) -> T:
         self.check(blocks=timeout is None)

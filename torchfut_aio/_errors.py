@@ -117,7 +117,7 @@ class BlockingWaitWarning(RuntimeWarning):
 
 
 class TaskStateWarning(RuntimeWarning):
-    """A task awaits with a state of torch that was not there when `check_task_state` was called.
+    """A task awaits with another state of torch than was there at `debug.set_task_state_checks`.
 
     The state belongs to the thread, so all other tasks have it until this one goes on.
     """

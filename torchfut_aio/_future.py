@@ -184,10 +184,10 @@ class Future(Settable[T]):
 
     # -------------------------------------------------------------------- awaiting
 
-    def __await__(self, ready: bool = True) -> Generator[Any, Any, T]:
+    def __await__(self, _ready: bool = True) -> Generator[Any, Any, T]:
         """Suspends the current task until the value is there, and gives it.
 
-        If ``ready``, until the kernels that fill it have finished, too.
+        If ``_ready``, until the kernels that fill it have finished, too.
         """
         loop = _loops.current()
         outcome: _core.Outcome | None = self._state.get(OUTCOME)
@@ -210,7 +210,7 @@ class Future(Settable[T]):
         readiness = outcome.readiness
         if outcome.error is None:
             if readiness is not None:
-                if ready:
+                if _ready:
                     yield from readiness.ready()
                 readiness.wait()
             value: T = outcome.value
@@ -429,4 +429,4 @@ class _StreamOrdered:
         self._future = future
 
     def __await__(self) -> Generator[Any, Any, Any]:
-        return self._future.__await__(ready=False)
+        return self._future.__await__(_ready=False)

@@ -156,7 +156,7 @@ def thread_state_functions() -> Any:
     missing = ", ".join(name for name, function in found.items() if function is None)
     if missing:
         raise RuntimeError(
-            "task_local_state() and check_task_state() do not work with torch "
+            "task_local_state() and set_task_state_checks() do not work with torch "
             f"{torch.__version__}, whose torch._C has no {missing}"
         )
     return SimpleNamespace(**found)

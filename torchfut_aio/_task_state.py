@@ -134,7 +134,7 @@ def _each_step(own: OwnState, coroutine: Coroutine[Any, Any, T]) -> Generator[An
 _expected: weakref.WeakKeyDictionary[threading.Thread, ThreadState] = weakref.WeakKeyDictionary()
 
 
-def check_task_state(enabled: bool = True) -> None:
+def set_task_state_checks(enabled: bool = True) -> None:
     """Has tasks checked that await with another state of torch than this thread has now.
 
     From now on, whenever an await of this package suspends a task of this thread, and grad mode,
@@ -152,8 +152,9 @@ def check_task_state(enabled: bool = True) -> None:
 
     Example:
         >>> import asyncio, torch, warnings
+        >>> from torchfut_aio import debug
         >>> async def main(fut):
-        ...     torchfut_aio.check_task_state()
+        ...     debug.set_task_state_checks()
         ...     asyncio.get_running_loop().call_later(0.01, fut.set_result, 5)
         ...     with torch.no_grad():
         ...         return await fut
@@ -163,7 +164,7 @@ def check_task_state(enabled: bool = True) -> None:
         5
         >>> print(caught[0].message)
         this task awaits with another grad mode ... or decorate its function with task_local_state
-        >>> torchfut_aio.check_task_state(False)
+        >>> debug.set_task_state_checks(False)
     """
     if enabled:
         from ._thread_state import ThreadState
@@ -184,7 +185,7 @@ def _check(_loop: Loop) -> None:
     if names:
         warn_at_users_line(
             f"this task awaits with another {', '.join(names)} than was there when "
-            "check_task_state() was called, and until it goes on, all tasks of the thread have it: "
-            "leave the `with` block first, or decorate its function with task_local_state",
+            "set_task_state_checks() was called, and until it goes on, all tasks of the thread "
+            "have it: leave the `with` block first, or decorate its function with task_local_state",
             TaskStateWarning,
         )

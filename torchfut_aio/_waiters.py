@@ -211,9 +211,9 @@ class Waiters:
             _wake_again([(waiter, waker) for waiter in [*line]])
             raise
 
-    def who(self) -> list[_loops.Who]:
+    def describe(self) -> list[_loops.Waiter]:
         """Return who waits, for people to read, from any thread."""
-        return [waker.who(waiter) for waiter, waker in [*self.waiting.items()]]
+        return [waker.describe(waiter) for waiter, waker in [*self.waiting.items()]]
 
 
 def _wake_again(taken: list[tuple[object, _loops.Waker]]) -> None:

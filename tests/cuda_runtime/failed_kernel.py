@@ -22,8 +22,8 @@ from torchfut_aio import (
     PollPolicy,
     as_future,
     gather,
+    poll_statistics,
     set_poll_policy,
-    statistics,
     synchronize,
     to_host,
     with_timeout,
@@ -126,7 +126,7 @@ async def main(backend: str) -> None:
             return await use()
 
         await note(f"afterwards: {name}", begin_and_await)
-    outcomes["pending"] = f"{statistics().pending}"
+    outcomes["pending"] = f"{poll_statistics().pending}"
     print(json.dumps(outcomes), flush=True)
     os._exit(0)  # PyTorch aborts the process when it frees the tensors of this function
 

@@ -12,7 +12,7 @@ Nothing here knows what a future of this package is.
 
 from ._current import CurrentStreams
 from ._events import RecordedEvent, already_recorded, record_event, says_no_events
-from ._policy import PollPolicy, set_poll_policy
+from ._policy import PollPolicy, get_poll_policy, set_poll_policy
 from ._readiness import (
     Moment,
     Readiness,
@@ -20,7 +20,7 @@ from ._readiness import (
     found_readiness,
     joint_readiness,
 )
-from ._statistics import Statistics
+from ._statistics import PollStatistics
 from ._streams import (
     devices_in_use,
     finish_current_streams,
@@ -29,28 +29,29 @@ from ._streams import (
 )
 from ._synchronize import synchronize, to_host
 from ._tensors import HOST_ONLY
-from ._watcher import statistics
+from ._watcher import poll_statistics
 
 __all__ = [
     "HOST_ONLY",
     "CurrentStreams",
     "Moment",
     "PollPolicy",
+    "PollStatistics",
     "Readiness",
     "RecordedEvent",
-    "Statistics",
     "already_recorded",
     "declared_readiness",
     "devices_in_use",
     "finish_current_streams",
     "finish_devices",
     "found_readiness",
+    "get_poll_policy",
     "has_streams_for_callbacks",
     "joint_readiness",
+    "poll_statistics",
     "record_event",
     "says_no_events",
     "set_poll_policy",
-    "statistics",
     "synchronize",
     "to_host",
 ]

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from ._capture import call_beside_captures, is_of_a_capture
-from ._policy import policy
+from ._policy import get_poll_policy
 from ._streams import call_with_current, current_stream, make_current
 
 # By device, and whether a thread that waits for them blocks rather than spins. To append to a
@@ -145,7 +145,7 @@ def _is_external(stream: torch.Stream) -> bool:
 
 def record_event(stream: torch.Stream) -> RecordedEvent:
     """Records an event at the end of what is enqueued on ``stream`` so far."""
-    kind = stream.device, policy().blocking
+    kind = stream.device, get_poll_policy().blocking
     pool = _pools.get(kind)
     if pool is None:
         pool = _pools.setdefault(kind, deque())

@@ -8,14 +8,14 @@ from .._arguments import check_number_of_seconds
 from .._repr import short
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PollPolicy:
     """How event loops watch streams. The defaults serve; measure before changing them.
 
     Attributes:
-        shortest: The shortest time between two polls of a stream, in seconds. Wake-ups are late
+        min_interval: The shortest time between two polls of a stream, in seconds. Wake-ups are late
             by about this much where waits on the stream resemble each other.
-        longest: The longest time between two polls, in seconds. A wait that is much
+        max_interval: The longest time between two polls, in seconds. A wait that is much
             shorter than those before it may be noticed this late.
         blocking: Do not poll. For each stream with pending events a helper thread blocks in
             ``event.synchronize()``, and then wakes the loop. That costs a thread switch, and
@@ -25,34 +25,34 @@ class PollPolicy:
             which no thread can be started.
 
     Raises:
-        TypeError, ValueError: Not numbers; not ``0 < shortest <= longest``.
+        TypeError, ValueError: Not numbers; not ``0 < min_interval <= max_interval``.
 
     Example:
-        >>> torchfut_aio.set_poll_policy(torchfut_aio.PollPolicy(longest=0.002))
-        PollPolicy(shortest=5e-05, longest=0.01, blocking=False)
+        >>> torchfut_aio.set_poll_policy(torchfut_aio.PollPolicy(max_interval=0.002))
+        PollPolicy(min_interval=5e-05, max_interval=0.01, blocking=False)
         >>> torchfut_aio.set_poll_policy(torchfut_aio.PollPolicy())
-        PollPolicy(shortest=5e-05, longest=0.002, blocking=False)
+        PollPolicy(min_interval=5e-05, max_interval=0.002, blocking=False)
     """
 
-    shortest: float = 50e-6
-    longest: float = 10e-3
+    min_interval: float = 50e-6
+    max_interval: float = 10e-3
     blocking: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("shortest", "longest"):
+        for name in ("min_interval", "max_interval"):
             check_number_of_seconds(getattr(self, name), f"{name} must be a number of seconds")
-        if not 0 < self.shortest <= self.longest < float("inf"):
+        if not 0 < self.min_interval <= self.max_interval < float("inf"):
             raise ValueError(
-                "intervals are seconds, with 0 < shortest <= longest, and finite; "
-                f"not shortest={short(self.shortest)}, longest={short(self.longest)}"
+                "intervals are seconds, with 0 < min_interval <= max_interval, and finite; not "
+                f"min_interval={short(self.min_interval)}, max_interval={short(self.max_interval)}"
             )
 
 
 _policy = PollPolicy()
 
 
-def policy() -> PollPolicy:
-    """Returns the policy in force."""
+def get_poll_policy() -> PollPolicy:
+    """Return the policy in force."""
     return _policy
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import deque
 from typing import NamedTuple, Protocol
 
-from ._policy import policy
+from ._policy import get_poll_policy
 
 
 class Poll(NamedTuple):
@@ -33,7 +33,7 @@ class Poll(NamedTuple):
 class Schedule(Protocol):
     """Tells when to poll one stream.
 
-    Times count as in `Poll`. A schedule keeps to ``policy().shortest`` and ``.longest`` itself.
+    Times count as in `Poll`. A schedule keeps within the policy itself.
     """
 
     @property
@@ -67,7 +67,7 @@ class LearnedSchedule:
         return (self._low + self._high) / 2
 
     def next_poll(self, waited: float) -> float:
-        shortest, longest = policy().shortest, policy().longest
+        policy = get_poll_policy()
         first = self._first_poll(waited)
         if waited < first:
             pause = first - waited
@@ -77,11 +77,11 @@ class LearnedSchedule:
             pause = spread / 8 if near_the_end else min(waited / 4, _longest_pause(waited))
         else:
             pause = min(max(waited, self.interval) / 2, _longest_pause(waited))
-        return waited + min(max(pause, shortest), longest)
+        return waited + min(max(pause, policy.min_interval), policy.max_interval)
 
     def observe(self, poll: Poll) -> None:
         slept = poll.reached and poll.before < self._first_poll(poll.before)
-        late, shortest = poll.at - poll.due, policy().shortest
+        late, shortest = poll.at - poll.due, get_poll_policy().min_interval
         # After a long sleep, a machine takes longer to wake up.
         if late > 0 and poll.due - poll.before > 16 * shortest:
             self._late += (min(late, 16 * shortest) - self._late) / 4
@@ -94,7 +94,7 @@ class LearnedSchedule:
             return min(self._least - self._late, waited + 4 * _longest_pause(waited))
         # Poll earlier to make up for late wake-ups, and more so where they are very late:
         # the longer a machine sleeps, the less it keeps to a time.
-        shortest = policy().shortest
+        shortest = get_poll_policy().min_interval
         late = self._late + 2 * max(self._late - shortest, 0)
         return self._low + min((self._high - self._low) / 2, shortest) - late
 
@@ -104,7 +104,7 @@ class LearnedSchedule:
             # ``longest``, the next poll would come no earlier, and so for ever. The more
             # waits in a row were slept through, the earlier the next poll.
             self._slept_through += 1
-            wait = max(wait, longest - 2**self._slept_through * policy().shortest)
+            wait = max(wait, longest - 2**self._slept_through * get_poll_policy().min_interval)
         else:
             self._slept_through = 0
         self._waits.append(wait)
@@ -116,4 +116,4 @@ class LearnedSchedule:
 
 def _longest_pause(waited: float) -> float:
     # About half of what asyncio.sleep(0.001) takes, as long as that is little.
-    return max(9 * policy().shortest, waited / 1024)
+    return max(9 * get_poll_policy().min_interval, waited / 1024)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from types import MappingProxyType
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import torch
 
 
-class Statistics(NamedTuple):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PollStatistics:
     """What the event watcher of a loop, or those of all, have done and are doing.
 
     Attributes:
@@ -25,18 +25,18 @@ class Statistics(NamedTuple):
     polls: int = 0
     queries: int = 0
     hits: int = 0
-    intervals: Mapping[tuple[torch.device, int], float] = MappingProxyType({})
+    intervals: Mapping[tuple[torch.device, int], float] = field(default_factory=dict)
 
 
-def total(parts: Iterable[Statistics]) -> Statistics:
-    """Returns the sums, and the intervals of all."""
-    result = Statistics()
+def total(parts: Iterable[PollStatistics]) -> PollStatistics:
+    """Return the sums, and the intervals of all."""
+    result = PollStatistics()
     for part in parts:
-        result = Statistics(
-            result.pending + part.pending,
-            result.polls + part.polls,
-            result.queries + part.queries,
-            result.hits + part.hits,
-            {**result.intervals, **part.intervals},
+        result = PollStatistics(
+            pending=result.pending + part.pending,
+            polls=result.polls + part.polls,
+            queries=result.queries + part.queries,
+            hits=result.hits + part.hits,
+            intervals={**result.intervals, **part.intervals},
         )
     return result

@@ -40,9 +40,9 @@ from .._loops import Alarm, Loop, current, loop_in_this_thread
 from .._repr import function_name
 from ._blocker import Blocker, Notify
 from ._events import RecordedEvent
-from ._policy import policy
+from ._policy import get_poll_policy
 from ._schedule import LearnedSchedule, Poll, Schedule
-from ._statistics import Statistics, total
+from ._statistics import PollStatistics, total
 from ._stream_queue import AwaitedEvent, StreamQueue, Wait, search
 
 # Streams come and go. This many may be at rest before what was learned of these is dropped.
@@ -75,11 +75,17 @@ class Watcher:
         self._own_schedules: dict[torch.device, Schedule] = {}
         self._over: deque[Wait] = deque()  # still to be notified
 
-    def statistics(self) -> Statistics:
-        """Returns what this watcher has done."""
+    def statistics(self) -> PollStatistics:
+        """Return what this watcher has done."""
         learned = {s: queue.schedule.interval for s, queue in list(self._queues.items())}
         intervals = {stream: interval for stream, interval in learned.items() if interval}
-        return Statistics(len(self.waits), self.polls, self.queries, self.hits, intervals)
+        return PollStatistics(
+            pending=len(self.waits),
+            polls=self.polls,
+            queries=self.queries,
+            hits=self.hits,
+            intervals=intervals,
+        )
 
     def watch(self, wait: Wait) -> bool:
         """Notifies ``wait``, on the loop, when all its events are reached or one has failed.
@@ -180,7 +186,7 @@ class Watcher:
 
     def _poll_due(self) -> None:
         now = monotonic()
-        early = 10 * policy().shortest
+        early = 10 * get_poll_policy().min_interval
         for queue in list(self._active.values()):
             # This wake-up also serves queues that are half-way to their own next poll.
             if queue.next_poll - min(queue.next_poll - queue.polled_at, early) / 2 <= now:
@@ -251,7 +257,7 @@ class Watcher:
 
     def _set_next_poll(self, queue: StreamQueue, oldest: RecordedEvent, now: float) -> None:
         queue.polled_at = now
-        blocking = policy().blocking and oldest.stream is not None
+        blocking = get_poll_policy().blocking and oldest.stream is not None
         queue.scheduled = not (blocking or oldest.has_to_block)
         if not queue.scheduled:
             queue.next_poll = now + _FALLBACK
@@ -329,7 +335,7 @@ def _notify(wait: Wait) -> None:
 
 
 _watchers: weakref.WeakValueDictionary[int, Watcher] = weakref.WeakValueDictionary()  # by id
-_ended: list[Statistics] = []  # of watchers that are gone: finalisers append to it
+_ended: list[PollStatistics] = []  # of watchers that are gone: finalisers append to it
 _summing = threading.Lock()
 
 
@@ -376,13 +382,13 @@ def reached(events: Sequence[RecordedEvent]) -> Generator[Any, Any, None]:
     yield from until_reached(events)
 
 
-def statistics() -> Statistics:
-    """Tells what the event watcher of the running loop has done, and is doing.
+def poll_statistics() -> PollStatistics:
+    """Return what the event watcher of the running loop has done, and is doing.
 
     Where no event loop runs: what those of all loops of the process have, ended ones included.
 
     Example:
-        >>> torchfut_aio.statistics().pending
+        >>> torchfut_aio.poll_statistics().pending
         0
     """
     if loop_in_this_thread():

@@ -21,15 +21,15 @@ from typing import Any
 
 from . import _asyncio
 from ._alarm import Alarm
-from ._loop import THREADS, Loop, ThreadWaiter, Waker, Who
+from ._loop import THREADS, Loop, ThreadWaiter, Waiter, Waker
 
 __all__ = [
     "THREADS",
     "Alarm",
     "Loop",
     "ThreadWaiter",
+    "Waiter",
     "Waker",
-    "Who",
     "current",
     "current_asyncio",
     "loop_in_this_thread",

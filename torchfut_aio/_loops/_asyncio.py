@@ -27,7 +27,7 @@ from .. import _cpython
 from .._cpython import ResumeCallback, resume_callback, running_loop
 from ._alarm import TimerFd
 from ._burst import MANY, Burst
-from ._loop import PAUSE, AsyncFunction, Loop, Who
+from ._loop import PAUSE, AsyncFunction, Loop, Waiter
 
 
 class AsyncioLoop(Loop):
@@ -74,11 +74,11 @@ class AsyncioLoop(Loop):
         event_loop = self.event_loop()
         return event_loop is not None and get_ident() == self.thread and stands_still(event_loop)
 
-    def who(self, waiter: asyncio.Future[None], /) -> Who:
+    def describe(self, waiter: asyncio.Future[None], /) -> Waiter:
         task = _cpython.waiting_task(waiter)
         if task is None:
-            return Who("task", None)
-        return Who("task", task.get_name(), where=_cpython.place_of(task.get_coro()))
+            return Waiter(kind="task", name=None)
+        return Waiter(kind="task", name=task.get_name(), where=_cpython.place_of(task.get_coro()))
 
     def current_task_name(self) -> str | None:
         task = asyncio.current_task(self._running())

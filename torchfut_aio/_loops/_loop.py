@@ -28,8 +28,9 @@ import weakref
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator, Iterable
+from dataclasses import dataclass
 from sys import is_finalizing
-from typing import Any, ClassVar, Final, NamedTuple, Protocol
+from typing import Any, ClassVar, Final, Literal, Protocol
 
 from ._alarm import Alarm, TimerFd
 
@@ -51,11 +52,12 @@ class Waker(Protocol):
     def wake_all(self, waiters: list[Any], /) -> None:
         """Does the same for many, with one wake-up for all."""
 
-    def who(self, waiter: Any, /) -> Who:
+    def describe(self, waiter: Any, /) -> Waiter:
         """Return the task or thread that waits, for people to read; from any thread."""
 
 
-class Who(NamedTuple):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Waiter:
     """A task, thread or callback that waits.
 
     Attributes:
@@ -68,7 +70,7 @@ class Who(NamedTuple):
             unknown, as for threads and callbacks.
     """
 
-    kind: str
+    kind: Literal["task", "thread", "callback"]
     name: str | None
     since: float | None = None
     where: str | None = None
@@ -134,9 +136,9 @@ class _Threads:
         for waiter in waiters:
             waiter.unblock()
 
-    def who(self, waiter: ThreadWaiter, /) -> Who:
+    def describe(self, waiter: ThreadWaiter, /) -> Waiter:
         names = {thread.ident: thread.name for thread in threading.enumerate()}
-        return Who("thread", names.get(waiter.thread))
+        return Waiter(kind="thread", name=names.get(waiter.thread))
 
 
 THREADS: Final = _Threads()
@@ -270,9 +272,9 @@ class Loop(ABC):
         """Return whether the loop cannot run because its thread, which calls, runs another."""
         return False
 
-    def who(self, _waiter: Any, /) -> Who:
-        """As `Waker.who`."""
-        return Who("task", None)
+    def describe(self, _waiter: Any, /) -> Waiter:
+        """As `Waker.describe`."""
+        return Waiter(kind="task", name=None)
 
     def current_task_name(self) -> str | None:
         """Returns the name of the task that calls; None if nobody can tell."""

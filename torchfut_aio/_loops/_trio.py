@@ -13,7 +13,7 @@ import trio
 
 from .._cpython import is_inner, place_of, running_loop
 from ._alarm import TimerFd
-from ._loop import AsyncFunction, Loop, Who
+from ._loop import AsyncFunction, Loop, Waiter
 
 _ALARM = "torchfut_aio alarm"  # the name of the tasks that stand for one
 
@@ -85,11 +85,11 @@ class TrioLoop(Loop):
             and _in_asyncio_within_trio()
         )
 
-    def who(self, waiter: _Waiter, /) -> Who:
+    def describe(self, waiter: _Waiter, /) -> Waiter:
         task = waiter.task
         if task is None:
-            return Who("task", None)
-        return Who("task", task.name, where=place_of(task.coro))
+            return Waiter(kind="task", name=None)
+        return Waiter(kind="task", name=task.name, where=place_of(task.coro))
 
     def current_task_name(self) -> str | None:
         return trio.lowlevel.current_task().name

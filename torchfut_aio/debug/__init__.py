@@ -2,13 +2,22 @@
 
 `pending_futures` lists what is pending now. A `Recording` notes waits and callbacks while it is on,
 and saves them as a trace for Perfetto. While none is on, the package runs as if this were not here.
+`set_task_state_checks` has tasks checked that await with another state of torch than they found.
 """
 
-from .._loops import Who
+from .._loops import Waiter
 from .._public import publish
+from .._task_state import set_task_state_checks
 from ._pending import PendingFuture, PendingStream, pending_futures
 from ._recording import Recording
 
-__all__ = ["PendingFuture", "PendingStream", "Recording", "Who", "pending_futures"]
+__all__ = [
+    "PendingFuture",
+    "PendingStream",
+    "Recording",
+    "Waiter",
+    "pending_futures",
+    "set_task_state_checks",
+]
 
 publish(__name__)

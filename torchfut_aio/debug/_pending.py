@@ -16,35 +16,35 @@ from typing import Any
 from .. import _core
 from .._batch_worker import BatchWorker
 from .._future import Future, InternalFuture
-from .._loops import Who
+from .._loops import Waiter
 from .._stream import ValueStream, state_of
 from .._stream_state import StreamState
 from .._worker import workers
 
 
-@dataclass(frozen=True, eq=False)  # a future may define `==` as it likes
+@dataclass(frozen=True, eq=False, kw_only=True, slots=True)  # a future may define `==` as it likes
 class PendingFuture:
     """A future that was pending, and what waited for it then.
 
     Attributes:
         future: The future itself.
-        who: The tasks and threads that waited, then the callbacks, each in the order in which they
-            came. Empty if nothing waited.
+        waiters: The tasks and threads that waited, then the callbacks, each in the order in which
+            they came. Empty if nothing waited.
         where: ``queued in batcher NAME`` or ``running in batcher NAME``; None if the future is not
             that of an item of a `torchfut_aio.Batcher`.
     """
 
     future: Future[Any]
-    who: tuple[Who, ...]
+    waiters: tuple[Waiter, ...]
     where: str | None = None
 
     def __str__(self) -> str:
         now = perf_counter()
         where = [] if self.where is None else [self.where]
-        return _indented([Future.__repr__(self.future), *where, *_lines(self.who, now)])
+        return _indented([Future.__repr__(self.future), *where, *_lines(self.waiters, now)])
 
 
-@dataclass(frozen=True, eq=False)  # a future may define `==` as it likes
+@dataclass(frozen=True, eq=False, kw_only=True, slots=True)  # a future may define `==` as it likes
 class PendingStream:
     """A stream that tasks or threads waited for.
 
@@ -56,11 +56,11 @@ class PendingStream:
     """
 
     stream: ValueStream[Any] | None
-    readers: tuple[Who, ...]
-    writers: tuple[Who, ...]
+    readers: tuple[Waiter, ...]
+    writers: tuple[Waiter, ...]
 
     @property
-    def who(self) -> tuple[Who, ...]:
+    def waiters(self) -> tuple[Waiter, ...]:
         """The readers, then the writers."""
         return self.readers + self.writers
 
@@ -129,7 +129,7 @@ def _futures(things: list[Any]) -> list[PendingFuture]:
         if isinstance(worker, BatchWorker):
             where |= {id(future): place for future, place in worker.places().items()}
     return [
-        PendingFuture(thing, _who_waits(thing), where.get(id(thing)))
+        PendingFuture(future=thing, waiters=_waiters_of(thing), where=where.get(id(thing)))
         for thing in things
         if isinstance(thing, Future) and _is_pending(thing)
     ]
@@ -142,10 +142,13 @@ def _is_pending(future: Future[Any]) -> bool:
         return False
 
 
-def _who_waits(future: Future[Any]) -> tuple[Who, ...]:
-    tasks_and_threads = [waker.who(waiter) for waiter, waker in _core.waiters_of(future)]
+def _waiters_of(future: Future[Any]) -> tuple[Waiter, ...]:
+    tasks_and_threads = [waker.describe(waiter) for waiter, waker in _core.waiters_of(future)]
     _, callbacks = _core.followers(future)
-    return (*tasks_and_threads, *(Who("callback", each.name, each.since) for each in callbacks))
+    return (
+        *tasks_and_threads,
+        *(Waiter(kind="callback", name=each.name, since=each.since) for each in callbacks),
+    )
 
 
 def _streams(things: list[Any]) -> list[PendingStream]:
@@ -155,11 +158,15 @@ def _streams(things: list[Any]) -> list[PendingStream]:
             with suppress(AttributeError):  # another thread is still making it
                 streams[state_of(thing)] = thing
     found = [
-        PendingStream(streams.get(thing), tuple(thing.readers.who()), tuple(thing.writers.who()))
+        PendingStream(
+            stream=streams.get(thing),
+            readers=tuple(thing.readers.describe()),
+            writers=tuple(thing.writers.describe()),
+        )
         for thing in things
         if isinstance(thing, StreamState) and _is_made(thing)
     ]
-    return [pending for pending in found if pending.who]
+    return [pending for pending in found if pending.waiters]
 
 
 def _is_made(state: StreamState) -> bool:
@@ -167,14 +174,15 @@ def _is_made(state: StreamState) -> bool:
 
 
 def _oldest(pending: PendingFuture | PendingStream) -> float:
-    return min((who.since for who in pending.who if who.since is not None), default=inf)
+    return min((each.since for each in pending.waiters if each.since is not None), default=inf)
 
 
 def _indented(lines: list[str]) -> str:
     return "\n  ".join(lines)
 
 
-def _lines(who: tuple[Who, ...], now: float) -> list[str]:
+def _lines(waiters: tuple[Waiter, ...], now: float) -> list[str]:
     return [
-        f"{each}" if each.since is None else f"{each}, for {now - each.since:.3g} s" for each in who
+        f"{each}" if each.since is None else f"{each}, for {now - each.since:.3g} s"
+        for each in waiters
     ]

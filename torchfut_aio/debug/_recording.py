@@ -12,6 +12,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Generator
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter, perf_counter_ns, time_ns
 from types import TracebackType
@@ -19,7 +20,7 @@ from typing import Any
 
 from .. import _core, _loops
 from .._future import Future
-from .._loops import Waker, Who
+from .._loops import Waiter, Waker
 from ._trace import Moment, Step, Trace, Wait, save
 
 _add_waiter = _core.add_waiter
@@ -101,16 +102,16 @@ class Recording:
         trace = Trace(events, now, self._epoch)
         save(trace, Path(path), None if profile is None else Path(profile))
 
-    def begin(self, wait: Wait) -> None:
+    def _begin(self, wait: Wait) -> None:
         """Notes that a wait has begun."""
         self._live[id(wait)] = wait
 
-    def end(self, event: Wait | Step) -> None:
+    def _end(self, event: Wait | Step) -> None:
         """Notes that a wait has ended, or a callback."""
         self._live.pop(id(event), None)
         self._ended.append(event)
 
-    def forget(self, wait: Wait) -> None:
+    def _forget(self, wait: Wait) -> None:
         """Notes that a wait did not take place, as the future was done."""
         self._live.pop(id(wait), None)
 
@@ -146,21 +147,21 @@ def _here() -> Moment:
     return Moment(perf_counter(), _this_thread.native_id, name)
 
 
-def _recorded_await(future: Future[Any], ready: bool = True) -> Generator[Any, Any, Any]:
+def _recorded_await(future: Future[Any], _ready: bool = True) -> Generator[Any, Any, Any]:
     recording, wait = _on, None
     if recording is not None and not future.done():
-        who = Who("task", _loops.current().current_task_name(), perf_counter())
-        wait = _this_thread.starting = Wait(id(future), who)
-        recording.begin(wait)
+        task = Waiter(kind="task", name=_loops.current().current_task_name(), since=perf_counter())
+        wait = _this_thread.starting = Wait(id(future), task)
+        recording._begin(wait)
     try:
-        return (yield from _await(future, ready))
+        return (yield from _await(future, _ready))
     finally:
         if recording is not None and wait is not None:
             wait.ended = perf_counter()
             if wait.completed is None and future.done():
-                recording.forget(wait)
+                recording._forget(wait)
             else:
-                recording.end(wait)
+                recording._end(wait)
         del future  # as in Outcome.read()
 
 
@@ -170,12 +171,12 @@ def _recorded_waiter(future: _core.Completable[Any], waiter: Any, waker: Waker) 
     if recording is None:
         return _add_waiter(future, waiter, waker)
     if wait is None or wait.future != id(future):
-        here, who = _here(), waker.who(waiter)
-        if who.kind == "thread":
-            wait = Wait(id(future), Who("thread", here.name, here.time), here)
-            recording.begin(wait)
+        here, described = _here(), waker.describe(waiter)
+        if described.kind == "thread":
+            wait = Wait(id(future), Waiter(kind="thread", name=here.name, since=here.time), here)
+            recording._begin(wait)
         else:  # a copy for asyncio
-            wait = Wait(id(future), who._replace(since=here.time))
+            wait = Wait(id(future), replace(described, since=here.time))
     return _add_waiter(future, waiter, _RecordedWaker(recording, wait, waker))
 
 
@@ -201,9 +202,9 @@ class _RecordedWaker:
         self._note()
         self._waker.wake_all(waiters)
 
-    def who(self, waiter: Any, /) -> Who:
-        recorded, now = self._wait.who, self._waker.who(waiter)
-        return recorded._replace(name=now.name or recorded.name, where=now.where)
+    def describe(self, waiter: Any, /) -> Waiter:
+        recorded, now = self._wait.waiter, self._waker.describe(waiter)
+        return replace(recorded, name=now.name or recorded.name, where=now.where)
 
     def _note(self) -> None:
         if self._wait.completed is None:  # or it is done again, as the first time was interrupted
@@ -213,7 +214,7 @@ class _RecordedWaker:
         wait = self._wait
         if wait.blocked is not None:  # tasks tell themselves
             wait.ended = perf_counter() if wait.completed is None else wait.completed.time
-            self._recording.end(wait)
+            self._recording._end(wait)
 
 
 def _recorded_callback(future: _core.Completable[Any], callback: _core.DoneCallback) -> None:
@@ -244,7 +245,7 @@ class _RecordedCallback(_core.DoneCallback):
         try:
             self._callback.run(future)
         finally:
-            self._recording.end(Step(id(future), name, start, perf_counter()))
+            self._recording._end(Step(id(future), name, start, perf_counter()))
 
     def fail(self, future: Any, error: BaseException) -> None:
         self._callback.fail(future, error)

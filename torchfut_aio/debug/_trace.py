@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .._loops import Who
+from .._loops import Waiter
 
 # For lines of tasks: beyond the ids of threads, within the 32 bits of Perfetto.
 _FIRST_TASK = 1 << 30
@@ -32,7 +32,7 @@ class Wait:
     """A wait of a task or a thread, for the future of that id."""
 
     future: int
-    who: Who
+    waiter: Waiter
     blocked: Moment | None = None  # the thread, if it is one that waits
     completed: Moment | None = None
     ended: float | None = None
@@ -73,7 +73,7 @@ def save(trace: Trace, path: Path, profile: Path | None) -> None:
 
 
 def _start(event: Wait | Step) -> float:
-    return event.start.time if isinstance(event, Step) else event.who.since or 0.0
+    return event.start.time if isinstance(event, Step) else event.waiter.since or 0.0
 
 
 class _Writer:
@@ -107,12 +107,12 @@ class _Writer:
 
     def wait(self, wait: Wait) -> None:
         """Shows a wait: until the future was completed, and until the task went on."""
-        start = wait.who.since or 0.0
+        start = wait.waiter.since or 0.0
         end = self._now if wait.ended is None else wait.ended
         if wait.blocked is not None:
             line = self.thread(wait.blocked)
         else:
-            line = self._task(f"{wait.who.kind} {wait.who.name}", start, end)
+            line = self._task(f"{wait.waiter.kind} {wait.waiter.name}", start, end)
         done = wait.completed
         until = end if done is None else min(done.time, end)
         given_up = done is None and wait.ended is not None
