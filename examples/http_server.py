@@ -111,7 +111,7 @@ class Text:
         self.text += "".join(tokens)
         self.left -= len(tokens)
         with suppress(StreamClosedError):  # the client has left
-            self.tokens.push_many(tokens)
+            self.tokens.put_many(tokens)
         if self.left == 0:
             self.tokens.close()
 

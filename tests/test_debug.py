@@ -440,14 +440,14 @@ def test_an_item_in_no_batcher_has_no_place():
 async def test_a_stream_is_listed_with_the_tasks_that_wait():
     empty, full = ValueStream(), ValueStream(max_size=1)
     values = aiter(full)
-    full.push(1)
+    full.put(1)
 
     async def read():
         async for _ in empty:
             pass
 
     async def write():
-        await full.send(2)
+        await full.aput(2)
 
     async with anyio.create_task_group() as group:
         assert listed_stream(empty) is None
@@ -481,8 +481,8 @@ def test_a_stream_is_listed_with_the_threads_that_wait():
     reader.join(PATIENCE)
     full = ValueStream(max_size=1)
     values = iter(full)
-    full.push(1)
-    writer = threading.Thread(target=full.push, args=(2,), name="writer")
+    full.put(1)
+    writer = threading.Thread(target=full.put, args=(2,), name="writer")
     writer.start()
     until(lambda: listed_stream(full) is not None)
     assert listed_stream(full).writers == (Who("thread", "writer"),)

@@ -254,12 +254,12 @@ def failed_of_torch():
 @door
 async def left_stream():
     stream = ValueStream()
-    stream.push(5)
+    stream.put(5)
     async for _ in stream:
         break
     produce(stream)
     try:
-        stream.push(5)
+        stream.put(5)
     finally:
         del stream
 

@@ -56,13 +56,13 @@ async def read_all(stream):
 
 
 @on_every_loop
-async def test_a_task_gets_what_a_thread_pushes_in_order_and_then_the_end():
+async def test_a_task_gets_what_a_thread_puts_in_order_and_then_the_end():
     stream = ValueStream()
 
     def produce():
         for n in range(100):
-            stream.push(n)
-        stream.push_many(range(100, 200))
+            stream.put(n)
+        stream.put_many(range(100, 200))
         stream.close()
 
     with anyio.fail_after(PATIENCE):
@@ -71,20 +71,20 @@ async def test_a_task_gets_what_a_thread_pushes_in_order_and_then_the_end():
         assert await read_all(stream) == []  # the end stays
 
 
-def test_a_thread_gets_what_another_pushes_in_order_and_then_the_end():
+def test_a_thread_gets_what_another_puts_in_order_and_then_the_end():
     stream = ValueStream()
 
     def produce():
         with stream:
             for n in range(100):
-                stream.push(n)
+                stream.put(n)
 
     with running(produce):
         assert [*stream] == [*range(100)]
 
 
 @on_every_loop
-async def test_a_task_waits_for_what_another_sends():
+async def test_a_task_waits_for_what_another_puts():
     stream, got = ValueStream(max_size=2), []
 
     async def consume():
@@ -97,14 +97,14 @@ async def test_a_task_waits_for_what_another_sends():
             tg.start_soon(consume)
             with stream:
                 for n in range(50):
-                    await stream.send(n)
+                    await stream.aput(n)
     assert got == [*range(50)]
 
 
 @on_every_loop
-async def test_an_error_comes_behind_what_was_pushed_before_and_reaches_every_consumer():
+async def test_an_error_comes_behind_what_was_put_before_and_reaches_every_consumer():
     stream, error, got, told = ValueStream(), ValueError("foo"), [], []
-    stream.push_many(["a", "b"])
+    stream.put_many(["a", "b"])
 
     async def consume():
         try:
@@ -128,7 +128,7 @@ async def test_an_error_comes_behind_what_was_pushed_before_and_reaches_every_co
 def test_with_closes_with_the_error_of_its_block():
     stream = ValueStream()
     with pytest.raises(ZeroDivisionError), stream:
-        stream.push(1 / 0)
+        stream.put(1 / 0)
     with pytest.raises(ZeroDivisionError):
         list(stream)
 
@@ -144,14 +144,14 @@ def test_what_would_end_a_loop_is_no_end_but_an_error(kind):
 
 def test_what_is_closed_takes_nothing_more():
     stream = ValueStream()
-    stream.push(1)
+    stream.put(1)
     with pytest.raises(TypeError):
         stream.close("an error")
     assert not stream.closed
     stream.close()
-    for push in (stream.push, stream.try_push, lambda value: stream.push_many([value])):
+    for put in (stream.put, stream.try_put, lambda value: stream.put_many([value])):
         with pytest.raises(StreamClosedError, match="closed"):
-            push(2)
+            put(2)
     assert stream.closed
     assert stream.listening
     assert repr(stream) == "<ValueStream closed size=1>"
@@ -163,11 +163,14 @@ def test_arguments_are_checked():
         with pytest.raises(error, match="max_size must be "):
             ValueStream(max_size=wrong)
     with pytest.raises(TypeError):
-        ValueStream().push(1, timeout="1")
+        ValueStream().put(1, timeout="1")
     with pytest.raises(ValueError, match="NaN"):
-        ValueStream().push_many([1], timeout=float("nan"))
+        ValueStream().put_many([1], timeout=float("nan"))
+    for positional in (lambda s: s.put(1, True), lambda s: s.put_many([1], 1)):  # as of queue.Queue
+        with pytest.raises(TypeError, match="positional"):
+            positional(ValueStream())
     stream = ValueStream(max_size=3)
-    stream.push_many([1, 2], timeout=0)
+    stream.put_many([1, 2], timeout=0)
     assert repr(stream) == "<ValueStream open size=2/3>"
     assert len(stream) == 2
 
@@ -180,52 +183,52 @@ def test_nothing_of_a_value_is_asked_for():
         __hash__ = __eq__ = __repr__ = __bool__ = None
 
     stream, value = ValueStream(max_size=1), Silent()
-    stream.push(value)
+    stream.put(value)
     assert "Silent" not in repr(stream)
     with pytest.raises(TimeoutError):
-        stream.push(value, timeout=0)
+        stream.put(value, timeout=0)
     assert next(iter(stream)) is value
 
 
 # -------------------------------------------------------------------------- bounded
 
 
-def test_a_push_blocks_until_there_is_room():
+def test_a_put_blocks_until_there_is_room():
     stream = ValueStream(max_size=2)
-    stream.push_many([1, 2])
+    stream.put_many([1, 2])
     values = iter(stream)
-    with running(lambda: stream.push(3, timeout=PATIENCE)):
+    with running(lambda: stream.put(3, timeout=PATIENCE)):
         until(lambda: waiting(stream) == (0, 1))
         assert len(stream) == 2
         assert next(values) == 1
     assert [next(values), next(values)] == [2, 3]
 
 
-def test_a_push_that_times_out_has_pushed_nothing_and_says_what_else():
+def test_a_put_that_times_out_has_put_nothing_and_says_what_else():
     stream = ValueStream(max_size=3)
-    stream.push(0)
-    assert stream.try_push(1)
-    with pytest.raises(TimeoutError, match=r"within 0.01 s: 1 of 3 values were pushed"):
-        stream.push_many([2, 3, 4], timeout=0.01)
-    with pytest.raises(TimeoutError, match=r"within 0 s: 0 of 1 values were pushed$"):
-        stream.push(3, timeout=0)
-    assert not stream.try_push(3)
+    stream.put(0)
+    assert stream.try_put(1)
+    with pytest.raises(TimeoutError, match=r"within 0.01 s: 1 of 3 values were put"):
+        stream.put_many([2, 3, 4], timeout=0.01)
+    with pytest.raises(TimeoutError, match=r"within 0 s: 0 of 1 values were put$"):
+        stream.put(3, timeout=0)
+    assert not stream.try_put(3)
     stream.close()
     assert list(stream) == [0, 1, 2]
     assert waiting(stream) == (0, 0)
 
 
 @on_every_loop
-async def test_a_send_waits_for_room_and_a_cancelled_one_has_sent_nothing():
+async def test_an_aput_waits_for_room_and_a_cancelled_one_has_put_nothing():
     stream = ValueStream(max_size=1)
-    await stream.send(1)
+    await stream.aput(1)
     with anyio.move_on_after(0.01) as scope:
-        await stream.send(2)
+        await stream.aput(2)
     assert scope.cancelled_caught
     assert waiting(stream) == (0, 0)
     values = aiter(stream)
     async with anyio.create_task_group() as tg:
-        tg.start_soon(stream.send, 3)
+        tg.start_soon(stream.aput, 3)
         await anyio.wait_all_tasks_blocked()
         assert len(stream) == 1
         assert await anext(values) == 1
@@ -233,25 +236,25 @@ async def test_a_send_waits_for_room_and_a_cancelled_one_has_sent_nothing():
 
 
 @on_every_loop
-async def test_pushing_to_a_full_stream_on_a_loop_warns(nothing_blocks_a_loop):
+async def test_putting_to_a_full_stream_on_a_loop_warns(nothing_blocks_a_loop):
     nothing_blocks_a_loop.deactivate()
     stream = ValueStream(max_size=1)
-    stream.push(1)
+    stream.put(1)
     with pytest.raises(TimeoutError):
-        stream.push(2, timeout=0)
-    with pytest.warns(BlockingWaitWarning, match="send"), pytest.raises(TimeoutError):
-        stream.push(2, timeout=0.01)
+        stream.put(2, timeout=0)
+    with pytest.warns(BlockingWaitWarning, match="aput"), pytest.raises(TimeoutError):
+        stream.put(2, timeout=0.01)
 
 
-def test_there_are_never_too_many_values_whoever_pushes():
+def test_there_are_never_too_many_values_whoever_puts():
     stream, most = ValueStream(max_size=3), 0
 
     def produce():
         for n in range(200):
             if n % 3 == 0:
-                stream.push_many([n, n], timeout=PATIENCE)
+                stream.put_many([n, n], timeout=PATIENCE)
             else:
-                stream.push(n, timeout=PATIENCE)
+                stream.put(n, timeout=PATIENCE)
 
     with running(*[produce] * 4):
         for n, _ in enumerate(stream):
@@ -265,16 +268,16 @@ def test_there_are_never_too_many_values_whoever_pushes():
 @on_every_loop
 async def test_the_end_wakes_all_who_wait():
     full, empty, told = ValueStream(max_size=1), ValueStream(), []
-    full.push(1)
+    full.put(1)
 
     async def send():
         with pytest.raises(StreamClosedError):
-            await full.send(2)
+            await full.aput(2)
         told.append("task")
 
-    def push():
+    def put():
         with pytest.raises(StreamClosedError):
-            full.push_many([2, 3])
+            full.put_many([2, 3])
         told.append("thread")
 
     def read():
@@ -286,7 +289,7 @@ async def test_the_end_wakes_all_who_wait():
         told.append("task")
 
     with anyio.fail_after(PATIENCE):
-        async with alongside(push, read), anyio.create_task_group() as tg:
+        async with alongside(put, read), anyio.create_task_group() as tg:
             tg.start_soon(send)
             tg.start_soon(aread)
             await eventually(lambda: waiting(full) == (0, 2) and waiting(empty) == (2, 0))
@@ -313,7 +316,7 @@ async def test_each_value_goes_to_one_of_several_consumers():
 
     def produce(first):
         for n in range(first, first + 300):
-            stream.push(n, timeout=PATIENCE)
+            stream.put(n, timeout=PATIENCE)
 
     with anyio.fail_after(PATIENCE):
         async with anyio.create_task_group() as tg:
@@ -333,7 +336,7 @@ def test_what_is_accepted_while_somebody_closes_is_read():
         def produce(name, stream=stream, accepted=accepted):
             with contextlib.suppress(StreamClosedError):
                 for n in range(1000):
-                    stream.push((name, n), timeout=PATIENCE)
+                    stream.put((name, n), timeout=PATIENCE)
                     accepted[name, n] += 1
 
         def close(stream=stream, got=got):
@@ -359,7 +362,7 @@ async def test_reads_that_are_cancelled_lose_nothing_and_repeat_nothing():
     def produce():
         with stream:
             for n in range(500):
-                stream.push(n, timeout=PATIENCE)
+                stream.put(n, timeout=PATIENCE)
 
     async def consume(scope):
         with scope:
@@ -380,7 +383,7 @@ async def test_reads_that_are_cancelled_lose_nothing_and_repeat_nothing():
                     tg.cancel_scope.cancel()
                 if len(got) >= 500:
                     break
-                if len(got) == before:  # or the loop would take the GIL from who pushes
+                if len(got) == before:  # or the loop would take the GIL from who puts
                     await eventually(lambda: len(stream) or stream.closed)
         async for value in values:
             got.append(value)
@@ -396,7 +399,7 @@ def test_a_consumer_whose_loop_has_closed_takes_no_value_from_the_others():
     values, got = iter(stream), []
     with running(lambda: got.append(next(values))):
         until(lambda: waiting(stream) == (2, 0))
-        stream.push(1)
+        stream.put(1)
     assert got == [1]
     task._log_destroy_pending = False
 
@@ -415,7 +418,7 @@ async def test_one_wake_up_is_for_all_values_and_all_streams_of_a_loop(monkeypat
 
     def produce():
         for stream in streams:
-            stream.push_many(range(10))
+            stream.put_many(range(10))
             stream.close()
 
     monkeypatch.setattr(type(ours), "call_soon", counted)
@@ -433,21 +436,21 @@ async def test_one_wake_up_is_for_all_values_and_all_streams_of_a_loop(monkeypat
 @on_every_loop
 async def test_a_producer_is_told_when_the_consumer_has_left_its_loop():
     stream = ValueStream(max_size=2)
-    stream.push_many([1, 2])
+    stream.put_many([1, 2])
     assert stream.listening
 
     def produce():
-        with pytest.raises(StreamClosedError, match="nobody listens"):
-            stream.push_many([3, 4, 5, 6], timeout=PATIENCE)
+        with pytest.raises(StreamClosedError, match="nothing listens"):
+            stream.put_many([3, 4, 5, 6], timeout=PATIENCE)
 
     async with alongside(produce):
         await eventually(lambda: waiting(stream) == (0, 1))
         async for _ in stream:
             break
     assert not stream.listening
-    assert repr(stream) == "<ValueStream open size=0/2, nobody listens>"
-    with pytest.raises(StreamClosedError, match="nobody listens"):
-        stream.try_push(7)
+    assert repr(stream) == "<ValueStream open size=0/2, nothing listens>"
+    with pytest.raises(StreamClosedError, match="nothing listens"):
+        stream.try_put(7)
     with pytest.raises(StreamClosedError, match="keep the iterator"):
         aiter(stream)
 
@@ -467,7 +470,7 @@ async def test_a_producer_is_told_when_the_consumer_is_cancelled(no_collector):
         tg.cancel_scope.cancel()
     assert not stream.listening
     with pytest.raises(StreamClosedError):
-        stream.push(1)
+        stream.put(1)
 
 
 @on_every_loop
@@ -489,7 +492,7 @@ async def test_leaving_async_with_ends_all_loops_and_drops_what_is_left():
     assert not stream.listening
 
     stream, left = ValueStream(), weakref.ref(thing)
-    stream.push(thing)
+    stream.put(thing)
     del thing
     async with contextlib.aclosing(stream):
         pass
@@ -498,7 +501,7 @@ async def test_leaving_async_with_ends_all_loops_and_drops_what_is_left():
 
 def test_only_the_last_listener_counts_and_one_may_be_kept():
     stream = ValueStream()
-    stream.push_many([1, 2, 3])
+    stream.put_many([1, 2, 3])
     first, second = iter(stream), iter(stream)
     assert next(first) == 1
     del first
@@ -525,7 +528,7 @@ def test_a_value_that_came_too_late_does_not_count_as_unread():
     readers = [iter(stream)]
 
     class Values(OrderedDict):
-        def __setitem__(self, *item):  # a push that has found the stream open
+        def __setitem__(self, *item):  # a put that has found the stream open
             stream.close()
             assert list(readers[0]) == []
             super().__setitem__(*item)
@@ -533,7 +536,7 @@ def test_a_value_that_came_too_late_does_not_count_as_unread():
 
     stream._state.values = Values()
     with pytest.raises(StreamClosedError):
-        stream.push(1)
+        stream.put(1)
     assert list(stream) == []
 
 
@@ -546,7 +549,7 @@ async def test_reading_again_after_async_with_raises_what_happened_first():
                 stream.close()
                 assert await read_all(stream) == []
         stream.close()
-        told = "the stream has ended" if closed_first else r"nobody listens .* async with"
+        told = "the stream has ended" if closed_first else r"nothing listens .* async with"
         with pytest.raises(StreamClosedError, match=told):
             aiter(stream)
 
@@ -594,19 +597,19 @@ class StreamAgainstAModel(RuleBasedStateMachine):
         return self.ends[n] is not None or self.left[n]
 
     @rule(n=which)
-    def try_push(self, n):
+    def try_put(self, n):
         self.count += 1
         if self.refuses(n):
             with pytest.raises(StreamClosedError):
-                self.streams[n].try_push(self.count)
+                self.streams[n].try_put(self.count)
             return
         has_room = len(self.models[n]) < self.limits[n]
-        assert self.streams[n].try_push(self.count) == has_room
+        assert self.streams[n].try_put(self.count) == has_room
         if has_room:
             self.models[n].append(self.count)
 
     @rule(n=which, number=st.integers(0, 4))
-    def push_many(self, n, number):
+    def put_many(self, n, number):
         values = [*range(self.count, self.count + number)]
         self.count += number
         room = self.limits[n] - len(self.models[n])
@@ -618,7 +621,7 @@ class StreamAgainstAModel(RuleBasedStateMachine):
         else:
             expected = contextlib.nullcontext()
         with expected:
-            self.streams[n].push_many(values, timeout=0)
+            self.streams[n].put_many(values, timeout=0)
         if not self.refuses(n):
             self.models[n].extend(values[:room])
 
@@ -685,36 +688,36 @@ class Waiter:
 
 
 @errors
-@pytest.mark.parametrize("many", [False, True], ids=["push", "push_many"])
+@pytest.mark.parametrize("many", [False, True], ids=["put", "put_many"])
 @pytest.mark.parametrize("max_size", [None, 5])
-def test_whatever_strikes_a_push_it_is_done_or_not_and_all_are_told(max_size, many, error, at):
-    pushed = not_pushed = 0
+def test_whatever_strikes_a_put_it_is_done_or_not_and_all_are_told(max_size, many, error, at):
+    done = not_done = 0
     for strike in strikes(*MODULES, error=error, at=at):
         stream, reader = ValueStream(max_size=max_size), Waiter()
-        stream.push("before")
+        stream.put("before")
         stream._state.readers.waiting[reader] = reader
         with strike:
-            stream.push_many(["a", "b"]) if many else stream.push("a")
+            stream.put_many(["a", "b"]) if many else stream.put("a")
         if len(stream) > 1:
-            pushed += 1
+            done += 1
             until(lambda: reader.woken)
         else:
-            not_pushed += 1
+            not_done += 1
             assert strike.raised
         got = [next(iterator) for iterator in [iter(stream)] for _ in range(len(stream))]
         assert got in (["before"], ["before", "a"], ["before", "a", "b"])
         if max_size is not None:
             assert len(stream._state.room) == max_size
-    assert pushed
-    assert not_pushed
+    assert done
+    assert not_done
 
 
 @errors
 @pytest.mark.parametrize("how", ["thread", "task"])
-def test_whatever_strikes_a_read_no_value_is_lost_and_those_who_push_are_told(how, error, at):
+def test_whatever_strikes_a_read_no_value_is_lost_and_those_who_put_are_told(how, error, at):
     for strike in strikes(*MODULES, error=error, at=at):
         stream, writer, got = ValueStream(max_size=2), Waiter(), []
-        stream.push_many(["a", "b"])
+        stream.put_many(["a", "b"])
         values = iter(stream)
         stream._state.writers.waiting[writer] = writer
         with strike:
@@ -741,7 +744,7 @@ def test_whatever_strikes_a_task_that_waits_the_stream_works_afterwards():
         stream, loop = ValueStream(), asyncio.new_event_loop()
         values = aiter(stream)
         task = loop.create_task(read(values))
-        with running(lambda: stream.push("a")):
+        with running(lambda: stream.put("a")):
             with strike:
                 loop.run_until_complete(task)
             if not task.done():
@@ -761,7 +764,7 @@ def test_whatever_strikes_an_end_all_are_told_or_it_can_be_repeated(end, error, 
     ended = 0
     for strike in strikes(*MODULES, error=error, at=at):
         stream, reader, writer = ValueStream(max_size=1), Waiter(), Waiter()
-        stream.push(1)
+        stream.put(1)
         listeners = [iter(stream)]
         stream._state.readers.waiting[reader] = reader
         stream._state.writers.waiting[writer] = writer
@@ -777,8 +780,8 @@ def test_whatever_strikes_an_end_all_are_told_or_it_can_be_repeated(end, error, 
 # What happens in between two steps may be done by another thread, a signal handler or a finaliser.
 
 
-@pytest.mark.parametrize("second", ["push", "push_many", "read", "close", "stop_listening"])
-@pytest.mark.parametrize("first", ["push", "push_many", "read"])
+@pytest.mark.parametrize("second", ["put", "put_many", "read", "close", "stop_listening"])
+@pytest.mark.parametrize("first", ["put", "put_many", "read"])
 @pytest.mark.parametrize("max_size", [None, 4])
 def test_whatever_is_done_between_any_two_steps_each_value_is_read_once_or_refused(
     max_size, first, second
@@ -786,15 +789,15 @@ def test_whatever_is_done_between_any_two_steps_each_value_is_read_once_or_refus
     for strike in strikes(*MODULES, do=lambda: act(second, "d")):
         stream, accepted, got = ValueStream(max_size=max_size), ["a", "b"], []
         values = iter(stream)
-        stream.push_many(["a", "b"])
+        stream.put_many(["a", "b"])
 
         def act(kind, value, stream=stream, accepted=accepted, got=got, values=values):
             with contextlib.suppress(StreamClosedError, StopIteration):
-                if kind == "push":
-                    stream.push(value)
+                if kind == "put":
+                    stream.put(value)
                     accepted.append(value)
-                elif kind == "push_many":
-                    stream.push_many([value])
+                elif kind == "put_many":
+                    stream.put_many([value])
                     accepted.append(value)
                 elif kind == "read":
                     got.append(next(values))
@@ -829,34 +832,34 @@ class Racing(OrderedDict):
 @pytest.mark.parametrize("end", ["close", "stop_listening"])
 @pytest.mark.parametrize("max_size", [None, 4])
 def test_a_value_that_comes_too_late_is_refused(max_size, end):
-    for push in (ValueStream.push, lambda stream, value: stream.push_many([value])):
+    for put in (ValueStream.put, lambda stream, value: stream.put_many([value])):
         stream, got = ValueStream(max_size=max_size), []
         stream._state.values = Racing(stream, end, got)
         with pytest.raises(StreamClosedError):
-            push(stream, 1)
+            put(stream, 1)
         assert (got, len(stream)) == ([], 0)
         assert max_size is None or len(stream._state.room) == max_size
 
 
-def test_a_finaliser_may_push_and_close():
+def test_a_finaliser_may_put_and_close():
     stream = ValueStream()
 
     class Dropped:
         def __del__(self):
             with contextlib.suppress(StreamClosedError):
-                stream.push("last words")
+                stream.put("last words")
             stream.close()
 
-    stream.push(Dropped())
+    stream.put(Dropped())
     assert [kind.__name__ for kind in map(type, stream)] == ["Dropped", "str"]
     stream = ValueStream()
-    stream.push(Dropped())
+    stream.put(Dropped())
     stream.stop_listening()
     assert stream.closed
     assert not stream.listening
 
 
-def test_ctrl_c_interrupts_a_push_that_blocks_and_a_read(ctrl_c):
+def test_ctrl_c_interrupts_a_put_that_blocks_and_a_read(ctrl_c):
     stream = ValueStream(max_size=1)
 
     def interrupt(whose):
@@ -865,9 +868,9 @@ def test_ctrl_c_interrupts_a_push_that_blocks_and_a_read(ctrl_c):
 
     with running(lambda: interrupt((1, 0))), pytest.raises(KeyboardInterrupt):
         next(iter(values := iter(stream)))
-    stream.push(1)
+    stream.put(1)
     with running(lambda: interrupt((0, 1))), pytest.raises(KeyboardInterrupt):
-        stream.push(2)
+        stream.put(2)
     assert next(values) == 1
     assert waiting(stream) == (0, 0)
 
@@ -899,7 +902,7 @@ def test_values_that_pass_through_keep_memory_flat():
 
     def rounds(n):
         for _ in range(n):
-            stream.push_many(range(1000, 1010))
+            stream.put_many(range(1000, 1010))
             for _ in range(10):
                 next(values)
 
@@ -931,7 +934,7 @@ def test_a_value_that_was_read_is_not_kept(no_collector):
         pass
 
     stream = ValueStream()
-    stream.push(Thing())
+    stream.put(Thing())
     values = iter(stream)
     thing = next(values)
     ref = weakref.ref(thing)
@@ -951,8 +954,8 @@ async def test_a_task_gets_a_value_when_its_kernels_are_done(accelerator, produc
         tg.start_soon(reader)
         await anyio.wait_all_tasks_blocked()
         with producer:
-            stream.push(being_filled(accelerator, FIRST))
-        stream.push("behind it")
+            stream.put(being_filled(accelerator, FIRST))
+        stream.put("behind it")
         await polled()
         assert reader.outcome is None
         accelerator.wake()
@@ -966,7 +969,7 @@ async def test_a_read_that_is_cancelled_while_kernels_run_leaves_the_value(accel
     stream = ValueStream(max_size=1)
     values = aiter(stream)
     with producer:
-        stream.push(being_filled(accelerator, FIRST))
+        stream.put(being_filled(accelerator, FIRST))
     with anyio.move_on_after(0.01) as scope:
         await anext(values)
     assert scope.cancelled_caught
@@ -981,7 +984,7 @@ def test_a_thread_gets_a_value_with_its_streams_ordered_after_the_kernels(
 ):
     stream = ValueStream()
     with producer:
-        stream.push_many([{"row": being_filled(accelerator, FIRST)}])
+        stream.put_many([{"row": being_filled(accelerator, FIRST)}])
     with consumer:
         host = read_on_current_stream(next(iter(stream))["row"])
     accelerator.wake()
@@ -996,10 +999,10 @@ async def test_a_value_whose_kernel_failed_is_an_error_in_its_turn(accelerator, 
     stream = ValueStream(max_size=5)
     values = aiter(stream)
     with producer:
-        stream.push(being_filled(accelerator, FIRST))
+        stream.put(being_filled(accelerator, FIRST))
         accelerator.fail("the kernel failed")
-        stream.push(being_filled(accelerator, FIRST))
-    stream.push("behind")
+        stream.put(being_filled(accelerator, FIRST))
+    stream.put("behind")
     reader = Reader(anext(values))
     async with anyio.create_task_group() as tg:
         tg.start_soon(reader)
@@ -1017,7 +1020,7 @@ async def test_a_value_whose_kernel_failed_is_an_error_in_its_turn(accelerator, 
 
 def test_a_stream_goes_along_with_futures():
     stream, fut = ValueStream(), Future()
-    fut.add_done_callback(lambda fut: stream.push(fut.value()))
+    fut.add_done_callback(lambda fut: stream.put(fut.value()))
     values = iter(stream)
     fut.set_result(5)
     assert next(values) == 5
@@ -1025,7 +1028,7 @@ def test_a_stream_goes_along_with_futures():
 
 def test_rows_of_a_tensor_are_values():
     stream = ValueStream()
-    stream.push_many(torch.eye(2))
+    stream.put_many(torch.eye(2))
     stream.close()
     assert [row.tolist() for row in stream] == [[1, 0], [0, 1]]
 
@@ -1035,7 +1038,7 @@ def test_what_is_put_off_is_run_before_a_thread_blocks():
     fut = last
     for _ in range(100):
         fut = fut.then(lambda parent: parent.value())
-    fut.add_done_callback(lambda fut: stream.push(fut.value()))
+    fut.add_done_callback(lambda fut: stream.put(fut.value()))
     got = []
 
     def read(_):
@@ -1057,14 +1060,14 @@ def test_what_is_put_off_is_run_before_a_thread_blocks():
 def test_a_stream_refuses_to_be_copied_or_pickled_and_goes_on(copied):
     stream = ValueStream(max_size=3)
     values = iter(stream)
-    stream.push(1)
+    stream.put(1)
     with pytest.raises(TypeError, match=r"belongs to this process.*multiprocessing\.Queue"):
         copied(stream)
     with pytest.raises(TypeError, match=r"belongs to this process.*aiter\(stream\)"):
         copied(values)
     gc.collect()
     assert stream.listening
-    stream.push(2)
+    stream.put(2)
     assert [next(values), next(values)] == [1, 2]
 
 
@@ -1083,11 +1086,11 @@ def test_a_stream_is_not_handed_to_another_process():
     process = multiprocessing.get_context("spawn").Process(target=print, args=(stream,))
     with pytest.raises(TypeError, match="belongs to this process"):
         process.start()
-    stream.push(1)
+    stream.put(1)
     assert next(iter(stream)) == 1
 
 
-# ----------------------------------------------------------------------- what push_many takes
+# ----------------------------------------------------------------------- what put_many takes
 
 
 @pytest.mark.parametrize(
@@ -1095,20 +1098,20 @@ def test_a_stream_is_not_handed_to_another_process():
     [{"a": 1}, {1, 2}, "ab", b"ab", iter([1]), (n for n in [1]), {"a": 1}.values(), 5, None],
     ids=lambda values: type(values).__name__,
 )
-def test_push_many_refuses_what_is_no_sequence_and_pushes_nothing(values):
+def test_put_many_refuses_what_is_no_sequence_and_puts_nothing(values):
     stream = ValueStream()
-    with pytest.raises(TypeError, match=r"push_many\(\) takes a list, not"):
-        stream.push_many(values)
+    with pytest.raises(TypeError, match=r"put_many\(\) takes a list, not"):
+        stream.put_many(values)
     with pytest.raises(TypeError, match="no dimensions"):
-        stream.push_many(torch.tensor(1))
+        stream.put_many(torch.tensor(1))
     assert len(stream) == 0
-    stream.push_many(())
-    stream.push_many(deque([1, 2]))
+    stream.put_many(())
+    stream.put_many(deque([1, 2]))
     assert len(stream) == 2
 
 
 def test_rows_of_a_tensor_share_its_storage():
     stream, tensor = ValueStream(), torch.zeros(2, 3)
-    stream.push_many(tensor)
+    stream.put_many(tensor)
     tensor.fill_(1)
     assert next(iter(stream)).tolist() == [1, 1, 1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import time
 import types
 from collections import deque
 from collections.abc import AsyncIterator, Generator, Iterator, Sequence
@@ -17,7 +16,7 @@ from ._arguments import exception_checked, listed, timeout_checked
 from ._devices import Moment
 from ._process_local import ProcessLocal
 from ._stream_state import ROOM, StreamState
-from ._waiters import first
+from ._waiters import first, give_up_after
 
 T = TypeVar("T")
 
@@ -25,37 +24,37 @@ T = TypeVar("T")
 class ValueStream(ProcessLocal, Generic[T]):
     """A stream of values, as the tokens that a thread generates for a task.
 
-    Producers, in any threads or tasks, push values and close the stream, with an error or
+    Producers, in any threads or tasks, put values and close the stream, with an error or
     without. The producer's ``with stream:`` closes it when its block ends, with the error that
     the block raised, if any. Consumers read with ``async for`` on asyncio, uvloop or trio, or
     with ``for`` in a thread. The consumer's ``async with stream:`` stops reading when its block
     ends. Each value goes to one of them, in the order in which values were
-    pushed. When all values have been read that were pushed before the end, the consumers'
+    put. When all values have been read that were put before the end, the consumers'
     loops end, or raise the error. (It has nothing to do with ``torch.Stream``.)
 
     A value may hold tensors on an accelerator that kernels still fill, if the streams on
-    which these were enqueued are the current ones when it is pushed. A task gets it when
+    which these were enqueued are the current ones when it is put. A task gets it when
     they are done, a thread with its current streams ordered after them. Values behind it
     wait until then.
 
     Nobody listens any more when the last iterator has gone that ``for`` or ``async for``
     had of the stream, as when the loop was left by ``break``, or the task was cancelled;
     or when the consumer has called `aclose` or `stop_listening`, or left
-    ``async with stream:``. Then pushing raises `StreamClosedError`, `listening` is False,
+    ``async with stream:``. Then `put` raises `StreamClosedError`, `listening` is False,
     and values that nobody has read are dropped. To read on after a ``break``, keep the
     iterator: ``values = aiter(stream)``.
 
     All methods may be called from any thread, also in signal handlers and finalisers. A
-    cancelled or interrupted read loses no value. A push that is interrupted by Ctrl-C may
-    have pushed or not. A task that finds a value there goes on at once, as with
+    cancelled or interrupted read loses no value. A put that is interrupted by Ctrl-C may
+    have put its value or not. A task that finds a value there goes on at once, as with
     ``asyncio.Queue``, and other tasks do not get their turn.
 
     A stream belongs to its process: it cannot be pickled or copied. To get values from another
-    process, let a thread here read them from a ``multiprocessing.Queue`` and push them.
+    process, let a thread here read them from a ``multiprocessing.Queue`` and put them here.
 
     Args:
-        max_size: How many values may be in the stream at most, pushed and not yet read.
-            If it is full, `push` blocks, `send` waits and `try_push` returns False. If
+        max_size: How many values may be in the stream at most, put and not yet read.
+            If it is full, `put` blocks, `aput` waits and `try_put` returns False. If
             None, there is no limit.
 
     Raises:
@@ -66,7 +65,7 @@ class ValueStream(ProcessLocal, Generic[T]):
         >>> def generate(stream):  # in a thread
         ...     with stream:
         ...         for token in ["Hello", ",", " world"]:
-        ...             stream.push(token)
+        ...             stream.put(token)
         >>> async def main():
         ...     stream = torchfut_aio.ValueStream(max_size=100)
         ...     threading.Thread(target=generate, args=(stream,)).start()
@@ -81,7 +80,7 @@ class ValueStream(ProcessLocal, Generic[T]):
     _what = "a ValueStream"
     _cure = (
         "let the other process put its values into a multiprocessing.Queue, from which a thread "
-        "of this process pushes them; to share the stream here, pass the stream itself"
+        "of this process puts them; to share the stream here, pass the stream itself"
     )
 
     def __init__(self, *, max_size: int | None = None) -> None:
@@ -97,27 +96,27 @@ class ValueStream(ProcessLocal, Generic[T]):
         self._max_size = max_size
         self._state = StreamState(max_size)
 
-    # --------------------------------------------------------------------- pushing
+    # --------------------------------------------------------------------- putting
 
-    def push(self, value: T, timeout: float | None = None) -> None:
-        """Adds a value to the stream; blocks the calling thread while the stream is full.
+    def put(self, value: T, *, timeout: float | None = None) -> None:
+        """Put a value into the stream. Block the calling thread while the stream is full.
 
         Args:
             value: Any object.
-            timeout: How long to wait for room at most, in seconds; None waits for ever.
+            timeout: The longest time to wait for room, in seconds. None waits without limit.
 
         Raises:
-            StreamClosedError: The stream was closed, or nobody listens any more.
-            TimeoutError: There was no room in time; the value was not pushed.
+            StreamClosedError: The stream was closed, or nothing listens to it any more.
+            TimeoutError: There was no room in time, and the value was not put.
             TypeError, ValueError: ``timeout`` is not a number, or is NaN.
 
         Warns:
-            BlockingWaitWarning: The stream is full and this thread runs an event loop,
-                which stands still meanwhile.
+            BlockingWaitWarning: The stream is full and the calling thread runs an event loop,
+                which cannot run anything else meanwhile.
 
         Example:
             >>> stream = torchfut_aio.ValueStream()
-            >>> stream.push(5)
+            >>> stream.put(5)
             >>> stream.close()
             >>> list(stream)
             [5]
@@ -126,61 +125,64 @@ class ValueStream(ProcessLocal, Generic[T]):
         if timeout is not None:
             timeout = timeout_checked(timeout)
         if not self._state.put(outcome):
-            self._push_rest(deque((outcome,)), 1, timeout)
+            self._put_rest(deque((outcome,)), 1, timeout)
 
-    def push_many(self, values: Sequence[T] | torch.Tensor, timeout: float | None = None) -> None:
-        """Adds values to the stream as `push` does, and wakes each loop once for all.
+    def put_many(self, values: Sequence[T] | torch.Tensor, *, timeout: float | None = None) -> None:
+        """Put values into the stream as `put` does, and wake each loop once for all of them.
 
         Args:
             values: A sequence, such as a list or a tuple, of any objects; or a tensor, which is
-                treated as the sequence of its rows. Rows share the tensor's storage: push
+                treated as the sequence of its rows. Rows share the tensor's storage: put
                 ``row.clone()`` if a row is to outlive the others without their memory.
-            timeout: How long to wait for room for all of them, in seconds.
+            timeout: The longest time to wait for room for all of them, in seconds.
 
         Raises:
-            StreamClosedError: The stream was closed, or nobody listens any more. Some of the
-                values may have been read.
-            TimeoutError: There was no room for all in time; the first of them were pushed,
-                and the error says how many.
+            StreamClosedError: The stream was closed, or nothing listens to it any more. Some of
+                the values may have been read.
+            TimeoutError: There was no room for all in time. The first of them were put, and the
+                error says how many.
             TypeError: ``values`` is anything else, such as a generator, a dict or a text, and
-                nothing was pushed; or ``timeout`` is not a number.
+                nothing was put; or ``timeout`` is not a number.
             ValueError: ``timeout`` is NaN.
 
         Warns:
-            BlockingWaitWarning: As for `push`.
+            BlockingWaitWarning: As for `put`.
+
+        Example:
+            >>> stream = torchfut_aio.ValueStream()
+            >>> stream.put_many(["a", "b"])
+            >>> len(stream)
+            2
         """
         if timeout is not None:
             timeout = timeout_checked(timeout)
         moment = Moment()
         pending = deque(
             _core.outcome_of_value(value, (), moment)
-            for value in listed(values, "push_many() takes")
+            for value in listed(values, "put_many() takes")
         )
         number = len(pending)
         self._state.put_many(pending)
         if pending:
-            self._push_rest(pending, number, timeout)
+            self._put_rest(pending, number, timeout)
 
     # A function of its own: see tests/test_backward_jumps.py.
-    def _push_as_room_comes(
+    def _put_as_room_comes(
         self, pending: deque[_core.Outcome], number: int, timeout: float | None
     ) -> None:
-        state = self._state
-        give_up = None if timeout is None else time.monotonic() + timeout
+        state, give_up = self._state, give_up_after(timeout)
         while pending:
-            left = None if give_up is None else give_up - time.monotonic()
-            if left is not None and left <= 0:
+            if not state.writers.block(state.can_write, give_up, _PUT_BLOCKS):
                 raise TimeoutError(
                     f"the stream had no room within {timeout:g} s: "
-                    f"{number - len(pending)} of {number} values were pushed"
+                    f"{number - len(pending)} of {number} values were put"
                 )
-            state.writers.block(state.can_write, left, _PUSH_BLOCKS)
             state.put_many(pending)
 
-    def _push_rest(self, pending: deque[_core.Outcome], number: int, timeout: float | None) -> None:
+    def _put_rest(self, pending: deque[_core.Outcome], number: int, timeout: float | None) -> None:
         state = self._state
         try:
-            self._push_as_room_comes(pending, number, timeout)
+            self._put_as_room_comes(pending, number, timeout)
         except BaseException:
             try:
                 state.hand_on()
@@ -189,26 +191,26 @@ class ValueStream(ProcessLocal, Generic[T]):
                 raise
             raise
 
-    def try_push(self, value: T) -> bool:
-        """Adds a value to the stream, unless that is full; returns whether it did.
+    def try_put(self, value: T) -> bool:
+        """Put a value into the stream and return True. Return False if the stream is full.
 
         Raises:
-            StreamClosedError: The stream was closed, or nobody listens any more.
+            StreamClosedError: The stream was closed, or nothing listens to it any more.
 
         Example:
             >>> stream = torchfut_aio.ValueStream(max_size=1)
-            >>> stream.try_push(5), stream.try_push(6)
+            >>> stream.try_put(5), stream.try_put(6)
             (True, False)
         """
         return self._state.put(_core.outcome_of_value(value))
 
-    async def send(self, value: T) -> None:
-        """Does what `push` does, for a task, which waits without blocking its loop.
+    async def aput(self, value: T) -> None:
+        """Put a value into the stream. Wait, without blocking the loop, while the stream is full.
 
-        If it is cancelled, the value was not pushed.
+        If it is cancelled, the value was not put.
 
         Raises:
-            StreamClosedError: The stream was closed, or nobody listens any more.
+            StreamClosedError: The stream was closed, or nothing listens to it any more.
         """
         state = self._state
         outcome = _core.outcome_of_value(value)
@@ -226,9 +228,9 @@ class ValueStream(ProcessLocal, Generic[T]):
             raise
 
     def close(self, error: BaseException | None = None) -> None:
-        """Ends the stream: nothing can be pushed any more. Does nothing if it was closed before.
+        """Ends the stream: nothing can be put any more. Does nothing if it was closed before.
 
-        Consumers get what was pushed before. Then their loops end, or raise the error. When they
+        Consumers get what was put before. Then their loops end, or raise the error. When they
         have raised it and their last iterator has gone, the stream keeps a copy without traceback,
         cause and context, and so nothing of what the frames of these hold.
 
@@ -242,7 +244,7 @@ class ValueStream(ProcessLocal, Generic[T]):
 
         Example:
             >>> stream = torchfut_aio.ValueStream()
-            >>> stream.push("first")
+            >>> stream.put("first")
             >>> stream.close(ValueError("foo"))
             >>> for value in stream:
             ...     print(value)
@@ -286,11 +288,11 @@ class ValueStream(ProcessLocal, Generic[T]):
 
     @property
     def closed(self) -> bool:
-        """Whether `close` was called; consumers may still read what was pushed before."""
+        """Whether `close` was called; consumers may still read what was put before."""
         return self._state.is_closed()
 
     def stop_listening(self) -> None:
-        """Close the reading side: loops that still read end, and pushing raises.
+        """Close the reading side: loops that still read end, and `put` raises.
 
         Values that were not read are dropped.
         """
@@ -307,7 +309,7 @@ class ValueStream(ProcessLocal, Generic[T]):
         self._state.stop()
 
     def __len__(self) -> int:
-        """Returns how many values were pushed and not yet read."""
+        """Returns how many values were put and not yet read."""
         return len(self._state.values)
 
     def __bool__(self) -> bool:
@@ -316,7 +318,7 @@ class ValueStream(ProcessLocal, Generic[T]):
     def __repr__(self) -> str:
         state = "closed" if self.closed else "open"
         limit = "" if self._max_size is None else f"/{self._max_size}"
-        listening = "" if self.listening else ", nobody listens"
+        listening = "" if self.listening else ", nothing listens"
         return f"<{type(self).__qualname__} {state} size={len(self)}{limit}{listening}>"
 
 
@@ -452,9 +454,9 @@ class _Listener(ProcessLocal, AsyncIterator[T], Iterator[T]):
                 raise
 
 
-_PUSH_BLOCKS = (
-    "pushing to a stream that is full blocks the event loop that this thread runs; "
-    "await stream.send() instead"
+_PUT_BLOCKS = (
+    "putting into a stream that is full blocks the event loop that this thread runs; "
+    "await stream.aput() instead"
 )
 _READ_BLOCKS = (
     "for blocks the event loop that this thread runs while the stream is empty; use async for"

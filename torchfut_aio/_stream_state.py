@@ -1,21 +1,21 @@
-"""The state of a stream of values: what was pushed, who waits, and how it has ended.
+"""The state of a stream of values: what was put, who waits, and how it has ended.
 
-No lock is held, so a signal handler or a finaliser may push, read or close in the midst of
+No lock is held, so a signal handler or a finaliser may put, read or close in the midst of
 anything. What makes that right:
 
 1. A value is in the stream from when it is stored in ``values`` until it is deleted there. To
    delete it is to have read it. Either is one statement, within which CPython checks for no
    signal. (To find the first key takes the same time however many were deleted before it: hence
    an OrderedDict.)
-2. A bounded stream has ``room``: a list with an item for each value that may still come. A push
+2. A bounded stream has ``room``: a list with an item for each value that may still come. A put
    deletes an item, then stores the value. A read deletes the value, then adds an item. So there
-   are never too many values, whatever is pushed meanwhile.
-3. A push stores the value, then wakes a reader of each loop; a read adds the item, then wakes a
+   are never too many values, whatever is put meanwhile.
+3. A put stores the value, then wakes a reader of each loop; a read adds the item, then wakes a
    writer of each: see `_waiters`. A reader or writer that leaves with an exception calls
    `hand_on`, as it may have been woken for a value or an item that it leaves behind.
-4. A push stores the value, then looks whether the stream has ended, and takes the value back if
+4. A put stores the value, then looks whether the stream has ended, and takes the value back if
    so, unless it has been read. A reader that finds the stream ended looks once more for a value.
-   So a value that was pushed is read, or refused.
+   So a value that was put is read, or refused.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class StreamState:
     """All of a stream; see the header of this file.
 
     Attributes:
-        values: The outcomes that were pushed and not read, as keys, in order.
+        values: The outcomes that were put and not read, as keys, in order.
         room: See rule 2; None if the stream is not bounded.
         end: Empty until the stream takes no more values. It was closed, with an error or None;
             or those who listened have left; or both. And an iterator may have come to the end.
@@ -57,7 +57,7 @@ class StreamState:
         self.readers = Waiters()
         self.writers = Waiters()
 
-    # --------------------------------------------------------------------- pushing
+    # --------------------------------------------------------------------- putting
 
     def put(self, outcome: _core.Outcome) -> bool:
         """Adds a value to the stream; returns False if it is full.
@@ -129,11 +129,11 @@ class StreamState:
 
     def _refuse(self) -> None:
         if _LEFT in self.end:
-            raise StreamClosedError("nobody listens to the stream any more")
+            raise StreamClosedError("nothing listens to the stream any more")
         raise StreamClosedError("the stream has been closed, and takes no more values")
 
     def can_write(self) -> bool:
-        """Return True if a push would not block."""
+        """Return True if a put would not block."""
         return bool(self.room) or bool(self.end)
 
     # --------------------------------------------------------------------- reading
@@ -149,7 +149,7 @@ class StreamState:
             try:  # noqa: SIM105  a call could be interrupted before it begins
                 del self.room[-1]
             except IndexError:
-                pass  # somebody has just pushed: there is one value too many for a while
+                pass  # another has just put a value: there is one too many for a while
         self.writers.wake_again()
 
     def hand_on(self) -> None:
@@ -202,9 +202,9 @@ class StreamState:
                 "the stream has ended: it was closed, and then its readers left"
             )
         raise StreamClosedError(
-            "nobody listens to the stream any more, and its values were dropped: its readers left, "
-            "by break, a cancellation, the end of async with, aclose() or stop_listening(); to "
-            "read on after a break, keep the iterator: values = aiter(stream)"
+            "nothing listens to the stream any more, and its values were dropped: its readers "
+            "left, by break, a cancellation, the end of async with, aclose() or stop_listening(); "
+            "to read on after a break, keep the iterator: values = aiter(stream)"
         )
 
     def close(self, error: _core.Outcome | None) -> None:
