@@ -268,7 +268,7 @@ async def left_stream():
 async def stream_that_is_stopped():
     stream = ValueStream()
     produce(stream)
-    await stream.aclose()
+    stream.stop_listening()
     kept.append(stream)
 
 

@@ -88,17 +88,33 @@ async def test_a_task_waits_for_what_another_puts():
     stream, got = ValueStream(max_size=2), []
 
     async def consume():
-        async with stream:
-            async for value in stream:
+        with stream.listen() as values:
+            async for value in values:
                 got.append(value)
+
+    async def produce():
+        with stream:
+            for n in range(50):
+                await stream.aput(n)
 
     with anyio.fail_after(PATIENCE):
         async with anyio.create_task_group() as tg:
             tg.start_soon(consume)
-            with stream:
-                for n in range(50):
-                    await stream.aput(n)
+            tg.start_soon(produce)
     assert got == [*range(50)]
+    assert stream.closed
+
+
+@on_every_loop
+async def test_async_with_is_refused_before_a_value_is_lost():
+    stream = ValueStream()
+    stream.put(1)
+    with pytest.raises(TypeError, match="asynchronous context manager"):
+        async with stream:
+            pass
+    assert stream.listening
+    assert not stream.closed
+    assert stream.get() == 1
 
 
 @on_every_loop
@@ -451,8 +467,11 @@ async def test_a_producer_is_told_when_the_consumer_has_left_its_loop():
     assert repr(stream) == "<ValueStream open size=0/2, nothing listens>"
     with pytest.raises(StreamClosedError, match="nothing listens"):
         stream.try_put(7)
-    with pytest.raises(StreamClosedError, match="keep the iterator"):
-        aiter(stream)
+    for read in (stream.listen, stream.__aiter__, stream.__iter__, stream.get):
+        with pytest.raises(StreamClosedError, match=r"stay in one block: with stream.listen\(\)"):
+            read()
+    with pytest.raises(StreamClosedError, match="stay in one block"):
+        await stream.aget()
 
 
 @on_every_loop
@@ -474,7 +493,7 @@ async def test_a_producer_is_told_when_the_consumer_is_cancelled(no_collector):
 
 
 @on_every_loop
-async def test_leaving_async_with_ends_all_loops_and_drops_what_is_left():
+async def test_stop_listening_ends_all_loops_and_drops_what_is_left():
     class Thing:
         pass
 
@@ -484,19 +503,95 @@ async def test_leaving_async_with_ends_all_loops_and_drops_what_is_left():
         ended.append(await read_all(stream))
 
     async with anyio.create_task_group() as tg:
-        async with stream:
-            tg.start_soon(consume)
-            await anyio.wait_all_tasks_blocked()
-        stream.close(ValueError("nobody is there to be told"))
+        tg.start_soon(consume)
+        await anyio.wait_all_tasks_blocked()
+        stream.stop_listening()
+        stream.close(ValueError("nothing is there to raise it"))
     assert ended == [[]]
     assert not stream.listening
 
     stream, left = ValueStream(), weakref.ref(thing)
     stream.put(thing)
     del thing
-    async with contextlib.aclosing(stream):
-        pass
+    stream.stop_listening()
     assert left() is None
+
+
+async def left_by_its_end(stream):
+    with stream.listen():
+        pass
+
+
+async def left_by_break(stream):
+    with stream.listen() as values:
+        async for _ in values:
+            break
+
+
+async def left_by_an_error(stream):
+    with contextlib.suppress(ZeroDivisionError):
+        with stream.listen() as values:
+            async for value in values:
+                value / 0
+
+
+async def left_by_a_cancellation(stream):
+    with anyio.CancelScope() as scope, stream.listen() as values:
+        await anext(values)
+        scope.cancel()
+        await anyio.sleep_forever()
+
+
+@on_every_loop
+@pytest.mark.parametrize(
+    "leave", [left_by_its_end, left_by_break, left_by_an_error, left_by_a_cancellation]
+)
+async def test_the_end_of_a_listen_block_leaves_the_stream(leave, no_collector):
+    stream = ValueStream()
+    stream.put_many([1, 2])
+    await leave(stream)
+    assert not stream.listening
+    assert len(stream) == 0
+    with pytest.raises(StreamClosedError, match="nothing listens"):
+        stream.put(3)
+
+
+@on_every_loop
+async def test_a_listen_block_is_of_use_to_threads_and_goes_on_after_break():
+    stream = ValueStream()
+    stream.put_many([1, 2, 3])
+    with stream.listen() as values:
+        for value in values:
+            assert value == 1
+            break
+        async for value in values:
+            assert value == 2
+            break
+        assert stream.listening
+        assert stream.get() == 3
+    assert not stream.listening
+
+
+def test_an_iterator_whose_block_has_ended_is_at_its_end():
+    stream = ValueStream()
+    stream.put(1)
+    other = iter(stream)
+    with stream.listen() as values:
+        pass
+    assert list(values) == []
+    with values:  # again
+        assert list(values) == []
+    assert stream.listening
+    assert next(other) == 1
+
+
+def test_leaving_a_block_after_the_end_leaves_the_stream_as_it_was():
+    stream = ValueStream()
+    with stream.listen() as values:
+        stream.close()
+        assert list(values) == []
+    assert stream.listening
+    assert list(stream) == []
 
 
 def test_only_the_last_listener_counts_and_one_may_be_kept():
@@ -541,17 +636,17 @@ def test_a_value_that_came_too_late_does_not_count_as_unread():
 
 
 @on_every_loop
-async def test_reading_again_after_async_with_raises_what_happened_first():
+async def test_reading_again_when_all_have_left_raises_what_happened_first():
     for closed_first in (True, False):
         stream = ValueStream()
-        async with stream:
-            if closed_first:
-                stream.close()
-                assert await read_all(stream) == []
+        if closed_first:
+            stream.close()
+        stream.stop_listening()
         stream.close()
-        told = "the stream has ended" if closed_first else r"nothing listens .* async with"
-        with pytest.raises(StreamClosedError, match=told):
-            aiter(stream)
+        told = "the stream has ended" if closed_first else r"nothing listens .* listen\(\) block"
+        for read in (stream.listen, stream.get):
+            with pytest.raises(StreamClosedError, match=told):
+                read()
 
 
 def test_an_error_that_nobody_can_read_is_not_complained_of(caplog):
@@ -575,6 +670,256 @@ def test_an_error_that_nobody_has_read_is_complained_of(caplog):
     assert "foo" in caplog.text
 
 
+# ---------------------------------------------------------------------- one value at a time
+
+
+@on_every_loop
+async def test_a_get_reads_one_value_and_ends_nothing_for_others(no_collector):
+    stream = ValueStream(max_size=5)
+    stream.put_many([1, 2, 3, 4, 5])
+    assert stream.get() == 1
+    assert await stream.aget() == 2
+    assert stream.listening
+    stream.put_many([6, 7])
+    assert len(stream) == 5
+    values = aiter(stream)
+    assert await anext(values) == 3
+    assert [stream.get(), await stream.aget()] == [4, 5]
+    stream.close()
+    assert [value async for value in values] == [6, 7]
+
+
+@on_every_loop
+async def test_a_get_waits_for_a_value_in_threads_and_tasks():
+    stream, got = ValueStream(), []
+
+    async def aget():
+        got.append(await stream.aget())
+
+    with anyio.fail_after(PATIENCE):
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(aget)
+            async with alongside(lambda: got.append(stream.get())):
+                await eventually(lambda: waiting(stream) == (2, 0))
+                stream.put_many([1, 2])
+    assert sorted(got) == [1, 2]
+    assert waiting(stream) == (0, 0)
+
+
+@on_every_loop
+@pytest.mark.parametrize("error", [None, ZeroDivisionError("foo")], ids=["close", "error"])
+async def test_the_end_wakes_all_that_get_and_stays(error):
+    stream, told = ValueStream(), []
+    expected = StreamClosedError if error is None else ZeroDivisionError
+    text = "has been closed, and all its values have been read" if error is None else "foo"
+
+    def get():
+        with pytest.raises(expected, match=text):
+            stream.get()
+        told.append("thread")
+
+    async def aget():
+        with pytest.raises(expected, match=text):
+            await stream.aget()
+        told.append("task")
+
+    with anyio.fail_after(PATIENCE):
+        async with alongside(get), anyio.create_task_group() as tg:
+            tg.start_soon(aget)
+            await eventually(lambda: waiting(stream) == (2, 0))
+            stream.close(error)
+    assert sorted(told) == ["task", "thread"]
+    await aget()
+    get()
+    assert stream.listening
+
+
+@on_every_loop
+async def test_stop_listening_wakes_all_that_get():
+    stream, told = ValueStream(), []
+
+    def get():
+        with pytest.raises(StreamClosedError, match="nothing listens"):
+            stream.get()
+        told.append("thread")
+
+    async def aget():
+        with pytest.raises(StreamClosedError, match="nothing listens"):
+            await stream.aget()
+        told.append("task")
+
+    with anyio.fail_after(PATIENCE):
+        async with alongside(get), anyio.create_task_group() as tg:
+            tg.start_soon(aget)
+            await eventually(lambda: waiting(stream) == (2, 0))
+            stream.stop_listening()
+    assert sorted(told) == ["task", "thread"]
+
+
+def test_a_get_that_times_out_leaves_no_waiter_and_loses_nothing():
+    stream = ValueStream()
+    for timeout in (0, -1, 0.01):
+        shown = f"had no value within {max(timeout, 0):g} s$"
+        with pytest.raises(TimeoutError, match=shown):
+            stream.get(timeout=timeout)
+        assert waiting(stream) == (0, 0)
+    stream.put(1)
+    assert stream.get(timeout=0) == 1
+    with pytest.raises(TypeError, match="positional"):
+        stream.get(5)
+    with pytest.raises(TypeError, match="number of seconds"):
+        stream.get(timeout="1")
+    with pytest.raises(ValueError, match="NaN"):
+        stream.get(timeout=float("nan"))
+
+
+def test_gets_that_time_out_beside_others_lose_nothing_and_leave_none_asleep():
+    stream, got, n = ValueStream(max_size=2), [], 400
+
+    def produce():
+        with stream:
+            for n_put in range(n):
+                stream.put(n_put, timeout=PATIENCE)
+
+    def get(timeout):
+        with contextlib.suppress(StreamClosedError):
+            while True:
+                with contextlib.suppress(TimeoutError):
+                    got.append(stream.get(timeout=timeout))
+
+    with running(produce, lambda: get(1e-5), lambda: get(1e-4), lambda: get(PATIENCE)):
+        pass
+    assert sorted(got) == [*range(n)]
+    assert waiting(stream) == (0, 0)
+
+
+@on_every_loop
+async def test_an_aget_that_is_cancelled_leaves_no_waiter_and_loses_nothing():
+    stream, got, n = ValueStream(max_size=2), [], 200
+
+    def produce():
+        with stream:
+            for n_put in range(n):
+                stream.put(n_put, timeout=PATIENCE)
+
+    async def get(scope):
+        with scope:
+            got.append(await stream.aget())
+
+    with anyio.fail_after(PATIENCE):
+        async with alongside(produce):
+            for turns in itertools.count():
+                async with anyio.create_task_group() as tg:
+                    scope = anyio.CancelScope()
+                    tg.start_soon(get, scope)
+                    for _ in range(turns % 3):
+                        await anyio.lowlevel.checkpoint()
+                    scope.cancel()
+                assert waiting(stream)[0] == 0
+                if len(got) == n:
+                    break
+                await eventually(lambda: len(stream) or stream.closed)
+    assert got == [*range(n)]
+
+
+@on_every_loop
+async def test_gets_and_loops_in_threads_and_tasks_share_the_values():
+    stream, got = ValueStream(max_size=3), []
+
+    def get():
+        with contextlib.suppress(StreamClosedError):
+            while True:
+                got.append(stream.get(timeout=PATIENCE))
+
+    async def aget():
+        with contextlib.suppress(StreamClosedError):
+            while True:
+                got.append(await stream.aget())
+                await anyio.lowlevel.checkpoint()
+
+    async def consume():
+        with stream.listen() as values:
+            async for value in values:
+                got.append(value)
+                await anyio.lowlevel.checkpoint()
+
+    def produce():
+        with stream:
+            for n in range(600):
+                stream.put(n, timeout=PATIENCE)
+
+    with anyio.fail_after(PATIENCE):
+        async with alongside(get, lambda: got.extend(stream), produce):
+            async with anyio.create_task_group() as tg:
+                tg.start_soon(aget)
+                tg.start_soon(consume)
+    assert sorted(got) == [*range(600)]
+    assert waiting(stream) == (0, 0)
+
+
+@on_every_loop
+async def test_a_get_from_an_empty_stream_on_a_loop_warns(nothing_blocks_a_loop):
+    nothing_blocks_a_loop.deactivate()
+    stream = ValueStream()
+    with pytest.raises(TimeoutError):
+        stream.get(timeout=0)
+    with pytest.warns(BlockingWaitWarning, match=r"aget\(\)") as caught:
+        with pytest.raises(TimeoutError):
+            stream.get(timeout=0.01)
+    assert caught[0].filename == __file__
+    stream.put(1)
+    assert stream.get() == 1
+
+
+@pytest.mark.parametrize("how", ["get", "aget"])
+def test_an_error_that_a_get_has_raised_is_not_complained_of(how, caplog):
+    stream = ValueStream()
+    stream.close(ValueError("foo"))
+    with pytest.raises(ValueError, match="foo"):
+        stream.get() if how == "get" else asyncio.run(stream.aget())
+    del stream
+    gc.collect()
+    assert not caplog.records
+
+
+def test_the_first_get_raises_the_error_itself_and_the_stream_keeps_no_frame(no_collector):
+    class Thing:
+        pass
+
+    def fail():
+        thing = Thing()
+        kept.append(weakref.ref(thing))
+        raise ValueError("foo")
+
+    def read(stream):
+        try:
+            stream.get()
+        except ValueError as caught:
+            return id(caught)
+
+    stream, kept = ValueStream(), []
+    try:
+        with stream:
+            fail()
+    except ValueError as error:
+        raised = id(error)
+    assert kept[0]() is not None  # until it is retrieved
+    assert read(stream) == raised
+    assert kept[0]() is None
+    assert read(stream) != raised
+
+
+@on_every_loop
+async def test_an_error_that_a_get_raises_stays_the_same_for_those_that_listen():
+    stream, error = ValueStream(), ValueError("foo")
+    with stream.listen() as values:
+        stream.close(error)
+        for read in (stream.aget, stream.aget, lambda: anext(values)):
+            with pytest.raises(ValueError, match="foo") as caught:
+                await read()
+            assert caught.value is error
+
+
 # -------------------------------------------------------------------------- a model
 
 
@@ -584,7 +929,11 @@ class StreamAgainstAModel(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.streams = [ValueStream(max_size=size) for size in (None, 1, 3)]
-        self.listeners = [iter(stream) for stream in self.streams]
+        self.blocks = [contextlib.ExitStack() for _ in self.streams]
+        self.listeners = [
+            block.enter_context(stream.listen()) for block, stream in zip(self.blocks, self.streams)
+        ]
+        self.loop = asyncio.new_event_loop()
         self.models = [deque() for _ in self.streams]
         self.limits = [10**9, 1, 3]
         self.ends = [None, None, None]
@@ -592,6 +941,9 @@ class StreamAgainstAModel(RuleBasedStateMachine):
         self.count = 0
 
     which = st.integers(0, 2)
+
+    def teardown(self):
+        self.loop.close()
 
     def refuses(self, n):
         return self.ends[n] is not None or self.left[n]
@@ -647,12 +999,51 @@ class StreamAgainstAModel(RuleBasedStateMachine):
                 next(self.listeners[n])
 
     @rule(n=which)
+    def get(self, n):
+        self.check_get(n, lambda: self.streams[n].get(timeout=0))
+
+    @rule(n=which)
+    def aget(self, n):
+        async def main():
+            with anyio.fail_after(0):
+                return await self.streams[n].aget()
+
+        self.check_get(n, lambda: self.loop.run_until_complete(main()))
+
+    def check_get(self, n, get):
+        if self.models[n]:
+            assert get() == self.models[n].popleft()
+            return
+        if self.refuses(n):
+            error = None if self.left[n] else self.ends[n][0]
+            expected = StreamClosedError if error is None else type(error)
+        else:
+            expected = TimeoutError
+        with pytest.raises(expected):
+            get()
+
+    @rule(n=which)
     def another_listener(self, n):
         if self.left[n]:
             with pytest.raises(StreamClosedError):
-                iter(self.streams[n])
+                self.streams[n].listen()
+        else:  # before the other leaves
+            with self.blocks[n]:
+                self.blocks[n] = contextlib.ExitStack()
+                self.listeners[n] = self.blocks[n].enter_context(self.streams[n].listen())
+
+    @rule(n=which)
+    def leave(self, n):
+        left, self.listeners[n] = self.listeners[n], iter(())
+        self.blocks[n].close()
+        assert list(left) == []
+        if self.ends[n] is None or self.models[n]:
+            self.left[n] = True
+            self.models[n].clear()
+        if self.left[n]:
+            self.listeners[n] = left
         else:
-            self.listeners[n] = iter(self.streams[n])
+            self.listeners[n] = self.blocks[n].enter_context(self.streams[n].listen())
 
     @invariant()
     def every_stream_is_as_the_model(self):
@@ -1063,7 +1454,7 @@ def test_a_stream_refuses_to_be_copied_or_pickled_and_goes_on(copied):
     stream.put(1)
     with pytest.raises(TypeError, match=r"belongs to this process.*multiprocessing\.Queue"):
         copied(stream)
-    with pytest.raises(TypeError, match=r"belongs to this process.*aiter\(stream\)"):
+    with pytest.raises(TypeError, match=r"belongs to this process.*stream\.listen\(\)"):
         copied(values)
     gc.collect()
     assert stream.listening

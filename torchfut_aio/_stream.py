@@ -1,4 +1,4 @@
-"""A stream of values from threads to tasks: its public methods. Its state is `_stream_state`."""
+"""A stream of values between threads and tasks: its methods. Its state is in `_stream_state`."""
 
 from __future__ import annotations
 
@@ -22,27 +22,31 @@ T = TypeVar("T")
 
 
 class ValueStream(ProcessLocal, Generic[T]):
-    """A stream of values, as the tokens that a thread generates for a task.
+    """A stream of values, such as the tokens that a thread generates for a task.
 
-    Producers, in any threads or tasks, put values and close the stream, with an error or
-    without. The producer's ``with stream:`` closes it when its block ends, with the error that
-    the block raised, if any. Consumers read with ``async for`` on asyncio, uvloop or trio, or
-    with ``for`` in a thread. The consumer's ``async with stream:`` stops reading when its block
-    ends. Each value goes to one of them, in the order in which values were
-    put. When all values have been read that were put before the end, the consumers'
-    loops end, or raise the error. (It has nothing to do with ``torch.Stream``.)
+    Producers put values into it, and consumers read them: any number of either, in threads and
+    in tasks on asyncio, uvloop or trio. Each value goes to one consumer, in the order in which
+    values were put. (It has nothing to do with ``torch.Stream``.)
+
+    The producer writes ``with stream:``. The end of the block closes the stream, with the error
+    that the block raised, if any. The consumer writes ``with stream.listen() as values:`` and
+    iterates over ``values``, with ``for`` in a thread and ``async for`` in a task. Neither block
+    ever waits, so tasks write ``with``, too. A consumer may also iterate over the stream itself,
+    or read one value with `get` or `aget`. When a stream was closed, consumers get the values
+    that were put before. Then their loops end and `get` raises `StreamClosedError`, or both
+    raise the error with which it was closed.
 
     A value may hold tensors on an accelerator that kernels still fill, if the streams on
     which these were enqueued are the current ones when it is put. A task gets it when
     they are done, a thread with its current streams ordered after them. Values behind it
     wait until then.
 
-    Nobody listens any more when the last iterator has gone that ``for`` or ``async for``
-    had of the stream, as when the loop was left by ``break``, or the task was cancelled;
-    or when the consumer has called `aclose` or `stop_listening`, or left
-    ``async with stream:``. Then `put` raises `StreamClosedError`, `listening` is False,
-    and values that nobody has read are dropped. To read on after a ``break``, keep the
-    iterator: ``values = aiter(stream)``.
+    Each iterator listens to the stream until its `listen` block ends, or it is dropped, as when
+    a loop over the stream is left by ``break``, or its task is cancelled. When the last iterator
+    has left before it came to the end, or `stop_listening` was called, nothing listens any more:
+    values that were not read are dropped, `listening` is False, and `put` and `get` raise
+    `StreamClosedError`. To read on after a ``break``, stay in the `listen` block. `get` does not
+    listen: it ends nothing for others.
 
     All methods may be called from any thread, also in signal handlers and finalisers. A
     cancelled or interrupted read loses no value. A put that is interrupted by Ctrl-C may
@@ -53,9 +57,8 @@ class ValueStream(ProcessLocal, Generic[T]):
     process, let a thread here read them from a ``multiprocessing.Queue`` and put them here.
 
     Args:
-        max_size: How many values may be in the stream at most, put and not yet read.
-            If it is full, `put` blocks, `aput` waits and `try_put` returns False. If
-            None, there is no limit.
+        max_size: The largest number of values in the stream, put and not yet read. While it is
+            full, `put` blocks, `aput` waits and `try_put` returns False. None sets no limit.
 
     Raises:
         TypeError, ValueError: ``max_size`` is not an integer, or not positive.
@@ -69,8 +72,8 @@ class ValueStream(ProcessLocal, Generic[T]):
         >>> async def main():
         ...     stream = torchfut_aio.ValueStream(max_size=100)
         ...     threading.Thread(target=generate, args=(stream,)).start()
-        ...     async with stream:
-        ...         return [token async for token in stream]
+        ...     with stream.listen() as tokens:
+        ...         return [token async for token in tokens]
         >>> asyncio.run(main())
         ['Hello', ',', ' world']
     """
@@ -84,7 +87,7 @@ class ValueStream(ProcessLocal, Generic[T]):
     )
 
     def __init__(self, *, max_size: int | None = None) -> None:
-        """Makes a stream that is open."""
+        """Make a stream that is open."""
         if max_size is not None:
             try:
                 max_size = operator.index(max_size)
@@ -228,16 +231,17 @@ class ValueStream(ProcessLocal, Generic[T]):
             raise
 
     def close(self, error: BaseException | None = None) -> None:
-        """Ends the stream: nothing can be put any more. Does nothing if it was closed before.
+        """Close the stream: it takes no more values. Do nothing if it was closed before.
 
-        Consumers get what was put before. Then their loops end, or raise the error. When they
-        have raised it and their last iterator has gone, the stream keeps a copy without traceback,
-        cause and context, and so nothing of what the frames of these hold.
+        Consumers get the values that were put before. Then their loops end and `get` raises
+        `StreamClosedError`, or both raise ``error``. When a consumer has raised it and no iterator
+        listens, the stream keeps a copy without traceback, cause and context, and so nothing of
+        what the frames of these hold.
 
         Args:
-            error: What consumers are to raise, an instance of any ``BaseException``. (In
-                the place of StopIteration and StopAsyncIteration, which would end a loop,
-                they get a RuntimeError.)
+            error: The error that consumers raise, an instance of any ``BaseException``. (Instead
+                of StopIteration and StopAsyncIteration, which would end a loop, they raise a
+                RuntimeError.)
 
         Raises:
             TypeError: ``error`` is not an exception; the stream stays open.
@@ -275,41 +279,116 @@ class ValueStream(ProcessLocal, Generic[T]):
 
     # --------------------------------------------------------------------- reading
 
+    def listen(self) -> _Listener[T]:
+        """Return an iterator, for ``for`` and ``async for``, that listens until its block ends.
+
+        At the end of the block it leaves the stream, also if the block was left by ``break``, an
+        error or a cancellation, and it is at its end. If it was the last that listened, and the
+        stream has not been read to its end, nothing listens any more: see `ValueStream`.
+
+        Raises:
+            StreamClosedError: Those that listened have left.
+
+        Example:
+            >>> stream = torchfut_aio.ValueStream()
+            >>> stream.put_many(["a", "b", "c"])
+            >>> with stream.listen() as values:
+            ...     for value in values:
+            ...         print(value)
+            ...         break
+            ...     print(next(values))
+            a
+            b
+            >>> stream.listening
+            False
+        """
+        return _Listener(self)
+
     def __iter__(self) -> Iterator[T]:
-        return _Listener(self._state)
+        return _Listener(self)
 
     def __aiter__(self) -> AsyncIterator[T]:
-        return _Listener(self._state)
+        return _Listener(self)
+
+    def get(self, *, timeout: float | None = None) -> T:
+        """Read one value. Block the calling thread while the stream is empty.
+
+        If it times out or is interrupted, it loses no value.
+
+        Args:
+            timeout: The longest time to wait for a value, in seconds. None waits without limit.
+
+        Raises:
+            StreamClosedError: The stream was closed without an error and all its values have been
+                read, or nothing listens to it any more.
+            BaseException: The error with which the stream was closed, when all values that were
+                put before have been read.
+            TimeoutError: There was no value in time.
+            TypeError, ValueError: ``timeout`` is not a number, or is NaN.
+
+        Warns:
+            BlockingWaitWarning: The stream is empty and the calling thread runs an event loop,
+                which cannot run anything else meanwhile.
+
+        Example:
+            >>> stream = torchfut_aio.ValueStream()
+            >>> stream.put_many(["first", "second"])
+            >>> stream.get(), len(stream), stream.listening
+            ('first', 1, True)
+        """
+        if timeout is not None:
+            timeout = timeout_checked(timeout)
+        # CPython checks for signals after a call, and an interrupt there would lose the value that
+        # the call returned. It does not where a loop takes the next value.
+        for value in _Reader(self, timeout):
+            return value
+        raise self._state.error_of_get()
+
+    async def aget(self) -> T:
+        """Read one value. Wait, without blocking the loop, while the stream is empty.
+
+        If it is cancelled, it loses no value. Use the timeouts of the event loop, such as
+        ``asyncio.timeout`` or ``anyio.fail_after``.
+
+        Raises:
+            StreamClosedError: The stream was closed without an error and all its values have been
+                read, or nothing listens to it any more.
+            BaseException: The error with which the stream was closed, when all values that were
+                put before have been read.
+
+        Example:
+            >>> import asyncio
+            >>> async def main():
+            ...     stream = torchfut_aio.ValueStream()
+            ...     with stream:
+            ...         await stream.aput("first")
+            ...     return await stream.aget()
+            >>> asyncio.run(main())
+            'first'
+        """
+        async for value in _Reader(self):  # as in get()
+            return value
+        raise self._state.error_of_get()
 
     @property
     def listening(self) -> bool:
-        """Whether somebody listens, or nobody has listened yet; see the class."""
+        """False if nothing listens any more. True if something listens, or nothing has yet."""
         return self._state.is_listening()
 
     @property
     def closed(self) -> bool:
-        """Whether `close` was called; consumers may still read what was put before."""
+        """True if the stream was closed. Values that were put before may still be read."""
         return self._state.is_closed()
 
     def stop_listening(self) -> None:
-        """Close the reading side: loops that still read end, and `put` raises.
+        """Close the reading side: loops that still read end, `put` and `get` raise.
 
         Values that were not read are dropped.
         """
         self._state.stop()
 
-    async def aclose(self) -> None:
-        """Does what `stop_listening` does; for ``contextlib.aclosing``."""
-        self._state.stop()
-
-    async def __aenter__(self) -> ValueStream[T]:
-        return self
-
-    async def __aexit__(self, *error: object) -> None:
-        self._state.stop()
-
     def __len__(self) -> int:
-        """Returns how many values were put and not yet read."""
+        """Return the number of values that were put and not yet read."""
         return len(self._state.values)
 
     def __bool__(self) -> bool:
@@ -327,37 +406,26 @@ def state_of(stream: ValueStream[Any]) -> StreamState:
     return stream._state
 
 
-class _Listener(ProcessLocal, AsyncIterator[T], Iterator[T]):
-    """What ``for`` and ``async for`` have of a stream."""
+class _Reader(AsyncIterator[T], Iterator[T]):
+    """The way to read values, in threads and in tasks."""
 
-    __slots__ = ("_key", "_state")
+    __slots__ = ("_state", "_timeout")
 
-    _what = "an iterator of a ValueStream"
-    _cure = (
-        "call iter(stream) or aiter(stream) for another iterator, which reads in turn with this one"
-    )
-
-    def __init__(self, state: StreamState) -> None:
-        self._key = object()
-        self._state = state
-        state.listeners[self._key] = None
-        state.check_listening()
-
-    def __iter__(self) -> _Listener[T]:
-        return self
-
-    def __aiter__(self) -> _Listener[T]:
-        return self
+    def __init__(self, stream: ValueStream[T], timeout: float | None = None) -> None:
+        self._state = state_of(stream)
+        self._timeout = timeout
 
     def __next__(self) -> T:
-        state = self._state
+        state, timeout = self._state, self._timeout
         values, end = state.values, state.end
+        give_up = None if timeout is None else give_up_after(timeout)
         del self  # or a traceback that is kept would keep the listener
         try:
             while True:
                 outcome = first(values) if values else None
                 if outcome is None and not end:
-                    state.readers.block(state.can_read, None, _READ_BLOCKS)
+                    if not state.readers.block(state.can_read, give_up, _READ_BLOCKS):
+                        raise TimeoutError(f"the stream had no value within {timeout:g} s")
                     continue
                 if outcome is None and (outcome := first(values)) is None:
                     state.raise_end(StopIteration)
@@ -443,15 +511,42 @@ class _Listener(ProcessLocal, AsyncIterator[T], Iterator[T]):
                 raise
             raise
 
-    def __del__(self) -> None:
-        key = getattr(self, "_key", None)
+
+class _Listener(_Reader[T], ProcessLocal):
+    """An iterator of a stream, which listens until it is dropped or its block ends."""
+
+    __slots__ = ("_key",)
+
+    _what = "an iterator of a ValueStream"
+    _cure = "call stream.listen() for another iterator, which reads in turn with this one"
+
+    def __init__(self, stream: ValueStream[T]) -> None:
+        state = state_of(stream)
+        self._timeout = None
+        self._key = object()
+        self._state = state
+        state.listeners[self._key] = None
+        state.check_listening()
+
+    def __enter__(self) -> _Listener[T]:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         state: StreamState | None = getattr(self, "_state", None)
-        if state is not None:  # it was not interrupted at the very beginning
-            try:
-                state.leave(key)
-            except BaseException:
-                state.leave(key)
-                raise
+        if state is None:  # it was interrupted at the very beginning
+            return
+        self._state = _ENDED
+        try:
+            state.leave(self._key)
+        except BaseException:
+            state.leave(self._key)
+            raise
+
+    __del__ = __exit__
+
+
+_ENDED = StreamState(None)  # for iterators that have left a stream
+_ENDED.stop()
 
 
 _PUT_BLOCKS = (
@@ -459,7 +554,8 @@ _PUT_BLOCKS = (
     "await stream.aput() instead"
 )
 _READ_BLOCKS = (
-    "for blocks the event loop that this thread runs while the stream is empty; use async for"
+    "reading from a stream that is empty blocks the event loop that this thread runs; "
+    "use async for, or await stream.aget(), instead"
 )
 
 
