@@ -255,14 +255,15 @@ def test_a_value_put_during_a_read_is_read_next(other):
             assert next(values) == 2, strike
 
 
-def test_two_reads_at_once_read_different_values(other):
+@pytest.mark.parametrize("how", ["next", "get"])
+def test_two_reads_at_once_read_different_values(other, how):
     for strike in between_instructions(other):
         stream, read = ValueStream(max_size=2), []
         own, others = iter(stream), iter(stream)
         stream.put(1), stream.put(2)
         other.now = lambda: read.append(next(others))
         with strike:
-            read.append(next(own))
+            read.append(next(own) if how == "next" else stream.get(timeout=PATIENCE))
         if strike.where is not None:
             assert sorted(read) == [1, 2], strike
             assert (stream.try_put(3), stream.try_put(4), stream.try_put(5)) == (1, 1, 0)

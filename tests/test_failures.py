@@ -307,6 +307,29 @@ async def streamed_to_a_thread():
     in_thread(list, stream)
 
 
+@door
+async def got_from_a_stream():
+    stream = ValueStream()
+    threading.Thread(target=produce, args=(stream,)).start()
+    await stream.aget()
+
+
+@door
+async def got_from_a_stream_in_a_thread():
+    stream = ValueStream()
+    threading.Thread(target=produce, args=(stream,)).start()
+    in_thread(stream.get)
+
+
+@door
+async def listened_to():
+    stream = ValueStream()
+    threading.Thread(target=produce, args=(stream,)).start()
+    with stream.listen() as values:
+        async for _ in values:
+            pass
+
+
 def produce(stream):
     try:
         with stream:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 
 import anyio
 import pytest
@@ -277,6 +278,20 @@ def test_two_threads_read_between_them_what_four_put(max_size):
         lambda: read[1].extend(readers[1]),
         *four_that_put(stream),
     ):
+        pass
+    assert Counter(read[0] + read[1]) == Counter((k, n) for k in range(4) for n in range(PUTS))
+
+
+@max_sizes
+def test_a_thread_that_gets_and_one_that_loops_read_what_four_put(max_size):
+    stream, read = ValueStream(max_size=max_size), [[], []]
+
+    def get():
+        with suppress(StreamClosedError):
+            while True:
+                read[0].append(stream.get(timeout=PATIENCE))
+
+    with running(get, lambda: read[1].extend(stream), *four_that_put(stream)):
         pass
     assert Counter(read[0] + read[1]) == Counter((k, n) for k in range(4) for n in range(PUTS))
 

@@ -145,6 +145,7 @@ TAKE_SECONDS = {
     "wait_all": lambda it: torchfut_aio.wait_all([], it),
     "as_completed": lambda it: torchfut_aio.as_completed([], it),
     "put": lambda it: ValueStream(max_size=1).put(1, timeout=it),
+    "get": lambda it: ValueStream().get(timeout=it),
     "put_many": lambda it: ValueStream(max_size=1).put_many([1], timeout=it),
     "max_wait": batcher,
     "close": lambda it: batcher().close(timeout=it),

@@ -1103,22 +1103,34 @@ def test_whatever_strikes_a_put_it_is_done_or_not_and_all_are_told(max_size, man
     assert not_done
 
 
+READS = {
+    "next": lambda stream, values, got: got.append(next(values)),
+    "anext": lambda stream, values, got: got.append(at_once(values.__anext__())),
+    "get": lambda stream, values, got: got.append(stream.get(timeout=0)),
+    "aget": lambda stream, values, got: got.append(at_once(stream.aget())),
+}
+
+
+def at_once(coroutine):
+    """Returns what a coroutine returns that need not wait."""
+    try:
+        coroutine.send(None)
+    except StopIteration as stop:
+        return stop.value
+    finally:
+        coroutine.close()
+
+
 @errors
-@pytest.mark.parametrize("how", ["thread", "task"])
-def test_whatever_strikes_a_read_no_value_is_lost_and_those_who_put_are_told(how, error, at):
+@pytest.mark.parametrize("read", READS.values(), ids=READS)
+def test_whatever_strikes_a_read_no_value_is_lost_and_those_who_put_are_told(read, error, at):
     for strike in strikes(*MODULES, error=error, at=at):
         stream, writer, got = ValueStream(max_size=2), Waiter(), []
         stream.put_many(["a", "b"])
         values = iter(stream)
         stream._state.writers.waiting[writer] = writer
         with strike:
-            if how == "thread":
-                got.append(next(values))
-            else:
-                try:
-                    values.__anext__().send(None)
-                except StopIteration as stop:
-                    got.append(stop.value)
+            read(stream, values, got)
         assert len(got) + len(stream) == 2
         if got:
             assert writer.woken
@@ -1127,14 +1139,15 @@ def test_whatever_strikes_a_read_no_value_is_lost_and_those_who_put_are_told(how
         assert len(stream._state.room) == 2
 
 
-def test_whatever_strikes_a_task_that_waits_the_stream_works_afterwards():
-    async def read(values):
-        return await anext(values)
+@pytest.mark.parametrize("how", ["anext", "aget"])
+def test_whatever_strikes_a_task_that_waits_the_stream_works_afterwards(how):
+    async def read(stream, values):
+        return await (anext(values) if how == "anext" else stream.aget())
 
     for strike in strikes(*MODULES):
         stream, loop = ValueStream(), asyncio.new_event_loop()
         values = aiter(stream)
-        task = loop.create_task(read(values))
+        task = loop.create_task(read(stream, values))
         with running(lambda: stream.put("a")):
             with strike:
                 loop.run_until_complete(task)
@@ -1150,7 +1163,7 @@ def test_whatever_strikes_a_task_that_waits_the_stream_works_afterwards():
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @errors
-@pytest.mark.parametrize("end", ["close", "stop_listening", "drop"])
+@pytest.mark.parametrize("end", ["close", "stop_listening", "drop", "block"])
 def test_whatever_strikes_an_end_all_are_told_or_it_can_be_repeated(end, error, at):
     ended = 0
     for strike in strikes(*MODULES, error=error, at=at):
@@ -1160,7 +1173,13 @@ def test_whatever_strikes_an_end_all_are_told_or_it_can_be_repeated(end, error, 
         stream._state.readers.waiting[reader] = reader
         stream._state.writers.waiting[writer] = writer
         with strike:
-            listeners.clear() if end == "drop" else getattr(stream, end)()
+            if end == "drop":
+                listeners.clear()
+            elif end == "block":
+                with listeners[0]:
+                    pass
+            else:
+                getattr(stream, end)()
         if not stream._state.end:
             continue  # untouched
         ended += 1
@@ -1171,8 +1190,8 @@ def test_whatever_strikes_an_end_all_are_told_or_it_can_be_repeated(end, error, 
 # What happens in between two steps may be done by another thread, a signal handler or a finaliser.
 
 
-@pytest.mark.parametrize("second", ["put", "put_many", "read", "close", "stop_listening"])
-@pytest.mark.parametrize("first", ["put", "put_many", "read"])
+@pytest.mark.parametrize("second", ["put", "put_many", "read", "get", "close", "stop_listening"])
+@pytest.mark.parametrize("first", ["put", "put_many", "read", "get"])
 @pytest.mark.parametrize("max_size", [None, 4])
 def test_whatever_is_done_between_any_two_steps_each_value_is_read_once_or_refused(
     max_size, first, second
@@ -1192,6 +1211,8 @@ def test_whatever_is_done_between_any_two_steps_each_value_is_read_once_or_refus
                     accepted.append(value)
                 elif kind == "read":
                     got.append(next(values))
+                elif kind == "get":
+                    got.append(stream.get(timeout=PATIENCE))
                 else:
                     getattr(stream, kind)()
 
@@ -1259,6 +1280,8 @@ def test_ctrl_c_interrupts_a_put_that_blocks_and_a_read(ctrl_c):
 
     with running(lambda: interrupt((1, 0))), pytest.raises(KeyboardInterrupt):
         next(iter(values := iter(stream)))
+    with running(lambda: interrupt((1, 0))), pytest.raises(KeyboardInterrupt):
+        stream.get(timeout=PATIENCE)
     stream.put(1)
     with running(lambda: interrupt((0, 1))), pytest.raises(KeyboardInterrupt):
         stream.put(2)
@@ -1338,9 +1361,11 @@ def test_a_value_that_was_read_is_not_kept(no_collector):
 
 @on_every_loop
 @pytest.mark.device
-async def test_a_task_gets_a_value_when_its_kernels_are_done(accelerator, producer):
+@pytest.mark.parametrize("how", ["anext", "aget"])
+async def test_a_task_gets_a_value_when_its_kernels_are_done(accelerator, producer, how):
     stream = ValueStream()
-    reader = Reader(anext(values := aiter(stream)))
+    values = aiter(stream)
+    reader = Reader(anext(values) if how == "anext" else stream.aget())
     async with anyio.create_task_group() as tg:
         tg.start_soon(reader)
         await anyio.wait_all_tasks_blocked()
@@ -1351,7 +1376,7 @@ async def test_a_task_gets_a_value_when_its_kernels_are_done(accelerator, produc
         assert reader.outcome is None
         accelerator.wake()
     assert reader.outcome.tolist() == NEW
-    assert await anext(values) == "behind it"
+    assert await stream.aget() == "behind it"
 
 
 @on_every_loop
@@ -1361,23 +1386,26 @@ async def test_a_read_that_is_cancelled_while_kernels_run_leaves_the_value(accel
     values = aiter(stream)
     with producer:
         stream.put(being_filled(accelerator, FIRST))
-    with anyio.move_on_after(0.01) as scope:
-        await anext(values)
-    assert scope.cancelled_caught
-    assert len(stream) == 1
+    for read in (values.__anext__, stream.aget):
+        with anyio.move_on_after(0.01) as scope:
+            await read()
+        assert scope.cancelled_caught
+        assert len(stream) == 1
     accelerator.wake()
-    assert (await anext(values)).tolist() == NEW
+    assert (await stream.aget()).tolist() == NEW
 
 
 @pytest.mark.device
+@pytest.mark.parametrize("how", ["next", "get"])
 def test_a_thread_gets_a_value_with_its_streams_ordered_after_the_kernels(
-    accelerator, producer, consumer
+    accelerator, producer, consumer, how
 ):
     stream = ValueStream()
     with producer:
         stream.put_many([{"row": being_filled(accelerator, FIRST)}])
     with consumer:
-        host = read_on_current_stream(next(iter(stream))["row"])
+        value = next(iter(stream)) if how == "next" else stream.get()
+        host = read_on_current_stream(value["row"])
     accelerator.wake()
     consumer.synchronize()
     assert host.tolist() == NEW
@@ -1386,7 +1414,8 @@ def test_a_thread_gets_a_value_with_its_streams_ordered_after_the_kernels(
 @on_every_loop
 @simulated_only
 @pytest.mark.device
-async def test_a_value_whose_kernel_failed_is_an_error_in_its_turn(accelerator, producer):
+@pytest.mark.parametrize("how", ["anext", "aget"])
+async def test_a_value_whose_kernel_failed_is_an_error_in_its_turn(accelerator, producer, how):
     stream = ValueStream(max_size=5)
     values = aiter(stream)
     with producer:
@@ -1401,7 +1430,7 @@ async def test_a_value_whose_kernel_failed_is_an_error_in_its_turn(accelerator, 
         accelerator.wake()
     assert reader.outcome.tolist() == NEW
     with pytest.raises(RuntimeError, match="the kernel failed"):
-        await anext(values)
+        await (anext(values) if how == "anext" else stream.aget())
     assert await anext(values) == "behind"
     assert len(stream._state.room) == 5
 

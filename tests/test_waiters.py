@@ -215,20 +215,20 @@ class Pair:
 
     def __init__(self, kind, number=2):
         self.loop = asyncio.new_event_loop()
-        self.reads = kind == "readers"
+        self.gets, self.reads = kind == "getters", kind != "writers"
         self.stream = ValueStream() if self.reads else full("first")
         self.values, self.served, self.tasks = aiter(self.stream), [], []
         for _ in range(number):
             self.add()
         self.turn()
-        waiters = getattr(self.stream._state, kind)
+        waiters = self.stream._state.readers if self.reads else self.stream._state.writers
         assert len(waiters.waiting) == number
 
     def add(self):
         self.tasks.append(self.loop.create_task(self.read() if self.reads else self.send()))
 
     async def read(self):
-        self.served.append(await anext(self.values))
+        self.served.append(await (self.stream.aget() if self.gets else anext(self.values)))
 
     async def send(self):
         await self.stream.aput(1)
@@ -257,7 +257,7 @@ class Pair:
         self.loop.close()
 
 
-pairs = pytest.mark.parametrize("kind", ["readers", "writers"])
+pairs = pytest.mark.parametrize("kind", ["readers", "getters", "writers"])
 
 
 @pairs
@@ -333,12 +333,25 @@ def test_an_event_at_any_step_of_joining_is_not_missed(kind):
         pair.close()
 
 
-def test_an_event_at_any_step_of_a_thread_that_joins_is_not_missed():
+def read_by_next(stream):
+    values = iter(stream)
+    return lambda: next(values)
+
+
+def read_by_get(stream):
+    return lambda: stream.get(timeout=PATIENCE)
+
+
+threads_read = pytest.mark.parametrize("how", [read_by_next, read_by_get])
+
+
+@threads_read
+def test_an_event_at_any_step_of_a_thread_that_joins_is_not_missed(how):
     for strike in strikes(*MODULES, thread="struck", do=lambda: stream.put(1)):
         stream, got = ValueStream(), []
-        values = iter(stream)
+        read = how(stream)
         thread = threading.Thread(
-            target=lambda values=values, got=got: got.append(next(values)), name="struck"
+            target=lambda read=read, got=got: got.append(read()), name="struck"
         )
         with strike:
             thread.start()
@@ -349,14 +362,15 @@ def test_an_event_at_any_step_of_a_thread_that_joins_is_not_missed():
         assert got[:1] == [1], strike
 
 
-def test_a_thread_interrupted_at_any_step_leaves_no_other_asleep():
+@threads_read
+def test_a_thread_interrupted_at_any_step_leaves_no_other_asleep(how):
     for strike in strikes(*MODULES, thread="struck"):
         stream, got = ValueStream(), []
-        values = iter(stream)
+        read_one = how(stream)
 
-        def read(values=values, got=got):
+        def read(read_one=read_one, got=got):
             try:
-                got.append(next(values))
+                got.append(read_one())
             except KeyboardInterrupt:
                 got.append(None)
 
