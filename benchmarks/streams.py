@@ -39,8 +39,8 @@ def put_in_thread(queue: Any, tokens: list[int], _: object) -> None:
 
 # By name, what makes a stream, and what feeds it tokens, which gets ``call_soon_threadsafe``, too.
 PEERS: dict[str, tuple[Callable[[], Any], Callable[[Any, list[int], Any], object]]] = {
-    "push": (ValueStream, lambda stream, tokens, _: put_each(stream.push, tokens)),
-    "push_many": (ValueStream, lambda stream, tokens, _: stream.push_many(tokens)),
+    "put": (ValueStream, lambda stream, tokens, _: put_each(stream.put, tokens)),
+    "put_many": (ValueStream, lambda stream, tokens, _: stream.put_many(tokens)),
     "asyncio.Queue, one wake-up a token": (
         asyncio.Queue,
         lambda queue, tokens, wake: put_each(partial(wake, queue.put_nowait), tokens),
@@ -66,17 +66,17 @@ async def read(stream: Any) -> None:
 
 
 async def cost(loop: str, name: str, at_once: int, tokens: int) -> Figures:
-    new, push = PEERS[name]
+    new, feed = PEERS[name]
     wake = asyncio.get_running_loop().call_soon_threadsafe
     streams = [new() for _ in range(STREAMS)]
 
     def produce() -> None:
         for _ in range(tokens // at_once):
             for stream in streams:
-                push(stream, [1] * at_once, wake)
+                feed(stream, [1] * at_once, wake)
             sleep(REST)
         for stream in streams:
-            push(stream, [0], wake)
+            feed(stream, [0], wake)
 
     tasks = [asyncio.ensure_future(read(stream)) for stream in streams]
     await asyncio.sleep(0.01)

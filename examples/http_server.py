@@ -111,7 +111,7 @@ class Text:
         self.text += "".join(tokens)
         self.left -= len(tokens)
         with suppress(StreamClosedError):  # the client has left
-            self.tokens.push_many(tokens)
+            self.tokens.put_many(tokens)
         if self.left == 0:
             self.tokens.close()
 
@@ -234,11 +234,11 @@ async def read_image(request: Request) -> torch.Tensor:
 class TextResponse(StreamingResponse):
     """Server-sent events, a token each, and ``end`` or ``error`` as the last."""
 
-    def __init__(self, tokens: ValueStream[str]) -> None:
-        super().__init__(self._events(tokens), media_type="text/event-stream")
-        self._tokens = tokens
+    def __init__(self, stream: ValueStream[str]) -> None:
+        self._stream, self._tokens = stream, stream.listen()
+        super().__init__(self._events(self._tokens), media_type="text/event-stream")
 
-    async def _events(self, tokens: ValueStream[str]) -> AsyncIterator[str]:
+    async def _events(self, tokens: AsyncIterator[str]) -> AsyncIterator[str]:
         try:
             async for token in tokens:
                 yield f"data: {json.dumps(token)}\n\n"
@@ -250,10 +250,9 @@ class TextResponse(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the tokens until they end, the client leaves, or the time is over."""
         loop = asyncio.get_running_loop()
-        timer = loop.call_later(TEXT_SECONDS, self._tokens.close, TimeoutError())
-        async with self._tokens:
-            with anyio.move_on_after(1.1 * TEXT_SECONDS):  # the client may not read that
-                await super().__call__(scope, receive, send)
+        timer = loop.call_later(TEXT_SECONDS, self._stream.close, TimeoutError())
+        with self._tokens, anyio.move_on_after(1.1 * TEXT_SECONDS):  # the client may not read it
+            await super().__call__(scope, receive, send)
         timer.cancel()
 
 

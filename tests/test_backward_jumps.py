@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import dis
+import gc
 import itertools
 import pathlib
 import sys
@@ -20,6 +21,13 @@ import pytest
 import torchfut_aio
 
 PACKAGE = pathlib.Path(torchfut_aio.__file__).parent
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_to_finalise():
+    # What tests before have left may log a traceback when it is collected. For that, CPython 3.11
+    # parses the source, and then its parser fails if it has been called already.
+    gc.collect()
 
 
 def code_objects(code):

@@ -243,52 +243,53 @@ def test_a_copy_of_a_future_is_cancelled_or_has_the_value(other):
 # ----------------------------------------------------------------------------- streams
 
 
-def test_a_value_pushed_during_a_read_is_read_next(other):
+def test_a_value_put_during_a_read_is_read_next(other):
     for strike in between_instructions(other):
         stream = ValueStream()
-        stream.push(1)
+        stream.put(1)
         values = iter(stream)
-        other.now = lambda: stream.push(2)
+        other.now = lambda: stream.put(2)
         with strike:
             assert next(values) == 1
         if strike.where is not None:
             assert next(values) == 2, strike
 
 
-def test_two_reads_at_once_read_different_values(other):
+@pytest.mark.parametrize("how", ["next", "get"])
+def test_two_reads_at_once_read_different_values(other, how):
     for strike in between_instructions(other):
         stream, read = ValueStream(max_size=2), []
         own, others = iter(stream), iter(stream)
-        stream.push(1), stream.push(2)
+        stream.put(1), stream.put(2)
         other.now = lambda: read.append(next(others))
         with strike:
-            read.append(next(own))
+            read.append(next(own) if how == "next" else stream.get(timeout=PATIENCE))
         if strike.where is not None:
             assert sorted(read) == [1, 2], strike
-            assert (stream.try_push(3), stream.try_push(4), stream.try_push(5)) == (1, 1, 0)
+            assert (stream.try_put(3), stream.try_put(4), stream.try_put(5)) == (1, 1, 0)
 
 
-def test_two_pushes_at_once_fill_a_stream_to_its_limit(other):
+def test_two_puts_at_once_fill_a_stream_to_its_limit(other):
     for strike in between_instructions(other):
-        stream, pushed = ValueStream(max_size=1), []
+        stream, accepted = ValueStream(max_size=1), []
         values = iter(stream)
-        other.now = lambda: pushed.append(stream.try_push("other"))
+        other.now = lambda: accepted.append(stream.try_put("other"))
         with strike:
-            pushed.append(stream.try_push("own"))
-        assert sum(pushed) == 1 == len(stream)
+            accepted.append(stream.try_put("own"))
+        assert sum(accepted) == 1 == len(stream)
         next(values)
 
 
-def test_a_push_during_a_close_is_read_or_refused(other):
-    def push(stream, refused):
+def test_a_put_during_a_close_is_read_or_refused(other):
+    def put(stream, refused):
         try:
-            stream.push(1)
+            stream.put(1)
         except StreamClosedError:
             refused.append(1)
 
     for strike in between_instructions(other):
         stream, refused = ValueStream(), []
-        other.now = lambda: push(stream, refused)
+        other.now = lambda: put(stream, refused)
         with strike:
             stream.close()
         if strike.where is not None:
@@ -297,7 +298,7 @@ def test_a_push_during_a_close_is_read_or_refused(other):
         stream, refused = ValueStream(), []
         other.now = stream.close
         with strike:
-            push(stream, refused)
+            put(stream, refused)
         stream.close()
         assert [*stream] + refused == [1], strike
 
@@ -348,7 +349,7 @@ def test_a_task_wakes_wherever_the_completion_comes(other, backend, options, not
 
 
 @every_loop
-def test_a_task_reads_wherever_the_push_comes(other, backend, options, nothing_blocks_a_loop):
+def test_a_task_reads_wherever_the_put_comes(other, backend, options, nothing_blocks_a_loop):
     nothing_blocks_a_loop.deactivate()  # it waits for the other thread, within the loop
 
     async def main():
@@ -356,18 +357,18 @@ def test_a_task_reads_wherever_the_push_comes(other, backend, options, nothing_b
             with strike:
                 got.extend([value async for value in stream])
 
-    def push():
+    def put():
         with suppress(IndexError):  # the other thread has, or the timer
-            pushes.pop()
-            stream.push(1)
+            puts.pop()
+            stream.put(1)
             stream.close()
 
     for strike in between_instructions(other):
-        stream, got, pushes = ValueStream(), [], [None]
-        other.now = push
+        stream, got, puts = ValueStream(), [], [None]
+        other.now = put
         if strike._left > 200:
             break
-        timer = threading.Timer(0.02, push)
+        timer = threading.Timer(0.02, put)
         timer.start()
         anyio.run(main, backend=backend, backend_options=options)
         timer.join()

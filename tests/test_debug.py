@@ -28,6 +28,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torchfut_aio import (
     Batcher,
     Future,
+    StreamClosedError,
     ValueStream,
     _core,
     as_completed,
@@ -437,17 +438,21 @@ def test_an_item_in_no_batcher_has_no_place():
 
 
 @on_every_loop
-async def test_a_stream_is_listed_with_the_tasks_that_wait():
+@pytest.mark.parametrize("how", ["async for", "aget"])
+async def test_a_stream_is_listed_with_the_tasks_that_wait(how):
     empty, full = ValueStream(), ValueStream(max_size=1)
     values = aiter(full)
-    full.push(1)
+    full.put(1)
 
     async def read():
+        if how == "aget":
+            with contextlib.suppress(StreamClosedError):
+                await empty.aget()
         async for _ in empty:
             pass
 
     async def write():
-        await full.send(2)
+        await full.aput(2)
 
     async with anyio.create_task_group() as group:
         assert listed_stream(empty) is None
@@ -471,18 +476,19 @@ async def test_a_stream_is_listed_with_the_tasks_that_wait():
 
 
 def test_a_stream_is_listed_with_the_threads_that_wait():
-    stream = ValueStream(max_size=1)
-    reader = threading.Thread(target=list, args=(stream,), name="reader")
-    reader.start()
-    until(lambda: listed_stream(stream) is not None)
-    assert listed_stream(stream).waiters == (Waiter(kind="thread", name="reader"),)
-    assert str(listed_stream(stream)).endswith("\n  thread reader, reads")
-    stream.close()
-    reader.join(PATIENCE)
+    for read, event in ((list, ValueStream.close), (ValueStream.get, lambda stream: stream.put(1))):
+        stream = ValueStream(max_size=1)
+        reader = threading.Thread(target=read, args=(stream,), name="reader")
+        reader.start()
+        until(lambda: listed_stream(stream) is not None)
+        assert listed_stream(stream).waiters == (Waiter(kind="thread", name="reader"),)
+        assert str(listed_stream(stream)).endswith("\n  thread reader, reads")
+        event(stream)
+        reader.join(PATIENCE)
     full = ValueStream(max_size=1)
     values = iter(full)
-    full.push(1)
-    writer = threading.Thread(target=full.push, args=(2,), name="writer")
+    full.put(1)
+    writer = threading.Thread(target=full.put, args=(2,), name="writer")
     writer.start()
     until(lambda: listed_stream(full) is not None)
     assert listed_stream(full).writers == (Waiter(kind="thread", name="writer"),)

@@ -17,6 +17,7 @@ CASES = {
     "wait_all": "raises(lambda: wait_all([Future()]))",
     "as_completed": "raises(lambda: next(as_completed([Future()])))",
     "read a stream": "raises(lambda: next(iter(ValueStream())))",
+    "get from a stream": "raises(ValueStream().get)",
     "adopt the result of a pool": "raises(lambda: as_future(result))",
     "shut down": "distributed.shutdown(); print('closed')",
     "call an RPC function": "raises(double)",

@@ -253,12 +253,12 @@ def failed_of_torch():
 @door
 async def left_stream():
     stream = ValueStream()
-    stream.push(5)
+    stream.put(5)
     async for _ in stream:
         break
     produce(stream)
     try:
-        stream.push(5)
+        stream.put(5)
     finally:
         del stream
 
@@ -267,7 +267,7 @@ async def left_stream():
 async def stream_that_is_stopped():
     stream = ValueStream()
     produce(stream)
-    await stream.aclose()
+    stream.stop_listening()
     kept.append(stream)
 
 
@@ -304,6 +304,29 @@ async def streamed_to_a_thread():
     stream = ValueStream()
     threading.Thread(target=produce, args=(stream,)).start()
     in_thread(list, stream)
+
+
+@door
+async def got_from_a_stream():
+    stream = ValueStream()
+    threading.Thread(target=produce, args=(stream,)).start()
+    await stream.aget()
+
+
+@door
+async def got_from_a_stream_in_a_thread():
+    stream = ValueStream()
+    threading.Thread(target=produce, args=(stream,)).start()
+    in_thread(stream.get)
+
+
+@door
+async def listened_to():
+    stream = ValueStream()
+    threading.Thread(target=produce, args=(stream,)).start()
+    with stream.listen() as values:
+        async for _ in values:
+            pass
 
 
 def produce(stream):

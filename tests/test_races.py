@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 
 import anyio
 import pytest
@@ -222,11 +223,11 @@ async def test_a_loop_about_to_sleep_is_woken():
 
 # ------------------------------------------------------------------- streams and batchers
 
-PUSHES = 1_000
+PUTS = 1_000
 
 
-def four_that_push(stream):
-    producers = [lambda k=k: [stream.push((k, n)) for n in range(PUSHES)] for k in range(4)]
+def four_that_put(stream):
+    producers = [lambda k=k: [stream.put((k, n)) for n in range(PUTS)] for k in range(4)]
     left = [None] * 3
 
     def closing(produce):
@@ -244,7 +245,7 @@ def four_that_push(stream):
 
 def check_read(read):
     for k in range(4):
-        assert [n for producer, n in read if producer == k] == list(range(PUSHES))
+        assert [n for producer, n in read if producer == k] == list(range(PUTS))
 
 
 # Without a limit, and with one that keeps the threads waiting.
@@ -253,42 +254,56 @@ max_sizes = pytest.mark.parametrize("max_size", [None, 3])
 
 @on_every_loop
 @max_sizes
-async def test_what_four_threads_push_is_read_once_in_order(max_size):
+async def test_what_four_threads_put_is_read_once_in_order(max_size):
     stream = ValueStream(max_size=max_size)
-    async with alongside(*four_that_push(stream)):
+    async with alongside(*four_that_put(stream)):
         with anyio.fail_after(PATIENCE):
             check_read([value async for value in stream])
 
 
 @max_sizes
-def test_a_thread_reads_once_what_four_threads_push(max_size):
+def test_a_thread_reads_once_what_four_threads_put(max_size):
     stream, read = ValueStream(max_size=max_size), []
-    with running(lambda: read.extend(stream), *four_that_push(stream)):
+    with running(lambda: read.extend(stream), *four_that_put(stream)):
         pass
     check_read(read)
 
 
 @max_sizes
-def test_two_threads_read_between_them_what_four_push(max_size):
+def test_two_threads_read_between_them_what_four_put(max_size):
     stream, read = ValueStream(max_size=max_size), [[], []]
     readers = [iter(stream), iter(stream)]  # both are there before the first value
     with running(
         lambda: read[0].extend(readers[0]),
         lambda: read[1].extend(readers[1]),
-        *four_that_push(stream),
+        *four_that_put(stream),
     ):
         pass
-    assert Counter(read[0] + read[1]) == Counter((k, n) for k in range(4) for n in range(PUSHES))
+    assert Counter(read[0] + read[1]) == Counter((k, n) for k in range(4) for n in range(PUTS))
+
+
+@max_sizes
+def test_a_thread_that_gets_and_one_that_loops_read_what_four_put(max_size):
+    stream, read = ValueStream(max_size=max_size), [[], []]
+
+    def get():
+        with suppress(StreamClosedError):
+            while True:
+                read[0].append(stream.get(timeout=PATIENCE))
+
+    with running(get, lambda: read[1].extend(stream), *four_that_put(stream)):
+        pass
+    assert Counter(read[0] + read[1]) == Counter((k, n) for k in range(4) for n in range(PUTS))
 
 
 def test_a_stream_is_never_fuller_than_its_limit():
-    stream, pushed, sizes, read = ValueStream(max_size=2), [0, 0], set(), []
+    stream, accepted, sizes, read = ValueStream(max_size=2), [0, 0], set(), []
 
-    def pusher(own):
-        def push(n):
-            pushed[own] += stream.try_push(n)
+    def putter(own):
+        def put(n):
+            accepted[own] += stream.try_put(n)
 
-        return push
+        return put
 
     values = iter(stream)
 
@@ -298,9 +313,9 @@ def test_a_stream_is_never_fuller_than_its_limit():
             sizes.add(len(stream))
 
     with running(read_all):
-        race(pusher(0), pusher(1))
+        race(putter(0), putter(1))
         stream.close()
-    assert len(read) == sum(pushed)
+    assert len(read) == sum(accepted)
     assert max(sizes) <= 2
 
 
@@ -308,13 +323,13 @@ def test_a_value_is_read_or_refused_when_a_stream_closes():
     streams = [ValueStream() for _ in range(RACES)]
     refused = [False] * RACES
 
-    def push(n):
+    def put(n):
         try:
-            streams[n].push(n)
+            streams[n].put(n)
         except StreamClosedError:
             refused[n] = True
 
-    race(push, lambda n: streams[n].close())
+    race(put, lambda n: streams[n].close())
     for n, stream in enumerate(streams):
         assert [*stream] == ([] if refused[n] else [n])
 

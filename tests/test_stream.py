@@ -56,13 +56,13 @@ async def read_all(stream):
 
 
 @on_every_loop
-async def test_a_task_gets_what_a_thread_pushes_in_order_and_then_the_end():
+async def test_a_task_gets_what_a_thread_puts_in_order_and_then_the_end():
     stream = ValueStream()
 
     def produce():
         for n in range(100):
-            stream.push(n)
-        stream.push_many(range(100, 200))
+            stream.put(n)
+        stream.put_many(range(100, 200))
         stream.close()
 
     with anyio.fail_after(PATIENCE):
@@ -71,40 +71,56 @@ async def test_a_task_gets_what_a_thread_pushes_in_order_and_then_the_end():
         assert await read_all(stream) == []  # the end stays
 
 
-def test_a_thread_gets_what_another_pushes_in_order_and_then_the_end():
+def test_a_thread_gets_what_another_puts_in_order_and_then_the_end():
     stream = ValueStream()
 
     def produce():
         with stream:
             for n in range(100):
-                stream.push(n)
+                stream.put(n)
 
     with running(produce):
         assert [*stream] == [*range(100)]
 
 
 @on_every_loop
-async def test_a_task_waits_for_what_another_sends():
+async def test_a_task_waits_for_what_another_puts():
     stream, got = ValueStream(max_size=2), []
 
     async def consume():
-        async with stream:
-            async for value in stream:
+        with stream.listen() as values:
+            async for value in values:
                 got.append(value)
+
+    async def produce():
+        with stream:
+            for n in range(50):
+                await stream.aput(n)
 
     with anyio.fail_after(PATIENCE):
         async with anyio.create_task_group() as tg:
             tg.start_soon(consume)
-            with stream:
-                for n in range(50):
-                    await stream.send(n)
+            tg.start_soon(produce)
     assert got == [*range(50)]
+    assert stream.closed
 
 
 @on_every_loop
-async def test_an_error_comes_behind_what_was_pushed_before_and_reaches_every_consumer():
+async def test_async_with_is_refused_before_a_value_is_lost():
+    stream = ValueStream()
+    stream.put(1)
+    with pytest.raises(TypeError, match="asynchronous context manager"):
+        async with stream:
+            pass
+    assert stream.listening
+    assert not stream.closed
+    assert stream.get() == 1
+
+
+@on_every_loop
+async def test_an_error_comes_behind_what_was_put_before_and_reaches_every_consumer():
     stream, error, got, told = ValueStream(), ValueError("foo"), [], []
-    stream.push_many(["a", "b"])
+    stream.put_many(["a", "b"])
 
     async def consume():
         try:
@@ -128,7 +144,7 @@ async def test_an_error_comes_behind_what_was_pushed_before_and_reaches_every_co
 def test_with_closes_with_the_error_of_its_block():
     stream = ValueStream()
     with pytest.raises(ZeroDivisionError), stream:
-        stream.push(1 / 0)
+        stream.put(1 / 0)
     with pytest.raises(ZeroDivisionError):
         list(stream)
 
@@ -144,14 +160,14 @@ def test_what_would_end_a_loop_is_no_end_but_an_error(kind):
 
 def test_what_is_closed_takes_nothing_more():
     stream = ValueStream()
-    stream.push(1)
+    stream.put(1)
     with pytest.raises(TypeError):
         stream.close("an error")
     assert not stream.closed
     stream.close()
-    for push in (stream.push, stream.try_push, lambda value: stream.push_many([value])):
+    for put in (stream.put, stream.try_put, lambda value: stream.put_many([value])):
         with pytest.raises(StreamClosedError, match="closed"):
-            push(2)
+            put(2)
     assert stream.closed
     assert stream.listening
     assert repr(stream) == "<ValueStream closed size=1>"
@@ -163,11 +179,14 @@ def test_arguments_are_checked():
         with pytest.raises(error, match="max_size must be "):
             ValueStream(max_size=wrong)
     with pytest.raises(TypeError):
-        ValueStream().push(1, timeout="1")
+        ValueStream().put(1, timeout="1")
     with pytest.raises(ValueError, match="NaN"):
-        ValueStream().push_many([1], timeout=float("nan"))
+        ValueStream().put_many([1], timeout=float("nan"))
+    for positional in (lambda s: s.put(1, True), lambda s: s.put_many([1], 1)):  # as of queue.Queue
+        with pytest.raises(TypeError, match="positional"):
+            positional(ValueStream())
     stream = ValueStream(max_size=3)
-    stream.push_many([1, 2], timeout=0)
+    stream.put_many([1, 2], timeout=0)
     assert repr(stream) == "<ValueStream open size=2/3>"
     assert len(stream) == 2
 
@@ -180,52 +199,52 @@ def test_nothing_of_a_value_is_asked_for():
         __hash__ = __eq__ = __repr__ = __bool__ = None
 
     stream, value = ValueStream(max_size=1), Silent()
-    stream.push(value)
+    stream.put(value)
     assert "Silent" not in repr(stream)
     with pytest.raises(TimeoutError):
-        stream.push(value, timeout=0)
+        stream.put(value, timeout=0)
     assert next(iter(stream)) is value
 
 
 # -------------------------------------------------------------------------- bounded
 
 
-def test_a_push_blocks_until_there_is_room():
+def test_a_put_blocks_until_there_is_room():
     stream = ValueStream(max_size=2)
-    stream.push_many([1, 2])
+    stream.put_many([1, 2])
     values = iter(stream)
-    with running(lambda: stream.push(3, timeout=PATIENCE)):
+    with running(lambda: stream.put(3, timeout=PATIENCE)):
         until(lambda: waiting(stream) == (0, 1))
         assert len(stream) == 2
         assert next(values) == 1
     assert [next(values), next(values)] == [2, 3]
 
 
-def test_a_push_that_times_out_has_pushed_nothing_and_says_what_else():
+def test_a_put_that_times_out_has_put_nothing_and_says_what_else():
     stream = ValueStream(max_size=3)
-    stream.push(0)
-    assert stream.try_push(1)
-    with pytest.raises(TimeoutError, match=r"within 0.01 s: 1 of 3 values were pushed"):
-        stream.push_many([2, 3, 4], timeout=0.01)
-    with pytest.raises(TimeoutError, match=r"within 0 s: 0 of 1 values were pushed$"):
-        stream.push(3, timeout=0)
-    assert not stream.try_push(3)
+    stream.put(0)
+    assert stream.try_put(1)
+    with pytest.raises(TimeoutError, match=r"within 0.01 s: 1 of 3 values were put"):
+        stream.put_many([2, 3, 4], timeout=0.01)
+    with pytest.raises(TimeoutError, match=r"within 0 s: 0 of 1 values were put$"):
+        stream.put(3, timeout=0)
+    assert not stream.try_put(3)
     stream.close()
     assert list(stream) == [0, 1, 2]
     assert waiting(stream) == (0, 0)
 
 
 @on_every_loop
-async def test_a_send_waits_for_room_and_a_cancelled_one_has_sent_nothing():
+async def test_an_aput_waits_for_room_and_a_cancelled_one_has_put_nothing():
     stream = ValueStream(max_size=1)
-    await stream.send(1)
+    await stream.aput(1)
     with anyio.move_on_after(0.01) as scope:
-        await stream.send(2)
+        await stream.aput(2)
     assert scope.cancelled_caught
     assert waiting(stream) == (0, 0)
     values = aiter(stream)
     async with anyio.create_task_group() as tg:
-        tg.start_soon(stream.send, 3)
+        tg.start_soon(stream.aput, 3)
         await anyio.wait_all_tasks_blocked()
         assert len(stream) == 1
         assert await anext(values) == 1
@@ -233,25 +252,25 @@ async def test_a_send_waits_for_room_and_a_cancelled_one_has_sent_nothing():
 
 
 @on_every_loop
-async def test_pushing_to_a_full_stream_on_a_loop_warns(nothing_blocks_a_loop):
+async def test_putting_to_a_full_stream_on_a_loop_warns(nothing_blocks_a_loop):
     nothing_blocks_a_loop.deactivate()
     stream = ValueStream(max_size=1)
-    stream.push(1)
+    stream.put(1)
     with pytest.raises(TimeoutError):
-        stream.push(2, timeout=0)
-    with pytest.warns(BlockingWaitWarning, match="send"), pytest.raises(TimeoutError):
-        stream.push(2, timeout=0.01)
+        stream.put(2, timeout=0)
+    with pytest.warns(BlockingWaitWarning, match="aput"), pytest.raises(TimeoutError):
+        stream.put(2, timeout=0.01)
 
 
-def test_there_are_never_too_many_values_whoever_pushes():
+def test_there_are_never_too_many_values_whoever_puts():
     stream, most = ValueStream(max_size=3), 0
 
     def produce():
         for n in range(200):
             if n % 3 == 0:
-                stream.push_many([n, n], timeout=PATIENCE)
+                stream.put_many([n, n], timeout=PATIENCE)
             else:
-                stream.push(n, timeout=PATIENCE)
+                stream.put(n, timeout=PATIENCE)
 
     with running(*[produce] * 4):
         for n, _ in enumerate(stream):
@@ -265,16 +284,16 @@ def test_there_are_never_too_many_values_whoever_pushes():
 @on_every_loop
 async def test_the_end_wakes_all_who_wait():
     full, empty, told = ValueStream(max_size=1), ValueStream(), []
-    full.push(1)
+    full.put(1)
 
     async def send():
         with pytest.raises(StreamClosedError):
-            await full.send(2)
+            await full.aput(2)
         told.append("task")
 
-    def push():
+    def put():
         with pytest.raises(StreamClosedError):
-            full.push_many([2, 3])
+            full.put_many([2, 3])
         told.append("thread")
 
     def read():
@@ -286,7 +305,7 @@ async def test_the_end_wakes_all_who_wait():
         told.append("task")
 
     with anyio.fail_after(PATIENCE):
-        async with alongside(push, read), anyio.create_task_group() as tg:
+        async with alongside(put, read), anyio.create_task_group() as tg:
             tg.start_soon(send)
             tg.start_soon(aread)
             await eventually(lambda: waiting(full) == (0, 2) and waiting(empty) == (2, 0))
@@ -313,7 +332,7 @@ async def test_each_value_goes_to_one_of_several_consumers():
 
     def produce(first):
         for n in range(first, first + 300):
-            stream.push(n, timeout=PATIENCE)
+            stream.put(n, timeout=PATIENCE)
 
     with anyio.fail_after(PATIENCE):
         async with anyio.create_task_group() as tg:
@@ -333,7 +352,7 @@ def test_what_is_accepted_while_somebody_closes_is_read():
         def produce(name, stream=stream, accepted=accepted):
             with contextlib.suppress(StreamClosedError):
                 for n in range(1000):
-                    stream.push((name, n), timeout=PATIENCE)
+                    stream.put((name, n), timeout=PATIENCE)
                     accepted[name, n] += 1
 
         def close(stream=stream, got=got):
@@ -359,7 +378,7 @@ async def test_reads_that_are_cancelled_lose_nothing_and_repeat_nothing():
     def produce():
         with stream:
             for n in range(500):
-                stream.push(n, timeout=PATIENCE)
+                stream.put(n, timeout=PATIENCE)
 
     async def consume(scope):
         with scope:
@@ -380,7 +399,7 @@ async def test_reads_that_are_cancelled_lose_nothing_and_repeat_nothing():
                     tg.cancel_scope.cancel()
                 if len(got) >= 500:
                     break
-                if len(got) == before:  # or the loop would take the GIL from who pushes
+                if len(got) == before:  # or the loop would take the GIL from who puts
                     await eventually(lambda: len(stream) or stream.closed)
         async for value in values:
             got.append(value)
@@ -396,7 +415,7 @@ def test_a_consumer_whose_loop_has_closed_takes_no_value_from_the_others():
     values, got = iter(stream), []
     with running(lambda: got.append(next(values))):
         until(lambda: waiting(stream) == (2, 0))
-        stream.push(1)
+        stream.put(1)
     assert got == [1]
     task._log_destroy_pending = False
 
@@ -415,7 +434,7 @@ async def test_one_wake_up_is_for_all_values_and_all_streams_of_a_loop(monkeypat
 
     def produce():
         for stream in streams:
-            stream.push_many(range(10))
+            stream.put_many(range(10))
             stream.close()
 
     monkeypatch.setattr(type(ours), "call_soon", counted)
@@ -433,23 +452,26 @@ async def test_one_wake_up_is_for_all_values_and_all_streams_of_a_loop(monkeypat
 @on_every_loop
 async def test_a_producer_is_told_when_the_consumer_has_left_its_loop():
     stream = ValueStream(max_size=2)
-    stream.push_many([1, 2])
+    stream.put_many([1, 2])
     assert stream.listening
 
     def produce():
-        with pytest.raises(StreamClosedError, match="nobody listens"):
-            stream.push_many([3, 4, 5, 6], timeout=PATIENCE)
+        with pytest.raises(StreamClosedError, match="nothing listens"):
+            stream.put_many([3, 4, 5, 6], timeout=PATIENCE)
 
     async with alongside(produce):
         await eventually(lambda: waiting(stream) == (0, 1))
         async for _ in stream:
             break
     assert not stream.listening
-    assert repr(stream) == "<ValueStream open size=0/2, nobody listens>"
-    with pytest.raises(StreamClosedError, match="nobody listens"):
-        stream.try_push(7)
-    with pytest.raises(StreamClosedError, match="keep the iterator"):
-        aiter(stream)
+    assert repr(stream) == "<ValueStream open size=0/2, nothing listens>"
+    with pytest.raises(StreamClosedError, match="nothing listens"):
+        stream.try_put(7)
+    for read in (stream.listen, stream.__aiter__, stream.__iter__, stream.get):
+        with pytest.raises(StreamClosedError, match=r"stay in one block: with stream.listen\(\)"):
+            read()
+    with pytest.raises(StreamClosedError, match="stay in one block"):
+        await stream.aget()
 
 
 @on_every_loop
@@ -467,11 +489,11 @@ async def test_a_producer_is_told_when_the_consumer_is_cancelled(no_collector):
         tg.cancel_scope.cancel()
     assert not stream.listening
     with pytest.raises(StreamClosedError):
-        stream.push(1)
+        stream.put(1)
 
 
 @on_every_loop
-async def test_leaving_async_with_ends_all_loops_and_drops_what_is_left():
+async def test_stop_listening_ends_all_loops_and_drops_what_is_left():
     class Thing:
         pass
 
@@ -481,24 +503,100 @@ async def test_leaving_async_with_ends_all_loops_and_drops_what_is_left():
         ended.append(await read_all(stream))
 
     async with anyio.create_task_group() as tg:
-        async with stream:
-            tg.start_soon(consume)
-            await anyio.wait_all_tasks_blocked()
-        stream.close(ValueError("nobody is there to be told"))
+        tg.start_soon(consume)
+        await anyio.wait_all_tasks_blocked()
+        stream.stop_listening()
+        stream.close(ValueError("nothing is there to raise it"))
     assert ended == [[]]
     assert not stream.listening
 
     stream, left = ValueStream(), weakref.ref(thing)
-    stream.push(thing)
+    stream.put(thing)
     del thing
-    async with contextlib.aclosing(stream):
-        pass
+    stream.stop_listening()
     assert left() is None
+
+
+async def left_by_its_end(stream):
+    with stream.listen():
+        pass
+
+
+async def left_by_break(stream):
+    with stream.listen() as values:
+        async for _ in values:
+            break
+
+
+async def left_by_an_error(stream):
+    with contextlib.suppress(ZeroDivisionError):
+        with stream.listen() as values:
+            async for value in values:
+                value / 0
+
+
+async def left_by_a_cancellation(stream):
+    with anyio.CancelScope() as scope, stream.listen() as values:
+        await anext(values)
+        scope.cancel()
+        await anyio.sleep_forever()
+
+
+@on_every_loop
+@pytest.mark.parametrize(
+    "leave", [left_by_its_end, left_by_break, left_by_an_error, left_by_a_cancellation]
+)
+async def test_the_end_of_a_listen_block_leaves_the_stream(leave, no_collector):
+    stream = ValueStream()
+    stream.put_many([1, 2])
+    await leave(stream)
+    assert not stream.listening
+    assert len(stream) == 0
+    with pytest.raises(StreamClosedError, match="nothing listens"):
+        stream.put(3)
+
+
+@on_every_loop
+async def test_a_listen_block_is_of_use_to_threads_and_goes_on_after_break():
+    stream = ValueStream()
+    stream.put_many([1, 2, 3])
+    with stream.listen() as values:
+        for value in values:
+            assert value == 1
+            break
+        async for value in values:
+            assert value == 2
+            break
+        assert stream.listening
+        assert stream.get() == 3
+    assert not stream.listening
+
+
+def test_an_iterator_whose_block_has_ended_is_at_its_end():
+    stream = ValueStream()
+    stream.put(1)
+    other = iter(stream)
+    with stream.listen() as values:
+        pass
+    assert list(values) == []
+    with values:  # again
+        assert list(values) == []
+    assert stream.listening
+    assert next(other) == 1
+
+
+def test_leaving_a_block_after_the_end_leaves_the_stream_as_it_was():
+    stream = ValueStream()
+    with stream.listen() as values:
+        stream.close()
+        assert list(values) == []
+    assert stream.listening
+    assert list(stream) == []
 
 
 def test_only_the_last_listener_counts_and_one_may_be_kept():
     stream = ValueStream()
-    stream.push_many([1, 2, 3])
+    stream.put_many([1, 2, 3])
     first, second = iter(stream), iter(stream)
     assert next(first) == 1
     del first
@@ -525,7 +623,7 @@ def test_a_value_that_came_too_late_does_not_count_as_unread():
     readers = [iter(stream)]
 
     class Values(OrderedDict):
-        def __setitem__(self, *item):  # a push that has found the stream open
+        def __setitem__(self, *item):  # a put that has found the stream open
             stream.close()
             assert list(readers[0]) == []
             super().__setitem__(*item)
@@ -533,22 +631,22 @@ def test_a_value_that_came_too_late_does_not_count_as_unread():
 
     stream._state.values = Values()
     with pytest.raises(StreamClosedError):
-        stream.push(1)
+        stream.put(1)
     assert list(stream) == []
 
 
 @on_every_loop
-async def test_reading_again_after_async_with_raises_what_happened_first():
+async def test_reading_again_when_all_have_left_raises_what_happened_first():
     for closed_first in (True, False):
         stream = ValueStream()
-        async with stream:
-            if closed_first:
-                stream.close()
-                assert await read_all(stream) == []
+        if closed_first:
+            stream.close()
+        stream.stop_listening()
         stream.close()
-        told = "the stream has ended" if closed_first else r"nobody listens .* async with"
-        with pytest.raises(StreamClosedError, match=told):
-            aiter(stream)
+        told = "the stream has ended" if closed_first else r"nothing listens .* listen\(\) block"
+        for read in (stream.listen, stream.get):
+            with pytest.raises(StreamClosedError, match=told):
+                read()
 
 
 def test_an_error_that_nobody_can_read_is_not_complained_of(caplog):
@@ -572,6 +670,256 @@ def test_an_error_that_nobody_has_read_is_complained_of(caplog):
     assert "foo" in caplog.text
 
 
+# ---------------------------------------------------------------------- one value at a time
+
+
+@on_every_loop
+async def test_a_get_reads_one_value_and_ends_nothing_for_others(no_collector):
+    stream = ValueStream(max_size=5)
+    stream.put_many([1, 2, 3, 4, 5])
+    assert stream.get() == 1
+    assert await stream.aget() == 2
+    assert stream.listening
+    stream.put_many([6, 7])
+    assert len(stream) == 5
+    values = aiter(stream)
+    assert await anext(values) == 3
+    assert [stream.get(), await stream.aget()] == [4, 5]
+    stream.close()
+    assert [value async for value in values] == [6, 7]
+
+
+@on_every_loop
+async def test_a_get_waits_for_a_value_in_threads_and_tasks():
+    stream, got = ValueStream(), []
+
+    async def aget():
+        got.append(await stream.aget())
+
+    with anyio.fail_after(PATIENCE):
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(aget)
+            async with alongside(lambda: got.append(stream.get())):
+                await eventually(lambda: waiting(stream) == (2, 0))
+                stream.put_many([1, 2])
+    assert sorted(got) == [1, 2]
+    assert waiting(stream) == (0, 0)
+
+
+@on_every_loop
+@pytest.mark.parametrize("error", [None, ZeroDivisionError("foo")], ids=["close", "error"])
+async def test_the_end_wakes_all_that_get_and_stays(error):
+    stream, told = ValueStream(), []
+    expected = StreamClosedError if error is None else ZeroDivisionError
+    text = "has been closed, and all its values have been read" if error is None else "foo"
+
+    def get():
+        with pytest.raises(expected, match=text):
+            stream.get()
+        told.append("thread")
+
+    async def aget():
+        with pytest.raises(expected, match=text):
+            await stream.aget()
+        told.append("task")
+
+    with anyio.fail_after(PATIENCE):
+        async with alongside(get), anyio.create_task_group() as tg:
+            tg.start_soon(aget)
+            await eventually(lambda: waiting(stream) == (2, 0))
+            stream.close(error)
+    assert sorted(told) == ["task", "thread"]
+    await aget()
+    get()
+    assert stream.listening
+
+
+@on_every_loop
+async def test_stop_listening_wakes_all_that_get():
+    stream, told = ValueStream(), []
+
+    def get():
+        with pytest.raises(StreamClosedError, match="nothing listens"):
+            stream.get()
+        told.append("thread")
+
+    async def aget():
+        with pytest.raises(StreamClosedError, match="nothing listens"):
+            await stream.aget()
+        told.append("task")
+
+    with anyio.fail_after(PATIENCE):
+        async with alongside(get), anyio.create_task_group() as tg:
+            tg.start_soon(aget)
+            await eventually(lambda: waiting(stream) == (2, 0))
+            stream.stop_listening()
+    assert sorted(told) == ["task", "thread"]
+
+
+def test_a_get_that_times_out_leaves_no_waiter_and_loses_nothing():
+    stream = ValueStream()
+    for timeout in (0, -1, 0.01):
+        shown = f"had no value within {max(timeout, 0):g} s$"
+        with pytest.raises(TimeoutError, match=shown):
+            stream.get(timeout=timeout)
+        assert waiting(stream) == (0, 0)
+    stream.put(1)
+    assert stream.get(timeout=0) == 1
+    with pytest.raises(TypeError, match="positional"):
+        stream.get(5)
+    with pytest.raises(TypeError, match="number of seconds"):
+        stream.get(timeout="1")
+    with pytest.raises(ValueError, match="NaN"):
+        stream.get(timeout=float("nan"))
+
+
+def test_gets_that_time_out_beside_others_lose_nothing_and_leave_none_asleep():
+    stream, got, n = ValueStream(max_size=2), [], 400
+
+    def produce():
+        with stream:
+            for n_put in range(n):
+                stream.put(n_put, timeout=PATIENCE)
+
+    def get(timeout):
+        with contextlib.suppress(StreamClosedError):
+            while True:
+                with contextlib.suppress(TimeoutError):
+                    got.append(stream.get(timeout=timeout))
+
+    with running(produce, lambda: get(1e-5), lambda: get(1e-4), lambda: get(PATIENCE)):
+        pass
+    assert sorted(got) == [*range(n)]
+    assert waiting(stream) == (0, 0)
+
+
+@on_every_loop
+async def test_an_aget_that_is_cancelled_leaves_no_waiter_and_loses_nothing():
+    stream, got, n = ValueStream(max_size=2), [], 200
+
+    def produce():
+        with stream:
+            for n_put in range(n):
+                stream.put(n_put, timeout=PATIENCE)
+
+    async def get(scope):
+        with scope:
+            got.append(await stream.aget())
+
+    with anyio.fail_after(PATIENCE):
+        async with alongside(produce):
+            for turns in itertools.count():
+                async with anyio.create_task_group() as tg:
+                    scope = anyio.CancelScope()
+                    tg.start_soon(get, scope)
+                    for _ in range(turns % 3):
+                        await anyio.lowlevel.checkpoint()
+                    scope.cancel()
+                assert waiting(stream)[0] == 0
+                if len(got) == n:
+                    break
+                await eventually(lambda: len(stream) or stream.closed)
+    assert got == [*range(n)]
+
+
+@on_every_loop
+async def test_gets_and_loops_in_threads_and_tasks_share_the_values():
+    stream, got = ValueStream(max_size=3), []
+
+    def get():
+        with contextlib.suppress(StreamClosedError):
+            while True:
+                got.append(stream.get(timeout=PATIENCE))
+
+    async def aget():
+        with contextlib.suppress(StreamClosedError):
+            while True:
+                got.append(await stream.aget())
+                await anyio.lowlevel.checkpoint()
+
+    async def consume():
+        with stream.listen() as values:
+            async for value in values:
+                got.append(value)
+                await anyio.lowlevel.checkpoint()
+
+    def produce():
+        with stream:
+            for n in range(600):
+                stream.put(n, timeout=PATIENCE)
+
+    with anyio.fail_after(PATIENCE):
+        async with alongside(get, lambda: got.extend(stream), produce):
+            async with anyio.create_task_group() as tg:
+                tg.start_soon(aget)
+                tg.start_soon(consume)
+    assert sorted(got) == [*range(600)]
+    assert waiting(stream) == (0, 0)
+
+
+@on_every_loop
+async def test_a_get_from_an_empty_stream_on_a_loop_warns(nothing_blocks_a_loop):
+    nothing_blocks_a_loop.deactivate()
+    stream = ValueStream()
+    with pytest.raises(TimeoutError):
+        stream.get(timeout=0)
+    with pytest.warns(BlockingWaitWarning, match=r"aget\(\)") as caught:
+        with pytest.raises(TimeoutError):
+            stream.get(timeout=0.01)
+    assert caught[0].filename == __file__
+    stream.put(1)
+    assert stream.get() == 1
+
+
+@pytest.mark.parametrize("how", ["get", "aget"])
+def test_an_error_that_a_get_has_raised_is_not_complained_of(how, caplog):
+    stream = ValueStream()
+    stream.close(ValueError("foo"))
+    with pytest.raises(ValueError, match="foo"):
+        stream.get() if how == "get" else asyncio.run(stream.aget())
+    del stream
+    gc.collect()
+    assert not caplog.records
+
+
+def test_the_first_get_raises_the_error_itself_and_the_stream_keeps_no_frame(no_collector):
+    class Thing:
+        pass
+
+    def fail():
+        thing = Thing()
+        kept.append(weakref.ref(thing))
+        raise ValueError("foo")
+
+    def read(stream):
+        try:
+            stream.get()
+        except ValueError as caught:
+            return id(caught)
+
+    stream, kept = ValueStream(), []
+    try:
+        with stream:
+            fail()
+    except ValueError as error:
+        raised = id(error)
+    assert kept[0]() is not None  # until it is retrieved
+    assert read(stream) == raised
+    assert kept[0]() is None
+    assert read(stream) != raised
+
+
+@on_every_loop
+async def test_an_error_that_a_get_raises_stays_the_same_for_those_that_listen():
+    stream, error = ValueStream(), ValueError("foo")
+    with stream.listen() as values:
+        stream.close(error)
+        for read in (stream.aget, stream.aget, lambda: anext(values)):
+            with pytest.raises(ValueError, match="foo") as caught:
+                await read()
+            assert caught.value is error
+
+
 # -------------------------------------------------------------------------- a model
 
 
@@ -581,7 +929,11 @@ class StreamAgainstAModel(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.streams = [ValueStream(max_size=size) for size in (None, 1, 3)]
-        self.listeners = [iter(stream) for stream in self.streams]
+        self.blocks = [contextlib.ExitStack() for _ in self.streams]
+        self.listeners = [
+            block.enter_context(stream.listen()) for block, stream in zip(self.blocks, self.streams)
+        ]
+        self.loop = asyncio.new_event_loop()
         self.models = [deque() for _ in self.streams]
         self.limits = [10**9, 1, 3]
         self.ends = [None, None, None]
@@ -590,23 +942,26 @@ class StreamAgainstAModel(RuleBasedStateMachine):
 
     which = st.integers(0, 2)
 
+    def teardown(self):
+        self.loop.close()
+
     def refuses(self, n):
         return self.ends[n] is not None or self.left[n]
 
     @rule(n=which)
-    def try_push(self, n):
+    def try_put(self, n):
         self.count += 1
         if self.refuses(n):
             with pytest.raises(StreamClosedError):
-                self.streams[n].try_push(self.count)
+                self.streams[n].try_put(self.count)
             return
         has_room = len(self.models[n]) < self.limits[n]
-        assert self.streams[n].try_push(self.count) == has_room
+        assert self.streams[n].try_put(self.count) == has_room
         if has_room:
             self.models[n].append(self.count)
 
     @rule(n=which, number=st.integers(0, 4))
-    def push_many(self, n, number):
+    def put_many(self, n, number):
         values = [*range(self.count, self.count + number)]
         self.count += number
         room = self.limits[n] - len(self.models[n])
@@ -618,7 +973,7 @@ class StreamAgainstAModel(RuleBasedStateMachine):
         else:
             expected = contextlib.nullcontext()
         with expected:
-            self.streams[n].push_many(values, timeout=0)
+            self.streams[n].put_many(values, timeout=0)
         if not self.refuses(n):
             self.models[n].extend(values[:room])
 
@@ -644,12 +999,55 @@ class StreamAgainstAModel(RuleBasedStateMachine):
                 next(self.listeners[n])
 
     @rule(n=which)
+    def get(self, n):
+        self.check_get(n, lambda: self.streams[n].get(timeout=0))
+
+    @rule(n=which)
+    def aget(self, n):
+        async def main():
+            with anyio.fail_after(0):
+                return await self.streams[n].aget()
+
+        self.check_get(n, lambda: self.loop.run_until_complete(main()))
+
+    def check_get(self, n, get):
+        if self.models[n]:
+            assert get() == self.models[n].popleft()
+            return
+        if self.refuses(n):
+            error = None if self.left[n] else self.ends[n][0]
+            expected = StreamClosedError if error is None else type(error)
+        else:
+            expected = TimeoutError
+        with pytest.raises(expected):
+            get()
+
+    @rule(n=which)
     def another_listener(self, n):
         if self.left[n]:
             with pytest.raises(StreamClosedError):
-                iter(self.streams[n])
+                self.streams[n].listen()
+        else:  # before the other leaves
+            with self.blocks[n]:
+                self.blocks[n] = contextlib.ExitStack()
+                self.listeners[n] = self.blocks[n].enter_context(self.streams[n].listen())
+
+    @rule(n=which)
+    def leave(self, n):
+        left, self.listeners[n] = self.listeners[n], iter(())
+        self.blocks[n].close()
+        assert list(left) == []
+        if self.ends[n] is None or self.models[n]:
+            self.left[n] = True
+            self.models[n].clear()
+        if self.left[n]:
+            self.listeners[n] = left
         else:
-            self.listeners[n] = iter(self.streams[n])
+            self.listeners[n] = self.blocks[n].enter_context(self.streams[n].listen())
+
+    def teardown(self):
+        for stream in self.streams:
+            stream.stop_listening()  # or an error that has not been read would be logged
 
     @invariant()
     def every_stream_is_as_the_model(self):
@@ -685,46 +1083,58 @@ class Waiter:
 
 
 @errors
-@pytest.mark.parametrize("many", [False, True], ids=["push", "push_many"])
+@pytest.mark.parametrize("many", [False, True], ids=["put", "put_many"])
 @pytest.mark.parametrize("max_size", [None, 5])
-def test_whatever_strikes_a_push_it_is_done_or_not_and_all_are_told(max_size, many, error, at):
-    pushed = not_pushed = 0
+def test_whatever_strikes_a_put_it_is_done_or_not_and_all_are_told(max_size, many, error, at):
+    done = not_done = 0
     for strike in strikes(*MODULES, error=error, at=at):
         stream, reader = ValueStream(max_size=max_size), Waiter()
-        stream.push("before")
+        stream.put("before")
         stream._state.readers.waiting[reader] = reader
         with strike:
-            stream.push_many(["a", "b"]) if many else stream.push("a")
+            stream.put_many(["a", "b"]) if many else stream.put("a")
         if len(stream) > 1:
-            pushed += 1
+            done += 1
             until(lambda: reader.woken)
         else:
-            not_pushed += 1
+            not_done += 1
             assert strike.raised
         got = [next(iterator) for iterator in [iter(stream)] for _ in range(len(stream))]
         assert got in (["before"], ["before", "a"], ["before", "a", "b"])
         if max_size is not None:
             assert len(stream._state.room) == max_size
-    assert pushed
-    assert not_pushed
+    assert done
+    assert not_done
+
+
+READS = {
+    "next": lambda stream, values, got: got.append(next(values)),
+    "anext": lambda stream, values, got: got.append(at_once(values.__anext__())),
+    "get": lambda stream, values, got: got.append(stream.get(timeout=0)),
+    "aget": lambda stream, values, got: got.append(at_once(stream.aget())),
+}
+
+
+def at_once(coroutine):
+    """Returns what a coroutine returns that need not wait."""
+    try:
+        coroutine.send(None)
+    except StopIteration as stop:
+        return stop.value
+    finally:
+        coroutine.close()
 
 
 @errors
-@pytest.mark.parametrize("how", ["thread", "task"])
-def test_whatever_strikes_a_read_no_value_is_lost_and_those_who_push_are_told(how, error, at):
+@pytest.mark.parametrize("read", READS.values(), ids=READS)
+def test_whatever_strikes_a_read_no_value_is_lost_and_those_who_put_are_told(read, error, at):
     for strike in strikes(*MODULES, error=error, at=at):
         stream, writer, got = ValueStream(max_size=2), Waiter(), []
-        stream.push_many(["a", "b"])
+        stream.put_many(["a", "b"])
         values = iter(stream)
         stream._state.writers.waiting[writer] = writer
         with strike:
-            if how == "thread":
-                got.append(next(values))
-            else:
-                try:
-                    values.__anext__().send(None)
-                except StopIteration as stop:
-                    got.append(stop.value)
+            read(stream, values, got)
         assert len(got) + len(stream) == 2
         if got:
             assert writer.woken
@@ -733,15 +1143,16 @@ def test_whatever_strikes_a_read_no_value_is_lost_and_those_who_push_are_told(ho
         assert len(stream._state.room) == 2
 
 
-def test_whatever_strikes_a_task_that_waits_the_stream_works_afterwards():
-    async def read(values):
-        return await anext(values)
+@pytest.mark.parametrize("how", ["anext", "aget"])
+def test_whatever_strikes_a_task_that_waits_the_stream_works_afterwards(how):
+    async def read(stream, values):
+        return await (anext(values) if how == "anext" else stream.aget())
 
     for strike in strikes(*MODULES):
         stream, loop = ValueStream(), asyncio.new_event_loop()
         values = aiter(stream)
-        task = loop.create_task(read(values))
-        with running(lambda: stream.push("a")):
+        task = loop.create_task(read(stream, values))
+        with running(lambda: stream.put("a")):
             with strike:
                 loop.run_until_complete(task)
             if not task.done():
@@ -756,17 +1167,23 @@ def test_whatever_strikes_a_task_that_waits_the_stream_works_afterwards():
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @errors
-@pytest.mark.parametrize("end", ["close", "stop_listening", "drop"])
+@pytest.mark.parametrize("end", ["close", "stop_listening", "drop", "block"])
 def test_whatever_strikes_an_end_all_are_told_or_it_can_be_repeated(end, error, at):
     ended = 0
     for strike in strikes(*MODULES, error=error, at=at):
         stream, reader, writer = ValueStream(max_size=1), Waiter(), Waiter()
-        stream.push(1)
+        stream.put(1)
         listeners = [iter(stream)]
         stream._state.readers.waiting[reader] = reader
         stream._state.writers.waiting[writer] = writer
         with strike:
-            listeners.clear() if end == "drop" else getattr(stream, end)()
+            if end == "drop":
+                listeners.clear()
+            elif end == "block":
+                with listeners[0]:
+                    pass
+            else:
+                getattr(stream, end)()
         if not stream._state.end:
             continue  # untouched
         ended += 1
@@ -777,8 +1194,8 @@ def test_whatever_strikes_an_end_all_are_told_or_it_can_be_repeated(end, error, 
 # What happens in between two steps may be done by another thread, a signal handler or a finaliser.
 
 
-@pytest.mark.parametrize("second", ["push", "push_many", "read", "close", "stop_listening"])
-@pytest.mark.parametrize("first", ["push", "push_many", "read"])
+@pytest.mark.parametrize("second", ["put", "put_many", "read", "get", "close", "stop_listening"])
+@pytest.mark.parametrize("first", ["put", "put_many", "read", "get"])
 @pytest.mark.parametrize("max_size", [None, 4])
 def test_whatever_is_done_between_any_two_steps_each_value_is_read_once_or_refused(
     max_size, first, second
@@ -786,18 +1203,20 @@ def test_whatever_is_done_between_any_two_steps_each_value_is_read_once_or_refus
     for strike in strikes(*MODULES, do=lambda: act(second, "d")):
         stream, accepted, got = ValueStream(max_size=max_size), ["a", "b"], []
         values = iter(stream)
-        stream.push_many(["a", "b"])
+        stream.put_many(["a", "b"])
 
         def act(kind, value, stream=stream, accepted=accepted, got=got, values=values):
             with contextlib.suppress(StreamClosedError, StopIteration):
-                if kind == "push":
-                    stream.push(value)
+                if kind == "put":
+                    stream.put(value)
                     accepted.append(value)
-                elif kind == "push_many":
-                    stream.push_many([value])
+                elif kind == "put_many":
+                    stream.put_many([value])
                     accepted.append(value)
                 elif kind == "read":
                     got.append(next(values))
+                elif kind == "get":
+                    got.append(stream.get(timeout=PATIENCE))
                 else:
                     getattr(stream, kind)()
 
@@ -829,34 +1248,34 @@ class Racing(OrderedDict):
 @pytest.mark.parametrize("end", ["close", "stop_listening"])
 @pytest.mark.parametrize("max_size", [None, 4])
 def test_a_value_that_comes_too_late_is_refused(max_size, end):
-    for push in (ValueStream.push, lambda stream, value: stream.push_many([value])):
+    for put in (ValueStream.put, lambda stream, value: stream.put_many([value])):
         stream, got = ValueStream(max_size=max_size), []
         stream._state.values = Racing(stream, end, got)
         with pytest.raises(StreamClosedError):
-            push(stream, 1)
+            put(stream, 1)
         assert (got, len(stream)) == ([], 0)
         assert max_size is None or len(stream._state.room) == max_size
 
 
-def test_a_finaliser_may_push_and_close():
+def test_a_finaliser_may_put_and_close():
     stream = ValueStream()
 
     class Dropped:
         def __del__(self):
             with contextlib.suppress(StreamClosedError):
-                stream.push("last words")
+                stream.put("last words")
             stream.close()
 
-    stream.push(Dropped())
+    stream.put(Dropped())
     assert [kind.__name__ for kind in map(type, stream)] == ["Dropped", "str"]
     stream = ValueStream()
-    stream.push(Dropped())
+    stream.put(Dropped())
     stream.stop_listening()
     assert stream.closed
     assert not stream.listening
 
 
-def test_ctrl_c_interrupts_a_push_that_blocks_and_a_read(ctrl_c):
+def test_ctrl_c_interrupts_a_put_that_blocks_and_a_read(ctrl_c):
     stream = ValueStream(max_size=1)
 
     def interrupt(whose):
@@ -865,9 +1284,11 @@ def test_ctrl_c_interrupts_a_push_that_blocks_and_a_read(ctrl_c):
 
     with running(lambda: interrupt((1, 0))), pytest.raises(KeyboardInterrupt):
         next(iter(values := iter(stream)))
-    stream.push(1)
+    with running(lambda: interrupt((1, 0))), pytest.raises(KeyboardInterrupt):
+        stream.get(timeout=PATIENCE)
+    stream.put(1)
     with running(lambda: interrupt((0, 1))), pytest.raises(KeyboardInterrupt):
-        stream.push(2)
+        stream.put(2)
     assert next(values) == 1
     assert waiting(stream) == (0, 0)
 
@@ -899,7 +1320,7 @@ def test_values_that_pass_through_keep_memory_flat():
 
     def rounds(n):
         for _ in range(n):
-            stream.push_many(range(1000, 1010))
+            stream.put_many(range(1000, 1010))
             for _ in range(10):
                 next(values)
 
@@ -931,7 +1352,7 @@ def test_a_value_that_was_read_is_not_kept(no_collector):
         pass
 
     stream = ValueStream()
-    stream.push(Thing())
+    stream.put(Thing())
     values = iter(stream)
     thing = next(values)
     ref = weakref.ref(thing)
@@ -944,20 +1365,22 @@ def test_a_value_that_was_read_is_not_kept(no_collector):
 
 @on_every_loop
 @pytest.mark.device
-async def test_a_task_gets_a_value_when_its_kernels_are_done(accelerator, producer):
+@pytest.mark.parametrize("how", ["anext", "aget"])
+async def test_a_task_gets_a_value_when_its_kernels_are_done(accelerator, producer, how):
     stream = ValueStream()
-    reader = Reader(anext(values := aiter(stream)))
+    values = aiter(stream)
+    reader = Reader(anext(values) if how == "anext" else stream.aget())
     async with anyio.create_task_group() as tg:
         tg.start_soon(reader)
         await anyio.wait_all_tasks_blocked()
         with producer:
-            stream.push(being_filled(accelerator, FIRST))
-        stream.push("behind it")
+            stream.put(being_filled(accelerator, FIRST))
+        stream.put("behind it")
         await polled()
         assert reader.outcome is None
         accelerator.wake()
     assert reader.outcome.tolist() == NEW
-    assert await anext(values) == "behind it"
+    assert await stream.aget() == "behind it"
 
 
 @on_every_loop
@@ -966,24 +1389,27 @@ async def test_a_read_that_is_cancelled_while_kernels_run_leaves_the_value(accel
     stream = ValueStream(max_size=1)
     values = aiter(stream)
     with producer:
-        stream.push(being_filled(accelerator, FIRST))
-    with anyio.move_on_after(0.01) as scope:
-        await anext(values)
-    assert scope.cancelled_caught
-    assert len(stream) == 1
+        stream.put(being_filled(accelerator, FIRST))
+    for read in (values.__anext__, stream.aget):
+        with anyio.move_on_after(0.01) as scope:
+            await read()
+        assert scope.cancelled_caught
+        assert len(stream) == 1
     accelerator.wake()
-    assert (await anext(values)).tolist() == NEW
+    assert (await stream.aget()).tolist() == NEW
 
 
 @pytest.mark.device
+@pytest.mark.parametrize("how", ["next", "get"])
 def test_a_thread_gets_a_value_with_its_streams_ordered_after_the_kernels(
-    accelerator, producer, consumer
+    accelerator, producer, consumer, how
 ):
     stream = ValueStream()
     with producer:
-        stream.push_many([{"row": being_filled(accelerator, FIRST)}])
+        stream.put_many([{"row": being_filled(accelerator, FIRST)}])
     with consumer:
-        host = read_on_current_stream(next(iter(stream))["row"])
+        value = next(iter(stream)) if how == "next" else stream.get()
+        host = read_on_current_stream(value["row"])
     accelerator.wake()
     consumer.synchronize()
     assert host.tolist() == NEW
@@ -992,14 +1418,15 @@ def test_a_thread_gets_a_value_with_its_streams_ordered_after_the_kernels(
 @on_every_loop
 @simulated_only
 @pytest.mark.device
-async def test_a_value_whose_kernel_failed_is_an_error_in_its_turn(accelerator, producer):
+@pytest.mark.parametrize("how", ["anext", "aget"])
+async def test_a_value_whose_kernel_failed_is_an_error_in_its_turn(accelerator, producer, how):
     stream = ValueStream(max_size=5)
     values = aiter(stream)
     with producer:
-        stream.push(being_filled(accelerator, FIRST))
+        stream.put(being_filled(accelerator, FIRST))
         accelerator.fail("the kernel failed")
-        stream.push(being_filled(accelerator, FIRST))
-    stream.push("behind")
+        stream.put(being_filled(accelerator, FIRST))
+    stream.put("behind")
     reader = Reader(anext(values))
     async with anyio.create_task_group() as tg:
         tg.start_soon(reader)
@@ -1007,7 +1434,7 @@ async def test_a_value_whose_kernel_failed_is_an_error_in_its_turn(accelerator, 
         accelerator.wake()
     assert reader.outcome.tolist() == NEW
     with pytest.raises(RuntimeError, match="the kernel failed"):
-        await anext(values)
+        await (anext(values) if how == "anext" else stream.aget())
     assert await anext(values) == "behind"
     assert len(stream._state.room) == 5
 
@@ -1017,7 +1444,7 @@ async def test_a_value_whose_kernel_failed_is_an_error_in_its_turn(accelerator, 
 
 def test_a_stream_goes_along_with_futures():
     stream, fut = ValueStream(), Future()
-    fut.add_done_callback(lambda fut: stream.push(fut.value()))
+    fut.add_done_callback(lambda fut: stream.put(fut.value()))
     values = iter(stream)
     fut.set_result(5)
     assert next(values) == 5
@@ -1025,7 +1452,7 @@ def test_a_stream_goes_along_with_futures():
 
 def test_rows_of_a_tensor_are_values():
     stream = ValueStream()
-    stream.push_many(torch.eye(2))
+    stream.put_many(torch.eye(2))
     stream.close()
     assert [row.tolist() for row in stream] == [[1, 0], [0, 1]]
 
@@ -1035,7 +1462,7 @@ def test_what_is_put_off_is_run_before_a_thread_blocks():
     fut = last
     for _ in range(100):
         fut = fut.then(lambda parent: parent.value())
-    fut.add_done_callback(lambda fut: stream.push(fut.value()))
+    fut.add_done_callback(lambda fut: stream.put(fut.value()))
     got = []
 
     def read(_):
@@ -1057,14 +1484,14 @@ def test_what_is_put_off_is_run_before_a_thread_blocks():
 def test_a_stream_refuses_to_be_copied_or_pickled_and_goes_on(copied):
     stream = ValueStream(max_size=3)
     values = iter(stream)
-    stream.push(1)
+    stream.put(1)
     with pytest.raises(TypeError, match=r"belongs to this process.*multiprocessing\.Queue"):
         copied(stream)
-    with pytest.raises(TypeError, match=r"belongs to this process.*aiter\(stream\)"):
+    with pytest.raises(TypeError, match=r"belongs to this process.*stream\.listen\(\)"):
         copied(values)
     gc.collect()
     assert stream.listening
-    stream.push(2)
+    stream.put(2)
     assert [next(values), next(values)] == [1, 2]
 
 
@@ -1083,11 +1510,11 @@ def test_a_stream_is_not_handed_to_another_process():
     process = multiprocessing.get_context("spawn").Process(target=print, args=(stream,))
     with pytest.raises(TypeError, match="belongs to this process"):
         process.start()
-    stream.push(1)
+    stream.put(1)
     assert next(iter(stream)) == 1
 
 
-# ----------------------------------------------------------------------- what push_many takes
+# ----------------------------------------------------------------------- what put_many takes
 
 
 @pytest.mark.parametrize(
@@ -1095,20 +1522,20 @@ def test_a_stream_is_not_handed_to_another_process():
     [{"a": 1}, {1, 2}, "ab", b"ab", iter([1]), (n for n in [1]), {"a": 1}.values(), 5, None],
     ids=lambda values: type(values).__name__,
 )
-def test_push_many_refuses_what_is_no_sequence_and_pushes_nothing(values):
+def test_put_many_refuses_what_is_no_sequence_and_puts_nothing(values):
     stream = ValueStream()
-    with pytest.raises(TypeError, match=r"push_many\(\) takes a list, not"):
-        stream.push_many(values)
+    with pytest.raises(TypeError, match=r"put_many\(\) takes a list, not"):
+        stream.put_many(values)
     with pytest.raises(TypeError, match="no dimensions"):
-        stream.push_many(torch.tensor(1))
+        stream.put_many(torch.tensor(1))
     assert len(stream) == 0
-    stream.push_many(())
-    stream.push_many(deque([1, 2]))
+    stream.put_many(())
+    stream.put_many(deque([1, 2]))
     assert len(stream) == 2
 
 
 def test_rows_of_a_tensor_share_its_storage():
     stream, tensor = ValueStream(), torch.zeros(2, 3)
-    stream.push_many(tensor)
+    stream.put_many(tensor)
     tensor.fill_(1)
     assert next(iter(stream)).tolist() == [1, 1, 1]

@@ -148,7 +148,7 @@ def test_rows_of_a_batch_share_one_event(accelerator, producer, devices, monkeyp
         rows = [being_filled(accelerator) for _ in range(5)]
         set_results(futures, rows)
         assert recorded == [producer]
-        stream.push_many(rows)
+        stream.put_many(rows)
     assert recorded == [producer, producer]
     together = gather(futures)
     assert not producer.query()

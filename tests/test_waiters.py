@@ -26,7 +26,7 @@ MODULES = (_stream, _stream_state, _waiters)
 
 def full(*values):
     stream = ValueStream(max_size=len(values))
-    stream.push_many(values)
+    stream.put_many(values)
     return stream
 
 
@@ -62,17 +62,17 @@ def wakes(monkeypatch):
 
 
 @on_every_loop
-async def test_many_senders_are_woken_once_each_in_order(wakes):
+async def test_many_writers_are_woken_once_each_in_order(wakes):
     stream, n = full("first"), 300
     values, counts = aiter(stream), wakes()
     async with anyio.create_task_group() as tg:
         for number in range(n):
-            tg.start_soon(stream.send, number)
+            tg.start_soon(stream.aput, number)
             await anyio.lowlevel.checkpoint()
         await anyio.wait_all_tasks_blocked()
         assert len(stream._state.writers.waiting) == n
         assert [await anext(values) for _ in range(n + 1)] == ["first", *range(n)]
-    assert counts["task"] == 2 * n  # each sender, and the reader for each
+    assert counts["task"] == 2 * n  # each writer, and the reader for each
     assert nothing_left(stream)
 
 
@@ -90,7 +90,7 @@ async def test_many_readers_are_woken_once_each_in_order(wakes):
             await anyio.lowlevel.checkpoint()
         await anyio.wait_all_tasks_blocked()
         for value in range(n):
-            stream.push(value)
+            stream.put(value)
             await anyio.lowlevel.checkpoint()
     assert sorted(value for _, value in got) == [*range(n)]
     assert [number for number, _ in got] == [*range(n)]
@@ -102,7 +102,7 @@ async def test_many_readers_are_woken_once_each_in_order(wakes):
 async def test_many_threads_are_woken_once_each(wakes):
     stream, n = full("first"), 20
     values, counts = aiter(stream), wakes()
-    async with alongside(*[lambda k=k: stream.push(k, timeout=PATIENCE) for k in range(n)]):
+    async with alongside(*[lambda k=k: stream.put(k, timeout=PATIENCE) for k in range(n)]):
         await eventually(lambda: len(stream._state.writers.waiting) == n)
         counts.clear()
         got = []
@@ -126,11 +126,11 @@ async def test_many_values_at_once_wake_as_many_readers(wakes):
         for _ in range(10):
             tg.start_soon(read)
         await anyio.wait_all_tasks_blocked()
-        stream.push_many([0, 1, 2, 3])
+        stream.put_many([0, 1, 2, 3])
         await anyio.wait_all_tasks_blocked()
         assert counts["task"] == 4
         assert len(stream._state.readers.waiting) == 6
-        stream.push_many([*range(4, 10)])
+        stream.put_many([*range(4, 10)])
     assert sorted(got) == [*range(10)]
 
 
@@ -153,10 +153,10 @@ async def test_one_of_each_kind_is_woken(wakes):
             ["task"] * 3 + ["thread"] * 3
         )
         counts.clear()
-        stream.push(0)
+        stream.put(0)
         await eventually(lambda: got == [0] and len(stream._state.readers.waiting) == 5)
         assert counts == {"task": 1, "thread": 1}
-        stream.push_many([1, 2, 3, 4, 5])
+        stream.put_many([1, 2, 3, 4, 5])
     assert sorted(got) == [*range(6)]
     assert nothing_left(stream)
 
@@ -179,7 +179,7 @@ async def test_a_reader_cancelled_when_woken_hands_the_value_on():
             for scope in scopes:
                 tg.start_soon(read, scope)
             await anyio.wait_all_tasks_blocked()
-            stream.push(1)
+            stream.put(1)
             scopes[0].cancel()
             await eventually(lambda: got == [1])
             tg.cancel_scope.cancel()
@@ -187,13 +187,13 @@ async def test_a_reader_cancelled_when_woken_hands_the_value_on():
 
 
 @on_every_loop
-async def test_a_sender_cancelled_when_woken_hands_the_room_on():
+async def test_a_writer_cancelled_when_woken_hands_the_room_on():
     stream, sent = full("first"), []
     values = aiter(stream)
 
     async def send(scope, value):
         with scope:
-            await stream.send(value)
+            await stream.aput(value)
             sent.append(value)
 
     with anyio.fail_after(PATIENCE):
@@ -215,28 +215,28 @@ class Pair:
 
     def __init__(self, kind, number=2):
         self.loop = asyncio.new_event_loop()
-        self.reads = kind == "readers"
+        self.gets, self.reads = kind == "getters", kind != "writers"
         self.stream = ValueStream() if self.reads else full("first")
         self.values, self.served, self.tasks = aiter(self.stream), [], []
         for _ in range(number):
             self.add()
         self.turn()
-        waiters = getattr(self.stream._state, kind)
+        waiters = self.stream._state.readers if self.reads else self.stream._state.writers
         assert len(waiters.waiting) == number
 
     def add(self):
         self.tasks.append(self.loop.create_task(self.read() if self.reads else self.send()))
 
     async def read(self):
-        self.served.append(await anext(self.values))
+        self.served.append(await (self.stream.aget() if self.gets else anext(self.values)))
 
     async def send(self):
-        await self.stream.send(1)
+        await self.stream.aput(1)
         self.served.append(1)
 
     def event(self):
         if self.reads:
-            self.stream.push(1)
+            self.stream.put(1)
         else:
             next(self.values)
 
@@ -257,7 +257,7 @@ class Pair:
         self.loop.close()
 
 
-pairs = pytest.mark.parametrize("kind", ["readers", "writers"])
+pairs = pytest.mark.parametrize("kind", ["readers", "getters", "writers"])
 
 
 @pairs
@@ -322,7 +322,7 @@ def test_an_event_at_any_step_of_joining_is_not_missed(kind):
         assert pair.served == [1]
         if kind == "writers":
             assert next(pair.values) == 1
-            pair.stream.push("full again")
+            pair.stream.put("full again")
         with strike:
             pair.add()
             pair.turn()
@@ -333,30 +333,44 @@ def test_an_event_at_any_step_of_joining_is_not_missed(kind):
         pair.close()
 
 
-def test_an_event_at_any_step_of_a_thread_that_joins_is_not_missed():
-    for strike in strikes(*MODULES, thread="struck", do=lambda: stream.push(1)):
+def read_by_next(stream):
+    values = iter(stream)
+    return lambda: next(values)
+
+
+def read_by_get(stream):
+    return lambda: stream.get(timeout=PATIENCE)
+
+
+threads_read = pytest.mark.parametrize("how", [read_by_next, read_by_get])
+
+
+@threads_read
+def test_an_event_at_any_step_of_a_thread_that_joins_is_not_missed(how):
+    for strike in strikes(*MODULES, thread="struck", do=lambda: stream.put(1)):
         stream, got = ValueStream(), []
-        values = iter(stream)
+        read = how(stream)
         thread = threading.Thread(
-            target=lambda values=values, got=got: got.append(next(values)), name="struck"
+            target=lambda read=read, got=got: got.append(read()), name="struck"
         )
         with strike:
             thread.start()
             until(lambda: stream._state.readers.waiting or got)
             if strike.where is None:
-                stream.push(1)
+                stream.put(1)
             thread.join(PATIENCE)
         assert got[:1] == [1], strike
 
 
-def test_a_thread_interrupted_at_any_step_leaves_no_other_asleep():
+@threads_read
+def test_a_thread_interrupted_at_any_step_leaves_no_other_asleep(how):
     for strike in strikes(*MODULES, thread="struck"):
         stream, got = ValueStream(), []
-        values = iter(stream)
+        read_one = how(stream)
 
-        def read(values=values, got=got):
+        def read(read_one=read_one, got=got):
             try:
-                got.append(next(values))
+                got.append(read_one())
             except KeyboardInterrupt:
                 got.append(None)
 
@@ -367,9 +381,9 @@ def test_a_thread_interrupted_at_any_step_leaves_no_other_asleep():
             until(lambda: stream._state.readers.waiting or got)
             other.start()
             until(lambda: len(stream._state.readers.waiting) + len(got) == 2)
-            stream.push(1)
+            stream.put(1)
             until(lambda: 1 in got)
-            stream.push(2)
+            stream.put(2)
             struck.join(PATIENCE)
             other.join(PATIENCE)
         assert not struck.is_alive()
@@ -429,14 +443,14 @@ def test_a_loop_that_stands_still_takes_no_value_from_others(closes):
     if closes == "before":
         still.close()
     for n in range(3):
-        stream.push(n)
+        stream.put(n)
         if closes == "after":
             still.close()
         running_loop.run_until_complete(others[n])
     assert got == [0, 1, 2]
     running_loop.close()
     if closes == "never":
-        stream.push_many([3, 4, 5])
+        stream.put_many([3, 4, 5])
         still.run_until_complete(asyncio.gather(*tasks))
         still.close()
         assert nothing_left(stream)
@@ -450,8 +464,8 @@ def test_a_loop_that_has_closed_is_not_kept(no_collector):
         loop.close()
         seen.append(weakref.ref(loop))
         del loop, tasks
-    stream.push(1)
-    stream.push(2)
+    stream.put(1)
+    stream.put(2)
     assert nothing_left(stream)
     gc.collect()
     assert [ref() for ref in seen] == [None] * 3
@@ -464,7 +478,7 @@ def test_a_stream_of_many_loops_keeps_none_of_them():
     async def main():
         tasks = [asyncio.ensure_future(read_one(listener, got)) for _ in range(3)]
         await asyncio.sleep(0)
-        stream.push_many([1, 2])
+        stream.put_many([1, 2])
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         tasks[2].cancel()
         await asyncio.wait(tasks)
@@ -514,7 +528,7 @@ def test_a_signal_handler_that_blocks_is_woken_before_what_it_interrupts():
     def handler(*_):
         if not begun:
             begun.append(True)
-            stream.push("handler", timeout=PATIENCE)
+            stream.put("handler", timeout=PATIENCE)
             handled.append(True)
 
     def interrupt():  # again, if it came when the thread was just about to sleep
@@ -535,7 +549,7 @@ def test_a_signal_handler_that_blocks_is_woken_before_what_it_interrupts():
     before = signal.signal(signal.SIGUSR1, handler)
     try:
         with running(read):
-            stream.push("main", timeout=PATIENCE)
+            stream.put("main", timeout=PATIENCE)
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert nothing_left(stream)

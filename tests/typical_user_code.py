@@ -25,6 +25,7 @@ from torchfut_aio import (
     CancelledError,
     Future,
     PollPolicy,
+    ValueStream,
     as_completed,
     as_future,
     collect_all,
@@ -205,6 +206,38 @@ async def groups(nursery: trio.Nursery, group: anyio.abc.TaskGroup) -> None:
 
 def from_thread(portal: anyio.from_thread.BlockingPortal) -> int:
     return start_soon(portal, double, 5).wait()
+
+
+# ------------------------------------------------------------------------------- streams
+
+
+def produce(stream: ValueStream[int]) -> None:
+    with stream:
+        stream.put(1)
+        stream.put_many([1, 2], timeout=5)
+        stream.put("1")  # type: ignore[arg-type]
+        stream.put(1, 5)  # type: ignore[call-arg]
+        assert_type(stream.try_put(1), bool)
+
+
+def consume(stream: ValueStream[int]) -> None:
+    assert_type(stream.get(timeout=5), int)
+    with stream.listen() as values:
+        for value in values:
+            assert_type(value, int)
+        assert_type(next(values), int)
+    for value in stream:
+        assert_type(value, int)
+
+
+async def pass_on(stream: ValueStream[int], other: ValueStream[str]) -> None:
+    with other, stream.listen() as values:
+        async for value in values:
+            assert_type(value, int)
+            await other.aput(str(value))
+    assert_type(await stream.aget(), int)
+    async with stream:  # type: ignore[attr-defined]
+        pass
 
 
 # -------------------------------------------------------------------------- accelerators

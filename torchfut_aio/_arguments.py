@@ -128,7 +128,7 @@ def listed(values: Any, what: str) -> list[Any]:
 
     Args:
         values: What the user passed or returned.
-        what: What takes the values, for the error: "push_many() takes ...".
+        what: What takes the values, for the error: "put_many() takes ...".
 
     Raises:
         TypeError: ``values`` is anything else, such as a mapping, a text, or an iterator.

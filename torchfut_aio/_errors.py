@@ -102,7 +102,7 @@ class NotAFutureError(TypeError, RuntimeError):
 
 
 class StreamClosedError(RuntimeError):
-    """A `ValueStream` takes no more values: it was closed, or nobody listens any more.
+    """A `ValueStream` takes no more values: it was closed, or nothing listens to it any more.
 
     Or it was to be read, and those who listened have left.
     """

@@ -1,9 +1,8 @@
-"""A stream of values from threads to tasks: its public methods. Its state is `_stream_state`."""
+"""A stream of values between threads and tasks: its methods. Its state is in `_stream_state`."""
 
 from __future__ import annotations
 
 import operator
-import time
 import types
 from collections import deque
 from collections.abc import AsyncIterator, Generator, Iterator, Sequence
@@ -17,46 +16,49 @@ from ._arguments import exception_checked, listed, timeout_checked
 from ._devices import Moment
 from ._process_local import ProcessLocal
 from ._stream_state import ROOM, StreamState
-from ._waiters import first
+from ._waiters import first, give_up_after
 
 T = TypeVar("T")
 
 
 class ValueStream(ProcessLocal, Generic[T]):
-    """A stream of values, as the tokens that a thread generates for a task.
+    """A stream of values, such as the tokens that a thread generates for a task.
 
-    Producers, in any threads or tasks, push values and close the stream, with an error or
-    without. The producer's ``with stream:`` closes it when its block ends, with the error that
-    the block raised, if any. Consumers read with ``async for`` on asyncio, uvloop or trio, or
-    with ``for`` in a thread. The consumer's ``async with stream:`` stops reading when its block
-    ends. Each value goes to one of them, in the order in which values were
-    pushed. When all values have been read that were pushed before the end, the consumers'
-    loops end, or raise the error. (It has nothing to do with ``torch.Stream``.)
+    Producers put values into it, and consumers read them: any number of either, in threads and
+    in tasks on asyncio, uvloop or trio. Each value goes to one consumer, in the order in which
+    values were put. (It has nothing to do with ``torch.Stream``.)
+
+    The producer writes ``with stream:``. The end of the block closes the stream, with the error
+    that the block raised, if any. The consumer writes ``with stream.listen() as values:`` and
+    iterates over ``values``, with ``for`` in a thread and ``async for`` in a task. Neither block
+    ever waits, so tasks write ``with``, too. A consumer may also iterate over the stream itself,
+    or read one value with `get` or `aget`. When a stream was closed, consumers get the values
+    that were put before. Then their loops end and `get` raises `StreamClosedError`, or both
+    raise the error with which it was closed.
 
     A value may hold tensors on an accelerator that kernels still fill, if the streams on
-    which these were enqueued are the current ones when it is pushed. A task gets it when
+    which these were enqueued are the current ones when it is put. A task gets it when
     they are done, a thread with its current streams ordered after them. Values behind it
     wait until then.
 
-    Nobody listens any more when the last iterator has gone that ``for`` or ``async for``
-    had of the stream, as when the loop was left by ``break``, or the task was cancelled;
-    or when the consumer has called `aclose` or `stop_listening`, or left
-    ``async with stream:``. Then pushing raises `StreamClosedError`, `listening` is False,
-    and values that nobody has read are dropped. To read on after a ``break``, keep the
-    iterator: ``values = aiter(stream)``.
+    Each iterator listens to the stream until its `listen` block ends, or it is dropped, as when
+    a loop over the stream is left by ``break``, or its task is cancelled. When the last iterator
+    has left before it came to the end, or `stop_listening` was called, nothing listens any more:
+    values that were not read are dropped, `listening` is False, and `put` and `get` raise
+    `StreamClosedError`. To read on after a ``break``, stay in the `listen` block. `get` does not
+    listen: it ends nothing for others.
 
     All methods may be called from any thread, also in signal handlers and finalisers. A
-    cancelled or interrupted read loses no value. A push that is interrupted by Ctrl-C may
-    have pushed or not. A task that finds a value there goes on at once, as with
+    cancelled or interrupted read loses no value. A put that is interrupted by Ctrl-C may
+    have put its value or not. A task that finds a value there goes on at once, as with
     ``asyncio.Queue``, and other tasks do not get their turn.
 
     A stream belongs to its process: it cannot be pickled or copied. To get values from another
-    process, let a thread here read them from a ``multiprocessing.Queue`` and push them.
+    process, let a thread here read them from a ``multiprocessing.Queue`` and put them here.
 
     Args:
-        max_size: How many values may be in the stream at most, pushed and not yet read.
-            If it is full, `push` blocks, `send` waits and `try_push` returns False. If
-            None, there is no limit.
+        max_size: The largest number of values in the stream, put and not yet read. While it is
+            full, `put` blocks, `aput` waits and `try_put` returns False. None sets no limit.
 
     Raises:
         TypeError, ValueError: ``max_size`` is not an integer, or not positive.
@@ -66,12 +68,12 @@ class ValueStream(ProcessLocal, Generic[T]):
         >>> def generate(stream):  # in a thread
         ...     with stream:
         ...         for token in ["Hello", ",", " world"]:
-        ...             stream.push(token)
+        ...             stream.put(token)
         >>> async def main():
         ...     stream = torchfut_aio.ValueStream(max_size=100)
         ...     threading.Thread(target=generate, args=(stream,)).start()
-        ...     async with stream:
-        ...         return [token async for token in stream]
+        ...     with stream.listen() as tokens:
+        ...         return [token async for token in tokens]
         >>> asyncio.run(main())
         ['Hello', ',', ' world']
     """
@@ -81,11 +83,11 @@ class ValueStream(ProcessLocal, Generic[T]):
     _what = "a ValueStream"
     _cure = (
         "let the other process put its values into a multiprocessing.Queue, from which a thread "
-        "of this process pushes them; to share the stream here, pass the stream itself"
+        "of this process puts them; to share the stream here, pass the stream itself"
     )
 
     def __init__(self, *, max_size: int | None = None) -> None:
-        """Makes a stream that is open."""
+        """Make a stream that is open."""
         if max_size is not None:
             try:
                 max_size = operator.index(max_size)
@@ -97,27 +99,27 @@ class ValueStream(ProcessLocal, Generic[T]):
         self._max_size = max_size
         self._state = StreamState(max_size)
 
-    # --------------------------------------------------------------------- pushing
+    # --------------------------------------------------------------------- putting
 
-    def push(self, value: T, timeout: float | None = None) -> None:
-        """Adds a value to the stream; blocks the calling thread while the stream is full.
+    def put(self, value: T, *, timeout: float | None = None) -> None:
+        """Put a value into the stream. Block the calling thread while the stream is full.
 
         Args:
             value: Any object.
-            timeout: How long to wait for room at most, in seconds; None waits for ever.
+            timeout: The longest time to wait for room, in seconds. None waits without limit.
 
         Raises:
-            StreamClosedError: The stream was closed, or nobody listens any more.
-            TimeoutError: There was no room in time; the value was not pushed.
+            StreamClosedError: The stream was closed, or nothing listens to it any more.
+            TimeoutError: There was no room in time, and the value was not put.
             TypeError, ValueError: ``timeout`` is not a number, or is NaN.
 
         Warns:
-            BlockingWaitWarning: The stream is full and this thread runs an event loop,
-                which stands still meanwhile.
+            BlockingWaitWarning: The stream is full and the calling thread runs an event loop,
+                which cannot run anything else meanwhile.
 
         Example:
             >>> stream = torchfut_aio.ValueStream()
-            >>> stream.push(5)
+            >>> stream.put(5)
             >>> stream.close()
             >>> list(stream)
             [5]
@@ -126,61 +128,64 @@ class ValueStream(ProcessLocal, Generic[T]):
         if timeout is not None:
             timeout = timeout_checked(timeout)
         if not self._state.put(outcome):
-            self._push_rest(deque((outcome,)), 1, timeout)
+            self._put_rest(deque((outcome,)), 1, timeout)
 
-    def push_many(self, values: Sequence[T] | torch.Tensor, timeout: float | None = None) -> None:
-        """Adds values to the stream as `push` does, and wakes each loop once for all.
+    def put_many(self, values: Sequence[T] | torch.Tensor, *, timeout: float | None = None) -> None:
+        """Put values into the stream as `put` does, and wake each loop once for all of them.
 
         Args:
             values: A sequence, such as a list or a tuple, of any objects; or a tensor, which is
-                treated as the sequence of its rows. Rows share the tensor's storage: push
+                treated as the sequence of its rows. Rows share the tensor's storage: put
                 ``row.clone()`` if a row is to outlive the others without their memory.
-            timeout: How long to wait for room for all of them, in seconds.
+            timeout: The longest time to wait for room for all of them, in seconds.
 
         Raises:
-            StreamClosedError: The stream was closed, or nobody listens any more. Some of the
-                values may have been read.
-            TimeoutError: There was no room for all in time; the first of them were pushed,
-                and the error says how many.
+            StreamClosedError: The stream was closed, or nothing listens to it any more. Some of
+                the values may have been read.
+            TimeoutError: There was no room for all in time. The first of them were put, and the
+                error says how many.
             TypeError: ``values`` is anything else, such as a generator, a dict or a text, and
-                nothing was pushed; or ``timeout`` is not a number.
+                nothing was put; or ``timeout`` is not a number.
             ValueError: ``timeout`` is NaN.
 
         Warns:
-            BlockingWaitWarning: As for `push`.
+            BlockingWaitWarning: As for `put`.
+
+        Example:
+            >>> stream = torchfut_aio.ValueStream()
+            >>> stream.put_many(["a", "b"])
+            >>> len(stream)
+            2
         """
         if timeout is not None:
             timeout = timeout_checked(timeout)
         moment = Moment()
         pending = deque(
             _core.outcome_of_value(value, (), moment)
-            for value in listed(values, "push_many() takes")
+            for value in listed(values, "put_many() takes")
         )
         number = len(pending)
         self._state.put_many(pending)
         if pending:
-            self._push_rest(pending, number, timeout)
+            self._put_rest(pending, number, timeout)
 
     # A function of its own: see tests/test_backward_jumps.py.
-    def _push_as_room_comes(
+    def _put_as_room_comes(
         self, pending: deque[_core.Outcome], number: int, timeout: float | None
     ) -> None:
-        state = self._state
-        give_up = None if timeout is None else time.monotonic() + timeout
+        state, give_up = self._state, give_up_after(timeout)
         while pending:
-            left = None if give_up is None else give_up - time.monotonic()
-            if left is not None and left <= 0:
+            if not state.writers.block(state.can_write, give_up, _PUT_BLOCKS):
                 raise TimeoutError(
                     f"the stream had no room within {timeout:g} s: "
-                    f"{number - len(pending)} of {number} values were pushed"
+                    f"{number - len(pending)} of {number} values were put"
                 )
-            state.writers.block(state.can_write, left, _PUSH_BLOCKS)
             state.put_many(pending)
 
-    def _push_rest(self, pending: deque[_core.Outcome], number: int, timeout: float | None) -> None:
+    def _put_rest(self, pending: deque[_core.Outcome], number: int, timeout: float | None) -> None:
         state = self._state
         try:
-            self._push_as_room_comes(pending, number, timeout)
+            self._put_as_room_comes(pending, number, timeout)
         except BaseException:
             try:
                 state.hand_on()
@@ -189,26 +194,26 @@ class ValueStream(ProcessLocal, Generic[T]):
                 raise
             raise
 
-    def try_push(self, value: T) -> bool:
-        """Adds a value to the stream, unless that is full; returns whether it did.
+    def try_put(self, value: T) -> bool:
+        """Put a value into the stream and return True. Return False if the stream is full.
 
         Raises:
-            StreamClosedError: The stream was closed, or nobody listens any more.
+            StreamClosedError: The stream was closed, or nothing listens to it any more.
 
         Example:
             >>> stream = torchfut_aio.ValueStream(max_size=1)
-            >>> stream.try_push(5), stream.try_push(6)
+            >>> stream.try_put(5), stream.try_put(6)
             (True, False)
         """
         return self._state.put(_core.outcome_of_value(value))
 
-    async def send(self, value: T) -> None:
-        """Does what `push` does, for a task, which waits without blocking its loop.
+    async def aput(self, value: T) -> None:
+        """Put a value into the stream. Wait, without blocking the loop, while the stream is full.
 
-        If it is cancelled, the value was not pushed.
+        If it is cancelled, the value was not put.
 
         Raises:
-            StreamClosedError: The stream was closed, or nobody listens any more.
+            StreamClosedError: The stream was closed, or nothing listens to it any more.
         """
         state = self._state
         outcome = _core.outcome_of_value(value)
@@ -226,23 +231,24 @@ class ValueStream(ProcessLocal, Generic[T]):
             raise
 
     def close(self, error: BaseException | None = None) -> None:
-        """Ends the stream: nothing can be pushed any more. Does nothing if it was closed before.
+        """Close the stream: it takes no more values. Do nothing if it was closed before.
 
-        Consumers get what was pushed before. Then their loops end, or raise the error. When they
-        have raised it and their last iterator has gone, the stream keeps a copy without traceback,
-        cause and context, and so nothing of what the frames of these hold.
+        Consumers get the values that were put before. Then their loops end and `get` raises
+        `StreamClosedError`, or both raise ``error``. When a consumer has raised it and no iterator
+        listens, the stream keeps a copy without traceback, cause and context, and so nothing of
+        what the frames of these hold.
 
         Args:
-            error: What consumers are to raise, an instance of any ``BaseException``. (In
-                the place of StopIteration and StopAsyncIteration, which would end a loop,
-                they get a RuntimeError.)
+            error: The error that consumers raise, an instance of any ``BaseException``. (Instead
+                of StopIteration and StopAsyncIteration, which would end a loop, they raise a
+                RuntimeError.)
 
         Raises:
             TypeError: ``error`` is not an exception; the stream stays open.
 
         Example:
             >>> stream = torchfut_aio.ValueStream()
-            >>> stream.push("first")
+            >>> stream.put("first")
             >>> stream.close(ValueError("foo"))
             >>> for value in stream:
             ...     print(value)
@@ -273,41 +279,116 @@ class ValueStream(ProcessLocal, Generic[T]):
 
     # --------------------------------------------------------------------- reading
 
+    def listen(self) -> _Listener[T]:
+        """Return an iterator, for ``for`` and ``async for``, that listens until its block ends.
+
+        At the end of the block it leaves the stream, also if the block was left by ``break``, an
+        error or a cancellation, and it is at its end. If it was the last that listened, and the
+        stream has not been read to its end, nothing listens any more: see `ValueStream`.
+
+        Raises:
+            StreamClosedError: Those that listened have left.
+
+        Example:
+            >>> stream = torchfut_aio.ValueStream()
+            >>> stream.put_many(["a", "b", "c"])
+            >>> with stream.listen() as values:
+            ...     for value in values:
+            ...         print(value)
+            ...         break
+            ...     print(next(values))
+            a
+            b
+            >>> stream.listening
+            False
+        """
+        return _Listener(self)
+
     def __iter__(self) -> Iterator[T]:
-        return _Listener(self._state)
+        return _Listener(self)
 
     def __aiter__(self) -> AsyncIterator[T]:
-        return _Listener(self._state)
+        return _Listener(self)
+
+    def get(self, *, timeout: float | None = None) -> T:
+        """Read one value. Block the calling thread while the stream is empty.
+
+        If it times out or is interrupted, it loses no value.
+
+        Args:
+            timeout: The longest time to wait for a value, in seconds. None waits without limit.
+
+        Raises:
+            StreamClosedError: The stream was closed without an error and all its values have been
+                read, or nothing listens to it any more.
+            BaseException: The error with which the stream was closed, when all values that were
+                put before have been read.
+            TimeoutError: There was no value in time.
+            TypeError, ValueError: ``timeout`` is not a number, or is NaN.
+
+        Warns:
+            BlockingWaitWarning: The stream is empty and the calling thread runs an event loop,
+                which cannot run anything else meanwhile.
+
+        Example:
+            >>> stream = torchfut_aio.ValueStream()
+            >>> stream.put_many(["first", "second"])
+            >>> stream.get(), len(stream), stream.listening
+            ('first', 1, True)
+        """
+        if timeout is not None:
+            timeout = timeout_checked(timeout)
+        # CPython checks for signals after a call, and an interrupt there would lose the value that
+        # the call returned. It does not where a loop takes the next value.
+        for value in _Reader(self, timeout):
+            return value
+        raise self._state.error_of_get()
+
+    async def aget(self) -> T:
+        """Read one value. Wait, without blocking the loop, while the stream is empty.
+
+        If it is cancelled, it loses no value. Use the timeouts of the event loop, such as
+        ``asyncio.timeout`` or ``anyio.fail_after``.
+
+        Raises:
+            StreamClosedError: The stream was closed without an error and all its values have been
+                read, or nothing listens to it any more.
+            BaseException: The error with which the stream was closed, when all values that were
+                put before have been read.
+
+        Example:
+            >>> import asyncio
+            >>> async def main():
+            ...     stream = torchfut_aio.ValueStream()
+            ...     with stream:
+            ...         await stream.aput("first")
+            ...     return await stream.aget()
+            >>> asyncio.run(main())
+            'first'
+        """
+        async for value in _Reader(self):  # as in get()
+            return value
+        raise self._state.error_of_get()
 
     @property
     def listening(self) -> bool:
-        """Whether somebody listens, or nobody has listened yet; see the class."""
+        """False if nothing listens any more. True if something listens, or nothing has yet."""
         return self._state.is_listening()
 
     @property
     def closed(self) -> bool:
-        """Whether `close` was called; consumers may still read what was pushed before."""
+        """True if the stream was closed. Values that were put before may still be read."""
         return self._state.is_closed()
 
     def stop_listening(self) -> None:
-        """Close the reading side: loops that still read end, and pushing raises.
+        """Close the reading side: loops that still read end, `put` and `get` raise.
 
         Values that were not read are dropped.
         """
         self._state.stop()
 
-    async def aclose(self) -> None:
-        """Does what `stop_listening` does; for ``contextlib.aclosing``."""
-        self._state.stop()
-
-    async def __aenter__(self) -> ValueStream[T]:
-        return self
-
-    async def __aexit__(self, *error: object) -> None:
-        self._state.stop()
-
     def __len__(self) -> int:
-        """Returns how many values were pushed and not yet read."""
+        """Return the number of values that were put and not yet read."""
         return len(self._state.values)
 
     def __bool__(self) -> bool:
@@ -316,7 +397,7 @@ class ValueStream(ProcessLocal, Generic[T]):
     def __repr__(self) -> str:
         state = "closed" if self.closed else "open"
         limit = "" if self._max_size is None else f"/{self._max_size}"
-        listening = "" if self.listening else ", nobody listens"
+        listening = "" if self.listening else ", nothing listens"
         return f"<{type(self).__qualname__} {state} size={len(self)}{limit}{listening}>"
 
 
@@ -325,37 +406,26 @@ def state_of(stream: ValueStream[Any]) -> StreamState:
     return stream._state
 
 
-class _Listener(ProcessLocal, AsyncIterator[T], Iterator[T]):
-    """What ``for`` and ``async for`` have of a stream."""
+class _Reader(AsyncIterator[T], Iterator[T]):
+    """The way to read values, in threads and in tasks."""
 
-    __slots__ = ("_key", "_state")
+    __slots__ = ("_state", "_timeout")
 
-    _what = "an iterator of a ValueStream"
-    _cure = (
-        "call iter(stream) or aiter(stream) for another iterator, which reads in turn with this one"
-    )
-
-    def __init__(self, state: StreamState) -> None:
-        self._key = object()
-        self._state = state
-        state.listeners[self._key] = None
-        state.check_listening()
-
-    def __iter__(self) -> _Listener[T]:
-        return self
-
-    def __aiter__(self) -> _Listener[T]:
-        return self
+    def __init__(self, stream: ValueStream[T], timeout: float | None = None) -> None:
+        self._state = state_of(stream)
+        self._timeout = timeout
 
     def __next__(self) -> T:
-        state = self._state
+        state, timeout = self._state, self._timeout
         values, end = state.values, state.end
+        give_up = None if timeout is None else give_up_after(timeout)
         del self  # or a traceback that is kept would keep the listener
         try:
             while True:
                 outcome = first(values) if values else None
                 if outcome is None and not end:
-                    state.readers.block(state.can_read, None, _READ_BLOCKS)
+                    if not state.readers.block(state.can_read, give_up, _READ_BLOCKS):
+                        raise TimeoutError(f"the stream had no value within {timeout:g} s")
                     continue
                 if outcome is None and (outcome := first(values)) is None:
                     state.raise_end(StopIteration)
@@ -441,23 +511,51 @@ class _Listener(ProcessLocal, AsyncIterator[T], Iterator[T]):
                 raise
             raise
 
-    def __del__(self) -> None:
-        key = getattr(self, "_key", None)
+
+class _Listener(_Reader[T], ProcessLocal):
+    """An iterator of a stream, which listens until it is dropped or its block ends."""
+
+    __slots__ = ("_key",)
+
+    _what = "an iterator of a ValueStream"
+    _cure = "call stream.listen() for another iterator, which reads in turn with this one"
+
+    def __init__(self, stream: ValueStream[T]) -> None:
+        state = state_of(stream)
+        self._timeout = None
+        self._key = object()
+        self._state = state
+        state.listeners[self._key] = None
+        state.check_listening()
+
+    def __enter__(self) -> _Listener[T]:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         state: StreamState | None = getattr(self, "_state", None)
-        if state is not None:  # it was not interrupted at the very beginning
-            try:
-                state.leave(key)
-            except BaseException:
-                state.leave(key)
-                raise
+        if state is None:  # it was interrupted at the very beginning
+            return
+        self._state = _ENDED
+        try:
+            state.leave(self._key)
+        except BaseException:
+            state.leave(self._key)
+            raise
+
+    __del__ = __exit__
 
 
-_PUSH_BLOCKS = (
-    "pushing to a stream that is full blocks the event loop that this thread runs; "
-    "await stream.send() instead"
+_ENDED = StreamState(None)  # for iterators that have left a stream
+_ENDED.stop()
+
+
+_PUT_BLOCKS = (
+    "putting into a stream that is full blocks the event loop that this thread runs; "
+    "await stream.aput() instead"
 )
 _READ_BLOCKS = (
-    "for blocks the event loop that this thread runs while the stream is empty; use async for"
+    "reading from a stream that is empty blocks the event loop that this thread runs; "
+    "use async for, or await stream.aget(), instead"
 )
 
 

@@ -1,21 +1,21 @@
-"""The state of a stream of values: what was pushed, who waits, and how it has ended.
+"""The state of a stream of values: what was put, who waits, and how it has ended.
 
-No lock is held, so a signal handler or a finaliser may push, read or close in the midst of
+No lock is held, so a signal handler or a finaliser may put, read or close in the midst of
 anything. What makes that right:
 
 1. A value is in the stream from when it is stored in ``values`` until it is deleted there. To
    delete it is to have read it. Either is one statement, within which CPython checks for no
    signal. (To find the first key takes the same time however many were deleted before it: hence
    an OrderedDict.)
-2. A bounded stream has ``room``: a list with an item for each value that may still come. A push
+2. A bounded stream has ``room``: a list with an item for each value that may still come. A put
    deletes an item, then stores the value. A read deletes the value, then adds an item. So there
-   are never too many values, whatever is pushed meanwhile.
-3. A push stores the value, then wakes a reader of each loop; a read adds the item, then wakes a
+   are never too many values, whatever is put meanwhile.
+3. A put stores the value, then wakes a reader of each loop; a read adds the item, then wakes a
    writer of each: see `_waiters`. A reader or writer that leaves with an exception calls
    `hand_on`, as it may have been woken for a value or an item that it leaves behind.
-4. A push stores the value, then looks whether the stream has ended, and takes the value back if
+4. A put stores the value, then looks whether the stream has ended, and takes the value back if
    so, unless it has been read. A reader that finds the stream ended looks once more for a value.
-   So a value that was pushed is read, or refused.
+   So a value that was put is read, or refused.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class StreamState:
     """All of a stream; see the header of this file.
 
     Attributes:
-        values: The outcomes that were pushed and not read, as keys, in order.
+        values: The outcomes that were put and not read, as keys, in order.
         room: See rule 2; None if the stream is not bounded.
         end: Empty until the stream takes no more values. It was closed, with an error or None;
             or those who listened have left; or both. And an iterator may have come to the end.
@@ -57,10 +57,10 @@ class StreamState:
         self.readers = Waiters()
         self.writers = Waiters()
 
-    # --------------------------------------------------------------------- pushing
+    # --------------------------------------------------------------------- putting
 
     def put(self, outcome: _core.Outcome) -> bool:
-        """Adds a value to the stream; returns False if it is full.
+        """Add a value to the stream. Return False if it is full.
 
         Raises:
             StreamClosedError: It takes no more, and the value is not in it.
@@ -85,7 +85,7 @@ class StreamState:
         return True
 
     def put_many(self, pending: deque[_core.Outcome]) -> None:
-        """Moves values from ``pending`` into the stream, as far as there is room.
+        """Move values from ``pending`` into the stream, as far as there is room.
 
         Raises:
             StreamClosedError: It takes no more; those of them that were not read are not in it.
@@ -129,11 +129,11 @@ class StreamState:
 
     def _refuse(self) -> None:
         if _LEFT in self.end:
-            raise StreamClosedError("nobody listens to the stream any more")
+            raise StreamClosedError("nothing listens to the stream any more")
         raise StreamClosedError("the stream has been closed, and takes no more values")
 
     def can_write(self) -> bool:
-        """Return True if a push would not block."""
+        """Return True if a put would not block."""
         return bool(self.room) or bool(self.end)
 
     # --------------------------------------------------------------------- reading
@@ -149,7 +149,7 @@ class StreamState:
             try:  # noqa: SIM105  a call could be interrupted before it begins
                 del self.room[-1]
             except IndexError:
-                pass  # somebody has just pushed: there is one value too many for a while
+                pass  # another has just put a value: there is one too many for a while
         self.writers.wake_again()
 
     def hand_on(self) -> None:
@@ -172,43 +172,53 @@ class StreamState:
         return bool(self.values) or bool(self.end)
 
     def raise_end(self, end: type[Exception]) -> NoReturn:
-        """Raises the error with which the stream was closed, or ``end`` if there is none."""
+        """Raise the error with which the stream was closed, or ``end`` if there is none."""
         if _LEFT not in self.end:
             self.end[_READ] = None
-        outcome = self.end.get(_CLOSED)
-        if outcome is not None and _LEFT not in self.end:
+        failed = self.end.get(_CLOSED)
+        if failed is not None and _LEFT not in self.end:
             try:
-                outcome.read()
+                if not self.listeners:
+                    self._keep_no_frames(failed)
+                failed.read()
             finally:
-                del self, outcome
+                del self, failed
         raise end
+
+    def error_of_get(self) -> StreamClosedError:
+        """Return the error of a get that found the stream at its end."""
+        if _LEFT in self.end:
+            return self._error_of_left()
+        return StreamClosedError("the stream has been closed, and all its values have been read")
 
     # ---------------------------------------------------------------------- ending
 
     def is_closed(self) -> bool:
-        """Tells whether the producer has closed the stream."""
+        """Return True if the producer has closed the stream."""
         return _CLOSED in self.end
 
     def is_listening(self) -> bool:
-        """Tells whether somebody listens, or nobody has yet."""
+        """Return True if something listens, or nothing has yet."""
         return _LEFT not in self.end
 
     def check_listening(self) -> None:
         """Raise StreamClosedError if the reading side is closed."""
-        if _LEFT not in self.end:
-            return
+        if _LEFT in self.end:
+            raise self._error_of_left()
+
+    def _error_of_left(self) -> StreamClosedError:
         if first(self.end) == _CLOSED:  # which came first
-            raise StreamClosedError(
+            return StreamClosedError(
                 "the stream has ended: it was closed, and then its readers left"
             )
-        raise StreamClosedError(
-            "nobody listens to the stream any more, and its values were dropped: its readers left, "
-            "by break, a cancellation, the end of async with, aclose() or stop_listening(); to "
-            "read on after a break, keep the iterator: values = aiter(stream)"
+        return StreamClosedError(
+            "nothing listens to the stream any more, and its values were dropped: its readers "
+            "left, by break, a cancellation, the end of a listen() block or stop_listening(); to "
+            "read on after a break, stay in one block: with stream.listen() as values"
         )
 
     def close(self, error: _core.Outcome | None) -> None:
-        """Ends the stream behind what is in it, unless it has been closed before."""
+        """End the stream behind what is in it, unless it has been closed before."""
         try:
             refused = self.end.setdefault(_CLOSED, error) is not error or _LEFT in self.end
             if refused and error is not None:
@@ -228,15 +238,21 @@ class StreamState:
         if _READ not in self.end and (self.values or _CLOSED not in self.end):
             self.stop()
             return
-        closed = self.end.get(_CLOSED)
-        if closed is not None and closed.error is not None and closed.is_retrieved:
-            # Frames in its traceback lead to the stream, which would keep what they hold. So who
-            # reads on gets an error without them.
-            self.end[_CLOSED] = failed = _core.outcome_of_error(without_frames(closed.error))
-            failed.exception()  # it need not be logged
+        failed = self.end.get(_CLOSED)
+        if failed is not None and failed.is_retrieved:
+            self._keep_no_frames(failed)
+
+    def _keep_no_frames(self, failed: _core.Outcome) -> None:
+        """Have later readers raise a copy of an error that is raised where nothing listens.
+
+        Frames in its traceback lead to the stream, which would keep all that they hold.
+        """
+        if failed.error is not None:
+            self.end[_CLOSED] = copied = _core.outcome_of_error(without_frames(failed.error))
+            copied.exception()  # it need not be logged
 
     def stop(self) -> None:
-        """Has nobody listen, from here on; what is in the stream is dropped."""
+        """Close the reading side. The values in the stream are dropped."""
         self.end[_LEFT] = None
         try:
             error = self.end.get(_CLOSED)

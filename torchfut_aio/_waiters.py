@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 import types
 from _thread import start_new_thread
 from collections.abc import Callable, Generator
@@ -47,6 +48,11 @@ def first(things: dict[T, Any]) -> T | None:
             raise
         except RuntimeError:  # another thread has just changed it
             continue
+
+
+def give_up_after(timeout: float | None) -> float | None:
+    """Return the time, as of ``time.monotonic()``, that is ``timeout`` seconds from now."""
+    return None if timeout is None else time.monotonic() + timeout
 
 
 class Waiters:
@@ -138,15 +144,26 @@ class Waiters:
 
     # -------------------------------------------------------------------- waiting
 
-    def block(self, is_over: Callable[[], bool], timeout: float | None, warning: str) -> None:
+    def block(self, is_over: Callable[[], bool], give_up: float | None, warning: str) -> bool:
         """Block the calling thread until it is woken, or ``is_over()``, or the time is up.
 
         It may return for no reason. The caller looks, and blocks again if it has to.
+
+        Args:
+            is_over: Return True if the caller need not block.
+            give_up: The time at which to return, as of `give_up_after`, or None.
+            warning: What to warn of if the thread runs an event loop.
+
+        Returns:
+            False if the time was up when it was called, and there was reason to block.
         """
-        # Callbacks that this thread has put off may be those to push, or to read.
+        # Callbacks that this thread has put off may be those to put, or to read.
         _core.run_deferred()
         if is_over():
-            return
+            return True
+        timeout = None if give_up is None else give_up - time.monotonic()
+        if timeout is not None and timeout <= 0:
+            return False
         if _loops.loop_in_this_thread():
             warn_that_wait_blocks_a_loop(warning)
         interrupted = _this_thread.blocked
@@ -165,6 +182,7 @@ class Waiters:
             waiting.pop(waiter, None)
             if self.lines:
                 self.leave_line(waiter, _loops.THREADS)
+        return True
 
     @types.coroutine
     def wait(self, is_over: Callable[[], bool]) -> Generator[Any, Any, None]:

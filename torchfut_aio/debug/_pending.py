@@ -50,7 +50,7 @@ class PendingStream:
 
     Attributes:
         stream: The stream itself. None if it has been garbage-collected, and only its readers are
-            left: nothing will be pushed any more.
+            left: nothing will be put any more.
         readers: The tasks and threads that waited for a value.
         writers: The tasks and threads that waited for room.
     """
