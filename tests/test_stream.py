@@ -944,6 +944,8 @@ class StreamAgainstAModel(RuleBasedStateMachine):
 
     def teardown(self):
         self.loop.close()
+        for stream in self.streams:
+            stream.stop_listening()  # or an error that was not read would be logged
 
     def refuses(self, n):
         return self.ends[n] is not None or self.left[n]
@@ -1044,10 +1046,6 @@ class StreamAgainstAModel(RuleBasedStateMachine):
             self.listeners[n] = left
         else:
             self.listeners[n] = self.blocks[n].enter_context(self.streams[n].listen())
-
-    def teardown(self):
-        for stream in self.streams:
-            stream.stop_listening()  # or an error that has not been read would be logged
 
     @invariant()
     def every_stream_is_as_the_model(self):
