@@ -63,7 +63,7 @@ async def test_wait_for():
     [fut] = await pending()
     assert await asyncio.wait_for(fut, PATIENCE) == 0
     never = Future()
-    with pytest.raises(asyncio.TimeoutError):
+    with pytest.raises(TimeoutError):
         await asyncio.wait_for(never, 0.001)
     assert repr(never) == "<Future pending waiters=0 callbacks=0>"
 
@@ -155,7 +155,7 @@ async def test_as_asyncio_carries_an_error():
 @on_asyncio
 async def test_asyncio_looks_at_a_future_without_waiting_through_as_asyncio():
     fut = Future()
-    with pytest.raises(asyncio.TimeoutError):
+    with pytest.raises(TimeoutError):
         await asyncio.wait_for(fut.as_asyncio(), 0)
     fut.set_result(5)
     assert await asyncio.wait_for(fut.as_asyncio(), 0) == 5
@@ -165,7 +165,7 @@ async def test_asyncio_looks_at_a_future_without_waiting_through_as_asyncio():
 async def test_as_asyncio_under_shield_leaves_nothing_behind():
     fut = Future()
     for _ in range(20):
-        with pytest.raises(asyncio.TimeoutError):
+        with pytest.raises(TimeoutError):
             await asyncio.wait_for(asyncio.shield(fut.as_asyncio()), 0.001)
     gc.collect()  # what the time-outs have raised refers to the last of them
     assert "waiters=0" in repr(fut)
@@ -604,7 +604,7 @@ async def test_debug_mode():
     asyncio.get_running_loop().set_debug(True)
     futures = await pending(20)
     assert await asyncio.gather(*futures) == list(range(20))
-    with pytest.raises(asyncio.TimeoutError):
+    with pytest.raises(TimeoutError):
         await asyncio.wait_for(Future(), 0.001)
 
 

@@ -451,7 +451,7 @@ def test_the_worker_outlives_clients_that_give_up(client, quickstart, error):
     assert model.begun.wait(PATIENCE)
     waits = batcher.submit(torch.tensor(2))  # is still in the queue then
     for fut in (began, waits):
-        with pytest.raises(asyncio.TimeoutError):
+        with pytest.raises(TimeoutError):
             asyncio.run(client(fut, 0.001))
         assert fut.cancelled()
     stays = batcher.submit(torch.tensor(3))

@@ -500,7 +500,7 @@ def test_what_strikes_an_alarm_leaves_it_working_and_other_files_alone(new_loop,
             await rings(alarm)
 
         used = []
-        with strike, suppress(asyncio.TimeoutError):
+        with strike, suppress(TimeoutError):
             loop.run_until_complete(use())
         if used:
             run(loop, loop.create_task(rings(used[0])))

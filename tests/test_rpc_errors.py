@@ -62,7 +62,7 @@ def not_made(shown, told):
     [
         (remote("ValueError: x"), ValueError),
         (remote("OSError: [Errno 2] No such file", name="OSError"), OSError),
-        (remote("asyncio.exceptions.TimeoutError", name="TimeoutError"), asyncio.TimeoutError),
+        (remote("asyncio.exceptions.TimeoutError", name="TimeoutError"), TimeoutError),
         (remote(f"{__name__}.Odd: (1, 2)", name="Odd"), Odd),
         (remote("InMain: x", name="InMain"), "InMain"),
         (remote("Outer.InMain: x", name="InMain"), "Outer.InMain"),

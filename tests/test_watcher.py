@@ -535,7 +535,7 @@ def program_ends(body):
         "stream = kernels()\n"
         "async def main():\n"
         "    try: await asyncio.wait_for(synchronize(stream), 0.01)\n"
-        "    except asyncio.TimeoutError: pass\n"
+        "    except TimeoutError: pass\n"
         "asyncio.run(main())",
         "stream = kernels()\n"
         "async def main():\n"
