@@ -135,14 +135,16 @@ _expected: weakref.WeakKeyDictionary[threading.Thread, ThreadState] = weakref.We
 
 
 def set_task_state_checks(enabled: bool = True) -> None:
-    """Has tasks checked that await with another state of torch than this thread has now.
+    """Switch on a warning for tasks that await with a changed state of torch.
 
-    From now on, whenever an await of this package suspends a task of this thread, and grad mode,
-    inference mode, autocast, the current device or a current stream is not what it is now, a
-    `TaskStateWarning` says which, at the line of the await: other tasks have it, too, until this
-    one goes on. A function with `task_local_state` has its own, which is not complained of. Call
-    it where the event loop is started, or first of all in it. It is for debugging, and costs some
-    microseconds for each await.
+    From now on, whenever an await of this package suspends a task of the calling thread, grad
+    mode, inference mode, autocast, the current device and the current streams are compared with
+    what they are now. If one differs, a `torchfut_aio.TaskStateWarning` says which, at the line of
+    the await: all other tasks of the thread have it, too, until this one continues. Functions with
+    `torchfut_aio.task_local_state` have a state of their own, and are not checked.
+
+    Call it before the event loop starts, or first of all in it. It is for debugging, and costs
+    some microseconds for each await.
 
     Args:
         enabled: False to end the checks in this thread.
