@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import threading
+import time
 from contextlib import suppress
 
 import anyio
@@ -343,8 +344,10 @@ def test_a_get_returns_wherever_the_put_comes(other):
         other.now = lambda: put(stream, puts)
         timer = threading.Timer(0.02, put, (stream, puts))
         timer.start()
+        began = time.monotonic()
         with strike:
             got.append(stream.get(timeout=PATIENCE))
+        assert time.monotonic() - began < PATIENCE, strike  # it was woken
         timer.cancel()
         timer.join()
         assert got == [1], strike
