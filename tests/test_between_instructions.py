@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import threading
+import time
 from contextlib import suppress
 
 import anyio
@@ -312,15 +313,45 @@ def test_a_stream_may_be_iterated_while_it_ends(other):
             iter(stream)
 
 
-def test_a_stream_is_left_by_its_last_iterator_only(other):
+@pytest.mark.parametrize("how", ["dropped", "left"])
+def test_a_stream_is_left_by_its_last_iterator_only(other, how):
+    def leave(listeners):
+        if how == "dropped":
+            listeners.clear()
+        for values in listeners:
+            with values:
+                pass
+
     for strike in between_instructions(other):
         stream = ValueStream()
-        own, others = [iter(stream)], [iter(stream)]
-        other.now = others.clear
+        own, others = [stream.listen()], [stream.listen()]
+        other.now = lambda: leave(others)
         with strike:
-            own.clear()
-        others.clear()
+            leave(own)
+        assert strike.where is None or not stream.listening, strike
+        leave(others)
         assert not stream.listening
+
+
+def test_a_get_returns_wherever_the_put_comes(other):
+    def put(stream, puts):
+        with suppress(IndexError):  # the other thread has, or the timer
+            puts.pop()
+            stream.put(1)
+
+    for strike in between_instructions(other):
+        stream, puts, got = ValueStream(), [None], []
+        other.now = lambda: put(stream, puts)
+        timer = threading.Timer(0.02, put, (stream, puts))
+        timer.start()
+        began = time.monotonic()
+        with strike:
+            got.append(stream.get(timeout=PATIENCE))
+        assert time.monotonic() - began < PATIENCE, strike  # it was woken
+        timer.cancel()
+        timer.join()
+        assert got == [1], strike
+        assert not stream._state.readers.waiting, strike
 
 
 # --------------------------------------------------------- a task about to wait, or awake

@@ -102,9 +102,11 @@ class NotAFutureError(TypeError, RuntimeError):
 
 
 class StreamClosedError(RuntimeError):
-    """A `ValueStream` takes no more values: it was closed, or nothing listens to it any more.
+    """A `ValueStream` takes no more values, or has none any more.
 
-    Or it was to be read, and those who listened have left.
+    `ValueStream.put` raises it when the stream has been closed, `ValueStream.get` when all values
+    of a closed stream have been read. When nothing listens any more, both do, and so does a new
+    iterator.
     """
 
 

@@ -282,12 +282,13 @@ class ValueStream(ProcessLocal, Generic[T]):
     def listen(self) -> _Listener[T]:
         """Return an iterator, for ``for`` and ``async for``, that listens until its block ends.
 
-        At the end of the block it leaves the stream, also if the block was left by ``break``, an
-        error or a cancellation, and it is at its end. If it was the last that listened, and the
-        stream has not been read to its end, nothing listens any more: see `ValueStream`.
+        The end of the block closes the iterator, also if the block was left by ``break``, an error
+        or a cancellation. If it was the last that listened, and the stream has not been read to
+        its end, then values that were not read are dropped, and `put` raises. The iterator yields
+        nothing after that. Several threads and tasks may share one iterator.
 
         Raises:
-            StreamClosedError: Those that listened have left.
+            StreamClosedError: Nothing listens to the stream any more.
 
         Example:
             >>> stream = torchfut_aio.ValueStream()
@@ -313,7 +314,8 @@ class ValueStream(ProcessLocal, Generic[T]):
     def get(self, *, timeout: float | None = None) -> T:
         """Read one value. Block the calling thread while the stream is empty.
 
-        If it times out or is interrupted, it loses no value.
+        It does not listen, and ends nothing for others. If it times out or is interrupted, it
+        loses no value.
 
         Args:
             timeout: The longest time to wait for a value, in seconds. None waits without limit.
@@ -338,8 +340,8 @@ class ValueStream(ProcessLocal, Generic[T]):
         """
         if timeout is not None:
             timeout = timeout_checked(timeout)
-        # CPython checks for signals after a call, and an interrupt there would lose the value that
-        # the call returned. It does not where a loop takes the next value.
+        # A loop, as an interrupt would lose the value that a call returns. CPython checks for
+        # signals after a call, and not where a loop takes the next value.
         for value in _Reader(self, timeout):
             return value
         raise self._state.error_of_get()
@@ -347,14 +349,11 @@ class ValueStream(ProcessLocal, Generic[T]):
     async def aget(self) -> T:
         """Read one value. Wait, without blocking the loop, while the stream is empty.
 
-        If it is cancelled, it loses no value. Use the timeouts of the event loop, such as
-        ``asyncio.timeout`` or ``anyio.fail_after``.
+        It does not listen, and ends nothing for others. If it is cancelled, it loses no value. For
+        a timeout, use that of the event loop, such as ``asyncio.timeout`` or ``anyio.fail_after``.
 
         Raises:
-            StreamClosedError: The stream was closed without an error and all its values have been
-                read, or nothing listens to it any more.
-            BaseException: The error with which the stream was closed, when all values that were
-                put before have been read.
+            StreamClosedError, BaseException: As for `get`.
 
         Example:
             >>> import asyncio
@@ -381,9 +380,10 @@ class ValueStream(ProcessLocal, Generic[T]):
         return self._state.is_closed()
 
     def stop_listening(self) -> None:
-        """Close the reading side: loops that still read end, `put` and `get` raise.
+        """Close the reading side. Drop the values that were not read.
 
-        Values that were not read are dropped.
+        Loops that still read end, and `put` and `get` raise `StreamClosedError`, as those that wait
+        do.
         """
         self._state.stop()
 
@@ -407,7 +407,7 @@ def state_of(stream: ValueStream[Any]) -> StreamState:
 
 
 class _Reader(AsyncIterator[T], Iterator[T]):
-    """The way to read values, in threads and in tasks."""
+    """Read values in turn with all other readers of the stream, in threads and in tasks."""
 
     __slots__ = ("_state", "_timeout")
 
@@ -417,13 +417,13 @@ class _Reader(AsyncIterator[T], Iterator[T]):
 
     def __next__(self) -> T:
         state, timeout = self._state, self._timeout
-        values, end = state.values, state.end
+        values = state.values
         give_up = None if timeout is None else give_up_after(timeout)
         del self  # or a traceback that is kept would keep the listener
         try:
             while True:
                 outcome = first(values) if values else None
-                if outcome is None and not end:
+                if outcome is None and not state.end:
                     if not state.readers.block(state.can_read, give_up, _READ_BLOCKS):
                         raise TimeoutError(f"the stream had no value within {timeout:g} s")
                     continue
@@ -459,11 +459,11 @@ class _Reader(AsyncIterator[T], Iterator[T]):
 
     async def __anext__(self) -> T:
         state = self._state
-        values, end = state.values, state.end
+        values = state.values
         try:
             while True:
                 outcome = first(values) if values else None
-                if outcome is None and not end:
+                if outcome is None and not state.end:
                     # As in Waiters.wait(), without its two calls: see benchmarks/NOTES.md.
                     loop = _loops.current()
                     waiter = loop.waiter()
@@ -472,7 +472,7 @@ class _Reader(AsyncIterator[T], Iterator[T]):
                         waiting[waiter] = loop
                         if len(waiting) > 1:
                             state.readers.line_up(waiter, loop)
-                        if not values and not end:
+                        if not values and not state.end:
                             await waiter
                     finally:
                         waiting.pop(waiter, None)

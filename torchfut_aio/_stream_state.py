@@ -1,4 +1,4 @@
-"""The state of a stream of values: what was put, who waits, and how it has ended.
+"""The state of a stream: the values, the tasks and threads that wait, and how it has ended.
 
 No lock is held, so a signal handler or a finaliser may put, read or close in the midst of
 anything. What makes that right:
@@ -43,8 +43,8 @@ class StreamState:
         end: Empty until the stream takes no more values. It was closed, with an error or None;
             or those who listened have left; or both. And an iterator may have come to the end.
         listeners: The iterators that may read, each by a key of its own.
-        readers: Who waits for a value.
-        writers: Who waits for room.
+        readers: The tasks and threads that wait for a value.
+        writers: The tasks and threads that wait for room.
     """
 
     __slots__ = ("end", "listeners", "readers", "room", "values", "writers")
