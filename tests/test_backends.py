@@ -45,21 +45,7 @@ pytestmark = [pytest.mark.device, simulated_only]
 
 SWITCHES = {
     "CUDA's rings": "share_rings",
-    "no pool": "take_stream_pool_away",
     "openreg's events": "keep_first_recordings",
-}
-
-# Where there is no pool, nothing has dedicated streams, and torch's own futures do not work.
-NOT_WITHOUT_POOL = {
-    # Below is one for this case.
-    "test_an_adopted_torch_future_is_ready_when_its_kernels_are_done",
-    "test_an_adopted_torch_future_is_ready_when_its_kernels_are_done_on_trio",
-    "test_torchs_own_future_does_on_this_device_what_it_does_on_a_gpu",
-    "test_tensors_on_several_devices_are_all_synchronised",
-    "test_a_callback_runs_on_a_dedicated_stream_that_is_ordered_after_the_kernels",
-    "test_each_callback_has_a_stream_of_its_own",
-    "test_a_callback_of_a_torch_consumer_may_read_and_wait_for_the_future",
-    "test_a_callback_may_use_devices_that_its_parent_did_not",
 }
 
 BORROWED = {
@@ -72,10 +58,8 @@ globals().update(BORROWED)
 
 
 def pytest_generate_tests(metafunc):
-    name = metafunc.function.__name__
-    if name in BORROWED:
-        concerned = [s for s in SWITCHES if s != "no pool" or name not in NOT_WITHOUT_POOL]
-        metafunc.parametrize("switch", [SWITCHES[s] for s in concerned], ids=concerned)
+    if metafunc.function.__name__ in BORROWED:
+        metafunc.parametrize("switch", SWITCHES.values(), ids=SWITCHES)
 
 
 @pytest.fixture
@@ -150,51 +134,26 @@ async def test_without_events_a_failed_kernel_reaches_those_who_await_it(acceler
 @on_every_loop
 async def test_without_streams_of_its_own_values_are_copied_and_combined(accelerator):
     accelerator.take_new_streams_away()
-    accelerator.take_stream_pool_away()
     futs = [completed_on(current_stream(), accelerator, None) for _ in range(2)]
     accelerator.wake()
     assert [f.value().tolist() for f in await collect_all(futs)] == [NEW, NEW]
     assert (await to_host(futs[0].value())).tolist() == NEW
 
 
-# ------------------------------------------------------------------------ no stream pool
+# ------------------------------------------------------------ streams cannot be ordered
 
 
 @on_every_loop
-@pytest.mark.parametrize("is_done", [False, True], ids=["pending", "done"])
 @told_or_not
-async def test_without_a_pool_an_adopted_torch_future_is_ready_when_its_kernels_are_done(
-    accelerator, devices, producer, is_done
+async def test_a_done_torch_future_that_no_stream_can_be_ordered_after_fails_its_adopted_one(
+    accelerator, producer, devices
 ):
-    accelerator.take_stream_pool_away()
     source = torch.futures.Future(devices=devices)
     with producer:
-        tensor = being_filled(accelerator)
-        if is_done:
-            source.set_result(tensor)
-        reader = Reader(as_future(source))
-        if not is_done:
-            source.set_result(tensor)  # raises nothing
-    async with anyio.create_task_group() as tg:
-        tg.start_soon(reader)
-        for _ in range(5):
-            await anyio.sleep(0.001)
-        assert reader.outcome is None
-        accelerator.wake()
-    assert reader.outcome.tolist() == NEW
-
-
-@on_every_loop
-@pytest.mark.parametrize("is_done", [False, True], ids=["pending", "done"])
-async def test_without_a_pool_the_error_of_an_adopted_torch_future_arrives(accelerator, is_done):
-    accelerator.take_stream_pool_away()
-    source = torch.futures.Future(devices=[FIRST])
-    if is_done:
-        source.set_exception(ValueError("foo"))
+        source.set_result(torch.ones(1, device=FIRST))
+    accelerator.refuse_events()
     fut = as_future(source)
-    if not is_done:
-        source.set_exception(ValueError("foo"))
-    with pytest.raises(ValueError, match="foo"):
+    with pytest.raises(RuntimeError, match="the device is lost"):
         await fut
 
 

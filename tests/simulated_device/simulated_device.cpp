@@ -68,7 +68,7 @@ c10::Stream next_of_ring(c10::Device device, int priority) {
 
 // What some accelerators lack, and what others do: see the functions of these names that the
 // module has for tests.
-std::atomic<bool> lacks_pool{false}, lacks_new_streams{false}, lacks_events{false};
+std::atomic<bool> lacks_new_streams{false}, lacks_events{false};
 std::atomic<bool> refuses_events{false}, shares_rings{false}, keeps_first_recording{false};
 std::atomic<bool> reaches_late{false};
 
@@ -123,7 +123,6 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   c10::Stream getStream(c10::Device device) const override { return current_stream(device); }
   c10::Stream getDefaultStream(c10::Device device) const override { return stream_of(device, 0); }
   c10::Stream getStreamFromGlobalPool(c10::Device device, bool) const override {
-    TORCH_CHECK(!lacks_pool, "Backend doesn't support acquiring a stream from pool.");
     make_context(stream_of(device, 0).device_index());
     return shares_rings ? next_of_ring(device, 0)
                         : stream_of(device, kFirstPooled + next_of(kPooled));
@@ -447,11 +446,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module, pybind11::mod_gil_not_used()) {
     counters = {};
   });
   module.def("reset", [] {
-    lacks_pool = lacks_new_streams = lacks_events = refuses_events = false;
+    lacks_new_streams = lacks_events = refuses_events = false;
     shares_rings = keeps_first_recording = reaches_late = counts_contexts = capturing = false;
     reset();
   }, Released());
-  module.def("take_stream_pool_away", [] { lacks_pool = true; });
   module.def("take_new_streams_away", [] { lacks_new_streams = true; });
   module.def("take_events_away", [] { lacks_events = true; });
   module.def("refuse_events", [] { refuses_events = true; });

@@ -21,12 +21,7 @@ from ._readiness import (
     joint_readiness,
 )
 from ._statistics import Statistics
-from ._streams import (
-    devices_in_use,
-    finish_current_streams,
-    finish_devices,
-    has_streams_for_callbacks,
-)
+from ._streams import devices_in_use, finish_current_streams, finish_devices
 from ._synchronize import synchronize, to_host
 from ._tensors import HOST_ONLY
 from ._watcher import statistics
@@ -45,7 +40,6 @@ __all__ = [
     "finish_current_streams",
     "finish_devices",
     "found_readiness",
-    "has_streams_for_callbacks",
     "joint_readiness",
     "record_event",
     "says_no_events",

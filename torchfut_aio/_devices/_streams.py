@@ -17,7 +17,6 @@ from typing import TypeGuard, TypeVar
 import torch
 
 from .._pytorch import (
-    CppFuture,
     can_exchange,
     device_exchange,
     device_index,
@@ -107,20 +106,6 @@ def finish_devices() -> None:
     """Blocks until the devices that are in use have done all their work."""
     for device in devices_in_use():
         call_with_current(device, partial(torch.accelerator.synchronize, device))
-
-
-def has_streams_for_callbacks() -> bool:
-    """Tells whether C++ can run callbacks of a future on devices, which takes a pool of streams."""
-    for device in devices_in_use()[:1]:
-        future: CppFuture[None] = CppFuture([device])
-        future.set_result(None)
-        try:
-            call_with_current(device, partial(future.add_done_callback, lambda _: None))
-        except RecursionError:
-            raise
-        except RuntimeError:
-            return False
-    return True
 
 
 def new_stream(device: torch.device) -> torch.Stream:
