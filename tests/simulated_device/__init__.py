@@ -77,8 +77,8 @@ fail = _extension.fail
 """``fail(message)`` enqueues a kernel that fails. The stream runs no further kernel, and
 queries and synchronisations of it, and of events recorded on it later, raise an error."""
 take_new_streams_away = _extension.take_new_streams_away
-"""``take_new_streams_away()``, until the next reset, as all functions below: ``torch.Stream(device)``
-raises, as on MPS and other backends with no streams but the default one."""
+"""``take_new_streams_away()``, until the next reset, as all functions below:
+``torch.Stream(device)`` raises, as on MPS and other backends that have the default stream only."""
 take_events_away = _extension.take_events_away
 """``take_events_away()``: whatever is asked of events raises "Backend doesn't support events.", as
 on out-of-tree backends that have none."""

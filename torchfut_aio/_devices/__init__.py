@@ -11,7 +11,7 @@ Nothing here knows what a future of this package is.
 """
 
 from ._current import CurrentStreams
-from ._events import RecordedEvent, already_recorded, record_event, says_no_events
+from ._events import RecordedEvent, record_event, says_no_events
 from ._policy import PollPolicy, set_poll_policy
 from ._readiness import (
     Moment,
@@ -34,7 +34,6 @@ __all__ = [
     "Readiness",
     "RecordedEvent",
     "Statistics",
-    "already_recorded",
     "declared_readiness",
     "devices_in_use",
     "finish_current_streams",

@@ -63,7 +63,6 @@ class Watcher:
     def __init__(self, loop: Loop, new_schedule: Callable[[], Schedule] = LearnedSchedule) -> None:
         self.waits: dict[Wait, None] = {}  # those that are pending
         self.polls = self.queries = self.hits = 0
-        self.in_own_thread = False  # whether the loop's thread is one of this package
         self._loop = loop
         self._new_schedule = new_schedule
         self._alarm: Alarm | None = None
@@ -161,7 +160,7 @@ class Watcher:
 
     def _query(self, event: RecordedEvent) -> bool:
         self.queries += 1
-        is_reached = event.query(in_own_thread=self.in_own_thread)
+        is_reached = event.query()
         self.hits += is_reached
         return is_reached
 
@@ -252,30 +251,24 @@ class Watcher:
     def _set_next_poll(self, queue: StreamQueue, oldest: RecordedEvent, now: float) -> None:
         queue.polled_at = now
         blocking = policy().blocking and oldest.stream is not None
-        queue.scheduled = not (blocking or oldest.has_to_block)
-        if not queue.scheduled:
+        queue.scheduled = not (blocking and self._block(queue, oldest))
+        if queue.scheduled:
+            queue.next_poll = queue.since + queue.schedule.next_poll(now - queue.since)
+        else:
             queue.next_poll = now + _FALLBACK
-            if queue.blocked or self._block(queue, oldest):
-                return
-            queue.scheduled = True
-        queue.next_poll = queue.since + queue.schedule.next_poll(now - queue.since)
 
     def _block(self, queue: StreamQueue, oldest: RecordedEvent) -> bool:
         """Has the queue polled when ``oldest`` is reached; returns False if no thread starts."""
         queue.blocker = blocker = queue.blocker or Blocker()
-        queue.blocked = True
-        try:
-            blocker.submit(partial(self._unblock, queue), oldest.synchronize)
-        except BaseException as error:
-            queue.blocked = False
-            if isinstance(error, Exception):
+        if not blocker.has_work():
+            try:
+                blocker.submit(partial(self._unblock, queue), oldest.synchronize)
+            except Exception:
                 return False
-            raise
         return True
 
     def _unblock(self, queue: StreamQueue, _error: Exception | None) -> None:
         """Has ``queue`` polled; the thread calls this. The poll will find the error, too."""
-        queue.blocked = False
         queue.next_poll = queue.polled_at
         self._loop.call_soon(self.poll)
 
