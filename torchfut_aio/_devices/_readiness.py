@@ -2,16 +2,12 @@
 
 A future hands out tensors of an accelerator while kernels still write to them. Its *readiness*
 makes that safe. It is made when the future is completed: while the streams are current on which
-the kernels were enqueued, and before anything can see that the future is complete. It has:
+the kernels were enqueued, and before anything can see that the future is complete. Values that are
+set at the same moment share the events that it records.
 
-- The tensors in the value. A stream that reads them is noted with their memory, so that the
-  memory is not used again before that stream is done with it.
-- Recorded events on the streams. A task awaits them, and a thread orders its current streams
-  after them. Values that are set at the same moment share them.
-
-On devices that the program has declared, torch tells which tensors count, by pickling. For a
-future without ``devices``, `found_readiness` looks for them; torch's own would hand them out with
-no synchronisation at all. A process that uses no accelerator pays a glance at the result's type.
+On devices that the program has declared, torch finds the tensors, by pickling. For a future
+without ``devices``, `found_readiness` looks for them; torch's own would hand them out with no
+synchronisation at all. A process that uses no accelerator pays a glance at the result's type.
 """
 
 from __future__ import annotations
@@ -33,6 +29,7 @@ from ._streams import (
     current_stream,
     dedicated_stream,
     devices_in_use,
+    kind_of,
     on_streams,
 )
 from ._tensors import devices_of, keep_memory, search, tensors
@@ -127,19 +124,15 @@ def declared_readiness(
     devices: Sequence[torch.device], value: object, moment: Moment
 ) -> tuple[Readiness | None, Exception | None]:
     """Returns the readiness of a value on ``devices``, and the error it is to fail with, if any."""
-    found, error = [], None
     try:
         # C++ would call the same, and keep what it finds to itself.
         found = [*tensors(value)] if extract_tensors is None else extract_tensors(value)
-    except Exception as exception:  # what cannot be pickled
-        error = exception.with_traceback(None)
-    try:
         used = devices_of(found)
         if not used <= {*devices}:
             _refuse(devices, found)
-        return Readiness(found, moment.events(used), devices), error
-    except Exception as exception:  # on other devices; or the devices take no more events
-        return Readiness([], (), devices), error or exception.with_traceback(None)
+        return Readiness(found, moment.events(used), devices), None
+    except Exception as error:  # not to be pickled; on other devices; or these take no more events
+        return Readiness([], (), devices), error.with_traceback(None)
 
 
 def _refuse(devices: Sequence[torch.device], found: list[torch.Tensor]) -> None:
@@ -157,7 +150,7 @@ def found_readiness(value: object, moment: Moment) -> tuple[Readiness | None, Ex
     if accelerator is None:
         return None, None
     try:
-        found, is_all = search(value, accelerator.type, _MOST_PARTS)
+        found, is_all = search(value, kind_of(accelerator), _MOST_PARTS)
     except Exception:  # it cannot be searched, so it counts as one that holds nothing
         return None, None
     try:

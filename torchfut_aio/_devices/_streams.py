@@ -83,8 +83,7 @@ def _is_accelerators(device: torch.device) -> bool:
 def current_stream(device: torch.device) -> torch.Stream:
     """Returns the stream of ``device`` that is current in this thread."""
     if _is_accelerators(device):
-        index = device.index
-        return stream_of_index(device_index() if index is None else index)
+        return stream_of_index(device_index() if device.index is None else device.index)
     stream: torch.Stream = torch.get_device_module(device).current_stream(device)
     return stream
 

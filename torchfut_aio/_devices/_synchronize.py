@@ -83,11 +83,8 @@ _blockers: dict[torch.device, tuple[Blocker, Callable[[], None]]] = {}
 
 async def _synchronize_device(device: torch.device) -> None:
     await reached([])  # a checkpoint, also if it is idle
-    call = _blockers.get(device)
-    if call is None:
-        function = functools.partial(finish_device, device)
-        call = _blockers.setdefault(device, (Blocker(), function))
-    await _called(*call)
+    call = _blockers.get(device) or (Blocker(), functools.partial(finish_device, device))
+    await _called(*_blockers.setdefault(device, call))
 
 
 @types.coroutine

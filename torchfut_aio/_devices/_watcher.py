@@ -4,8 +4,7 @@ Each stream has a queue of the events that somebody waits for. The first sets an
 loop, at the time that the queue's schedule says; after the last wait the alarm is closed. Where
 the policy is to block, a thread tells the loop instead when to poll.
 
-An interrupt may strike anywhere, so the watcher keeps no counts that could go wrong, and the
-next poll does again whatever was left half done:
+An interrupt may strike anywhere, and the next poll does again whatever was left half done:
 
 - A wait is pending exactly as long as it is a key of ``waits``. To give it up is to delete it
   there, which takes no call: nothing can strike half-way. Queues find out by themselves.
@@ -26,7 +25,7 @@ import sys
 import threading
 import types
 import weakref
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Hashable, Sequence
 from functools import partial
 from math import inf
@@ -71,7 +70,7 @@ class Watcher:
         self._active: dict[Hashable, StreamQueue] = {}  # those in which somebody may wait, by key
         # The stream of an event that the program has recorded itself is unknown. Each of these
         # events has a queue while somebody waits for it; all on a device share a schedule.
-        self._own_schedules: dict[torch.device, Schedule] = {}
+        self._own_schedules: defaultdict[torch.device, Schedule] = defaultdict(new_schedule)
         self._over: deque[Wait] = deque()  # still to be notified
 
     def statistics(self) -> Statistics:
@@ -146,11 +145,8 @@ class Watcher:
     def _queue_of(self, event: RecordedEvent) -> StreamQueue:
         stream = event.stream
         if stream is None:
-            device = event.event.device
-            if device not in self._own_schedules:
-                self._own_schedules[device] = self._new_schedule()
-            key = id(event.event)
-            return self._active.get(key) or StreamQueue(key, self._own_schedules[device])
+            key, schedule = id(event.event), self._own_schedules[event.event.device]
+            return self._active.get(key) or StreamQueue(key, schedule)
         queue = self._queues.get(stream)
         if queue is None:
             if len(self._queues) >= _QUEUES_AT_REST:
