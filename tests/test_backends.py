@@ -19,14 +19,13 @@ from torchfut_aio import (
     synchronize,
     to_host,
 )
-from torchfut_aio._devices import _capture, devices_in_use, record_event
+from torchfut_aio._devices import devices_in_use, record_event
 
 from . import test_devices, test_ready
 from .accelerator import (
     DEVICE,
     FIRST,
     NEW,
-    OLD,
     SECOND,
     being_filled,
     completed_on,
@@ -35,18 +34,13 @@ from .accelerator import (
     told_or_not,
 )
 from .loops import on_every_loop
-from .threads import PATIENCE, running
-from .waiting import Reader, pending, polled
+from .threads import running
+from .waiting import Reader, pending
 
 pytestmark = [pytest.mark.device, simulated_only]
 
 
-# ------------------------------------------------ the promises of other files, once more
-
-SWITCHES = {
-    "CUDA's rings": "share_rings",
-    "openreg's events": "keep_first_recordings",
-}
+# --------------------- the promises of other files, with events such as those of openreg
 
 BORROWED = {
     name: test
@@ -57,20 +51,10 @@ BORROWED = {
 globals().update(BORROWED)
 
 
-def pytest_generate_tests(metafunc):
-    if metafunc.function.__name__ in BORROWED:
-        metafunc.parametrize("switch", SWITCHES.values(), ids=SWITCHES)
-
-
 @pytest.fixture
-def switch():
-    """Tests that are no others' choose theirs themselves."""
-
-
-@pytest.fixture
-def accelerator(accelerator, switch):
-    if switch is not None:
-        getattr(accelerator, switch)()
+def accelerator(accelerator, request):
+    if request.function.__name__ in BORROWED:
+        accelerator.keep_first_recordings()
     return accelerator
 
 
@@ -186,59 +170,6 @@ def test_the_blocking_policy_records_the_device_s_own_events_on_its_own_streams(
     assert recorded.event.device == torch.device(SECOND)
 
 
-# -------------------------------------------------------------------------------- captures
-
-
-@pytest.fixture(params=[False, True], ids=["polled", "blocked for"])
-def either_policy(request):
-    before = set_poll_policy(PollPolicy(blocking=request.param))
-    yield
-    set_poll_policy(before)
-
-
-@on_every_loop
-async def test_an_await_disturbs_no_capture_where_a_thread_has_a_mode_for_that(
-    accelerator, producer, either_policy, monkeypatch
-):
-    monkeypatch.setattr(_capture, "mode_exchange", lambda kind: accelerator.exchange_capture_mode)
-    own = torch.Event(DEVICE)
-    fut = completed_on(producer, accelerator, None)
-    own.record(producer)
-    adopted = as_future(own)
-    accelerator.begin_capture()
-    readers = [Reader(fut), Reader(adopted), Reader(synchronize(own))]
-    async with anyio.create_task_group() as tg:
-        for reader in readers:
-            tg.start_soon(reader)
-        await pending(2)
-        accelerator.wake()
-    assert accelerator.exchange_capture_mode(0) == 0
-    assert accelerator.end_capture()
-    assert readers[0].outcome.tolist() == NEW
-
-
-@on_every_loop
-async def test_where_a_capture_forbids_to_ask_the_question_is_put_again(
-    accelerator, producer, either_policy
-):
-    own = torch.Event(DEVICE)
-    fut = completed_on(producer, accelerator, None)
-    own.record(producer)
-    accelerator.begin_capture()
-    readers = [Reader(fut), Reader(as_future(own)), Reader(synchronize(own))]
-    async with anyio.create_task_group() as tg:
-        for reader in readers:
-            reader.outcome = "pending"
-            tg.start_soon(reader)
-        await pending(2)
-        accelerator.wake()
-        await polled()
-        assert [reader.outcome for reader in readers] == ["pending"] * 3
-        assert not accelerator.end_capture()  # there was no way to spare it
-    assert [readers[1].outcome, readers[2].outcome] == [None, None]
-    assert readers[0].outcome.tolist() == NEW
-
-
 # -------------------------------------------------------------------------------- contexts
 
 
@@ -248,6 +179,13 @@ def in_thread(body):
     with running(lambda: done.append(body())):
         pass
     return done[0]
+
+
+@pytest.fixture(params=[False, True], ids=["polled", "blocked for"])
+def either_policy(request):
+    before = set_poll_policy(PollPolicy(blocking=request.param))
+    yield
+    set_poll_policy(before)
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
@@ -282,52 +220,3 @@ def test_a_loop_in_a_thread_gives_no_context_to_a_device_that_the_program_does_n
     assert accelerator.has_context(1)
     assert not accelerator.has_context(0)
     assert devices_in_use() == [torch.device(SECOND)]
-
-
-# ------------------------------------------------------------------------------ own streams
-
-
-@on_every_loop
-async def test_a_copy_of_an_idle_tensor_is_not_late_because_of_other_requests(accelerator):
-    accelerator.share_rings()
-    idle = torch.full((2,), 7.0, device=FIRST)
-    current_stream().synchronize()
-    await to_host(idle)
-    kept = []
-    for _ in range(33):
-        stream = torch.Stream(FIRST)
-        parts = [completed_on(stream, accelerator, None) for _ in range(2)]
-        kept.append((parts, collect_all(parts)))
-    with anyio.fail_after(PATIENCE):
-        assert (await to_host(idle)).tolist() == NEW
-    assert kept[0][0][0].value().tolist() == OLD
-
-
-# ------------------------------------------------------------------------- external streams
-
-
-@pytest.fixture(params=[2, 0x10000], ids=["per thread", "used again"])
-def external(request, accelerator):
-    """The id of two streams, and a future that a kernel on the first of them fills."""
-    pointer = request.param
-    return pointer, in_thread(
-        lambda: completed_on(accelerator.external_stream(pointer), accelerator, None)
-    )
-
-
-@on_every_loop
-async def test_what_an_external_stream_has_done_says_nothing_of_another_with_its_id(
-    accelerator, external
-):
-    pointer, fut = external
-    reader, other = Reader(fut), Future()
-    async with anyio.create_task_group() as tg:
-        tg.start_soon(reader)
-        await pending(1)
-        with accelerator.external_stream(pointer):
-            other.set_result(torch.ones(1, device=FIRST))
-        await other
-        await polled()
-        assert reader.outcome is None
-        accelerator.wake()
-    assert reader.outcome.tolist() == NEW
