@@ -63,7 +63,6 @@ class StreamQueue:
         return events[0].event if events else None
 
     def add(self, awaited: AwaitedEvent, pending: Container[Wait]) -> None:
-        """Adds an awaited event in its place."""
         events = self.events
         if len(events) >= self._tidy_at:
             events[:] = [other for other in events if other.wait in pending]

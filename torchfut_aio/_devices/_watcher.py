@@ -74,7 +74,6 @@ class Watcher:
         self._over: deque[Wait] = deque()  # still to be notified
 
     def statistics(self) -> Statistics:
-        """Returns what this watcher has done."""
         learned = {s: queue.schedule.interval for s, queue in list(self._queues.items())}
         intervals = {stream: interval for stream, interval in learned.items() if interval}
         return Statistics(len(self.waits), self.polls, self.queries, self.hits, intervals)
