@@ -44,9 +44,6 @@ from ._schedule import LearnedSchedule, Poll, Schedule
 from ._statistics import Statistics, total
 from ._stream_queue import AwaitedEvent, StreamQueue, Wait, search
 
-# Streams come and go. This many may be at rest before what was learned of these is dropped.
-_QUEUES_AT_REST = 256
-
 # Where a thread blocks for a stream, the stream is polled all the same after so many seconds,
 # in case the wake-up was interrupted.
 _FALLBACK = 1.0
@@ -66,7 +63,8 @@ class Watcher:
         self._new_schedule = new_schedule
         self._alarm: Alarm | None = None
         self._alarm_at = inf
-        self._queues: dict[tuple[torch.device, int], StreamQueue] = {}  # by stream
+        # By stream. Streams of a device take turns, so there are not many.
+        self._queues: dict[tuple[torch.device, int], StreamQueue] = {}
         self._active: dict[Hashable, StreamQueue] = {}  # those in which somebody may wait, by key
         # The stream of an event that the program has recorded itself is unknown. Each of these
         # events has a queue while somebody waits for it; all on a device share a schedule.
@@ -148,8 +146,6 @@ class Watcher:
             return self._active.get(key) or StreamQueue(key, schedule)
         queue = self._queues.get(stream)
         if queue is None:
-            if len(self._queues) >= _QUEUES_AT_REST:
-                self._queues = {s: q for s, q in self._queues.items() if s in self._active}
             queue = self._queues[stream] = StreamQueue(stream, self._new_schedule())
         return queue
 
