@@ -3,9 +3,6 @@
 ``TORCHFUT_AIO_TEST_DEVICE=cuda`` chooses; the tests are the same. A kernel that "runs until
 woken" does so on both, so "while the kernels run" is a fact in a test, and a copy that is
 made too early has the old value.
-
-``TORCHFUT_AIO_TEST_SWITCHES`` names functions of the simulated device that every test is to begin
-with, such as ``reach_events_late``: to see what the tests rely on that is not so everywhere.
 """
 
 from __future__ import annotations
@@ -22,7 +19,6 @@ import torch
 
 from torchfut_aio import Future
 from torchfut_aio._devices import _events
-from torchfut_aio._devices._synchronize import side_stream
 
 from . import gpus
 from .threads import PATIENCE
@@ -61,8 +57,6 @@ def accelerator(accelerator_module: Any, request: pytest.FixtureRequest) -> Iter
     if needs_two and accelerator_module.device_count() < 2:
         pytest.skip("this machine has one accelerator")
     write_zeros(accelerator_module)
-    for switch in os.environ.get("TORCHFUT_AIO_TEST_SWITCHES", "").split():
-        getattr(accelerator_module, switch)()
     accelerator_module.reset_counters()
     _events._pools.clear()  # of events of a backend that an earlier test played
     yield accelerator_module
@@ -71,19 +65,12 @@ def accelerator(accelerator_module: Any, request: pytest.FixtureRequest) -> Iter
 
 @pytest.fixture
 def producer(accelerator: Any) -> torch.Stream:
-    return _stream()
+    return torch.Stream(FIRST)
 
 
 @pytest.fixture
 def consumer(accelerator: Any) -> torch.Stream:
-    return _stream()
-
-
-def _stream() -> torch.Stream:
-    # A device has a few dozens of streams, which take turns: not the one for copies.
-    while (stream := torch.Stream(FIRST)) == side_stream(torch.device(FIRST)):
-        pass
-    return stream
+    return torch.Stream(FIRST)
 
 
 def ends_soon(stream: torch.Stream) -> bool:

@@ -89,7 +89,6 @@ def reset() -> None:
 
 _COUNTED = {
     "event_queries": ["cudaEventQuery"],
-    "stream_queries": ["cudaStreamQuery"],
     "synchronizations": ["cudaEventSynchronize", "cudaStreamSynchronize", "cudaDeviceSynchronize"],
     "events_created": ["cudaEventCreateWithFlags"],
     "events_destroyed": ["cudaEventDestroy"],

@@ -98,6 +98,8 @@ async def _awaited(fut: Future[Any]) -> Any:
 
 def capture(accelerator: Any) -> None:
     """A thread captures a graph in "global" mode, while another awaits kernels."""
+    if DEVICE == "sim":
+        raise CannotCheckError("the simulated device captures no graphs")
     tensor, stream = torch.zeros(2, device=FIRST), torch.Stream(FIRST)
     prepared, begun, end = threading.Event(), threading.Event(), threading.Event()
 
@@ -106,7 +108,7 @@ def capture(accelerator: Any) -> None:
             accelerator.fill_after(tensor, 7, 0.001)
         await synchronize(stream)
         prepared.set()  # the clock is measured, the kernels are loaded, and the package has events
-        begun.set() if DEVICE == "sim" else await asyncio.to_thread(begun.wait, PATIENCE)
+        await asyncio.to_thread(begun.wait, PATIENCE)
         for n in range(50):
             with stream:
                 accelerator.fill_after(tensor, n, 0.001)
@@ -125,16 +127,6 @@ def capture(accelerator: Any) -> None:
         torch.cuda.synchronize()
         assert captured.item() == 2
 
-    if DEVICE == "sim":
-        exchange = _capture.mode_exchange
-        _capture.mode_exchange = lambda _: accelerator.exchange_capture_mode  # type: ignore
-        accelerator.begin_capture()
-        try:
-            within_patience(main())
-        finally:
-            _capture.mode_exchange = exchange
-        assert accelerator.end_capture(), "the capture was invalidated"
-        return
     assert _capture.mode_exchange("cuda") is not None, "the driver's function was not found"
 
     def await_then_end() -> None:
@@ -149,9 +141,7 @@ def capture(accelerator: Any) -> None:
 
 
 def copies(accelerator: Any) -> None:
-    """A copy of an idle tensor is not late, whatever runs on 33 streams."""
-    if DEVICE == "sim":
-        accelerator.share_rings()
+    """A copy of an idle tensor is not late, whatever runs on 33 streams, or is called back."""
     idle = torch.full((2,), 7.0, device=FIRST)
     current_stream().synchronize()
 
@@ -159,8 +149,11 @@ def copies(accelerator: Any) -> None:
         await to_host(idle)  # allocates the pinned memory
         streams = [torch.Stream(FIRST) for _ in range(33)]
         for stream in streams:
+            fut: Future[Any] = Future()
+            fut.add_done_callback(lambda _: None)
             with stream:
                 accelerator.sleep(PATIENCE)
+                fut.set_result(idle)  # the callback has a stream that waits for this one
         assert (await to_host(idle)).tolist() == NEW
         assert not streams[0].query()
         accelerator.wake()
@@ -169,13 +162,16 @@ def copies(accelerator: Any) -> None:
 
 
 def external_streams(accelerator: Any) -> None:
-    """Stream 2, which is another one in each thread, is not taken for one."""
+    """Stream 2, another one in each thread, is not taken for one; nor one whose id is a pointer."""
+    if DEVICE == "sim":
+        raise CannotCheckError("the simulated device has no external streams")
     write_zeros(accelerator)
     other: Future[Any] = Future()
+    # Once it is destroyed, another may have its pointer.
+    pointer = torch.cuda.Stream(FIRST).cuda_stream
+    assert record_event(torch.cuda.ExternalStream(pointer)).stream is None
 
     def of_this_thread() -> Any:
-        if DEVICE == "sim":
-            return accelerator.external_stream(2)
         return torch.cuda.stream(torch.cuda.ExternalStream(2))
 
     def held_up() -> None:

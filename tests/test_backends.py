@@ -19,14 +19,13 @@ from torchfut_aio import (
     synchronize,
     to_host,
 )
-from torchfut_aio._devices import _capture, devices_in_use, record_event
+from torchfut_aio._devices import devices_in_use, record_event
 
 from . import test_devices, test_ready
 from .accelerator import (
     DEVICE,
     FIRST,
     NEW,
-    OLD,
     SECOND,
     being_filled,
     completed_on,
@@ -35,32 +34,13 @@ from .accelerator import (
     told_or_not,
 )
 from .loops import on_every_loop
-from .threads import PATIENCE, running
-from .waiting import Reader, pending, polled
+from .threads import running
+from .waiting import Reader, pending
 
 pytestmark = [pytest.mark.device, simulated_only]
 
 
-# ------------------------------------------------ the promises of other files, once more
-
-SWITCHES = {
-    "CUDA's rings": "share_rings",
-    "no pool": "take_stream_pool_away",
-    "openreg's events": "keep_first_recordings",
-}
-
-# Where there is no pool, nothing has dedicated streams, and torch's own futures do not work.
-NOT_WITHOUT_POOL = {
-    # Below is one for this case.
-    "test_an_adopted_torch_future_is_ready_when_its_kernels_are_done",
-    "test_an_adopted_torch_future_is_ready_when_its_kernels_are_done_on_trio",
-    "test_torchs_own_future_does_on_this_device_what_it_does_on_a_gpu",
-    "test_tensors_on_several_devices_are_all_synchronised",
-    "test_a_callback_runs_on_a_dedicated_stream_that_is_ordered_after_the_kernels",
-    "test_each_callback_has_a_stream_of_its_own",
-    "test_a_callback_of_a_torch_consumer_may_read_and_wait_for_the_future",
-    "test_a_callback_may_use_devices_that_its_parent_did_not",
-}
+# --------------------- the promises of other files, with events such as those of openreg
 
 BORROWED = {
     name: test
@@ -71,22 +51,10 @@ BORROWED = {
 globals().update(BORROWED)
 
 
-def pytest_generate_tests(metafunc):
-    name = metafunc.function.__name__
-    if name in BORROWED:
-        concerned = [s for s in SWITCHES if s != "no pool" or name not in NOT_WITHOUT_POOL]
-        metafunc.parametrize("switch", [SWITCHES[s] for s in concerned], ids=concerned)
-
-
 @pytest.fixture
-def switch():
-    """Tests that are no others' choose theirs themselves."""
-
-
-@pytest.fixture
-def accelerator(accelerator, switch):
-    if switch is not None:
-        getattr(accelerator, switch)()
+def accelerator(accelerator, request):
+    if request.function.__name__ in BORROWED:
+        accelerator.keep_first_recordings()
     return accelerator
 
 
@@ -150,51 +118,26 @@ async def test_without_events_a_failed_kernel_reaches_those_who_await_it(acceler
 @on_every_loop
 async def test_without_streams_of_its_own_values_are_copied_and_combined(accelerator):
     accelerator.take_new_streams_away()
-    accelerator.take_stream_pool_away()
     futs = [completed_on(current_stream(), accelerator, None) for _ in range(2)]
     accelerator.wake()
     assert [f.value().tolist() for f in await collect_all(futs)] == [NEW, NEW]
     assert (await to_host(futs[0].value())).tolist() == NEW
 
 
-# ------------------------------------------------------------------------ no stream pool
+# ------------------------------------------------------------ streams cannot be ordered
 
 
 @on_every_loop
-@pytest.mark.parametrize("is_done", [False, True], ids=["pending", "done"])
 @told_or_not
-async def test_without_a_pool_an_adopted_torch_future_is_ready_when_its_kernels_are_done(
-    accelerator, devices, producer, is_done
+async def test_a_done_torch_future_that_no_stream_can_be_ordered_after_fails_its_adopted_one(
+    accelerator, producer, devices
 ):
-    accelerator.take_stream_pool_away()
     source = torch.futures.Future(devices=devices)
     with producer:
-        tensor = being_filled(accelerator)
-        if is_done:
-            source.set_result(tensor)
-        reader = Reader(as_future(source))
-        if not is_done:
-            source.set_result(tensor)  # raises nothing
-    async with anyio.create_task_group() as tg:
-        tg.start_soon(reader)
-        for _ in range(5):
-            await anyio.sleep(0.001)
-        assert reader.outcome is None
-        accelerator.wake()
-    assert reader.outcome.tolist() == NEW
-
-
-@on_every_loop
-@pytest.mark.parametrize("is_done", [False, True], ids=["pending", "done"])
-async def test_without_a_pool_the_error_of_an_adopted_torch_future_arrives(accelerator, is_done):
-    accelerator.take_stream_pool_away()
-    source = torch.futures.Future(devices=[FIRST])
-    if is_done:
-        source.set_exception(ValueError("foo"))
+        source.set_result(torch.ones(1, device=FIRST))
+    accelerator.refuse_events()
     fut = as_future(source)
-    if not is_done:
-        source.set_exception(ValueError("foo"))
-    with pytest.raises(ValueError, match="foo"):
+    with pytest.raises(RuntimeError, match="the device is lost"):
         await fut
 
 
@@ -227,59 +170,6 @@ def test_the_blocking_policy_records_the_device_s_own_events_on_its_own_streams(
     assert recorded.event.device == torch.device(SECOND)
 
 
-# -------------------------------------------------------------------------------- captures
-
-
-@pytest.fixture(params=[False, True], ids=["polled", "blocked for"])
-def either_policy(request):
-    before = set_poll_policy(PollPolicy(blocking=request.param))
-    yield
-    set_poll_policy(before)
-
-
-@on_every_loop
-async def test_an_await_disturbs_no_capture_where_a_thread_has_a_mode_for_that(
-    accelerator, producer, either_policy, monkeypatch
-):
-    monkeypatch.setattr(_capture, "mode_exchange", lambda kind: accelerator.exchange_capture_mode)
-    own = torch.Event(DEVICE)
-    fut = completed_on(producer, accelerator, None)
-    own.record(producer)
-    adopted = as_future(own)
-    accelerator.begin_capture()
-    readers = [Reader(fut), Reader(adopted), Reader(synchronize(own))]
-    async with anyio.create_task_group() as tg:
-        for reader in readers:
-            tg.start_soon(reader)
-        await pending(2)
-        accelerator.wake()
-    assert accelerator.exchange_capture_mode(0) == 0
-    assert accelerator.end_capture()
-    assert readers[0].outcome.tolist() == NEW
-
-
-@on_every_loop
-async def test_where_a_capture_forbids_to_ask_the_question_is_put_again(
-    accelerator, producer, either_policy
-):
-    own = torch.Event(DEVICE)
-    fut = completed_on(producer, accelerator, None)
-    own.record(producer)
-    accelerator.begin_capture()
-    readers = [Reader(fut), Reader(as_future(own)), Reader(synchronize(own))]
-    async with anyio.create_task_group() as tg:
-        for reader in readers:
-            reader.outcome = "pending"
-            tg.start_soon(reader)
-        await pending(2)
-        accelerator.wake()
-        await polled()
-        assert [reader.outcome for reader in readers] == ["pending"] * 3
-        assert not accelerator.end_capture()  # there was no way to spare it
-    assert [readers[1].outcome, readers[2].outcome] == [None, None]
-    assert readers[0].outcome.tolist() == NEW
-
-
 # -------------------------------------------------------------------------------- contexts
 
 
@@ -289,6 +179,13 @@ def in_thread(body):
     with running(lambda: done.append(body())):
         pass
     return done[0]
+
+
+@pytest.fixture(params=[False, True], ids=["polled", "blocked for"])
+def either_policy(request):
+    before = set_poll_policy(PollPolicy(blocking=request.param))
+    yield
+    set_poll_policy(before)
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
@@ -323,52 +220,3 @@ def test_a_loop_in_a_thread_gives_no_context_to_a_device_that_the_program_does_n
     assert accelerator.has_context(1)
     assert not accelerator.has_context(0)
     assert devices_in_use() == [torch.device(SECOND)]
-
-
-# ------------------------------------------------------------------------------ own streams
-
-
-@on_every_loop
-async def test_a_copy_of_an_idle_tensor_is_not_late_because_of_other_requests(accelerator):
-    accelerator.share_rings()
-    idle = torch.full((2,), 7.0, device=FIRST)
-    current_stream().synchronize()
-    await to_host(idle)
-    kept = []
-    for _ in range(33):
-        stream = torch.Stream(FIRST)
-        parts = [completed_on(stream, accelerator, None) for _ in range(2)]
-        kept.append((parts, collect_all(parts)))
-    with anyio.fail_after(PATIENCE):
-        assert (await to_host(idle)).tolist() == NEW
-    assert kept[0][0][0].value().tolist() == OLD
-
-
-# ------------------------------------------------------------------------- external streams
-
-
-@pytest.fixture(params=[2, 0x10000], ids=["per thread", "used again"])
-def external(request, accelerator):
-    """The id of two streams, and a future that a kernel on the first of them fills."""
-    pointer = request.param
-    return pointer, in_thread(
-        lambda: completed_on(accelerator.external_stream(pointer), accelerator, None)
-    )
-
-
-@on_every_loop
-async def test_what_an_external_stream_has_done_says_nothing_of_another_with_its_id(
-    accelerator, external
-):
-    pointer, fut = external
-    reader, other = Reader(fut), Future()
-    async with anyio.create_task_group() as tg:
-        tg.start_soon(reader)
-        await pending(1)
-        with accelerator.external_stream(pointer):
-            other.set_result(torch.ones(1, device=FIRST))
-        await other
-        await polled()
-        assert reader.outcome is None
-        accelerator.wake()
-    assert reader.outcome.tolist() == NEW

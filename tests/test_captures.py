@@ -1,7 +1,11 @@
-"""A graph that another thread captures, and what the package does meanwhile."""
+"""A graph that another thread captures, and what the package does meanwhile.
+
+It takes CUDA, or the stand-in for it: the simulated device captures no graphs.
+"""
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import threading
 
@@ -11,53 +15,48 @@ import torch
 
 from torchfut_aio import (
     Future,
+    PollPolicy,
     as_completed,
+    as_future,
     collect_all,
     gather,
+    set_poll_policy,
     set_results,
+    synchronize,
     to_host,
     wait_all,
     with_timeout,
 )
-from torchfut_aio._devices import _capture as _devices_capture
+from torchfut_aio._devices import _capture
 
 from .accelerator import DEVICE, FIRST, NEW, being_filled, completed_on
 from .loops import on_every_loop
 from .threads import PATIENCE, running
-from .waiting import Reader, pending
+from .waiting import Reader, pending, polled
 
-pytestmark = pytest.mark.device
+pytestmark = [
+    pytest.mark.device,
+    pytest.mark.skipif(DEVICE == "sim", reason="the simulated device captures no graphs"),
+]
+
+beside_a_capture = pytest.mark.usefixtures("capture")
 
 
-@pytest.fixture(params=["global", "thread_local"], autouse=True)
-def _capture(accelerator, request, monkeypatch):
-    """Another thread captures, on a stream of the ring of ``torch.Stream``, and is to end well."""
-    accelerator.wake()  # the memory that kernels watch is there
-    if DEVICE == "sim":
-        accelerator.share_rings()
-        exchange = accelerator.exchange_capture_mode
-        monkeypatch.setattr(_devices_capture, "mode_exchange", lambda kind: exchange)
-        capturing = _simulated(accelerator, torch.Stream(FIRST))
-    else:
-        capturing = _captured(request.param, torch.cuda.Stream(FIRST))
-    with capturing:
+@pytest.fixture(params=["global", "thread_local"])
+def capture(accelerator, request):
+    """Another thread captures, and is to end well."""
+    with capturing(accelerator, request.param) as errors:
         yield
         accelerator.wake()
+    assert not errors
 
 
 @contextlib.contextmanager
-def _simulated(accelerator, stream):
-    accelerator.begin_capture(stream.stream_id)
-    try:
-        yield
-    finally:
-        valid = accelerator.end_capture()
-    assert valid
-
-
-@contextlib.contextmanager
-def _captured(mode, stream):
+def capturing(accelerator, mode):
+    """Has another thread capture, on a stream of the ring of ``torch.Stream``; gives its errors."""
+    accelerator.wake()  # the memory that kernels watch is there
     begun, end, graph = threading.Event(), threading.Event(), torch.cuda.CUDAGraph()
+    stream, errors = torch.cuda.Stream(FIRST), []
     counter = torch.zeros(1, device=FIRST)
     counter.add_(1)
     torch.cuda.synchronize()
@@ -68,20 +67,70 @@ def _captured(mode, stream):
                 counter.add_(1)
                 begun.set()
                 assert end.wait(PATIENCE)
+        except RuntimeError as error:
+            errors.append(error)
         finally:
             begun.set()
 
     with running(work):
         assert begun.wait(PATIENCE)
         try:
-            yield
+            yield errors
         finally:
             end.set()
-    graph.replay()
-    assert counter.item() == 2
+    if not errors:
+        graph.replay()
+        assert counter.item() == 2
+
+
+@pytest.fixture(params=[False, True], ids=["polled", "blocked for"])
+def either_policy(request):
+    before = set_poll_policy(PollPolicy(blocking=request.param))
+    yield
+    set_poll_policy(before)
 
 
 @on_every_loop
+@beside_a_capture
+async def test_an_await_leaves_a_capture_alone(accelerator, producer, either_policy):
+    own = torch.Event(DEVICE)
+    fut = completed_on(producer, accelerator, None)
+    own.record(producer)
+    readers = [Reader(fut), Reader(as_future(own)), Reader(synchronize(own))]
+    async with anyio.create_task_group() as tg:
+        for reader in readers:
+            tg.start_soon(reader)
+        await pending(2)
+        accelerator.wake()
+    assert readers[0].outcome is fut.value()
+
+
+@on_every_loop
+async def test_where_a_thread_has_no_mode_for_it_the_question_is_put_again(
+    accelerator, producer, either_policy, monkeypatch, nothing_blocks_a_loop
+):
+    nothing_blocks_a_loop.deactivate()  # threads are started and joined below
+    monkeypatch.setattr(_capture, "mode_exchange", lambda kind: None)
+    own = torch.Event(DEVICE)
+    async with anyio.create_task_group() as tg:
+        with capturing(accelerator, "global") as errors:
+            fut = completed_on(producer, accelerator, None)
+            own.record(producer)
+            readers = [Reader(fut), Reader(as_future(own)), Reader(synchronize(own))]
+            for reader in readers:
+                reader.outcome = "pending"
+                tg.start_soon(reader)
+            await pending(2)
+            accelerator.wake()
+            await polled()
+            assert [reader.outcome for reader in readers] == ["pending"] * 3
+    assert "captur" in str(errors)  # there was no way to spare it
+    assert [readers[1].outcome, readers[2].outcome] == [None, None]
+    assert readers[0].outcome.tolist() == NEW
+
+
+@on_every_loop
+@beside_a_capture
 async def test_to_host_leaves_a_capture_alone(accelerator, producer):
     with producer:
         reader = Reader(to_host([being_filled(accelerator)]))
@@ -92,6 +141,7 @@ async def test_to_host_leaves_a_capture_alone(accelerator, producer):
     assert reader.outcome[0].tolist() == NEW
 
 
+@beside_a_capture
 @pytest.mark.parametrize("devices", [[FIRST], None], ids=["declared", "undeclared"])
 def test_callbacks_leave_a_capture_alone(accelerator, producer, devices):
     ran = []
@@ -105,6 +155,7 @@ def test_callbacks_leave_a_capture_alone(accelerator, producer, devices):
     assert len(ran) == 40
 
 
+@beside_a_capture
 @pytest.mark.parametrize(
     "combine",
     [
@@ -118,11 +169,23 @@ def test_callbacks_leave_a_capture_alone(accelerator, producer, devices):
     ids=["gather", "collect_all", "wait_all", "as_completed", "with_timeout", "as_concurrent"],
 )
 def test_combinations_leave_a_capture_alone(accelerator, producer, consumer, combine):
+    combined = []
     for _ in range(20):
         futures = [completed_on(stream, accelerator, None) for stream in (producer, consumer)]
-        combine(futures)
+        combined.append((combine(futures), futures))
         late = [Future(), Future()]
         together = collect_all(late)
         with producer:
             set_results(late, [futures[0].value()] * 2)
-        together.wait()
+        assert together.wait() == late
+    accelerator.wake()
+    for one, futures in combined:
+        assert {*map(id, values_of(one))} == {id(fut.value()) for fut in futures}
+
+
+def values_of(combined):
+    """The values in what a combination returned."""
+    parts = combined.wait() if isinstance(combined, Future) else combined
+    if isinstance(parts[0], concurrent.futures.Future):
+        return [part.result(PATIENCE) for part in parts]
+    return [part.value() if isinstance(part, Future) else part for part in parts]

@@ -18,7 +18,10 @@ from .threads import PATIENCE_WITH_PROCESSES
 @simulated_only
 @pytest.mark.parametrize("name", gpu_checks.CHECKS)
 def test_each_check_passes_on_the_simulated_device(accelerator, name):
-    gpu_checks.CHECKS[name](accelerator)
+    try:
+        gpu_checks.CHECKS[name](accelerator)
+    except gpu_checks.CannotCheckError as error:
+        pytest.skip(str(error))
 
 
 def test_without_a_gpu_it_says_so_and_writes_nothing():

@@ -45,6 +45,15 @@ from .waiting import Reader, eventually, pending, polled
 pytestmark = pytest.mark.device
 
 
+def failed_on(stream, accelerator):
+    """A future that is done, with a value on ``stream``, where a kernel has failed before."""
+    with stream:
+        accelerator.fail("the kernel failed")
+        fut = completed_on(stream, accelerator, None)
+    accelerator.wake()
+    return fut
+
+
 # ------------------------------------------------------------------------------- await
 
 
@@ -447,9 +456,7 @@ def test_as_completed_yields_nothing_in_a_thread_that_it_could_not_order(
     def fails(readiness):
         raise error
 
-    fut = Future()
-    with producer:
-        fut.set_result(being_filled(accelerator))
+    fut = completed_on(producer, accelerator, None)
     completed = as_completed([fut])
     with monkeypatch.context() as patch:
         patch.setattr(_readiness.Readiness, "wait", fails)
@@ -461,13 +468,7 @@ def test_as_completed_yields_nothing_in_a_thread_that_it_could_not_order(
 
 @on_every_loop
 async def test_as_completed_yields_a_future_whose_kernel_failed(accelerator, producer):
-    fut = Future()
-    with producer:
-        tensor = being_filled(accelerator)
-        accelerator.fail("the kernel failed")
-        fut.set_result(tensor)
-    accelerator.wake()
-    done = await anext(as_completed([fut]))
+    done = await anext(as_completed([failed_on(producer, accelerator)]))
     with pytest.raises(RuntimeError, match="the kernel failed"):
         await done
 
@@ -568,12 +569,7 @@ async def test_a_failed_kernel_reaches_those_who_await_its_stream_and_nobody_els
 
 @on_asyncio
 async def test_a_failed_kernel_reaches_as_asyncio(accelerator, producer):
-    fut = Future()
-    with producer:
-        tensor = being_filled(accelerator)
-        accelerator.fail("the kernel failed")
-        fut.set_result(tensor)
-    accelerator.wake()
+    fut = failed_on(producer, accelerator)
     first = fut.as_asyncio()
     with pytest.raises(RuntimeError, match="the kernel failed"):
         await first

@@ -110,6 +110,11 @@ def has_record_stream(kind: str) -> bool:
         return False
 
 
+# As torch.accelerator.current_accelerator, without its arguments.
+current_accelerator: Callable[[], torch.device | None]
+current_accelerator = getattr(
+    torch._C, "_accelerator_getAccelerator", torch.accelerator.current_accelerator
+)
 # As torch.accelerator.set_stream, which is written in Python: an interrupt may come within that.
 set_stream: Callable[[torch.Stream], None]
 set_stream = getattr(torch._C, "_accelerator_setStream", torch.accelerator.set_stream)

@@ -76,36 +76,18 @@ wake = _extension.wake
 fail = _extension.fail
 """``fail(message)`` enqueues a kernel that fails. The stream runs no further kernel, and
 queries and synchronisations of it, and of events recorded on it later, raise an error."""
-take_stream_pool_away = _extension.take_stream_pool_away
-"""``take_stream_pool_away()``, until the next reset, as all functions below: callbacks of C++
-futures cannot run, as on MPS."""
 take_new_streams_away = _extension.take_new_streams_away
-"""``take_new_streams_away()``: ``torch.Stream(device)`` raises, as on backends with no streams but
-the default one."""
+"""``take_new_streams_away()``, until the next reset, as all functions below:
+``torch.Stream(device)`` raises, as on MPS and other backends that have the default stream only."""
 take_events_away = _extension.take_events_away
 """``take_events_away()``: whatever is asked of events raises "Backend doesn't support events.", as
 on out-of-tree backends that have none."""
 refuse_events = _extension.refuse_events
 """``refuse_events()``: recording events, and having streams wait for them, raises an error, as on
 CUDA once a kernel has failed."""
-share_rings = _extension.share_rings
-"""``share_rings()``: ``torch.Stream`` and callbacks get streams from one ring of 32, per priority,
-as on CUDA and XPU."""
 keep_first_recordings = _extension.keep_first_recordings
 """``keep_first_recordings()``: an event that is recorded again while it is pending is done at its
 first recording, as on torch_openreg."""
-reach_events_late = _extension.reach_events_late
-"""``reach_events_late()``: an event is reached half a millisecond after what is before it, on an
-idle stream, too, as no GPU reaches one at once."""
-begin_capture = _extension.begin_capture
-"""``begin_capture(stream_id=-1)``: some thread captures a graph in "global" mode, as on CUDA.
-Queries and pinned memory raise, and invalidate the capture, except in threads that are in
-thread-local capture mode; and so does an order of the stream that captures after an event."""
-end_capture = _extension.end_capture
-"""``end_capture()`` ends that, and tells whether the capture is valid."""
-exchange_capture_mode = _extension.exchange_capture_mode
-"""``exchange_capture_mode(mode)`` sets the mode of this thread and returns the one before, as
-``cudaThreadExchangeStreamCaptureMode``; 1 is thread-local."""
 count_contexts = _extension.count_contexts
 """``count_contexts()``: from now on a device has a context if it was made current, or was current
 while the device was asked anything, as on CUDA."""
@@ -118,19 +100,7 @@ def reset() -> None:
     global Event
     _extension.reset()
     Event = EventOfCuda
-    side_stream.cache_clear()  # it may be one of those that a test has chosen
-
-
-def external_stream(pointer: int) -> torch.Stream:
-    """Makes a stream whose id is a pointer, even and above 65536, as ``torch.cuda.ExternalStream``.
-
-    If there was one with this pointer, it has been destroyed. 2 is another stream in each thread,
-    as ``cudaStreamPerThread``.
-    """
-    if pointer != 2:
-        _extension.make_external(pointer)
-    kind = torch.accelerator.current_stream("sim:0").device_type
-    return torch.Stream(stream_id=pointer, device_index=0, device_type=kind)
+    side_stream.cache_clear()  # it may be the current one, as a test has taken new ones away
 
 
 def take_event_class_of(backend: str) -> None:
@@ -144,9 +114,8 @@ def take_event_class_of(backend: str) -> None:
 
 
 counters = _extension.counters
-"""``counters()`` tells what was called, as a dict: numbers of ``event_queries``,
-``stream_queries``, ``events_created``, ``events_destroyed`` and blocking
-``synchronizations``, and the set of ``streams`` (device index, stream id) that ran a kernel."""
+"""``counters()`` returns how often what was called, as a dict: ``event_queries``,
+``events_created``, ``events_destroyed`` and blocking ``synchronizations``."""
 reset_counters = _extension.reset_counters
 
 

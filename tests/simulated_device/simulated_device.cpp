@@ -55,11 +55,6 @@ c10::Stream current_stream(c10::Device device) {
   return stream_of(device, current_streams.at(stream_of(device, 0).device_index()));
 }
 
-c10::StreamId next_of(int count) {
-  static std::atomic<unsigned> turn{0};
-  return turn++ % count;
-}
-
 c10::Stream next_of_ring(c10::Device device, int priority) {
   static std::array<std::atomic<unsigned>, 2> turns{};
   int ring = priority < 0 ? 1 : 0;
@@ -68,25 +63,8 @@ c10::Stream next_of_ring(c10::Device device, int priority) {
 
 // What some accelerators lack, and what others do: see the functions of these names that the
 // module has for tests.
-std::atomic<bool> lacks_pool{false}, lacks_new_streams{false}, lacks_events{false};
-std::atomic<bool> refuses_events{false}, shares_rings{false}, keeps_first_recording{false};
-std::atomic<bool> reaches_late{false};
-
-// A thread that captures a graph in "global" mode forbids queries to all threads but those in
-// "thread-local" mode, which is 1, as in CUDA. A query that it forbids invalidates the capture.
-// The stream that captures is ordered after no work of outside, whatever the mode.
-std::atomic<bool> capturing{false}, capture_is_valid{true};
-std::atomic<c10::StreamId> captured_stream{-1};
-thread_local int capture_mode = 0;
-
-void check_capture(bool allowed) {
-  if (!capturing || allowed)
-    return;
-  capture_is_valid = false;
-  TORCH_CHECK(false, "operation not permitted when stream is capturing");
-}
-
-void check_capture() { check_capture(capture_mode == 1); }
+std::atomic<bool> lacks_new_streams{false}, lacks_events{false};
+std::atomic<bool> refuses_events{false}, keeps_first_recording{false};
 
 // Which devices have a context. All, unless a test counts them: then a device gets one when it
 // is made current, or is current while anything is asked.
@@ -123,16 +101,13 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   c10::Stream getStream(c10::Device device) const override { return current_stream(device); }
   c10::Stream getDefaultStream(c10::Device device) const override { return stream_of(device, 0); }
   c10::Stream getStreamFromGlobalPool(c10::Device device, bool) const override {
-    TORCH_CHECK(!lacks_pool, "Backend doesn't support acquiring a stream from pool.");
     make_context(stream_of(device, 0).device_index());
-    return shares_rings ? next_of_ring(device, 0)
-                        : stream_of(device, kFirstPooled + next_of(kPooled));
+    return next_of_ring(device, 0);
   }
   c10::Stream getNewStream(c10::Device device, int priority) const override {
     TORCH_CHECK(!lacks_new_streams, "Backend doesn't support create a new Stream.");
     make_context(stream_of(device, 0).device_index());
-    return shares_rings ? next_of_ring(device, priority)
-                        : stream_of(device, kFirstNew + next_of(kNew));
+    return next_of_ring(device, priority);
   }
   c10::Stream exchangeStream(c10::Stream stream) const override {
     auto before = getStream(stream.device());
@@ -140,10 +115,8 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     return before;
   }
   bool queryStream(const c10::Stream& stream) const override {
-    count(counters.stream_queries);
     make_context(current_device);
-    check_capture();
-    Queue& queue = queue_of(stream); // before the lock: whoever holds `other_mutex` takes it, too
+    Queue& queue = queue_of(stream);
     Lock lock(mutex);
     queue.check();
     return queue.steps.empty();
@@ -163,8 +136,6 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
               const c10::EventFlag) const override {
     check_events();
     TORCH_CHECK(!refuses_events, "the device is lost");
-    if (reaches_late)
-      launch(stream, sleeper(0.0005));
     auto mark = simulated::record(stream);
     Lock lock(mutex);
     if (*event == nullptr) {
@@ -182,18 +153,15 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   void block(void* event, const c10::Stream& stream) const override {
     check_events();
     TORCH_CHECK(!refuses_events, "the device is lost");
-    check_capture(stream.id() != captured_stream);
     simulated::block(stream, latest(event));
   }
   bool queryEvent(void* event) const override {
     count(counters.event_queries);
     check_events();
-    check_capture();
     return query(latest(event));
   }
   void synchronizeEvent(void* event) const override {
     check_events();
-    check_capture();
     synchronize(latest(event));
   }
   void destroyEvent(void* event, const c10::DeviceIndex) const noexcept override {
@@ -216,8 +184,6 @@ void release(void* memory) { delete static_cast<Memory*>(memory); }
 struct Allocator final : c10::Allocator {
   explicit Allocator(bool pin) : pin(pin) {}
   c10::DataPtr allocate(size_t size) override {
-    if (pin)
-      check_capture();
     auto start = static_cast<char*>(::operator new(size));
     if (!pin)
       return {start, new Memory(start, [](char* p) { ::operator delete(p); }), release,
@@ -428,14 +394,13 @@ pybind11::dict current_counters() {
   Counters now = counters;
   lock.unlock(); // as making Python objects may collect garbage, events for example
   return pybind11::dict(
-      "event_queries"_a = now.event_queries, "stream_queries"_a = now.stream_queries,
-      "events_created"_a = now.events_created, "events_destroyed"_a = now.events_destroyed,
-      "synchronizations"_a = now.synchronizations, "streams"_a = now.streams);
+      "event_queries"_a = now.event_queries, "events_created"_a = now.events_created,
+      "events_destroyed"_a = now.events_destroyed, "synchronizations"_a = now.synchronizations);
 }
 
 } // namespace
 
-// No GIL is needed: what threads share is atomic, or one of the two mutexes of streams.h guards it,
+// No GIL is needed: what threads share is atomic, or the mutex of streams.h guards it,
 // and no Python object is touched while a mutex is held.
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module, pybind11::mod_gil_not_used()) {
   using Released = pybind11::call_guard<pybind11::gil_scoped_release>;
@@ -447,27 +412,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module, pybind11::mod_gil_not_used()) {
     counters = {};
   });
   module.def("reset", [] {
-    lacks_pool = lacks_new_streams = lacks_events = refuses_events = false;
-    shares_rings = keeps_first_recording = reaches_late = counts_contexts = capturing = false;
+    lacks_new_streams = lacks_events = refuses_events = false;
+    keeps_first_recording = counts_contexts = false;
     reset();
   }, Released());
-  module.def("take_stream_pool_away", [] { lacks_pool = true; });
   module.def("take_new_streams_away", [] { lacks_new_streams = true; });
   module.def("take_events_away", [] { lacks_events = true; });
   module.def("refuse_events", [] { refuses_events = true; });
-  module.def("make_external", &make_external, Released());
-  module.def("share_rings", [] { shares_rings = true; });
   module.def("keep_first_recordings", [] { keeps_first_recording = true; });
-  module.def("reach_events_late", [] { reaches_late = true; });
-  module.def("begin_capture", [](c10::StreamId stream) {
-    captured_stream = stream;
-    capture_is_valid = capturing = true;
-  }, pybind11::arg("stream_id") = -1);
-  module.def("end_capture", [] {
-    capturing = false;
-    return capture_is_valid.load();
-  });
-  module.def("exchange_capture_mode", [](int mode) { return std::exchange(capture_mode, mode); });
   module.def("count_contexts", [] {
     for (auto& made : contexts)
       made = false;

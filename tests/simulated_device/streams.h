@@ -13,10 +13,8 @@
 #include <condition_variable>
 #include <deque>
 #include <functional>
-#include <map>
 #include <memory>
 #include <mutex>
-#include <set>
 #include <signal.h>
 #include <string>
 #include <thread>
@@ -25,20 +23,17 @@ namespace simulated {
 
 constexpr auto kSim = c10::DeviceType::PrivateUse1;
 constexpr int kDevices = 2;
-// Stream 0 is the default one. Those that a program asks for and those that futures fetch
-// from the global pool are kept apart, so that a test can tell them from each other. A test
-// may have both come from one ring instead, of which there are two: normal and high priority.
-// Id 2 is another stream in each thread, as on CUDA, and the id of an external one is a pointer.
-constexpr int kPerThread = 2, kFirstPooled = 3, kPooled = 8, kFirstNew = 11, kNew = 16;
-constexpr int kFirstOfRings = 27, kRing = 32, kStreams = kFirstOfRings + 2 * kRing;
+// Stream 0 is the default one. Those that a program asks for and those that futures fetch from
+// the global pool take turns, as on CUDA and XPU, in a ring for each of two priorities. Id 2 is
+// none of theirs: on CUDA it is another stream in each thread.
+constexpr int kFirstOfRings = 3, kRing = 32, kStreams = kFirstOfRings + 2 * kRing;
 
 // Guards everything in this file. One lock, as there is nothing to win: kernels sleep.
 inline std::mutex mutex;
 using Lock = std::unique_lock<std::mutex>;
 
 struct Counters {
-  int64_t event_queries, stream_queries, events_created, events_destroyed, synchronizations;
-  std::set<std::pair<int64_t, int64_t>> streams; // that ran a kernel: device index, stream id
+  int64_t event_queries, events_created, events_destroyed, synchronizations;
 };
 inline Counters counters{};
 
@@ -86,40 +81,14 @@ inline void Mark::reach() {
 // Never destroyed, as static objects are destroyed while threads may still run.
 inline auto& queues = *new std::array<std::array<Queue, kStreams>, kDevices>;
 
-inline auto& other_queues = *new std::deque<Queue>; // of external and per-thread streams
-inline auto& external = *new std::map<c10::StreamId, Queue*>; // the latest of each id
-inline std::mutex other_mutex; // guards these two
-
-inline Queue* new_queue() {
-  Lock lock(other_mutex);
-  return &other_queues.emplace_back();
-}
-
-// A stream of the program's own making; if one with this id has been there, it was destroyed.
-inline void make_external(c10::StreamId id) {
-  auto* queue = new_queue();
-  Lock lock(other_mutex);
-  external[id] = queue;
-}
-
 inline Queue& queue_of(c10::Stream stream) {
-  if (stream.id() == kPerThread) {
-    thread_local Queue* own = new_queue();
-    return *own;
-  }
-  if (stream.id() < kStreams)
-    return queues.at(stream.device_index()).at(stream.id());
-  Lock lock(other_mutex);
-  return *external.at(stream.id());
+  return queues.at(stream.device_index()).at(stream.id());
 }
 
 inline void for_each_queue(const std::function<void(Queue&)>& visit) {
   for (auto& of_device : queues)
     for (auto& queue : of_device)
       visit(queue);
-  Lock lock(other_mutex);
-  for (auto& queue : other_queues)
-    visit(queue);
 }
 
 inline bool stopping = false;
@@ -178,11 +147,10 @@ inline void enqueue(Queue& queue, Step step) {
 
 inline void launch(c10::Stream stream, Job kernel) {
   Queue& queue = queue_of(stream);
-  enqueue(queue, {[stream, &queue, kernel = std::move(kernel)] {
+  enqueue(queue, {[&queue, kernel = std::move(kernel)] {
     Lock lock(mutex);
     if (!queue.error.empty())
       return;
-    counters.streams.emplace(stream.device_index(), stream.id());
     lock.unlock();
     std::string error;
     try {

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .._arguments import Devices
-from .._devices import RecordedEvent, already_recorded, record_event
+from .._devices import RecordedEvent, record_event
 from .._future import Future
 from ._registry import adopts
 
@@ -16,7 +16,7 @@ _MODULES = ("torch", "torch.cuda", "torch.xpu")  # those of the devices may be c
 
 @adopts(*(f"{module}.Event" for module in _MODULES))
 def _from_event(source: torch.Event, *, devices: Devices = None) -> Future[None]:
-    return _from_recorded(already_recorded(source), devices)
+    return _from_recorded(RecordedEvent(source), devices)
 
 
 @adopts("torch.mps.Event")  # which is no torch.Event

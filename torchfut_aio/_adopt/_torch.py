@@ -10,13 +10,11 @@ from typing import Any, TypeVar
 from .. import _core
 from .._arguments import Devices
 from .._dependent import DependentFuture
-from .._devices import finish_devices, has_streams_for_callbacks
 from .._errors import traceback_of, with_traceback
 from .._future import Future
 from .._pytorch import CppFuture
 from .._worker import call_contained
 from ._registry import Adoption, adopts, once
-from ._threads import settle_in_thread
 
 T = TypeVar("T")
 Translate = Callable[[BaseException], BaseException]
@@ -47,16 +45,11 @@ def follow(
     if issubclass(type(source), Future):
         _core.add_callback(source, _Callback(adoption))  # type: ignore[arg-type]
         return
-    if not (source.done() or has_streams_for_callbacks()):
-        # If it has devices, no callback could run, and the first would end the ``set_result`` of
-        # the thread that completes it.
-        settle_in_thread(adoption, partial(_finished, source), adoption.translate)
-        return
     try:
         source.add_done_callback(adoption.callback())
     except RecursionError:
         raise
-    except RuntimeError:  # it is done, and there are no streams to run the callback on
+    except RuntimeError:  # it is done, and no stream can be ordered after its kernels
         adoption.settle(partial(_waited, source), adoption.translate)
 
 
@@ -120,13 +113,6 @@ class _Callback(_core.DoneCallback):
 
     def fail(self, source: Any, error: BaseException) -> None:
         start_new_thread(call_contained, (self._adoption.recover, source, error))
-
-
-def _finished(source: CppFuture[Any]) -> Any:
-    source.wait()
-    # If it has no devices, the streams on which its kernels run are unknown.
-    finish_devices()
-    return read(source)
 
 
 def _waited(source: CppFuture[Any]) -> Any:

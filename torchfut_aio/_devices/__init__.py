@@ -11,7 +11,7 @@ Nothing here knows what a future of this package is.
 """
 
 from ._current import CurrentStreams
-from ._events import RecordedEvent, already_recorded, record_event, says_no_events
+from ._events import RecordedEvent, record_event, says_no_events
 from ._policy import PollPolicy, get_poll_policy, set_poll_policy
 from ._readiness import (
     Moment,
@@ -21,12 +21,7 @@ from ._readiness import (
     joint_readiness,
 )
 from ._statistics import PollStatistics
-from ._streams import (
-    devices_in_use,
-    finish_current_streams,
-    finish_devices,
-    has_streams_for_callbacks,
-)
+from ._streams import devices_in_use, finish_current_streams, finish_devices
 from ._synchronize import synchronize, to_host
 from ._tensors import HOST_ONLY
 from ._watcher import poll_statistics
@@ -39,14 +34,12 @@ __all__ = [
     "PollStatistics",
     "Readiness",
     "RecordedEvent",
-    "already_recorded",
     "declared_readiness",
     "devices_in_use",
     "finish_current_streams",
     "finish_devices",
     "found_readiness",
     "get_poll_policy",
-    "has_streams_for_callbacks",
     "joint_readiness",
     "poll_statistics",
     "record_event",

@@ -71,7 +71,6 @@ class _Watching(Worker):
 
     async def _watch(self, thread: WorkerThread) -> None:
         watcher = watcher_of(_loops.current())
-        watcher.in_own_thread = True
         while not thread.is_to_end:
             self._rung.clear()
             for notify in self.take():

@@ -11,7 +11,7 @@ it is reached, and a query can invalidate another thread's capture of a CUDA gra
 from __future__ import annotations
 
 import itertools
-from collections import deque
+from collections import defaultdict, deque
 from contextlib import suppress
 from functools import partial
 from time import monotonic, sleep
@@ -21,11 +21,11 @@ import torch
 
 from ._capture import call_beside_captures, is_of_a_capture
 from ._policy import get_poll_policy
-from ._streams import call_with_current, current_stream, make_current
+from ._streams import call_with_current
 
 # By device, and whether a thread that waits for them blocks rather than spins. To append to a
 # deque and to pop from it are atomic: no lock is needed, and a finaliser may append.
-_pools: dict[tuple[torch.device, bool], deque[torch.Event]] = {}
+_pools: defaultdict[tuple[torch.device, bool], deque[torch.Event]] = defaultdict(deque)
 
 _ticks = itertools.count()
 
@@ -63,17 +63,10 @@ class RecordedEvent:
         self.recorded_at = monotonic()
         self.is_reached = False  # as far as anybody has found out
 
-    @property
-    def has_to_block(self) -> bool:
-        """Whether only a thread that blocks can find out when it is reached."""
-        return type(self.event) is StreamEnd
-
-    def query(self, *, in_own_thread: bool = False) -> bool:
+    def query(self) -> bool:
         """Tells whether the event is known to be reached; False if a capture forbids to ask."""
         device = getattr(self.event, "device", None)
         ask = partial(call_beside_captures, device, self.event.query)
-        if in_own_thread:
-            make_current(device)
         try:
             self.is_reached = call_with_current(device, ask)
         except RuntimeError as error:
@@ -82,29 +75,25 @@ class RecordedEvent:
         return self.is_reached
 
     def synchronize(self) -> None:
-        """Blocks the thread, which is one of this package's own, until the event is reached."""
+        """Blocks the thread until the event is reached."""
         device = self.event.device
-        make_current(device)
+        block = partial(call_beside_captures, device, self.event.synchronize)
         while not self.is_reached:
             try:
-                call_beside_captures(device, self.event.synchronize)
+                call_with_current(device, block)
                 self.is_reached = True
             except RuntimeError as error:
                 if not is_of_a_capture(error):
                     raise
                 sleep(_CAPTURE)
 
-    def order_current_stream(self) -> None:
-        """Order the current stream of the event's device after it, if the device has events."""
-        if self.has_to_block:
-            return
-        device = self.event.device
-        stream = current_stream(device)
-        if self.stream == (device, stream.stream_id):
+    def order(self, stream: torch.Stream) -> None:
+        """Order ``stream``, which is current on the event's device, after it."""
+        if self.stream == (stream.device, stream.stream_id):
             return  # it is in order
         if type(self.event) is not torch.Event:
             stream = _of_own_class(stream)
-        call_with_current(device, partial(self.event.wait, stream))
+        call_with_current(stream.device, partial(self.event.wait, stream))
 
     def __del__(self) -> None:
         # It may have been interrupted before the attributes were set.
@@ -113,29 +102,14 @@ class RecordedEvent:
 
 
 class StreamEnd:
-    """In the place of an event on a device that has none: the end of what a stream has to do.
-
-    It is reached once a thread has synchronised with the stream.
-    """
+    """In the place of an event on a device that has none: reached once its stream is idle."""
 
     def record(self, stream: torch.Stream) -> None:
-        self._stream = stream
         self.device = stream.device
-        self._is_reached = False
-        self._error: Exception | None = None
+        self.query, self.synchronize = stream.query, stream.synchronize
 
-    def query(self) -> bool:
-        if self._error is not None:
-            raise self._error
-        return self._is_reached
-
-    def synchronize(self) -> None:
-        try:
-            self._stream.synchronize()
-            self._is_reached = True
-        except Exception as error:
-            self._error = error.with_traceback(None)
-            raise
+    def wait(self, _stream: torch.Stream) -> None:
+        """Order nothing: the device cannot."""
 
 
 def _is_external(stream: torch.Stream) -> bool:
@@ -145,27 +119,18 @@ def _is_external(stream: torch.Stream) -> bool:
 
 def record_event(stream: torch.Stream) -> RecordedEvent:
     """Records an event at the end of what is enqueued on ``stream`` so far."""
-    kind = stream.device, get_poll_policy().blocking
-    pool = _pools.get(kind)
-    if pool is None:
-        pool = _pools.setdefault(kind, deque())
+    device, blocking = stream.device, get_poll_policy().blocking
+    pool = _pools[device, blocking]
     try:
         event = pool.pop()
     except IndexError:
-        event = _new_event(*kind)
+        event = _new_event(device, blocking)
     try:
-        return RecordedEvent(event, _of_own_class(stream) if kind[1] else stream, pool)
-    except TypeError:  # of an event that takes other streams only
-        return RecordedEvent(torch.Event(stream.device), stream)
+        return RecordedEvent(event, _of_own_class(stream) if blocking else stream, pool)
     except RuntimeError as error:
         if not says_no_events(error):
             raise
         return RecordedEvent(StreamEnd(), stream)
-
-
-def already_recorded(event: torch.Event) -> RecordedEvent:
-    """Returns a recorded event for one that the program has recorded itself."""
-    return RecordedEvent(event)
 
 
 def says_no_events(error: BaseException) -> bool:

@@ -2,16 +2,12 @@
 
 A future hands out tensors of an accelerator while kernels still write to them. Its *readiness*
 makes that safe. It is made when the future is completed: while the streams are current on which
-the kernels were enqueued, and before anything can see that the future is complete. It has:
+the kernels were enqueued, and before anything can see that the future is complete. Values that are
+set at the same moment share the events that it records.
 
-- The tensors in the value. A stream that reads them is noted with their memory, so that the
-  memory is not used again before that stream is done with it.
-- Recorded events on the streams. A task awaits them, and a thread orders its current streams
-  after them. Values that are set at the same moment share them.
-
-On devices that the program has declared, torch tells which tensors count, by pickling. For a
-future without ``devices``, `found_readiness` looks for them; torch's own would hand them out with
-no synchronisation at all. A process that uses no accelerator pays a glance at the result's type.
+On devices that the program has declared, torch finds the tensors, by pickling. For a future
+without ``devices``, `found_readiness` looks for them; torch's own would hand them out with no
+synchronisation at all. A process that uses no accelerator pays a glance at the result's type.
 """
 
 from __future__ import annotations
@@ -19,6 +15,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,9 +29,10 @@ from ._streams import (
     current_stream,
     dedicated_stream,
     devices_in_use,
+    kind_of,
     on_streams,
 )
-from ._tensors import device_of, keep_memory, search, tensors
+from ._tensors import devices_of, keep_memory, search, tensors
 from ._watcher import Attach, until_reached, watcher_of
 
 # A value of more parts is not searched to the end, but taken for one that holds tensors.
@@ -60,26 +58,19 @@ class Moment:
         return [self._events[device] for device in devices]
 
 
+@dataclass(eq=False, slots=True)
 class Readiness:
     """When the kernels that fill a value have finished, and how to order streams after them.
 
     Attributes:
         tensors: The tensors in the value.
-        devices: The devices on which a callback gets streams.
         events: What the kernels end with; those that are known to be reached may be missing.
+        devices: The devices on which a callback gets streams.
     """
 
-    __slots__ = ("devices", "events", "tensors")
-
-    def __init__(
-        self,
-        found: list[torch.Tensor],
-        events: Sequence[RecordedEvent],
-        devices: Iterable[torch.device],
-    ) -> None:
-        self.tensors = found
-        self.events = events
-        self.devices = devices
+    tensors: list[torch.Tensor]
+    events: Sequence[RecordedEvent]
+    devices: Iterable[torch.device]
 
     def ready(self) -> Generator[Any, Any, None]:
         """Suspends the current task until the kernels have finished, or one has failed."""
@@ -99,9 +90,12 @@ class Readiness:
 
     def wait(self) -> None:
         """Orders the current streams after the kernels; raises the device's error if it cannot."""
+        current: dict[torch.device, torch.Stream] = {}
         for event in self.events:
-            event.order_current_stream()
-        keep_memory(self.tensors)
+            device = event.event.device
+            stream = current.get(device) or current.setdefault(device, current_stream(device))
+            event.order(stream)
+        keep_memory(self.tensors, current)
 
     def run(self, callback: Callable[[], object]) -> None:
         """Calls ``callback``, once, on dedicated streams that are ordered after the kernels.
@@ -130,19 +124,15 @@ def declared_readiness(
     devices: Sequence[torch.device], value: object, moment: Moment
 ) -> tuple[Readiness | None, Exception | None]:
     """Returns the readiness of a value on ``devices``, and the error it is to fail with, if any."""
-    found, error = [], None
     try:
         # C++ would call the same, and keep what it finds to itself.
         found = [*tensors(value)] if extract_tensors is None else extract_tensors(value)
-    except Exception as exception:  # what cannot be pickled
-        error = exception.with_traceback(None)
-    try:
-        used = _devices_of(found)
+        used = devices_of(found)
         if not used <= {*devices}:
             _refuse(devices, found)
-        return Readiness(found, moment.events(used), devices), error
-    except Exception as exception:  # on other devices; or the devices take no more events
-        return Readiness([], (), devices), error or exception.with_traceback(None)
+        return Readiness(found, moment.events(used), devices), None
+    except Exception as error:  # not to be pickled; on other devices; or these take no more events
+        return Readiness([], (), devices), error.with_traceback(None)
 
 
 def _refuse(devices: Sequence[torch.device], found: list[torch.Tensor]) -> None:
@@ -160,24 +150,14 @@ def found_readiness(value: object, moment: Moment) -> tuple[Readiness | None, Ex
     if accelerator is None:
         return None, None
     try:
-        found, is_all = search(value, _MOST_PARTS)
+        found, is_all = search(value, kind_of(accelerator), _MOST_PARTS)
     except Exception:  # it cannot be searched, so it counts as one that holds nothing
         return None, None
     try:
-        found = _those_on(accelerator.type, found)
-        used = _devices_of(found) if is_all else devices_in_use()
+        used = devices_of(found) if is_all else devices_in_use()
         return (Readiness(found, moment.events(used), used) if used else None), None
     except Exception as error:  # after a failed kernel, the accelerator takes no more events
         return None, error.with_traceback(None)
-
-
-# A function of its own: see tests/test_backward_jumps.py.
-def _those_on(kind: str, found: list[torch.Tensor]) -> list[torch.Tensor]:
-    return [tensor for tensor in found if device_of(tensor).type == kind]
-
-
-def _devices_of(found: Iterable[torch.Tensor]) -> set[torch.device]:
-    return {device for tensor in found if (device := device_of(tensor)).type != "cpu"}
 
 
 def joint_readiness(parts: Iterable[Readiness | None]) -> Readiness | None:

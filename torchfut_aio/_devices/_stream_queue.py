@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Callable, Container, Hashable, Sequence
+from typing import NamedTuple
 
 from ._blocker import Blocker, Notify
 from ._events import RecordedEvent
@@ -29,14 +30,11 @@ class Wait:
         self.error: Exception | None = None
 
 
-class AwaitedEvent:
+class AwaitedEvent(NamedTuple):
     """An event in the queue of its stream, and a wait that it is part of."""
 
-    __slots__ = ("event", "wait")
-
-    def __init__(self, event: RecordedEvent, wait: Wait) -> None:
-        self.event = event
-        self.wait = wait
+    event: RecordedEvent
+    wait: Wait
 
 
 class StreamQueue:
@@ -52,8 +50,7 @@ class StreamQueue:
         self.polled_at = 0.0  # when it was last known not to be done
         self.next_poll = 0.0
         self.scheduled = True  # whether ``next_poll`` is the schedule's
-        self.blocker: Blocker | None = None
-        self.blocked = False  # whether a thread blocks until the oldest event is reached
+        self.blocker: Blocker | None = None  # it has work while it blocks for the oldest event
 
     def oldest(self, pending: Container[Wait]) -> RecordedEvent | None:
         """Returns the oldest event that one of the ``pending`` waits is for."""
@@ -66,7 +63,6 @@ class StreamQueue:
         return events[0].event if events else None
 
     def add(self, awaited: AwaitedEvent, pending: Container[Wait]) -> None:
-        """Adds an awaited event in its place."""
         events = self.events
         if len(events) >= self._tidy_at:
             events[:] = [other for other in events if other.wait in pending]
@@ -75,11 +71,7 @@ class StreamQueue:
         if not events or events[-1].event.begun <= awaited.event.begun:
             events.append(awaited)
         else:
-            insort(events, awaited, key=_begun)
-
-
-def _begun(awaited: AwaitedEvent) -> int:
-    return awaited.event.begun
+            insort(events, awaited, key=lambda other: other.event.begun)
 
 
 def search(

@@ -1,9 +1,8 @@
 """Devices and streams of the accelerator: which are in use, which are current.
 
 To make a device current gives it a context, which on CUDA takes half a gigabyte; and a thread has
-the first device current when it starts. So a thread of this package makes the device current that
-it waits for, and leaves it so; in a thread of the program, whatever was current is made so again
-in such a way that no context comes of it.
+the first device current when it starts. So what asks a device makes that one current, and what was
+current before is made so again in such a way that no context comes of it.
 """
 
 from __future__ import annotations
@@ -12,13 +11,13 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TypeGuard, TypeVar
+from typing import TypeVar
 
 import torch
 
 from .._pytorch import (
-    CppFuture,
     can_exchange,
+    current_accelerator,
     device_exchange,
     device_index,
     has_primary_context,
@@ -31,7 +30,7 @@ T = TypeVar("T")
 
 def accelerator_in_use() -> torch.device | None:
     """Returns the accelerator of this process, without an index, if it has been initialised."""
-    accelerator = torch.accelerator.current_accelerator()
+    accelerator = current_accelerator()
     if accelerator is None:
         return None
     # Asking must not initialise it. One that cannot be asked counts as in use.
@@ -49,50 +48,42 @@ def devices_in_use() -> list[torch.device]:
     return [torch.device(accelerator.type, n) for n in range(count) if has_context(n)]
 
 
-def make_current(device: torch.device | None) -> None:
-    """Makes ``device`` current, in a thread of this package."""
-    if _is_another(device):
-        torch.accelerator.set_device_index(device)
-
-
 def call_with_current(device: torch.device | None, function: Callable[[], T]) -> T:
-    """Returns ``function()``, called while ``device`` is current, in a thread of the program."""
-    if not _is_another(device):
+    """Returns ``function()``, called while ``device`` is current."""
+    if device is None or not _is_accelerators(device):
         return function()
-    if not can_exchange(device):
-        return function()  # other backends than CUDA and XPU could not undo it: see device_exchange
     before = device_index()
+    # Other backends than CUDA and XPU could not undo it: see device_exchange.
+    if device.index in (before, None) or not can_exchange(device):
+        return function()
     torch.accelerator.set_device_index(device)
     try:
         return function()
     finally:
-        restore_current(device.type, before)
+        _restore_current(device, before)
 
 
-def _is_another(device: torch.device | None) -> TypeGuard[torch.device]:
-    """Tells whether ``device`` is one of several, and not the current one."""
-    if device is None or device.index is None:
-        return False
-    try:
-        return device.index != device_index()
-    except RecursionError:
-        raise
-    except RuntimeError:  # this process has no accelerator: what is asked next will tell
-        return False
-
-
-def restore_current(kind: str, index: int) -> None:
-    """Makes a device current that was so before, without giving it a context."""
+def _restore_current(device: torch.device, index: int) -> None:
+    """Makes the device of the same kind current that was so before, without giving it a context."""
     if index != device_index():
-        device_exchange(kind)(index)
+        device_exchange(device.type)(index)
+
+
+@functools.cache
+def kind_of(device: torch.device) -> str:
+    """Returns the type of ``device``, which takes longer to ask for than its current stream."""
+    return device.type
+
+
+def _is_accelerators(device: torch.device) -> bool:
+    accelerator = current_accelerator()
+    return accelerator is not None and kind_of(accelerator) == kind_of(device)
 
 
 def current_stream(device: torch.device) -> torch.Stream:
     """Returns the stream of ``device`` that is current in this thread."""
-    accelerator = torch.accelerator.current_accelerator()
-    if accelerator is not None and accelerator.type == device.type:
-        index = device.index
-        return stream_of_index(device_index() if index is None else index)
+    if _is_accelerators(device):
+        return stream_of_index(device_index() if device.index is None else device.index)
     stream: torch.Stream = torch.get_device_module(device).current_stream(device)
     return stream
 
@@ -106,21 +97,12 @@ def finish_current_streams() -> None:
 def finish_devices() -> None:
     """Blocks until the devices that are in use have done all their work."""
     for device in devices_in_use():
-        call_with_current(device, partial(torch.accelerator.synchronize, device))
+        finish_device(device)
 
 
-def has_streams_for_callbacks() -> bool:
-    """Tells whether C++ can run callbacks of a future on devices, which takes a pool of streams."""
-    for device in devices_in_use()[:1]:
-        future: CppFuture[None] = CppFuture([device])
-        future.set_result(None)
-        try:
-            call_with_current(device, partial(future.add_done_callback, lambda _: None))
-        except RecursionError:
-            raise
-        except RuntimeError:
-            return False
-    return True
+def finish_device(device: torch.device) -> None:
+    """Blocks until ``device`` has done all its work."""
+    call_with_current(device, partial(torch.accelerator.synchronize, device))
 
 
 def new_stream(device: torch.device) -> torch.Stream:
@@ -173,4 +155,4 @@ def _make_all_current(streams: Sequence[torch.Stream], device: int) -> None:
     for stream in streams:
         set_stream(stream)
     if streams:  # last, as setting a stream makes its device current
-        restore_current(streams[0].device.type, device)
+        _restore_current(streams[0].device, device)

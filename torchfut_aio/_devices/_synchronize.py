@@ -13,9 +13,9 @@ from .._loops import current
 from .._repr import described
 from ._blocker import Blocker
 from ._capture import call_beside_captures
-from ._events import RecordedEvent, already_recorded, record_event
-from ._streams import current_stream, make_current, on_streams, side_stream
-from ._tensors import PLAIN, device_of, replaced, tensors
+from ._events import RecordedEvent, record_event
+from ._streams import current_stream, finish_device, on_streams, side_stream
+from ._tensors import PLAIN, device_of, devices_of, replaced, tensors
 from ._watcher import reached
 
 T = TypeVar("T")
@@ -53,7 +53,7 @@ def synchronize(
         6.0
     """
     if isinstance(target, torch.Event):
-        return _synchronize([already_recorded(target)])
+        return _synchronize([RecordedEvent(target)])
     if isinstance(target, torch.Stream):
         return _synchronize([] if target.device.type == "cpu" else [record_event(target)])
     if target is None:
@@ -83,16 +83,8 @@ _blockers: dict[torch.device, tuple[Blocker, Callable[[], None]]] = {}
 
 async def _synchronize_device(device: torch.device) -> None:
     await reached([])  # a checkpoint, also if it is idle
-    call = _blockers.get(device)
-    if call is None:
-        function = functools.partial(_finish, device)
-        call = _blockers.setdefault(device, (Blocker(), function))
-    await _called(*call)
-
-
-def _finish(device: torch.device) -> None:
-    make_current(device)
-    torch.accelerator.synchronize(device)
+    call = _blockers.get(device) or (Blocker(), functools.partial(finish_device, device))
+    await _called(*_blockers.setdefault(device, call))
 
 
 @types.coroutine
@@ -152,7 +144,7 @@ def to_host(value: T) -> Coroutine[Any, Any, T]:
     """
     accelerator = torch.accelerator.current_accelerator()
     found = [t for t in tensors(value) if accelerator and device_of(t).type == accelerator.type]
-    starts = [record_event(current_stream(device)) for device in set(map(device_of, found))]
+    starts = [record_event(current_stream(device)) for device in devices_of(found)]
     return _to_host(value, found, starts)
 
 
@@ -166,10 +158,11 @@ async def _to_host(value: T, found: list[torch.Tensor], starts: list[RecordedEve
             with on_streams([side_stream(tensor.device)]):
                 copies[id(tensor)] = host.copy_(tensor, non_blocking=True)
         else:
-            copies[id(tensor)] = await _in_thread(
-                call_beside_captures, device_of(tensor), tensor.cpu
-            )
-    sides = [side_stream(device) for device in set(map(device_of, found))]
+            from anyio.to_thread import run_sync  # as only this needs it
+
+            copy = functools.partial(call_beside_captures, device_of(tensor), tensor.cpu)
+            copies[id(tensor)] = await run_sync(copy, abandon_on_cancel=True)
+    sides = [side_stream(device) for device in devices_of(found)]
     await reached([record_event(side) for side in sides])
     copied: T = replaced(value, copies)
     return copied
@@ -187,10 +180,3 @@ def _pinned_like(tensor: torch.Tensor) -> torch.Tensor | None:
         raise
     except RuntimeError:  # the accelerator, or the memory of the host, has none
         return None
-
-
-async def _in_thread(function: Any, *args: Any) -> Any:
-    # Imported here, as only this needs it.
-    from anyio.to_thread import run_sync
-
-    return await run_sync(function, *args, abandon_on_cancel=True)

@@ -25,7 +25,7 @@ import torch
 from .._pytorch import CppFuture, has_record_stream, no_torch_function, pytree_node
 from .._repr import described
 from ._events import says_no_events
-from ._streams import call_with_current, current_stream
+from ._streams import call_with_current, current_stream, kind_of
 
 # Types whose instances hold no tensor: most results, told by a glance.
 HOST_ONLY = frozenset({type(None), bool, int, float, complex, str, bytes})
@@ -48,13 +48,16 @@ def tensors(value: object) -> Iterator[torch.Tensor]:
     return (thing for thing, _ in _walk(value) if _is(thing, torch.Tensor))
 
 
-def search(value: object, most: int) -> tuple[list[torch.Tensor], bool]:
-    """Returns the tensors among the first ``most`` parts of ``value``; whether these were all."""
+def search(value: object, kind: str, most: int) -> tuple[list[torch.Tensor], bool]:
+    """Returns the tensors on devices of this kind among the first ``most`` parts of ``value``.
+
+    And whether these were all parts.
+    """
     if type(value) is torch.Tensor:
-        return [value], True
+        return [value] if kind_of(value.device) == kind else [], True
     found: list[torch.Tensor] = []
     for thing, parts in _walk(value, most):
-        if _is(thing, torch.Tensor):
+        if _is(thing, torch.Tensor) and kind_of(device_of(thing)) == kind:
             found.append(thing)
         most -= len(parts)
     return found, most > 0
@@ -71,23 +74,30 @@ def device_of(tensor: torch.Tensor) -> torch.device:
         return torch.device("cpu")
 
 
+def devices_of(found: Iterable[torch.Tensor]) -> set[torch.device]:
+    """Returns the devices of tensors, but for the host."""
+    return {device for tensor in found if kind_of(device := device_of(tensor)) != "cpu"}
+
+
 def _is(thing: object, kind: type | tuple[type, ...]) -> bool:
     """As ``isinstance``, but does not ask the thing itself, which may be a proxy."""
     return issubclass(type(thing), kind)
 
 
-def keep_memory(found: Iterable[torch.Tensor]) -> None:
-    """Keep the memory of tensors, should these go, until the current streams are done with it."""
+def keep_memory(found: Iterable[torch.Tensor], streams: dict[torch.device, torch.Stream]) -> None:
+    """Keep the memory of tensors, should these go, until the current streams are done with it.
+
+    ``streams`` has those of the current streams that are known.
+    """
     rest = []
-    streams: dict[torch.device, torch.Stream] = {}
     for tensor in found:
         plain = type(tensor) in PLAIN and tensor.layout == torch.strided
-        if plain and has_record_stream((device := tensor.device).type):
+        if plain and has_record_stream(kind_of(device := tensor.device)):
             stream = streams.get(device) or streams.setdefault(device, current_stream(device))
             tensor.record_stream(stream)
         else:
             rest.append(tensor)
-    devices = {device for tensor in rest if (device := device_of(tensor)).type != "cpu"}
+    devices = devices_of(rest)
     if devices:
         # C++ knows the memory of all kinds of tensors, on every device.
         future: CppFuture[list[torch.Tensor]] = CppFuture(list(devices))

@@ -4,8 +4,7 @@ Each stream has a queue of the events that somebody waits for. The first sets an
 loop, at the time that the queue's schedule says; after the last wait the alarm is closed. Where
 the policy is to block, a thread tells the loop instead when to poll.
 
-An interrupt may strike anywhere, so the watcher keeps no counts that could go wrong, and the
-next poll does again whatever was left half done:
+An interrupt may strike anywhere, and the next poll does again whatever was left half done:
 
 - A wait is pending exactly as long as it is a key of ``waits``. To give it up is to delete it
   there, which takes no call: nothing can strike half-way. Queues find out by themselves.
@@ -26,7 +25,7 @@ import sys
 import threading
 import types
 import weakref
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Hashable, Sequence
 from functools import partial
 from math import inf
@@ -45,9 +44,6 @@ from ._schedule import LearnedSchedule, Poll, Schedule
 from ._statistics import PollStatistics, total
 from ._stream_queue import AwaitedEvent, StreamQueue, Wait, search
 
-# Streams come and go. This many may be at rest before what was learned of these is dropped.
-_QUEUES_AT_REST = 256
-
 # Where a thread blocks for a stream, the stream is polled all the same after so many seconds,
 # in case the wake-up was interrupted.
 _FALLBACK = 1.0
@@ -63,16 +59,16 @@ class Watcher:
     def __init__(self, loop: Loop, new_schedule: Callable[[], Schedule] = LearnedSchedule) -> None:
         self.waits: dict[Wait, None] = {}  # those that are pending
         self.polls = self.queries = self.hits = 0
-        self.in_own_thread = False  # whether the loop's thread is one of this package
         self._loop = loop
         self._new_schedule = new_schedule
         self._alarm: Alarm | None = None
         self._alarm_at = inf
-        self._queues: dict[tuple[torch.device, int], StreamQueue] = {}  # by stream
+        # By stream. Streams of a device take turns, so there are not many.
+        self._queues: dict[tuple[torch.device, int], StreamQueue] = {}
         self._active: dict[Hashable, StreamQueue] = {}  # those in which somebody may wait, by key
         # The stream of an event that the program has recorded itself is unknown. Each of these
         # events has a queue while somebody waits for it; all on a device share a schedule.
-        self._own_schedules: dict[torch.device, Schedule] = {}
+        self._own_schedules: defaultdict[torch.device, Schedule] = defaultdict(new_schedule)
         self._over: deque[Wait] = deque()  # still to be notified
 
     def statistics(self) -> PollStatistics:
@@ -153,21 +149,16 @@ class Watcher:
     def _queue_of(self, event: RecordedEvent) -> StreamQueue:
         stream = event.stream
         if stream is None:
-            device = event.event.device
-            if device not in self._own_schedules:
-                self._own_schedules[device] = self._new_schedule()
-            key = id(event.event)
-            return self._active.get(key) or StreamQueue(key, self._own_schedules[device])
+            key, schedule = id(event.event), self._own_schedules[event.event.device]
+            return self._active.get(key) or StreamQueue(key, schedule)
         queue = self._queues.get(stream)
         if queue is None:
-            if len(self._queues) >= _QUEUES_AT_REST:
-                self._queues = {s: q for s, q in self._queues.items() if s in self._active}
             queue = self._queues[stream] = StreamQueue(stream, self._new_schedule())
         return queue
 
     def _query(self, event: RecordedEvent) -> bool:
         self.queries += 1
-        is_reached = event.query(in_own_thread=self.in_own_thread)
+        is_reached = event.query()
         self.hits += is_reached
         return is_reached
 
@@ -258,30 +249,24 @@ class Watcher:
     def _set_next_poll(self, queue: StreamQueue, oldest: RecordedEvent, now: float) -> None:
         queue.polled_at = now
         blocking = get_poll_policy().blocking and oldest.stream is not None
-        queue.scheduled = not (blocking or oldest.has_to_block)
-        if not queue.scheduled:
+        queue.scheduled = not (blocking and self._block(queue, oldest))
+        if queue.scheduled:
+            queue.next_poll = queue.since + queue.schedule.next_poll(now - queue.since)
+        else:
             queue.next_poll = now + _FALLBACK
-            if queue.blocked or self._block(queue, oldest):
-                return
-            queue.scheduled = True
-        queue.next_poll = queue.since + queue.schedule.next_poll(now - queue.since)
 
     def _block(self, queue: StreamQueue, oldest: RecordedEvent) -> bool:
         """Has the queue polled when ``oldest`` is reached; returns False if no thread starts."""
         queue.blocker = blocker = queue.blocker or Blocker()
-        queue.blocked = True
-        try:
-            blocker.submit(partial(self._unblock, queue), oldest.synchronize)
-        except BaseException as error:
-            queue.blocked = False
-            if isinstance(error, Exception):
+        if not blocker.has_work():
+            try:
+                blocker.submit(partial(self._unblock, queue), oldest.synchronize)
+            except Exception:
                 return False
-            raise
         return True
 
     def _unblock(self, queue: StreamQueue, _error: Exception | None) -> None:
         """Has ``queue`` polled; the thread calls this. The poll will find the error, too."""
-        queue.blocked = False
         queue.next_poll = queue.polled_at
         self._loop.call_soon(self.poll)
 
