@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import weakref
+from collections import OrderedDict
 
 import pytest
 import uvloop
@@ -263,6 +264,30 @@ def test_an_interpreter_that_would_lose_callbacks_is_refused(monkeypatch):
     monkeypatch.setattr(sys, "version_info", (3, 13, 0))
     monkeypatch.setattr(sys, "_is_gil_enabled", lambda: True)
     runpy.run_path(_cpython.__file__)
+
+
+def test_without_a_gil_nothing_iterates_over_an_ordered_dict(monkeypatch):
+    for has_gil, kind in ((True, OrderedDict), (False, dict)):
+        monkeypatch.setattr(sys, "_is_gil_enabled", lambda has_gil=has_gil: has_gil, raising=False)
+        monkeypatch.setattr(sys, "version_info", (3, 14, 9))
+        assert runpy.run_path(_cpython.__file__)["Queue"] is kind
+    for path in PACKAGE.rglob("*.py"):
+        assert path.name == "_cpython.py" or "OrderedDict" not in path.read_text(), path
+
+
+@pytest.mark.parametrize("kind", [OrderedDict, dict])
+def test_a_key_moves_to_the_front_and_the_others_keep_their_order(kind):
+    class Shared(kind):
+        def __delitem__(self, key):
+            super().__delitem__(key)
+            if key == 2:  # another thread deletes one and inserts one
+                super().__delitem__(3)
+                self["later"] = None
+
+    queue = Shared.fromkeys([1, 2, 3, 4, "first"])
+    _cpython.move_to_front(queue, "first")
+    expected = ["first", 1, 2, 3, 4] if kind is OrderedDict else ["first", 1, 2, 4, "later"]
+    assert [*queue] == expected
 
 
 def test_all_that_is_private_to_cpython_is_in_one_module():

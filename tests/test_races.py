@@ -25,6 +25,8 @@ from torchfut_aio import (
     with_timeout,
 )
 from torchfut_aio._core import Promise
+from torchfut_aio._cpython import Queue
+from torchfut_aio._waiters import first
 
 from .loops import on_every_loop
 from .threads import PATIENCE, alongside, has_gil, running
@@ -224,6 +226,34 @@ async def test_a_loop_about_to_sleep_is_woken():
 # ------------------------------------------------------------------- streams and batchers
 
 PUTS = 1_000
+
+
+def test_each_key_of_a_queue_is_taken_once_and_in_order():
+    for _ in range(RACES // 200):
+        queue, taken = Queue(), [[], [], []]
+
+        def insert(queue=queue):
+            for n in range(1000):
+                queue[n] = None
+            queue[None] = None  # the end
+
+        def take(taken, queue=queue):
+            while True:
+                ended = None in queue
+                if (key := first(queue)) is None:
+                    if ended:
+                        return
+                    continue
+                try:
+                    del queue[key]
+                except KeyError:  # the other has taken it
+                    continue
+                taken.append(key)
+
+        with running(insert, *(lambda each=each: take(each) for each in taken)):
+            pass
+        assert all(each == sorted(each) for each in taken)
+        assert sorted(n for each in taken for n in each) == [*range(1000)]
 
 
 def four_that_put(stream):

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import AsyncIterator, Generator, Iterable, Iterator, Sized
 from functools import partial
 from typing import Any, TypeVar, overload
@@ -25,6 +25,7 @@ from . import _core, _loops
 from ._adopt import Source
 from ._arguments import timeout_checked
 from ._collect import adopted, check_one_iterable, not_done_within
+from ._cpython import Queue
 from ._devices import Readiness
 from ._errors import warn_that_wait_blocks_a_loop
 from ._future import Future
@@ -112,7 +113,7 @@ class _Arrivals(_core.DoneCallback):
         self.left = self.pending.copy()  # those that have not been yielded
         self.arrived: deque[Future[Any]] = deque()
         # In order, as a thread takes the first.
-        self.running: OrderedDict[int, Future[Any]] = OrderedDict()
+        self.running: dict[int, Future[Any]] = Queue()
         self.started: list[int] = []  # all that ever were in ``running``
         # How many of these each loop watches, or has watched.
         self.watched: dict[_loops.Loop, int] = {}

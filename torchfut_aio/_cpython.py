@@ -14,6 +14,7 @@ import functools
 import gc
 import os
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from types import AsyncGeneratorType, BuiltinMethodType, CoroutineType, FrameType, GeneratorType
 from typing import Any
@@ -308,3 +309,34 @@ if not _has_gil() and sys.version_info < (3, 14, 5):
         "3.14.5, two threads may both delete the same slot of an object (CPython issue 146270), "
         "and nobody knows that no callback is lost. Set PYTHON_GIL=1, or use Python 3.14.5 or newer"
     )
+
+Queue: type[dict[Any, Any]] = OrderedDict if _has_gil() else dict
+"""A dict that finds its first key in the same time, however many were deleted before that one.
+
+Without the GIL it is a plain dict, which takes the longer for that the more were deleted. There, to
+iterate over an OrderedDict while another thread deletes from it may read memory that was freed, and
+crash the process (CPython issue 151627).
+"""
+
+
+def move_to_front(queue: dict[Any, Any], key: object) -> None:
+    """Make a key of a `Queue` the first, in the order that the others have."""
+    if isinstance(queue, OrderedDict):
+        queue.move_to_end(key, last=False)
+        return
+    moved = {key}
+    while others := [other for other in [*queue] if other not in moved]:
+        for other in others:
+            moved.add(other)
+            _move_to_end(queue, other)
+        # Those that other threads have inserted meanwhile are among these: they come last, too.
+
+
+def _move_to_end(queue: dict[Any, Any], key: object) -> None:
+    # CPython checks for no signal between the two.
+    try:
+        value = queue[key]
+        del queue[key]
+    except KeyError:  # another thread has deleted it
+        return
+    queue[key] = value

@@ -6,7 +6,7 @@ anything. What makes that right:
 1. A value is in the stream from when it is stored in ``values`` until it is deleted there. To
    delete it is to have read it. Either is one statement, within which CPython checks for no
    signal. (To find the first key takes the same time however many were deleted before it: hence
-   an OrderedDict.)
+   a `Queue`.)
 2. A bounded stream has ``room``: a list with an item for each value that may still come. A put
    deletes an item, then stores the value. A read deletes the value, then adds an item. So there
    are never too many values, whatever is put meanwhile.
@@ -20,10 +20,11 @@ anything. What makes that right:
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from typing import NoReturn
 
 from . import _core
+from ._cpython import Queue, move_to_front
 from ._errors import StreamClosedError, without_frames
 from ._waiters import EVERYONE, Waiters, first
 
@@ -50,7 +51,7 @@ class StreamState:
     __slots__ = ("end", "listeners", "readers", "room", "values", "writers")
 
     def __init__(self, max_size: int | None) -> None:
-        self.values: OrderedDict[_core.Outcome, None] = OrderedDict()
+        self.values: dict[_core.Outcome, None] = Queue()
         self.room = None if max_size is None else [*ROOM] * max_size
         self.end: dict[str, _core.Outcome | None] = {}
         self.listeners: dict[object, None] = {}
@@ -144,7 +145,7 @@ class StreamState:
         The reader calls `hand_on` after that: others may have looked and found nothing.
         """
         self.values[outcome] = None
-        self.values.move_to_end(outcome, last=False)
+        move_to_front(self.values, outcome)
         if self.room is not None:
             try:  # noqa: SIM105  a call could be interrupted before it begins
                 del self.room[-1]

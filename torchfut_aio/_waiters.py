@@ -39,7 +39,7 @@ _Line = dict[object, None]
 def first(things: dict[T, Any]) -> T | None:
     """Return the first key of a dict that other threads may change, or None if it is empty."""
     while True:
-        # Not a copy: to make one of an OrderedDict is not atomic where there is no GIL.
+        # Not a copy, which takes the longer the more there are.
         try:
             for thing in things:
                 return thing
