@@ -13,7 +13,6 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict, deque
 from contextlib import suppress
-from functools import partial
 from time import monotonic, sleep
 from typing import Any
 
@@ -58,7 +57,7 @@ class RecordedEvent:
             self.stream = stream.device, stream.stream_id
         self.begun = next(_ticks)
         if stream is not None:
-            call_with_current(stream.device, partial(event.record, stream))
+            call_with_current(stream.device, event.record, stream)
         self.ended = next(_ticks)
         self.recorded_at = monotonic()
         self.is_reached = False  # as far as anybody has found out
@@ -66,9 +65,9 @@ class RecordedEvent:
     def query(self) -> bool:
         """Tells whether the event is known to be reached; False if a capture forbids to ask."""
         device = getattr(self.event, "device", None)
-        ask = partial(call_beside_captures, device, self.event.query)
+        ask = self.event.query
         try:
-            self.is_reached = call_with_current(device, ask)
+            self.is_reached = call_with_current(device, call_beside_captures, device, ask)
         except RuntimeError as error:
             if not is_of_a_capture(error):
                 raise
@@ -77,10 +76,10 @@ class RecordedEvent:
     def synchronize(self) -> None:
         """Blocks the thread until the event is reached."""
         device = self.event.device
-        block = partial(call_beside_captures, device, self.event.synchronize)
+        block = self.event.synchronize
         while not self.is_reached:
             try:
-                call_with_current(device, block)
+                call_with_current(device, call_beside_captures, device, block)
                 self.is_reached = True
             except RuntimeError as error:
                 if not is_of_a_capture(error):
@@ -93,7 +92,7 @@ class RecordedEvent:
             return  # it is in order
         if type(self.event) is not torch.Event:
             stream = _of_own_class(stream)
-        call_with_current(stream.device, partial(self.event.wait, stream))
+        call_with_current(stream.device, self.event.wait, stream)
 
     def __del__(self) -> None:
         # It may have been interrupted before the attributes were set.

@@ -10,8 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -48,17 +47,17 @@ def devices_in_use() -> list[torch.device]:
     return [torch.device(accelerator.type, n) for n in range(count) if has_context(n)]
 
 
-def call_with_current(device: torch.device | None, function: Callable[[], T]) -> T:
-    """Returns ``function()``, called while ``device`` is current."""
+def call_with_current(device: torch.device | None, function: Callable[..., T], *args: Any) -> T:
+    """Returns ``function(*args)``, called while ``device`` is current."""
     if device is None or not _is_accelerators(device):
-        return function()
+        return function(*args)
     before = device_index()
     # Other backends than CUDA and XPU could not undo it: see device_exchange.
     if device.index in (before, None) or not can_exchange(device):
-        return function()
+        return function(*args)
     torch.accelerator.set_device_index(device)
     try:
-        return function()
+        return function(*args)
     finally:
         _restore_current(device, before)
 
@@ -102,7 +101,7 @@ def finish_devices() -> None:
 
 def finish_device(device: torch.device) -> None:
     """Blocks until ``device`` has done all its work."""
-    call_with_current(device, partial(torch.accelerator.synchronize, device))
+    call_with_current(device, torch.accelerator.synchronize, device)
 
 
 def new_stream(device: torch.device) -> torch.Stream:

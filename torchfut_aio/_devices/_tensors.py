@@ -16,7 +16,6 @@ import types
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -102,7 +101,7 @@ def keep_memory(found: Iterable[torch.Tensor], streams: dict[torch.device, torch
         # C++ knows the memory of all kinds of tensors, on every device.
         future: CppFuture[list[torch.Tensor]] = CppFuture(list(devices))
         try:
-            call_with_current(next(iter(devices)), partial(future.set_result, rest))
+            call_with_current(next(iter(devices)), future.set_result, rest)
         except RuntimeError as error:
             if not says_no_events(error):
                 raise
