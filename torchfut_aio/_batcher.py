@@ -313,7 +313,7 @@ class Batcher(ProcessLocal, Generic[T, R]):
         if not worker.ended.done():
             worker.closing = True
             if not drain:
-                worker.fail_queued(BatcherClosedError("the batcher was closed, and not drained"))
+                worker.fail_queued(BatcherClosedError("the batcher was closed with drain=False"))
             worker.begin_to_close()
         return worker.ended
 

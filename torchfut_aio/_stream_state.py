@@ -130,7 +130,10 @@ class StreamState:
 
     def _refuse(self) -> None:
         if _LEFT in self.end:
-            raise StreamClosedError("nothing listens to the stream any more")
+            raise StreamClosedError(
+                "nothing listens to the stream any more: its readers left, by break, a "
+                "cancellation, the end of a listen() block or stop_listening()"
+            )
         raise StreamClosedError("the stream has been closed, and takes no more values")
 
     def can_write(self) -> bool:

@@ -67,6 +67,9 @@ def set_poll_policy(policy: PollPolicy) -> PollPolicy:
     """
     global _policy
     if not isinstance(policy, PollPolicy):
-        raise TypeError(f"expected a PollPolicy, such as PollPolicy(), not {short(policy)}")
+        raise TypeError(
+            "set_poll_policy() takes a PollPolicy, such as PollPolicy(max_interval=0.001), "
+            f"not {short(policy)}"
+        )
     before, _policy = _policy, policy
     return before
