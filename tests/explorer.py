@@ -53,12 +53,15 @@ def strikes(
     """
     files = tuple(map(_files, modules))
     gc.collect()  # finalisers of what ran before could be struck instead
-    for number in itertools.count(first, every):
-        strike = Strike(number, files, error, do, at, thread)
-        yield strike
-        if strike.where is None:
-            assert number > first, "nothing was struck"
-            return
+    try:
+        for number in itertools.count(first, every):
+            strike = Strike(number, files, error, do, at, thread)
+            yield strike
+            if strike.where is None:
+                assert number > first, "nothing was struck"
+                return
+    finally:
+        _watch(())
 
 
 def _files(module: ModuleType) -> str:
@@ -174,29 +177,47 @@ class _Settrace:
 
 
 class _Monitoring:
-    """Traces instructions from CPython 3.12 on."""
+    """Traces instructions from CPython 3.12 on, by events that stay on for a series of strikes."""
 
     def __init__(self, strike: Strike) -> None:
         self._strike = strike
-        self._monitoring: Any = sys.monitoring  # type: ignore[attr-defined, unused-ignore]
 
     def start(self) -> None:
-        monitoring, instruction = self._monitoring, self._monitoring.events.INSTRUCTION
-        monitoring.use_tool_id(_TOOL, "explorer")
-        monitoring.register_callback(_TOOL, instruction, self._step)
-        for code in _codes(self._strike.files):
-            monitoring.set_local_events(_TOOL, code, instruction)
+        _watch(self._strike.files)
+        _monitoring.register_callback(_TOOL, _monitoring.events.INSTRUCTION, self._step)
 
     def stop(self) -> None:
-        for code in _codes(self._strike.files):
-            self._monitoring.set_local_events(_TOOL, code, 0)
-        self._monitoring.free_tool_id(_TOOL)
+        _monitoring.register_callback(_TOOL, _monitoring.events.INSTRUCTION, None)
 
     def _step(self, code: CodeType, offset: int) -> None:
         self._strike.step(sys._getframe(1))
 
 
 _TOOL = 4
+_monitoring: Any = getattr(sys, "monitoring", None)  # from CPython 3.12 on
+_watched: tuple[str, ...] = ()
+
+
+def _watch(files: tuple[str, ...]) -> None:
+    """Turns on the events of these files, and off those of the files before.
+
+    For the whole package that takes milliseconds, and without a GIL tens of them: more than most
+    runs, so a series of strikes does it once.
+    """
+    global _watched
+    if files == _watched or _monitoring is None:
+        return
+    if _watched:
+        for code in _codes(_watched):
+            _monitoring.set_local_events(_TOOL, code, 0)
+        _monitoring.free_tool_id(_TOOL)
+    _watched = files
+    if files:
+        _monitoring.use_tool_id(_TOOL, "explorer")
+        for code in _codes(files):
+            _monitoring.set_local_events(_TOOL, code, _monitoring.events.INSTRUCTION)
+
+
 _frozen: list[FunctionType] = []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 import threading
 
 import pytest
@@ -61,6 +62,24 @@ def test_it_leaves_out_points_if_asked():
                 yield strike.where
 
     assert list(places(every=3)) == list(places())[::3]
+
+
+def test_two_series_may_take_turns_and_leave_nothing_traced():
+    def places(*series):
+        for strikes in zip(*series, strict=False):
+            with strikes[0]:
+                scenario([])
+            for theirs in strikes[1:]:
+                with theirs:
+                    textwrap.dedent(" text")
+                assert "textwrap.py" in theirs.where
+            yield strikes[0].where
+
+    theirs = explorer.strikes(textwrap, at="instructions")
+    alone = [*places(explorer.strikes(HERE))]
+    assert [*places(explorer.strikes(HERE), theirs)] == alone
+    if sys.version_info >= (3, 12):
+        assert sys.monitoring.get_tool(explorer._TOOL) is None
 
 
 def test_it_may_act_as_another_thread_instead_of_raising():
