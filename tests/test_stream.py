@@ -24,6 +24,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from torchfut_aio import (
     BlockingWaitWarning,
+    CancelledError,
     Future,
     StreamClosedError,
     ValueStream,
@@ -156,6 +157,44 @@ def test_what_would_end_a_loop_is_no_end_but_an_error(kind):
     with pytest.raises(RuntimeError) as caught:
         list(stream)
     assert caught.value.__cause__ is error
+
+
+@on_every_loop
+async def test_a_producer_that_is_cancelled_ends_no_consumer_as_cancelled():
+    stream, ends = ValueStream(), []
+
+    async def produce():
+        with stream:
+            await stream.aput("first")
+            await anyio.sleep_forever()
+
+    async def consume(read):
+        with pytest.raises(CancelledError, match="the producer of the stream was cancelled"):
+            await read()
+        await anyio.lowlevel.checkpoint()
+        ends.append(read)
+
+    async def get():
+        while True:
+            await stream.aget()
+
+    async with anyio.create_task_group() as tg, anyio.create_task_group() as producers:
+        tg.start_soon(consume, get)
+        tg.start_soon(consume, lambda: read_all(stream))
+        producers.start_soon(produce)
+        await anyio.wait_all_tasks_blocked()
+        producers.cancel_scope.cancel()
+    assert len(ends) == 2
+
+
+@pytest.mark.parametrize("error", [GeneratorExit(), asyncio.CancelledError("foo")])
+def test_what_would_end_a_task_is_a_cancelled_error_in_a_thread_too(error):
+    stream = ValueStream()
+    stream.close(error)
+    with pytest.raises(CancelledError) as caught:
+        stream.get()
+    assert caught.value.__cause__ is error
+    assert not isinstance(caught.value, asyncio.CancelledError)
 
 
 def test_what_is_closed_takes_nothing_more():

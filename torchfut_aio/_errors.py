@@ -15,6 +15,7 @@ import functools
 import inspect
 import operator
 import queue
+import sys
 import types
 import warnings
 from traceback import clear_frames
@@ -92,6 +93,19 @@ def own_cancellation(error: BaseException) -> BaseException:
     for attribute in _CHAIN:
         attribute.__set__(own, attribute.__get__(error))
     return own
+
+
+def is_of_a_task_that_ended(error: BaseException) -> bool:
+    """Return whether ``error`` is what a task raises that was cancelled, or is never resumed."""
+    trios = getattr(sys.modules.get("trio"), "Cancelled", GeneratorExit)
+    return consists_of(error, (asyncio.CancelledError, GeneratorExit, trios))
+
+
+def consists_of(error: BaseException, kinds: tuple[type[BaseException], ...]) -> bool:
+    """Return whether ``error`` is of these kinds, or a group of such, as a nursery raises."""
+    if issubclass(type(error), BaseExceptionGroup):
+        return all(consists_of(each, kinds) for each in error.exceptions)  # type: ignore[attr-defined]
+    return issubclass(type(error), kinds)
 
 
 class NotAFutureError(TypeError, RuntimeError):

@@ -14,6 +14,7 @@ import torch
 from . import _core, _loops
 from ._arguments import exception_checked, listed, timeout_checked
 from ._devices import Moment
+from ._errors import CancelledError, is_of_a_task_that_ended
 from ._process_local import ProcessLocal
 from ._stream_state import ROOM, StreamState
 from ._waiters import first, give_up_after
@@ -241,7 +242,8 @@ class ValueStream(ProcessLocal, Generic[T]):
         Args:
             error: The error that consumers raise, an instance of any ``BaseException``. (Instead
                 of StopIteration and StopAsyncIteration, which would end a loop, they raise a
-                RuntimeError.)
+                RuntimeError. Instead of what a task raises that is cancelled, which would end
+                their own tasks as cancelled, they raise a `CancelledError`.)
 
         Raises:
             TypeError: ``error`` is not an exception; the stream stays open.
@@ -264,6 +266,10 @@ class ValueStream(ProcessLocal, Generic[T]):
             replacement = RuntimeError(f"the producer failed with {type(error).__qualname__}")
             replacement.__cause__ = error
             error = replacement
+        elif is_of_a_task_that_ended(error) and not issubclass(type(error), CancelledError):
+            cancelled = CancelledError("the producer of the stream was cancelled")
+            cancelled.__cause__ = error
+            error = cancelled
         self._state.close(_core.outcome_of_error(error))
 
     def __enter__(self) -> ValueStream[T]:

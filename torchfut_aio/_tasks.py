@@ -11,14 +11,13 @@ import asyncio
 import contextvars
 import functools
 import inspect
-import sys
 import weakref
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
 
 from . import _loops
 from ._core import Promise
-from ._errors import drop_catching_frame
+from ._errors import consists_of, drop_catching_frame, is_of_a_task_that_ended
 from ._future import Future
 from ._repr import described, function_name, short
 from ._worker import Worker, WorkerThread, call_contained
@@ -195,7 +194,7 @@ async def run_contained(
     try:
         await _run(promise, func, args)
     except BaseException as error:
-        if _consists_of(error, (cancelled,)):
+        if consists_of(error, (cancelled,)):
             raise
 
 
@@ -215,7 +214,7 @@ async def _run(
         kind = type(error)
         if issubclass(kind, asyncio.CancelledError):
             promise.cancel(*error.args[:1])  # what was given to cancel()
-        elif _consists_of(error, _cancellations()):
+        elif is_of_a_task_that_ended(error):
             promise.cancel()
         else:
             promise.fail(error)
@@ -223,15 +222,3 @@ async def _run(
             raise
     else:
         promise.keep(result)
-
-
-def _consists_of(error: BaseException, kinds: tuple[type[BaseException], ...]) -> bool:
-    """Return whether ``error`` is of these kinds, or a group of such, as a nursery raises."""
-    if issubclass(type(error), BaseExceptionGroup):
-        return all(_consists_of(each, kinds) for each in error.exceptions)  # type: ignore[attr-defined]
-    return issubclass(type(error), kinds)
-
-
-def _cancellations() -> tuple[type[BaseException], ...]:
-    trios = getattr(sys.modules.get("trio"), "Cancelled", GeneratorExit)
-    return asyncio.CancelledError, GeneratorExit, trios  # GeneratorExit: nothing will resume it
