@@ -13,6 +13,7 @@ import threading
 import anyio
 import pytest
 import torch
+from torch.distributed.rpc.internal import _internal_rpc_pickler
 
 import torchfut_aio
 from torchfut_aio import (
@@ -70,6 +71,19 @@ def test_without_a_message_the_error_says_nothing():
     fut = Future()
     fut.cancel()
     assert fut.exception().args == ()
+
+
+@pytest.mark.parametrize("dumps", [pickle.dumps, _internal_rpc_pickler.serialize])
+def test_the_class_of_a_cancelled_error_can_be_pickled_as_rpc_does(dumps):
+    fut = Future()
+    fut.cancel("foo")
+    kind = type(fut.exception())
+    sent = dumps(kind)
+    received = (
+        pickle.loads(sent) if dumps is pickle.dumps else _internal_rpc_pickler.deserialize(*sent)
+    )
+    assert received is kind
+    assert repr(fut.exception()) == "CancelledError('foo')"
 
 
 def test_cancelling_what_is_done_does_nothing():

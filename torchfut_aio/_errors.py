@@ -19,7 +19,7 @@ import sys
 import types
 import warnings
 from traceback import clear_frames
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
@@ -53,7 +53,7 @@ class CancelledError(concurrent.futures.CancelledError):
 
     That of `Future.cancel`, and of an asyncio future that was adopted, is an
     ``asyncio.CancelledError`` as well: a task of asyncio's that does not catch it ends as
-    cancelled.
+    cancelled. Its class is the subclass ``CancelledError.OfAsyncio``.
 
     Example:
         >>> fut = torchfut_aio.Future()
@@ -62,22 +62,20 @@ class CancelledError(concurrent.futures.CancelledError):
         >>> fut.wait()
         Traceback (most recent call last):
         ...
-        torchfut_aio.CancelledError: the client has gone
+        torchfut_aio.CancelledError.OfAsyncio: the client has gone
     """
 
-    @classmethod
-    def _of_asyncio(cls, *args: object) -> CancelledError:
-        # A pickle refers to this. It would not find the class below, which has another's name.
-        return AsyncioCancelledError(*args)
+    OfAsyncio: ClassVar[type[CancelledError]]
 
 
 class AsyncioCancelledError(CancelledError, asyncio.CancelledError):
-    """A CancelledError that asyncio takes for its own, and users for `CancelledError`."""
+    """A CancelledError that asyncio takes for its own."""
 
-    __module__, __qualname__ = __package__, CancelledError.__qualname__
+    __module__, __qualname__ = __package__, "CancelledError.OfAsyncio"
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return CancelledError._of_asyncio, self.args, self.__dict__ or None
+
+CancelledError.OfAsyncio = AsyncioCancelledError
+AsyncioCancelledError.__name__ = CancelledError.__name__  # in its repr
 
 
 def own_cancellation(error: BaseException) -> BaseException:
