@@ -1180,6 +1180,36 @@ def test_whatever_strikes_a_read_no_value_is_lost_and_those_who_put_are_told(rea
         assert len(stream._state.room) == 2
 
 
+@pytest.mark.parametrize("read", READS.values(), ids=READS)
+def test_a_read_that_is_interrupted_as_another_value_comes_leaves_the_bound_as_it_was(read):
+    stream, got = ValueStream(max_size=1), []
+
+    class Writer(Waiter):
+        def wake(self, waiter):
+            super().wake(waiter)
+            if self.woken == 1:
+                stream.put("b")  # in the place of the one that is read
+                raise KeyboardInterrupt
+
+    writer = Writer()
+    with stream.listen() as values:
+        for _ in range(3):
+            writer.woken = 0
+            stream.put("a")
+            stream._state.writers.waiting[writer] = writer
+            with pytest.raises(KeyboardInterrupt):
+                read(stream, values, got)
+            for _ in range(2):
+                assert not stream.try_put("too much")
+                read(stream, values, got)
+            assert got == ["a", "b"]
+            got.clear()
+            assert stream.try_put("c")
+            assert not stream.try_put("too much")
+            read(stream, values, got)
+            got.clear()
+
+
 @pytest.mark.parametrize("how", ["anext", "aget"])
 def test_whatever_strikes_a_task_that_waits_the_stream_works_afterwards(how):
     async def read(stream, values):

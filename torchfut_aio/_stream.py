@@ -443,7 +443,13 @@ class _Reader(AsyncIterator[T], Iterator[T]):
                 except KeyError:
                     continue
                 if state.room is not None:
-                    state.room += ROOM
+                    try:
+                        if state.owed:
+                            del state.owed[-1]
+                        else:
+                            state.room += ROOM
+                    except IndexError:  # another has just paid
+                        state.room += ROOM
                     if state.writers.waiting:
                         try:
                             state.writers.wake()
@@ -496,7 +502,13 @@ class _Reader(AsyncIterator[T], Iterator[T]):
                 except KeyError:
                     continue
                 if state.room is not None:
-                    state.room += ROOM
+                    try:
+                        if state.owed:
+                            del state.owed[-1]
+                        else:
+                            state.room += ROOM
+                    except IndexError:  # another has just paid
+                        state.room += ROOM
                     if state.writers.waiting:
                         try:
                             state.writers.wake()

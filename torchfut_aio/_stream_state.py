@@ -9,7 +9,9 @@ anything. What makes that right:
    a `Queue`.)
 2. A bounded stream has ``room``: a list with an item for each value that may still come. A put
    deletes an item, then stores the value. A read deletes the value, then adds an item. So there
-   are never too many values, whatever is put meanwhile.
+   are never too many values, whatever is put meanwhile. But an interrupted read puts its value
+   back, perhaps when another value has come in its place. Then it notes in ``owed`` that a later
+   read has to add no item.
 3. A put stores the value, then wakes a reader of each loop; a read adds the item, then wakes a
    writer of each: see `_waiters`. A reader or writer that leaves with an exception calls
    `hand_on`, as it may have been woken for a value or an item that it leaves behind.
@@ -41,6 +43,7 @@ class StreamState:
     Attributes:
         values: The outcomes that were put and not read, as keys, in order.
         room: See rule 2; None if the stream is not bounded.
+        owed: How many values too many there are, as a list of so many items; see rule 2.
         end: Empty until the stream takes no more values. It was closed, with an error or None;
             or those who listened have left; or both. And an iterator may have come to the end.
         listeners: The iterators that may read, each by a key of its own.
@@ -48,11 +51,12 @@ class StreamState:
         writers: The tasks and threads that wait for room.
     """
 
-    __slots__ = ("end", "listeners", "readers", "room", "values", "writers")
+    __slots__ = ("end", "listeners", "owed", "readers", "room", "values", "writers")
 
     def __init__(self, max_size: int | None) -> None:
         self.values: dict[_core.Outcome, None] = Queue()
         self.room = None if max_size is None else [*ROOM] * max_size
+        self.owed: list[None] = []
         self.end: dict[str, _core.Outcome | None] = {}
         self.listeners: dict[object, None] = {}
         self.readers = Waiters()
@@ -150,10 +154,10 @@ class StreamState:
         self.values[outcome] = None
         move_to_front(self.values, outcome)
         if self.room is not None:
-            try:  # noqa: SIM105  a call could be interrupted before it begins
+            try:
                 del self.room[-1]
             except IndexError:
-                pass  # another has just put a value: there is one too many for a while
+                self.owed += ROOM  # another has just put a value: there is one too many
         self.writers.wake_again()
 
     def hand_on(self) -> None:
