@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import gc
 import itertools
+import json
 import multiprocessing
 import pickle
 import threading
@@ -946,6 +947,53 @@ def test_the_first_get_raises_the_error_itself_and_the_stream_keeps_no_frame(no_
     assert read(stream) == raised
     assert kept[0]() is None
     assert read(stream) != raised
+
+
+class NeedsCode(Exception):
+    def __init__(self, text, *, code):
+        super().__init__(text)
+        self.code = code
+
+
+def of_json():
+    with pytest.raises(ValueError, match="Expecting") as caught:
+        json.loads("{")
+    return caught.value
+
+
+@pytest.mark.parametrize("make", [lambda: NeedsCode("foo", code=5), of_json], ids=["own", "json"])
+def test_each_get_raises_the_same_of_an_error_that_cannot_be_copied(make):
+    stream, error = ValueStream(), make()
+    stream.close(error)
+    for _ in range(4):
+        with pytest.raises(type(error)) as caught:
+            stream.get()
+        assert str(caught.value) == str(error)
+        assert vars(caught.value) == vars(error)
+
+
+def test_a_stream_keeps_no_frames_of_the_errors_in_a_group(no_collector):
+    class Local:
+        pass
+
+    def produce(stream):
+        local = Local()
+        refs.append(weakref.ref(local))
+        with contextlib.suppress(ExceptionGroup), stream:
+            try:
+                raise ValueError("foo")
+            except ValueError as error:
+                raise ExceptionGroup("of a task group", [error]) from None
+
+    refs, stream = [], ValueStream()
+    produce(stream)
+    for _ in range(2):
+        with contextlib.suppress(ExceptionGroup):
+            stream.get()
+        assert refs[0]() is None
+    with pytest.raises(ExceptionGroup) as caught:
+        stream.get()
+    assert repr(caught.value.exceptions) == repr((ValueError("foo"),))
 
 
 @on_every_loop

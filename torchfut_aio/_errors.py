@@ -354,12 +354,31 @@ def _copy_attribute(attribute: Any, error: BaseException, copied: BaseException)
 
 
 def without_frames(error: BaseException) -> BaseException:
-    """Return a copy that keeps no frame: without traceback, cause and context."""
+    """Return a copy that keeps no frame: without traceback, cause and context.
+
+    Those in a group are copied, too.
+    """
     copied = own_copy(error)
-    if copied is error:
-        return rebuild_exception(*type_and_text(error))
+    if copied is error or issubclass(type(error), BaseExceptionGroup):
+        try:
+            copied = _copied_without_init(error)
+        except Exception:
+            return rebuild_exception(*type_and_text(error))
     for attribute in _CHAIN[:3]:
         attribute.__set__(copied, None)
+    return copied
+
+
+def _copied_without_init(error: BaseException) -> BaseException:
+    """Return a copy of an error whose constructor takes other arguments than it has kept."""
+    args = _args.__get__(error)
+    if issubclass(type(error), BaseExceptionGroup):
+        group: Any = error
+        args = group.message, [without_frames(each) for each in group.exceptions]
+    copied: BaseException = _new_without_init(type(error), *args)
+    _copy_state(error, copied)
+    _args.__set__(copied, args)
+    _dict.__set__(copied, {**_dict.__get__(error)})
     return copied
 
 
