@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib.metadata
 import pathlib
 import pickle
 import subprocess
 import sys
+import typing
 
 import pytest
 
@@ -80,6 +82,8 @@ def test_what_is_public_is_called_what_users_import(module):
         assert (thing.__module__, thing.__qualname__) == (module.__name__, name)
         assert pickle.loads(pickle.dumps(thing)) is thing
         assert "torchfut_aio._" not in repr(thing)
+        if dataclasses.is_dataclass(thing):
+            assert [*typing.get_type_hints(thing)] == [f.name for f in dataclasses.fields(thing)]
 
 
 # From the bottom to the top: each imports from those before it only.

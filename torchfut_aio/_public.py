@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
+import typing
 
 
 def publish(module: str) -> None:
@@ -13,4 +15,8 @@ def publish(module: str) -> None:
     """
     names = vars(sys.modules[module])
     for name in names["__all__"]:
-        names[name].__module__ = module
+        thing = names[name]
+        if dataclasses.is_dataclass(thing):
+            # Later, they would be looked up in ``module``, which lacks some.
+            thing.__annotations__ = typing.get_type_hints(thing)
+        thing.__module__ = module
