@@ -1,8 +1,8 @@
-"""The accelerator that device tests run on: the simulated one, or a real GPU.
+"""The accelerator that device tests run on: the simulated one, a real GPU, or torch_openreg.
 
-``TORCHFUT_AIO_TEST_DEVICE=cuda`` chooses; the tests are the same. A kernel that "runs until
-woken" does so on both, so "while the kernels run" is a fact in a test, and a copy that is
-made too early has the old value.
+``TORCHFUT_AIO_TEST_DEVICE=cuda`` chooses, or ``openreg``; the tests are the same. A kernel that
+"runs until woken" does so on each, so "while the kernels run" is a fact in a test, and a copy that
+is made too early has the old value.
 """
 
 from __future__ import annotations
@@ -71,6 +71,12 @@ def producer(accelerator: Any) -> torch.Stream:
 @pytest.fixture
 def consumer(accelerator: Any) -> torch.Stream:
     return torch.Stream(FIRST)
+
+
+def needs(accelerator: Any, feature: str) -> None:
+    """Skips the test on a device that has no such thing, as its module says."""
+    if feature in getattr(accelerator, "LACKS", ()):
+        pytest.skip(f"{DEVICE} has no {feature}")
 
 
 def ends_soon(stream: torch.Stream) -> bool:

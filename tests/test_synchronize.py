@@ -31,7 +31,7 @@ from torchfut_aio._devices import _background, _blocker
 from torchfut_aio._devices._blocker import Blocker
 
 from . import explorer
-from .accelerator import DEVICE, FIRST, NEW, being_filled, simulated_only
+from .accelerator import DEVICE, FIRST, NEW, being_filled, needs, simulated_only
 from .loops import on_every_loop
 from .threads import PATIENCE, no_thread_starts, running, until
 from .waiting import Reader, pending, polled
@@ -533,6 +533,7 @@ async def test_values_may_be_nested_as_deep_as_anybody_likes(accelerator):
 
 @on_every_loop
 async def test_sparse_tensors_are_copied_too(accelerator):
+    needs(accelerator, "sparse tensors")
     with torch.sparse.check_sparse_tensor_invariants(False):
         sparse = torch.sparse_coo_tensor([[0, 1], [1, 0]], [3.0, 4.0], (2, 2)).to(FIRST)
         copy = await to_host({"a": sparse})

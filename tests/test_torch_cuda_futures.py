@@ -19,7 +19,7 @@ import torch
 
 from torchfut_aio import Future
 
-from .accelerator import DEVICE
+from .accelerator import DEVICE, needs
 
 pytestmark = pytest.mark.device
 
@@ -87,6 +87,8 @@ def on(thing):
 def test_torchs_own_test_passes(accelerator, name):
     if accelerator.device_count() < gpus(name):
         pytest.skip("this machine has fewer accelerators")
+    if "sparse" in name:
+        needs(accelerator, "sparse tensors")
     with contextlib.ExitStack() as stack:
         if DEVICE != "cuda":
             for attribute, ours in {
