@@ -56,11 +56,6 @@ for module in (torchfut_aio, torchfut_aio.distributed):
     for public in module.__all__:
         PUBLIC[public] = f"{module.__name__}.{public}"
 
-# A method of the same name may be meant: `Batcher.submit`, say.
-AMBIGUOUS = {
-    name for name in PUBLIC for public in PUBLIC if hasattr(vars(torchfut_aio).get(public), name)
-}
-
 
 class LinkPublicNames(SphinxPostTransform):
     """Makes a link to the reference of a public name that a page has in code quotes."""
@@ -75,8 +70,6 @@ class LinkPublicNames(SphinxPostTransform):
             parts = literal.astext().removesuffix("()").split(".")
             inside_link = isinstance(literal.parent, (nodes.reference, pending_xref))
             if inside_link or parts[0] not in PUBLIC or not all(map(str.isidentifier, parts)):
-                continue
-            if parts[0] in AMBIGUOUS and self.env.docname != "reference/index":
                 continue
             target = ".".join([PUBLIC[parts[0]], *parts[1:]])
             link = pending_xref(

@@ -79,7 +79,7 @@ def _current(index: int) -> Iterator[None]:
 def _queue_beside(stream: torch.Stream) -> torch.Stream:
     """Returns a stream that runs what is enqueued on ``stream``.
 
-    torch tells the address that openreg's functions take for external streams only.
+    torch has the address that openreg's functions take only for external streams.
     """
     address = ctypes.c_void_p()
     with _current(stream.device_index):
@@ -199,7 +199,7 @@ def _copy_from(
 
 
 def _is_plain(source: torch.Tensor, target: torch.Tensor) -> bool:
-    """Tells whether to copy is to copy bytes, which openreg does on a stream."""
+    """Return True if copying is copying bytes, which openreg does on a stream."""
     return (
         (source.dtype, source.shape) == (target.dtype, target.shape)
         and source.is_contiguous()
@@ -229,7 +229,7 @@ with warnings.catch_warnings():
         _operations.impl(_name, _function, "PrivateUse1")
 
 
-# ------------------------------------------------------------- what openreg does not tell
+# ------------------------------------------------------------- what openreg does not count
 
 
 def reset_counters() -> None:

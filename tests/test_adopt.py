@@ -91,6 +91,18 @@ def test_a_cancelled_concurrent_future_arrives_as_cancelled():
     assert not isinstance(fut.exception(), asyncio.CancelledError)
 
 
+def test_a_cancellation_of_a_librarys_own_kind_arrives_as_cancelled():
+    class OfALibrary(concurrent.futures.CancelledError):  # as that of dask
+        pass
+
+    source, error = concurrent.futures.Future(), OfALibrary("foo")
+    fut = as_future(source)
+    source.set_exception(error)
+    assert type(fut.exception()) is CancelledError
+    assert fut.exception().args == ("foo",)
+    assert fut.exception().__cause__ is error
+
+
 @on_asyncio
 async def test_asyncio_futures_and_tasks_are_adopted():
     loop = asyncio.get_running_loop()

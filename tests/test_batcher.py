@@ -1373,7 +1373,7 @@ def test_an_item_that_comes_at_any_step_of_the_thread_is_served(closes, monkeypa
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
-        ({"max_batch_size": 0}, ValueError, "max_batch_size must be at least 1"),
+        ({"max_batch_size": 0}, ValueError, "max_batch_size must be positive, not 0"),
         ({"max_batch_size": 2.0}, TypeError, "max_batch_size must be an int, not float"),
         (
             {"max_queue_size": 7},

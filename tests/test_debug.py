@@ -54,7 +54,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 def waiting_for(future):
     """Who waits for the future, as kinds and names."""
-    return [(who.kind, who.name) for who in listed(future).waiters]
+    return [(each.kind, each.name) for each in listed(future).waiters]
 
 
 def listed_futures():
@@ -184,7 +184,7 @@ def test_it_reads_as_a_line_for_the_future_and_one_for_each_who_waits():
 def test_without_a_recording_nobody_knows_since_when():
     future = Future()
     future.add_done_callback(log)
-    assert [who.since for who in listed(future).waiters] == [None]
+    assert [each.since for each in listed(future).waiters] == [None]
 
 
 def test_the_list_keeps_nothing_alive(no_collector):
@@ -329,13 +329,13 @@ async def test_a_task_is_listed_with_the_line_that_waits():
     async with anyio.create_task_group() as group:
         group.start_soon(in_two_steps, future, another)
         await anyio.wait_all_tasks_blocked()
-        (who,) = listed(future).waiters
-        assert who.where == f"in_two_steps, test_debug.py:{first + 1}"
-        assert str(listed(future)).endswith(f" in {who.where}")
+        (waiter,) = listed(future).waiters
+        assert waiter.where == f"in_two_steps, test_debug.py:{first + 1}"
+        assert str(listed(future)).endswith(f" in {waiter.where}")
         future.set_result(5)
         await anyio.wait_all_tasks_blocked()
-        (who,) = listed(another).waiters
-        assert who.where == f"in_two_steps, test_debug.py:{first + 2}"
+        (waiter,) = listed(another).waiters
+        assert waiter.where == f"in_two_steps, test_debug.py:{first + 2}"
         another.set_result(5)
 
 
@@ -560,11 +560,11 @@ async def test_a_recording_knows_since_when_tasks_wait():
         async with anyio.create_task_group() as group:
             await spawn(group, wait, "request 1")
             after = time.perf_counter()
-            (who,) = listed(future).waiters
-            assert (who.kind, who.name) == ("task", "request 1")
-            assert places_of([who]) == seen_at("wait, test_debug.py")
-            assert before <= who.since <= after
-            assert f"{who}, for " in str(listed(future))
+            (waiter,) = listed(future).waiters
+            assert (waiter.kind, waiter.name) == ("task", "request 1")
+            assert places_of([waiter]) == seen_at("wait, test_debug.py")
+            assert before <= waiter.since <= after
+            assert f"{waiter}, for " in str(listed(future))
             future.set_result(5)
 
 
@@ -576,7 +576,7 @@ def test_a_recording_knows_since_when_threads_block_and_callbacks_are_there():
         thread = threading.Thread(target=future.wait, name="worker")
         thread.start()
         until(lambda: ("thread", "worker") in waiting_for(future))
-        assert all(before <= who.since <= time.perf_counter() for who in listed(future).waiters)
+        assert all(before <= each.since <= time.perf_counter() for each in listed(future).waiters)
         future.set_result(5)
         thread.join(PATIENCE)
 
@@ -919,8 +919,8 @@ def look():
     for _ in range(ROUNDS):
         for pending in pending_futures():
             str(pending)
-            for who in pending.waiters:
-                found.add((who.kind, who.where and who.where.partition(",")[0]))
+            for waiter in pending.waiters:
+                found.add((waiter.kind, waiter.where and waiter.where.partition(",")[0]))
     stop.set()
 
 def fill_tuples():

@@ -188,7 +188,9 @@ async def test_a_producer_that_is_cancelled_ends_no_consumer_as_cancelled():
     assert len(ends) == 2
 
 
-@pytest.mark.parametrize("error", [GeneratorExit(), asyncio.CancelledError("foo")])
+@pytest.mark.parametrize(
+    "error", [GeneratorExit(), asyncio.CancelledError("foo"), CancelledError.OfAsyncio("foo")]
+)
 def test_what_would_end_a_task_is_a_cancelled_error_in_a_thread_too(error):
     stream = ValueStream()
     stream.close(error)
@@ -326,7 +328,7 @@ async def test_the_end_wakes_all_who_wait():
     full, empty, told = ValueStream(max_size=1), ValueStream(), []
     full.put(1)
 
-    async def send():
+    async def aput():
         with pytest.raises(StreamClosedError):
             await full.aput(2)
         told.append("task")
@@ -346,7 +348,7 @@ async def test_the_end_wakes_all_who_wait():
 
     with anyio.fail_after(PATIENCE):
         async with alongside(put, read), anyio.create_task_group() as tg:
-            tg.start_soon(send)
+            tg.start_soon(aput)
             tg.start_soon(aread)
             await eventually(lambda: waiting(full) == (0, 2) and waiting(empty) == (2, 0))
             full.close()
@@ -439,7 +441,7 @@ async def test_reads_that_are_cancelled_lose_nothing_and_repeat_nothing():
                     tg.cancel_scope.cancel()
                 if len(got) >= 500:
                     break
-                if len(got) == before:  # or the loop would take the GIL from who puts
+                if len(got) == before:  # or the loop would take the GIL from the producer
                     await eventually(lambda: len(stream) or stream.closed)
         async for value in values:
             got.append(value)

@@ -225,12 +225,12 @@ class Pair:
         assert len(waiters.waiting) == number
 
     def add(self):
-        self.tasks.append(self.loop.create_task(self.read() if self.reads else self.send()))
+        self.tasks.append(self.loop.create_task(self.read() if self.reads else self.put()))
 
     async def read(self):
         self.served.append(await (self.stream.aget() if self.gets else anext(self.values)))
 
-    async def send(self):
+    async def put(self):
         await self.stream.aput(1)
         self.served.append(1)
 

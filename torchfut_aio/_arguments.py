@@ -6,6 +6,7 @@ import datetime
 import inspect
 import math
 import numbers
+import operator
 from collections import UserString
 from collections.abc import Iterable, Iterator, Sequence, ValuesView
 from typing import Any, TypeAlias
@@ -55,6 +56,17 @@ def _device(device: int | str | torch.device) -> torch.device:
     if not isinstance(device, (str, int, torch.device)):
         raise TypeError(f"a device is a torch.device, string or index, not {described(device)}")
     return torch.device(device)
+
+
+def size_checked(size: Any, name: str, kind: str = "an int") -> int:
+    """Return a size as an int; raise TypeError or ValueError if it is none, or not positive."""
+    try:
+        number = operator.index(size)
+    except TypeError:
+        raise TypeError(f"{name} must be {kind}, not {type(size).__qualname__}") from None
+    if number < 1:
+        raise ValueError(f"{name} must be positive, not {number}")
+    return number
 
 
 def timeout_checked(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from . import _loops
-from ._arguments import async_checked, timeout_checked
+from ._arguments import async_checked, size_checked, timeout_checked
 from ._batch_worker import BatchWorker, in_batch
 from ._core import Promise
 from ._dependent import DependentFuture
@@ -139,19 +139,14 @@ class Batcher(ProcessLocal, Generic[T, R]):
                 f"a batcher takes a function of a list of items, not {type(func).__qualname__}"
             )
         async_checked(func)
-        if not isinstance(max_batch_size, int):
-            kind = type(max_batch_size).__qualname__
-            raise TypeError(f"max_batch_size must be an int, not {kind}")
-        if max_batch_size < 1:
-            raise ValueError(f"max_batch_size must be at least 1, not {max_batch_size}")
-        if max_queue_size is not None and not isinstance(max_queue_size, int):
-            kind = type(max_queue_size).__qualname__
-            raise TypeError(f"max_queue_size must be an int or None, not {kind}")
-        if max_queue_size is not None and max_queue_size < max_batch_size:
-            raise ValueError(
-                "max_queue_size must be at least max_batch_size, which is "
-                f"{max_batch_size}; not {max_queue_size}"
-            )
+        max_batch_size = size_checked(max_batch_size, "max_batch_size")
+        if max_queue_size is not None:
+            max_queue_size = size_checked(max_queue_size, "max_queue_size", "an int or None")
+            if max_queue_size < max_batch_size:
+                raise ValueError(
+                    "max_queue_size must be at least max_batch_size, which is "
+                    f"{max_batch_size}; not {max_queue_size}"
+                )
         if name is None:
             called = getattr(func, "__qualname__", type(func).__qualname__)
             name = f"torchfut_aio batcher of {called}"

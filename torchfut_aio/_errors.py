@@ -79,22 +79,28 @@ AsyncioCancelledError.__name__ = CancelledError.__name__  # in its repr
 
 
 def own_cancellation(error: BaseException) -> BaseException:
-    """Return a `CancelledError` in the place of that of asyncio or of concurrent.futures."""
-    kinds = {
-        asyncio.CancelledError: AsyncioCancelledError,
-        concurrent.futures.CancelledError: CancelledError,
-    }
-    kind = kinds.get(type(error))
-    if kind is None:
+    """Return a `CancelledError` in the place of one of asyncio or of concurrent.futures.
+
+    One of a subclass, as a library may have, is its cause.
+    """
+    kind = type(error)
+    if issubclass(kind, CancelledError) or not issubclass(kind, CANCELLATIONS):
         return error
-    own: CancelledError = kind(*error.args)
-    for attribute in _CHAIN:
-        attribute.__set__(own, attribute.__get__(error))
+    own_kind = AsyncioCancelledError if issubclass(kind, asyncio.CancelledError) else CancelledError
+    own = own_kind(*_args.__get__(error))
+    if kind in CANCELLATIONS:
+        for attribute in _CHAIN:
+            attribute.__set__(own, attribute.__get__(error))
+    else:
+        own.__cause__ = error
     return own
 
 
-def is_of_a_task_that_ended(error: BaseException) -> bool:
-    """Return whether ``error`` is what a task raises that was cancelled, or is never resumed."""
+def ends_a_task(error: BaseException) -> bool:
+    """Return True if ``error`` ends a task without failing it, or groups nothing but such errors.
+
+    That is a cancellation, or GeneratorExit in a task that nothing will resume.
+    """
     trios = getattr(sys.modules.get("trio"), "Cancelled", GeneratorExit)
     return consists_of(error, (asyncio.CancelledError, GeneratorExit, trios))
 
@@ -131,7 +137,7 @@ class BlockingWaitWarning(RuntimeWarning):
 
 
 class TaskStateWarning(RuntimeWarning):
-    """A task awaits with another state of torch than was there at `debug.set_task_state_checks`.
+    """A task awaits while torch's state is not that of `debug.set_task_state_checks`' call.
 
     The state belongs to the thread, so all other tasks have it until this one goes on.
     """

@@ -11,7 +11,7 @@ def publish(module: str) -> None:
     """Set the module of all that ``module`` exports: tracebacks, reprs and pickles have it.
 
     A pickle finds a class by that name, also in the next version, where it may be defined
-    elsewhere.
+    elsewhere. (``inspect.getsource`` finds the methods of such a class, and not the class.)
     """
     names = vars(sys.modules[module])
     for name in names["__all__"]:

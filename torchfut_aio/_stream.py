@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import types
 from collections import deque
 from collections.abc import AsyncIterator, Generator, Iterator, Sequence
@@ -12,9 +11,9 @@ from typing import Any, Generic, NoReturn, TypeVar
 import torch
 
 from . import _core, _loops
-from ._arguments import exception_checked, listed, timeout_checked
+from ._arguments import exception_checked, listed, size_checked, timeout_checked
 from ._devices import Moment
-from ._errors import CancelledError, is_of_a_task_that_ended
+from ._errors import CancelledError, ends_a_task
 from ._process_local import ProcessLocal
 from ._stream_state import ROOM, StreamState
 from ._waiters import first, give_up_after
@@ -90,13 +89,7 @@ class ValueStream(ProcessLocal, Generic[T]):
     def __init__(self, *, max_size: int | None = None) -> None:
         """Make a stream that is open."""
         if max_size is not None:
-            try:
-                max_size = operator.index(max_size)
-            except TypeError:
-                kind = type(max_size).__qualname__
-                raise TypeError(f"max_size must be an int or None, not {kind}") from None
-            if max_size < 1:
-                raise ValueError(f"max_size must be positive, or None for no limit; not {max_size}")
+            max_size = size_checked(max_size, "max_size", "an int or None")
         self._max_size = max_size
         self._state = StreamState(max_size)
 
@@ -240,10 +233,10 @@ class ValueStream(ProcessLocal, Generic[T]):
         what the frames of these hold.
 
         Args:
-            error: The error that consumers raise, an instance of any ``BaseException``. (Instead
-                of StopIteration and StopAsyncIteration, which would end a loop, they raise a
-                RuntimeError. Instead of what a task raises that is cancelled, which would end
-                their own tasks as cancelled, they raise a `CancelledError`.)
+            error: The error that consumers raise, an instance of any ``BaseException``. A
+                StopIteration or StopAsyncIteration would end a loop: they raise a RuntimeError
+                instead. A cancellation would end a consumer's own task as cancelled: they raise
+                a `CancelledError` instead, which is not asyncio's. ``error`` is its cause.
 
         Raises:
             TypeError: ``error`` is not an exception; the stream stays open.
@@ -266,7 +259,7 @@ class ValueStream(ProcessLocal, Generic[T]):
             replacement = RuntimeError(f"the producer failed with {type(error).__qualname__}")
             replacement.__cause__ = error
             error = replacement
-        elif is_of_a_task_that_ended(error) and not issubclass(type(error), CancelledError):
+        elif ends_a_task(error):
             cancelled = CancelledError("the producer of the stream was cancelled")
             cancelled.__cause__ = error
             error = cancelled

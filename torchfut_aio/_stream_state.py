@@ -45,7 +45,7 @@ class StreamState:
         room: See rule 2; None if the stream is not bounded.
         owed: How many values too many there are, as a list of so many items; see rule 2.
         end: Empty until the stream takes no more values. It was closed, with an error or None;
-            or those who listened have left; or both. And an iterator may have come to the end.
+            or its readers have left; or both. A reader may also have come to the end.
         listeners: The iterators that may read, each by a key of its own.
         readers: The tasks and threads that wait for a value.
         writers: The tasks and threads that wait for room.

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
 
 from . import _loops
 from ._core import Promise
-from ._errors import consists_of, drop_catching_frame, is_of_a_task_that_ended
+from ._errors import consists_of, drop_catching_frame, ends_a_task
 from ._future import Future
 from ._repr import described, function_name, short
 from ._worker import Worker, WorkerThread, call_contained
@@ -214,7 +214,7 @@ async def _run(
         kind = type(error)
         if issubclass(kind, asyncio.CancelledError):
             promise.cancel(*error.args[:1])  # what was given to cancel()
-        elif is_of_a_task_that_ended(error):
+        elif ends_a_task(error):
             promise.cancel()
         else:
             promise.fail(error)

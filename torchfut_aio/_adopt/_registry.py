@@ -247,7 +247,7 @@ def once(adopt: Callable[[Any, DependentFuture[Any]], None]) -> _Adapter:
 def _was_cancelled(future: Future[Any]) -> bool:
     """Return whether a caller that adopted the source before has cancelled the future.
 
-    Or the source, of asyncio's, which may as well be adopted anew.
+    True also of an asyncio source that was cancelled: it is done, and may be adopted again.
     """
     outcome = _core.outcome_of(future)
     return outcome is not None and type(outcome.error) is AsyncioCancelledError

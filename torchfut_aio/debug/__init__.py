@@ -2,7 +2,7 @@
 
 `pending_futures` lists what is pending now. A `Recording` notes waits and callbacks while it is on,
 and saves them as a trace for Perfetto. While none is on, the package runs as if this were not here.
-`set_task_state_checks` has tasks checked that await with another state of torch than they found.
+`set_task_state_checks` switches on a warning for tasks that await with a changed state of torch.
 """
 
 from .._loops import Waiter
