@@ -64,14 +64,27 @@ def is_record(kind):
     return isinstance(kind, type) and dataclasses.is_dataclass(kind)
 
 
+def field(each):
+    assert each.kw_only, each.name
+    default = ""
+    if each.default is not dataclasses.MISSING:
+        default = f" = {each.default!r}"
+    elif each.default_factory is not dataclasses.MISSING:
+        default = f" = {each.default_factory.__name__}()"
+    return f"    {each.name}: {each.type}{default}"
+
+
 def described(name, thing):
     if isinstance(thing, type) and issubclass(thing, BaseException):
         yield f"error {name}({', '.join(map(base_name, thing.__bases__))})"
         return
-    yield f"{name}{signature(thing)}"
     if is_record(thing):
-        frozen = thing.__dataclass_params__.frozen and "__slots__" in vars(thing)
-        yield "    a frozen dataclass with slots" if frozen else "    a dataclass"
+        assert thing.__dataclass_params__.frozen, name
+        assert "__slots__" in vars(thing), name
+        yield f"record {name}"
+        yield from map(field, dataclasses.fields(thing))
+    else:
+        yield f"{name}{signature(thing)}"
     for member, value in members_of(thing if isinstance(thing, type) else type(thing)):
         if isinstance(value, property):
             yield f"    {member}: {inspect.signature(value.fget).return_annotation}"
