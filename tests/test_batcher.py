@@ -1022,6 +1022,24 @@ def test_a_forked_child_has_to_enter_an_async_batcher_itself(loop, forked):
     assert result == "10"
 
 
+def test_a_forked_child_that_closes_wakes_nothing_of_its_parents():
+    program = """
+import os
+from torchfut_aio import Batcher
+
+batcher = Batcher(list, max_batch_size=1, max_queue_size=1)
+ended = batcher._worker.ended  # for which a loop waits that has entered a batcher
+if child := os.fork():
+    assert os.waitpid(child, 0)[1] == 0
+    batcher.close()
+    assert ended.done()
+else:
+    batcher.close()
+    os._exit(ended.done())
+"""
+    assert outputs(program, {"child": "pass"}) == {"child": ""}
+
+
 def test_close_refuses_to_wait_for_a_loop_of_its_thread(two_loops):
     home, _ = two_loops
     batcher = batcher_of(double_soon)

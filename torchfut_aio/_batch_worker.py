@@ -162,6 +162,10 @@ class BatchWorker(Worker):
     def after_fork(self) -> None:
         self.batch = []
         self.home = None  # the loop is the parent's
+        if not self.ended.done():
+            # The parent's loops wait for the other. To wake them could take a lock that another
+            # thread held at the fork.
+            self.ended = InternalFuture()
         super().after_fork()
 
     def serve(self, _thread: WorkerThread) -> None:
