@@ -748,12 +748,21 @@ async def test_a_get_waits_for_a_value_in_threads_and_tasks():
     assert waiting(stream) == (0, 0)
 
 
+ENDS = {
+    "close": (
+        ValueStream.close,
+        StreamClosedError,
+        "been closed, and all its values have been read",
+    ),
+    "error": (lambda stream: stream.close(ZeroDivisionError("foo")), ZeroDivisionError, "foo"),
+    "stop_listening": (ValueStream.stop_listening, StreamClosedError, "nothing listens"),
+}
+
+
 @on_every_loop
-@pytest.mark.parametrize("error", [None, ZeroDivisionError("foo")], ids=["close", "error"])
-async def test_the_end_wakes_all_that_get_and_stays(error):
+@pytest.mark.parametrize(("end", "expected", "text"), ENDS.values(), ids=ENDS)
+async def test_the_end_wakes_all_that_get_and_stays(end, expected, text):
     stream, told = ValueStream(), []
-    expected = StreamClosedError if error is None else ZeroDivisionError
-    text = "has been closed, and all its values have been read" if error is None else "foo"
 
     def get():
         with pytest.raises(expected, match=text):
@@ -769,33 +778,11 @@ async def test_the_end_wakes_all_that_get_and_stays(error):
         async with alongside(get), anyio.create_task_group() as tg:
             tg.start_soon(aget)
             await eventually(lambda: waiting(stream) == (2, 0))
-            stream.close(error)
+            end(stream)
     assert sorted(told) == ["task", "thread"]
     await aget()
     get()
-    assert stream.listening
-
-
-@on_every_loop
-async def test_stop_listening_wakes_all_that_get():
-    stream, told = ValueStream(), []
-
-    def get():
-        with pytest.raises(StreamClosedError, match="nothing listens"):
-            stream.get()
-        told.append("thread")
-
-    async def aget():
-        with pytest.raises(StreamClosedError, match="nothing listens"):
-            await stream.aget()
-        told.append("task")
-
-    with anyio.fail_after(PATIENCE):
-        async with alongside(get), anyio.create_task_group() as tg:
-            tg.start_soon(aget)
-            await eventually(lambda: waiting(stream) == (2, 0))
-            stream.stop_listening()
-    assert sorted(told) == ["task", "thread"]
+    assert stream.listening == (end is not ValueStream.stop_listening)
 
 
 def test_a_get_that_times_out_leaves_no_waiter_and_loses_nothing():
