@@ -1,11 +1,11 @@
-"""DDP with a communication hook that is an async function, and the proof that it is right.
+"""DDP with an async function as communication hook, compared with plain DDP.
 
     pip install 'torchfut-aio[examples]'
     torchrun --standalone --nproc-per-node 2 examples/ddp_async_hook.py
 
-Trains the same small classifier of handwritten digits on gloo five times: with plain DDP,
-with an async hook that reduces as that does, with one that halves the traffic by sending
-float16, with PyTorch's own hook for that, and with one that fails.
+This example trains the same small classifier of handwritten digits on gloo five times: with
+plain DDP, with an async hook that reduces in the same way, with an async hook that halves
+the traffic by sending float16, with PyTorch's own float16 hook, and with a hook that fails.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ STEPS = 40
 
 @async_comm_hook
 async def mean(group: dist.ProcessGroup | None, bucket: dist.GradBucket) -> torch.Tensor:
-    """Reduces as DDP does without a hook."""
+    """Reduce as DDP does without a hook."""
     gradients = bucket.buffer().div_(dist.get_world_size(group))
     await as_future(dist.all_reduce(gradients, group=group, async_op=True))
     return gradients
 
 
 class Traffic:
-    """How much this process has sent."""
+    """Counts the bytes that this process has sent."""
 
     sent = 0  # bytes
 
 
 @async_comm_hook
 async def compressed(traffic: Traffic, bucket: dist.GradBucket) -> torch.Tensor:
-    """Sends half of the bytes."""
+    """Send half of the bytes."""
     small = bucket.buffer().to(torch.float16).div_(dist.get_world_size())
     traffic.sent += small.nbytes
     await as_future(dist.all_reduce(small, async_op=True))
@@ -54,20 +54,20 @@ async def compressed(traffic: Traffic, bucket: dist.GradBucket) -> torch.Tensor:
 
 
 class QuotaExceeded(Exception):
-    """What the last hook raises."""
+    """The error of the last hook."""
 
 
 @async_comm_hook
 async def failing(state: object, bucket: dist.GradBucket) -> torch.Tensor:  # noqa: ARG001
-    """Raises."""
+    """Raise an error."""
     raise QuotaExceeded(f"bucket {bucket.index()}")
 
 
 def train(hook: Any = None, state: Any = None) -> tuple[list[float], list[torch.Tensor]]:
-    """Returns the losses, and the gradients of the first step."""
+    """Return the losses, and the gradients of the first step."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10))
-    # Small enough to make several buckets of so small a model.
+    # The cap is small, so that even this small model has several buckets.
     ddp = DistributedDataParallel(model, bucket_cap_mb=0.01)
     if hook is not None:
         ddp.register_comm_hook(state, hook)

@@ -1,13 +1,13 @@
-"""A pipeline on a GPU: copy in, compute and copy out, on three streams, for an async server.
+"""A GPU pipeline for an async server: copy in, compute and copy out, on three streams.
 
     pip install torchfut-aio
     python examples/gpu_pipeline.py
 
 Requests arrive at an event loop. For each, a worker thread enqueues the copy to the device
-on one stream and the model on another, and completes a future while these still run. The
-loop has the output copied back on a third stream, and resumes the request when it is there.
-Many requests are in flight, and a heartbeat tells that nobody blocks the loop. Without an
-accelerator the same code runs on the CPU, where there are no streams.
+on one stream and the model on another, and completes a future while these are still running.
+The loop copies the output back on a third stream, and resumes the request when the copy has
+finished. Many requests are in flight, and a heartbeat measures whether anything blocks the
+loop. Without an accelerator the same code runs on the CPU, which has no streams.
 """
 
 import asyncio
@@ -34,30 +34,30 @@ def model(x: torch.Tensor, layers: list[torch.Tensor]) -> torch.Tensor:
 
 
 def on(stream: torch.Stream | None) -> AbstractContextManager[object]:
-    # Not for two threads to enter one stream. And never around an await: what stream is
-    # current belongs to the thread, and so to all its tasks.
+    # Two threads must not enter the same stream. Never await inside it: the current stream
+    # belongs to the thread, and so to all of its tasks.
     return nullcontext() if stream is None else stream
 
 
 class Pipeline:
-    """Runs the model on a device; a thread of its own enqueues what there is to do."""
+    """Runs the model on a device; a worker thread enqueues the work."""
 
     def __init__(self, device: torch.device, layers: list[torch.Tensor]) -> None:
         self._device = device
         self._has_streams = device.type != "cpu"
         self._copy_in = torch.Stream(device) if self._has_streams else None
         self._compute = torch.Stream(device) if self._has_streams else None
-        self._layers = [weights.to(device) for weights in layers]  # blocks until they are there
+        self._layers = [weights.to(device) for weights in layers]  # blocks until they are copied
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="pipeline")
 
     def submit(self, request: torch.Tensor) -> Future[torch.Tensor]:
-        """Returns a future of what the model makes of ``request``, on the device."""
+        """Return a future of the model's output for ``request``, on the device."""
         output: Future[torch.Tensor] = Future()
         self._worker.submit(self._enqueue, request, output)
         return output
 
     def close(self) -> None:
-        """Returns when the worker has ended."""
+        """Wait until the worker has ended."""
         self._worker.shutdown()
 
     def _enqueue(self, request: torch.Tensor, output: Future[torch.Tensor]) -> None:
@@ -65,25 +65,25 @@ class Pipeline:
         try:
             with on(self._copy_in):
                 if self._has_streams:
-                    request = request.pin_memory()  # or the copy would block
+                    request = request.pin_memory()  # otherwise the copy would block
                 copied.set_result(request.to(self._device, non_blocking=True))
             with on(self._compute):
-                # This blocks nobody, as it is done. It orders this stream after the copy, and
-                # tells the allocator of it: what wait_event() and record_stream() are for.
+                # This does not block, because the future is done. It orders this stream after
+                # the copy and informs the allocator, as wait_event() and record_stream() do.
                 x = copied.wait()
                 output.set_result(model(x, self._layers))
-        except BaseException as error:  # the client learns of it, and the worker goes on
+        except BaseException as error:  # the client gets it, and the worker continues
             output.set_exception(error)
 
 
 async def answer(pipeline: Pipeline, request: torch.Tensor) -> torch.Tensor:
-    # Not the output itself yet, but all that fills it is enqueued: the copy out may follow.
+    # The output is not ready yet, but its kernels are enqueued, so the copy out may follow.
     output = await pipeline.submit(request).stream_ordered()
-    return await to_host(output)  # on a stream of its own
+    return await to_host(output)  # on another stream
 
 
 async def serve(pipeline: Pipeline, requests: list[torch.Tensor]) -> list[torch.Tensor]:
-    # The first ones find nothing in place: no kernels loaded, no pinned memory.
+    # Warm up: the first requests load the kernels and allocate pinned memory.
     await asyncio.gather(*(answer(pipeline, request) for request in requests[:IN_FLIGHT]))
 
     late: list[float] = []
@@ -121,7 +121,7 @@ async def serve(pipeline: Pipeline, requests: list[torch.Tensor]) -> list[torch.
 
 def main() -> None:
     torch.manual_seed(0)
-    torch.set_num_threads(1)  # the event loop needs a core as well
+    torch.set_num_threads(1)  # the event loop also needs a core
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     print(f"  device      {device}{': no accelerator is here' if device.type == 'cpu' else ''}")
 

@@ -1,4 +1,4 @@
-"""An HTTP server that holds: digits in batches, tokens as they are generated.
+"""A robust HTTP server: digits in batches, tokens as they are generated.
 
     pip install 'torchfut-aio[examples]'
     python examples/http_server.py [port]
@@ -6,23 +6,24 @@
     curl -d "[$(seq -s, 0 63)]" http://127.0.0.1:8000/digit
     curl -N 'http://127.0.0.1:8000/text?prompt=The&length=200'
 
-Starlette on uvicorn, with uvloop. ``POST /digit`` takes the 64 pixels of an image, 0 to 16, and
-answers with the digit, by the classifier of quickstart.py behind a `Batcher`. ``GET /text``
-continues a text: one thread takes a few tokens of every text at a time, and each token goes to its
-client, through a `ValueStream`, as a server-sent event. What a server has to stand:
+The server runs Starlette on uvicorn, with uvloop. ``POST /digit`` takes the 64 pixels of an image,
+0 to 16, and returns the digit, using the classifier of quickstart.py behind a `Batcher`. ``GET
+/text`` continues a text: one thread generates a few tokens of every text at a time, and a
+`ValueStream` passes each token to the handler, which sends it as a server-sent event. The server
+handles these cases:
 
-- Too many requests: they are answered 503 at once, those in the queue in their turn.
+- Too many requests: new requests are answered 503 at once, queued requests in their turn.
 - A request that takes too long: it is answered 504, and its image is skipped.
-- A client that leaves: its image is skipped, its text ends.
-- A client that reads slowly: its text waits for it, for a while, and the other texts do not.
-- A client that sends slowly, or nothing: it is answered 408, or its connection closed.
-- A function that raises, be it SystemExit: these requests are answered 500. One that hangs: 504,
-  then 503.
-- SIGTERM, or Ctrl-C: no more connections are accepted. For a second, those that there are may
-  send requests, and each answer tells its client to connect anew, elsewhere. What has come by
-  then is answered, unless its client does not read.
+- A client that disconnects: its image is skipped, its text ends.
+- A client that reads slowly: its text waits for a while, and the other texts continue.
+- A client that sends slowly, or nothing: it is answered 408, or its connection is closed.
+- A function that raises, even SystemExit: these requests are answered 500. A function that hangs:
+  504, then 503.
+- SIGTERM, or Ctrl-C: no more connections are accepted. For a second, existing connections may send
+  requests, and each response asks its client to reconnect. The requests received by then are
+  answered, unless a client does not read.
 
-How many connections one client may have is up to the proxy in front.
+The proxy in front of the server has to limit the number of connections per client.
 """
 
 import asyncio
@@ -65,19 +66,19 @@ from torchfut_aio import (
 )
 
 MAX_BATCH = 64
-MAX_QUEUE = 256  # images that wait
+MAX_QUEUE = 256  # waiting images
 MAX_TEXTS = 100  # at a time
 MAX_LENGTH = 1000  # tokens of a text
-MAX_AHEAD = 16  # tokens that a client has yet to read
+MAX_AHEAD = 16  # tokens that a client has not read yet
 MAX_STEP = 4  # tokens of a text at a time
 MAX_BODY = 10_000  # bytes
-MAX_CONNECTIONS = 900  # as most systems let a process have 1,024 files
-HEAD_SECONDS = 5.0  # for a request to come, without its body
-BODY_SECONDS = 5.0  # for an image to come
-SECONDS = 5.0  # for its digit, from then on
+MAX_CONNECTIONS = 900  # most systems limit a process to 1,024 open files
+HEAD_SECONDS = 5.0  # to receive the head of a request
+BODY_SECONDS = 5.0  # to receive an image
+SECONDS = 5.0  # to classify the image after that
 TEXT_SECONDS = 60.0  # for a text
-NOTICE = 1.0  # seconds for which clients are told that the server is about to end
-GRACE = 10.0  # seconds for what has come by then
+NOTICE = 1.0  # seconds for which responses announce that the server is shutting down
+GRACE = 10.0  # seconds to answer the requests received by then
 
 logger = logging.getLogger("http_server")
 
@@ -88,7 +89,7 @@ Continue = Callable[[list[str]], list[list[str]]]  # the next few tokens of each
 
 
 class Text:
-    """A text that grows, at most MAX_AHEAD tokens ahead of its client."""
+    """A growing text, at most MAX_AHEAD tokens ahead of its client."""
 
     def __init__(self, prompt: str, length: int) -> None:
         self.text = prompt
@@ -97,7 +98,7 @@ class Text:
 
     @property
     def goes_on(self) -> bool:
-        """Whether it has not ended, and its client listens."""
+        """Whether the text has not ended and its client still reads it."""
         return self.tokens.listening and not self.tokens.closed
 
     @property
@@ -106,18 +107,18 @@ class Text:
         return len(self.tokens) + MAX_STEP <= MAX_AHEAD
 
     def grow(self, tokens: list[str]) -> None:
-        """Sends the tokens to the client; does not block if there is room."""
+        """Send the tokens to the client; does not block if there is room."""
         tokens = tokens[: min(self.left, MAX_STEP)]
         self.text += "".join(tokens)
         self.left -= len(tokens)
-        with suppress(StreamClosedError):  # the client has left
+        with suppress(StreamClosedError):  # the client has disconnected
             self.tokens.put_many(tokens)
         if self.left == 0:
             self.tokens.close()
 
 
 class Writer:
-    """Continues all texts at once, in a thread: each step takes a few tokens of each."""
+    """Continues all texts at once, in a thread. Each step adds a few tokens to each text."""
 
     def __init__(self, next_tokens: Continue) -> None:
         self.texts: list[Text] = []
@@ -128,16 +129,16 @@ class Writer:
         self._thread.start()
 
     def write(self, prompt: str, length: int) -> ValueStream[str]:
-        """Returns the tokens that follow the prompt, as they come."""
+        """Return a stream of the tokens that follow the prompt."""
         text = Text(prompt, length)
         self._new.put(text)
         return text.tokens
 
     def close(self, timeout: float) -> None:
-        """Returns when all texts have ended.
+        """Wait until all texts have ended.
 
         Raises:
-            TimeoutError: The thread goes on.
+            TimeoutError: The thread is still running.
         """
         self._new.put(None)
         self._thread.join(timeout)
@@ -161,7 +162,7 @@ class Writer:
         return self._next_tokens([text.text for text in texts]) if texts else []
 
     def _take_in(self, may_wait: bool) -> None:
-        """Takes in new texts; waits for one if no other can go on, or for a client to read."""
+        """Add new texts. If no other text can continue, wait for one, or for a client to read."""
         timeout = 0.01 if self.texts else None
         with suppress(Empty):
             while True:
@@ -174,7 +175,7 @@ class Writer:
 
 
 def contained(function: Callable[[list[T]], R]) -> Callable[[list[T]], R]:
-    """Has a function raise nothing that would end the event loop, where its callers await it."""
+    """Wrap a function so that it raises no error that would end its callers' event loop."""
 
     def call(items: list[T]) -> R:
         try:
@@ -192,9 +193,9 @@ class ClientLeftError(Exception):
 
 
 async def answer_to(request: Request, future: Future[int]) -> int:
-    """Awaits the future, and fails it when the time is over or the client leaves.
+    """Await the future, and fail it at the timeout or if the client disconnects.
 
-    The batcher skips what is done.
+    The batcher skips items whose future is done.
     """
     loop = asyncio.get_running_loop()
     timer = loop.call_later(SECONDS, future.try_set_exception, TimeoutError())
@@ -205,7 +206,7 @@ async def answer_to(request: Request, future: Future[int]) -> int:
     finally:
         timer.cancel()
         watch.cancel()
-        future.cancel()  # as this task was
+        future.cancel()  # if this task was cancelled
 
 
 async def disconnected(receive: Receive) -> None:
@@ -222,7 +223,7 @@ async def read_image(request: Request) -> torch.Tensor:
                 if len(body) > MAX_BODY:
                     raise HTTPException(413)
         image = torch.tensor(json.loads(body), dtype=torch.float32).reshape(1, 8, 8)
-        if not ((image >= 0) & (image <= 16)).all():  # as NaN
+        if not ((image >= 0) & (image <= 16)).all():  # also rejects NaN
             raise ValueError
     except TimeoutError:
         raise HTTPException(408) from None
@@ -232,7 +233,7 @@ async def read_image(request: Request) -> torch.Tensor:
 
 
 class TextResponse(StreamingResponse):
-    """Server-sent events, a token each, and ``end`` or ``error`` as the last."""
+    """Server-sent events, one per token. The last one is ``end`` or ``error``."""
 
     def __init__(self, stream: ValueStream[str]) -> None:
         self._stream, self._tokens = stream, stream.listen()
@@ -248,16 +249,16 @@ class TextResponse(StreamingResponse):
             yield "event: end\ndata:\n\n"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Sends the tokens until they end, the client leaves, or the time is over."""
+        """Send the tokens until they end, the client disconnects, or the timeout expires."""
         loop = asyncio.get_running_loop()
         timer = loop.call_later(TEXT_SECONDS, self._stream.close, TimeoutError())
-        with self._tokens, anyio.move_on_after(1.1 * TEXT_SECONDS):  # the client may not read it
+        with self._tokens, anyio.move_on_after(1.1 * TEXT_SECONDS):  # the client may not read
             await super().__call__(scope, receive, send)
         timer.cancel()
 
 
 class Service:
-    """The application: what it serves, and whether it is about to end."""
+    """The application: its routes, and whether it is shutting down."""
 
     def __init__(self, classify: Classify, next_tokens: Continue) -> None:
         self.is_ending = False
@@ -289,7 +290,7 @@ class Service:
             self.hangs = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serves a request, after which the client is to connect anew if the server ends."""
+        """Handle a request. During shutdown, the response asks the client to reconnect."""
 
         async def send_close(message: Message) -> None:
             if message["type"] == "http.response.start" and self.is_ending:
@@ -299,7 +300,7 @@ class Service:
         await self._app(scope, receive, send_close if scope["type"] == "http" else send)
 
     async def digit(self, request: Request) -> Response:
-        """Tells which digit an image shows."""
+        """Return the digit that an image shows."""
         try:
             image = await read_image(request)
             digit = await answer_to(request, self._batcher.submit(image))
@@ -308,7 +309,7 @@ class Service:
         except TimeoutError:
             return JSONResponse({"error": "it took too long"}, 504)
         except (ClientDisconnect, ClientLeftError):
-            return Response(status_code=499)  # which nobody reads
+            return Response(status_code=499)  # the client does not read it
         except HTTPException:
             raise
         except Exception as error:
@@ -317,7 +318,7 @@ class Service:
         return JSONResponse({"digit": digit})
 
     async def text(self, request: Request) -> Response:
-        """Continues a text."""
+        """Continue a text."""
         prompt = request.query_params.get("prompt") or "T"
         try:
             length = int(request.query_params.get("length", 100))
@@ -333,22 +334,22 @@ class Service:
         return TextResponse(tokens)
 
     async def statistics(self, _request: Request) -> Response:
-        """Tells what the batcher has done, and how many texts are being written."""
+        """Return the statistics of the batcher, and the number of texts in progress."""
         texts = len(self._writer.texts)
         return JSONResponse({**dataclasses.asdict(self._batcher.statistics()), "texts": texts})
 
 
 class Protocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
-    """Closes a connection whose client takes too long to send a request."""
+    """Closes a connection if its client takes too long to send a request."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Waits for the first request."""
+        """Start the timer for the first request."""
         super().connection_made(transport)
         self._timer: asyncio.TimerHandle | None = None
         self._await_request()
 
     def data_received(self, data: bytes) -> None:
-        """Waits for the rest of a request, if this is not all."""
+        """Start the timer for the rest of a request, if it is incomplete."""
         super().data_received(data)
         if self._timer is None and (self.cycle is None or self.cycle.response_complete):
             self._await_request()
@@ -363,35 +364,36 @@ class Protocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
 
 
 class Server(uvicorn.Server):
-    """Tells its clients when it is about to end."""
+    """Shuts down without dropping requests."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self._service = service
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Says where it serves."""
+        """Print the address."""
         await super().startup(sockets)
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         print(f"serving on http://{host}:{port}", flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Accepts no more connections, and answers what comes by those that there are."""
+        """Accept no more connections, and answer the requests of existing ones."""
         self._service.is_ending = True
         for connected in self._stop_listening():
             await asyncio.get_running_loop().connect_accepted_socket(self._protocol, connected)
-        # A connection that is closed while its client sends a request drops that. So those in
-        # use are closed by agreement with their clients. uvicorn closes the idle ones then.
+        # Closing a connection while its client sends a request would drop the request. So a
+        # response first asks the client to close the connection. uvicorn then closes idle ones.
         await asyncio.sleep(NOTICE)
         await super().shutdown(sockets)
-        # Those who do not read: uvloop would wait for them when it is closed.
+        # uvloop would wait for clients that do not read when it is closed.
         for connection in [*self.server_state.connections]:
             connection.transport.abort()
 
     def _stop_listening(self) -> list[socket.socket]:
-        """Closes the listeners; returns the connections that the loop has not accepted yet.
+        """Close the listening sockets; return the connections that are not accepted yet.
 
-        Closing a listener drops these. Its duplicate keeps it open until there are none.
+        Closing a listening socket drops these connections. A duplicate of the socket keeps it open
+        until all are accepted.
         """
         files = [each.fileno() for server in self.servers for each in server.sockets]
         listeners = [socket.socket(fileno=os.dup(file)) for file in files]
@@ -411,7 +413,7 @@ class Server(uvicorn.Server):
 
 
 def serve(service: Service, port: int) -> None:
-    """Serves until SIGTERM or Ctrl-C, and what has been accepted then."""
+    """Serve until SIGTERM or Ctrl-C, and answer the requests received by then."""
     config = uvicorn.Config(
         service,
         port=port,
@@ -423,24 +425,24 @@ def serve(service: Service, port: int) -> None:
         limit_concurrency=MAX_CONNECTIONS,
         timeout_graceful_shutdown=int(GRACE),
     )
-    # uvicorn has its own handlers while it serves, and repeats the signal afterwards.
+    # uvicorn installs its own handlers while it runs, and raises the signal again afterwards.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     with suppress(KeyboardInterrupt):
         Server(config, service).run()
     print("the server has ended", flush=True)
     if service.hangs:
         logger.error("a function hangs: what waited for it has failed")
-        os._exit(1)  # the interpreter would wait for it
+        os._exit(1)  # at exit, the interpreter would wait for the function
 
 
 def bigrams(text: str) -> Continue:
-    """Returns a model of ``text`` that knows which character follows which, and how often."""
+    """Return a model of ``text`` that counts how often each character follows another."""
     characters = sorted({*text})
     place = {character: n for n, character in enumerate(characters)}
     counts = torch.zeros(len(characters), len(characters))
     for before, after in pairwise(text):
         counts[place[before], place[after]] += 1
-    counts[counts.sum(dim=1) == 0] = 1  # the last one may have no other after it
+    counts[counts.sum(dim=1) == 0] = 1  # no other may follow the last one
 
     def next_tokens(texts: list[str]) -> list[list[str]]:
         steps = [torch.tensor([place.get(text[-1], 0) for text in texts])]

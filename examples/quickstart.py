@@ -1,13 +1,12 @@
-"""Micro-batching: many concurrent requests, one forward pass, one future each.
+"""Micro-batching: many concurrent requests, one forward pass, one future per request.
 
     pip install 'torchfut-aio[examples]'
     python examples/quickstart.py
 
-Trains a small classifier of handwritten digits, then serves the images that were held
-out. Hundreds of clients on an event loop each submit an image and await the answer. A
-batcher runs the model, in a thread of its own, on all the images that are waiting, and
-completes the future of each. At the end a plain script, with no event loop, makes the same
-request.
+This example trains a small classifier of handwritten digits, then serves the held-out images.
+Hundreds of clients on an event loop each submit an image and await the answer. In its own
+thread, a batcher runs the model on all waiting images and completes the future of each. At
+the end, plain code without an event loop makes the same request.
 """
 
 import asyncio
@@ -37,7 +36,7 @@ Classifier = Batcher[torch.Tensor, int]
 
 
 def classify(model: nn.Module, images: list[torch.Tensor]) -> list[int]:
-    """Returns the digit in each image; the batcher runs it in its thread."""
+    """Return the digit in each image; the batcher calls this in its thread."""
     with torch.inference_mode():
         digits: list[int] = model(torch.stack(images)).argmax(dim=1).tolist()
     return digits
@@ -68,7 +67,7 @@ async def load_test(batcher: Classifier, samples: list[tuple[torch.Tensor, int]]
     latencies: list[float] = []
     correct = 0
     total = REPEATS * len(samples)
-    requests = iter(samples * REPEATS)  # the clients share it: each takes the next one
+    requests = iter(samples * REPEATS)  # shared: each client takes the next one
 
     async def client() -> None:
         nonlocal correct
@@ -94,7 +93,7 @@ async def load_test(batcher: Classifier, samples: list[tuple[torch.Tensor, int]]
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:
-    """Runs ``main`` on uvloop where it is installed, and on asyncio's own loop elsewhere."""
+    """Run ``main`` on uvloop if it is installed, otherwise on asyncio's own loop."""
     try:
         import uvloop
     except ImportError:
@@ -104,7 +103,7 @@ def run(main: Coroutine[Any, Any, None]) -> None:
 
 
 def show_progress(what: str, done: int, total: int, unit: str) -> None:
-    """Prints one line that moves on a terminal, and four plain lines elsewhere."""
+    """Print one line that updates itself on a terminal, and four plain lines elsewhere."""
     terminal = sys.stdout.isatty()
     steps = 20 if terminal else 4
     if done * steps % total < steps:
@@ -114,7 +113,7 @@ def show_progress(what: str, done: int, total: int, unit: str) -> None:
 
 def main() -> None:
     torch.manual_seed(0)
-    torch.set_num_threads(1)  # the model is small, and the event loop needs a core as well
+    torch.set_num_threads(1)  # the model is small, and the event loop also needs a core
 
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16

@@ -1,10 +1,10 @@
-"""An async parameter service: one process serves, the others train on it, over RPC.
+"""An async parameter service over RPC: one process serves, the others train with it.
 
     pip install 'torchfut-aio[examples]'
     torchrun --standalone --nproc-per-node 3 examples/rpc_service.py
 
 Hundreds of clients in each training process pull rows of a table, which must not be too
-old, and push gradients. A pull that has to wait for the updates of others is a coroutine
+old, and push gradients. A pull that waits for the updates of other clients is a coroutine
 that awaits a condition: the server keeps hundreds of them in flight on one thread.
 """
 
@@ -28,7 +28,7 @@ ROUNDS = 5
 
 
 class Table:
-    """The parameters, and how often they have been updated; all of it on the server's loop."""
+    """The parameters, and how often they have been updated; used only on the server's loop."""
 
     def __init__(self) -> None:
         self.rows = torch.zeros(ROWS, COLUMNS)
@@ -43,7 +43,7 @@ table = Table()
 
 @async_rpc
 async def pull(rows: torch.Tensor, version: int) -> torch.Tensor:
-    """Returns rows of the table, once that has been updated so often."""
+    """Return rows of the table, once it has been updated ``version`` times."""
     table.calls += 1
     table.threads.add(threading.get_ident())
     table.in_flight += 1
@@ -56,7 +56,7 @@ async def pull(rows: torch.Tensor, version: int) -> torch.Tensor:
 
 @async_rpc
 async def push(rows: torch.Tensor, gradient: torch.Tensor) -> None:
-    """Takes a step against the gradient."""
+    """Take a step against the gradient."""
     table.calls += 1
     async with table.updated:
         table.rows.index_add_(0, rows, gradient, alpha=-0.25)
@@ -68,7 +68,7 @@ async def client(number: int, trainers: int, target: torch.Tensor, losses: list[
     generator = torch.Generator().manual_seed(number)
     for round_ in range(ROUNDS):
         rows = torch.randint(0, ROWS, (32,), generator=generator).unique()
-        # Half of the round before must have been applied: no client gets far ahead.
+        # At least half of the previous round must have been applied, so no client gets far ahead.
         version = max(0, round_ * trainers * CLIENTS - trainers * CLIENTS // 2)
         weights = await as_future(rpc.rpc_async("server", pull, args=(rows, version)))
         error = weights - target[rows]
@@ -102,7 +102,7 @@ def main() -> None:
     rpc.init_rpc("server" if rank == 0 else f"trainer{rank}", rank=rank, world_size=size)
     if rank > 0:
         asyncio.run(train(rank, size - 1))
-    shutdown()  # waits until all processes are done with their calls
+    shutdown()  # waits until all processes have finished their calls
     if rank == 0:
         print(
             f"server: {table.calls:,} calls on {len(table.threads)} thread, "

@@ -1,11 +1,11 @@
-"""No event loop: futures in a script, between worker threads and an async library.
+"""Futures in a script without an event loop, between worker threads and an async library.
 
     pip install torchfut-aio
     python examples/script.py
 
-Measures a data set that lies in files, one of which is broken. An async library reads the
-files, on a loop in a thread of its own. Worker threads compute, and complete futures. The
-script chains these, combines them, and waits for them, never for longer than it wants to.
+This example measures a data set that is stored in files, one of which is broken. An async
+library reads the files on a loop in another thread. Worker threads compute and complete
+futures. The script chains these, combines them, and waits for them with timeouts.
 """
 
 import io
@@ -35,7 +35,7 @@ PATIENCE = 30.0  # seconds
 
 
 class Moments(NamedTuple):
-    """What of some numbers is enough to tell the mean and the deviation of all."""
+    """Sums of some numbers, from which the mean and deviation of all can be computed."""
 
     numbers: int
     total: float
@@ -62,7 +62,7 @@ def encoded(chunk: torch.Tensor) -> bytes:
 
 
 def measure(content: Future[bytes]) -> Moments:
-    """What a worker thread does; it waits for the file to be read."""
+    """Measure a file in a worker thread, which waits until the file has been read."""
     chunk: torch.Tensor = torch.load(io.BytesIO(content.wait(PATIENCE)), weights_only=True)
     chunk = chunk.double()
     return Moments(chunk.numel(), chunk.sum().item(), chunk.square().sum().item())
@@ -82,25 +82,25 @@ def main(folder: Path, portal: BlockingPortal, pool: ThreadPoolExecutor) -> None
     contents = [encoded(3 * torch.randn(ROWS) + 5) for _ in paths]
     contents[BROKEN] = b"not a tensor"
 
-    # Async functions as futures: all run at once, and wait_all() blocks until all are done.
+    # Async functions as futures: they run concurrently, and wait_all() blocks until all are done.
     sizes = wait_all(start_soon(portal, write, *file) for file in zip(paths, contents, strict=True))
     print(f"  written     {len(sizes)} files, {sum(sizes):,} bytes")
 
-    # From the loop's thread to the workers: these wait for what the loop reads.
+    # From the loop's thread to the workers: each worker waits for a file that the loop reads.
     parts = [as_future(pool.submit(measure, start_soon(portal, read, path))) for path in paths]
-    # In the order in which they complete.
+    # In the order of completion.
     intact = [part for part in as_completed(parts) if part.exception() is None]
     print(f"  measured    {len(intact)} of {len(parts)} files")
 
-    # Chains: what follows is said before anything is done, and runs where that completes.
+    # A chain is built in advance. Its callback runs in the thread that completes the future.
     total = gather(intact).then(lambda parts: combined(parts.value()))
     print(f"  total       {total.wait(PATIENCE)}")
 
-    # When all are done, each can still be asked how it went.
+    # When all are done, the outcome of each is still available.
     outcomes = collect_all(parts).then(lambda _: [outcome(part) for part in parts])
     print(f"  files       {', '.join(outcomes.wait(PATIENCE))}")
 
-    # Nobody has to wait for what never comes.
+    # A timeout ends the wait for a future that is never completed.
     never: Future[Moments] = Future()
     try:
         never.wait(timeout=0.05)
@@ -115,7 +115,7 @@ def main(folder: Path, portal: BlockingPortal, pool: ThreadPoolExecutor) -> None
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    torch.set_num_threads(1)  # the workers are threads enough
+    torch.set_num_threads(1)  # the workers already use enough threads
     with (
         tempfile.TemporaryDirectory() as folder,
         start_blocking_portal() as portal,

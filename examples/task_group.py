@@ -1,12 +1,12 @@
-"""Fan-out and fan-in under a deadline, in task groups, on any of three event loops.
+"""Fan-out and fan-in under a deadline, in task groups, on three event loops.
 
     pip install 'torchfut-aio[uvloop,trio]'
     python examples/task_group.py [asyncio|uvloop|trio] [seconds]
 
-Documents lie in shards, each in a worker thread of its own that scores them and completes
-a future per request. Every query asks all shards at once, and merges the answers that
-arrive in time. Of the shards here one is broken and one is stuck: the first tells so
-through its futures, and what is asked of the other is given up when the time is over.
+Documents are stored in shards. Each shard has a worker thread, which scores its documents and
+completes a future per request. Every query is sent to all shards at once, and merges the
+answers that arrive in time. One shard is broken and fails its futures. Another is stuck, and
+its futures are cancelled at the deadline.
 """
 
 import sys
@@ -37,7 +37,7 @@ Hits = dict[int, float]  # documents, and their scores
 
 
 class Shard:
-    """Some of the documents, and the thread that searches them."""
+    """A part of the documents, and the thread that searches them."""
 
     def __init__(self, number: int, documents: torch.Tensor) -> None:
         self.number = number
@@ -49,13 +49,13 @@ class Shard:
         self._worker.start()
 
     def search(self, query: torch.Tensor) -> Future[Hits]:
-        """Returns a future of the best hits among the documents of this shard."""
+        """Return a future of the best hits among the documents of this shard."""
         hits: Future[Hits] = Future()
         self._requests.put((query, hits))
         return hits
 
     def close(self) -> None:
-        """Returns when the worker has ended."""
+        """Wait until the worker has ended."""
         self.may_run.set()
         self._requests.put(None)
         self._worker.join()
@@ -64,7 +64,7 @@ class Shard:
         self.may_run.wait()
         while (request := self._requests.get()) is not None:
             query, hits = request
-            if hits.done():  # nobody wants it any more
+            if hits.done():  # the query has given it up
                 self.skipped += 1
                 continue
             try:
@@ -72,7 +72,7 @@ class Shard:
             except BaseException as error:
                 hits.try_set_exception(error)
             else:
-                hits.try_set_result(outcome)  # if it has not been given up meanwhile
+                hits.try_set_result(outcome)  # unless it has been given up since
 
     def _best(self, query: torch.Tensor) -> Hits:
         if self.number == BROKEN:
@@ -83,7 +83,7 @@ class Shard:
 
 
 async def merge(answers: MemoryObjectReceiveStream[Hits]) -> list[int]:
-    """Returns the best of all documents, once no more answers come."""
+    """Return the best of all documents, once the stream of answers has ended."""
     found: Hits = {}
     async with answers:
         async for hits in answers:
@@ -92,7 +92,7 @@ async def merge(answers: MemoryObjectReceiveStream[Hits]) -> list[int]:
 
 
 async def ask(shards: list[Shard], query: torch.Tensor, deadline: float) -> str:
-    """Returns what the shards that answer in time know of the query."""
+    """Return a summary of the answers that arrive in time."""
     requests = [shard.search(query) for shard in shards]
     answered = 0
     send, receive = anyio.create_memory_object_stream[Hits](1)
@@ -104,10 +104,10 @@ async def ask(shards: list[Shard], query: torch.Tensor, deadline: float) -> str:
                     if request.exception() is None:
                         answered += 1
                         await send.send(request.value())
-    # The group has exited, so the task is done. What is still pending here is given up: the
-    # shard sees that when it gets there, and if it is about to answer, its answer is dropped.
+    # The group has exited, so the task is done. Give up the pending requests: the shard skips
+    # a cancelled request, and if it is about to answer one, the answer is dropped.
     given_up = sum(request.cancel() for request in requests)
-    # An error may have come too late for the loop; one that is never read would be logged.
+    # An error may have come too late for the loop above; an unread error would be logged.
     done = [request for request in requests if not request.cancelled()]
     failed = sum(request.exception() is not None for request in done)
     return (
@@ -127,7 +127,7 @@ async def main(loop: str, shards: list[Shard], queries: torch.Tensor, deadline: 
 
 @contextmanager
 def serving(documents: torch.Tensor) -> Iterator[list[Shard]]:
-    """Runs the shards, all but one of which do their work."""
+    """Run the shards, one of which is stuck."""
     with ExitStack() as stack:
         shards = [
             stack.enter_context(closing(Shard(number, documents[number::SHARDS])))
@@ -145,7 +145,7 @@ if __name__ == "__main__":
         sys.exit(f"usage: python {sys.argv[0]} [{'|'.join(LOOPS)}] [seconds]")
     deadline = float(sys.argv[2]) if len(sys.argv) > 2 else DEADLINE
     torch.manual_seed(0)
-    torch.set_num_threads(1)  # there are threads enough
+    torch.set_num_threads(1)  # the shards already use enough threads
     documents = torch.nn.functional.normalize(torch.randn(SHARDS * DOCUMENTS, WIDTH), dim=1)
     with serving(documents) as shards:
         anyio.run(main, loop, shards, documents[:QUERIES], deadline, **LOOPS[loop])

@@ -1,10 +1,10 @@
-"""Who waits for what: a small server, asked while it runs, and recorded for Perfetto.
+"""List and record the waits of a small server, for Perfetto.
 
     python examples/tracing.py [trace.json]
 
-Six requests go through a batcher, whose worker takes 20 ms a batch. One request asks
-for what nobody will ever deliver, and one blocks the loop, so that answers that are there wait for
-it. The list names the first; in the trace, the second stands out.
+Six requests use a batcher, whose function takes 20 ms per batch. Another request waits for a
+future that is never completed, and one blocks the loop, which delays answers that have already
+arrived. The list of pending futures shows the first fault, and the trace shows the second.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ weight = torch.randn(64, 64)
 
 
 def model(images: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Runs in the batcher's thread."""
-    time.sleep(0.02)  # a larger model
+    """Process a batch in the batcher's thread."""
+    time.sleep(0.02)  # as a larger model would
     return list((torch.stack(images) @ weight).softmax(dim=-1))
 
 
@@ -33,12 +33,12 @@ async def request(batcher: Batcher[torch.Tensor, torch.Tensor], number: int) -> 
     await asyncio.sleep(0.005 * number)
     answer = await batcher.submit(torch.randn(64))
     if number == 2:
-        time.sleep(0.03)  # noqa: ASYNC251  what no task should do: all others stand still
+        time.sleep(0.03)  # noqa: ASYNC251  no task should do this: it blocks all others
     await batcher.submit(answer)
 
 
 def note(future: Future[None]) -> None:
-    """Does nothing; the list names it all the same."""
+    """Do nothing; the list names it nevertheless."""
 
 
 async def lost(future: Future[None]) -> None:
