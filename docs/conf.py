@@ -1,4 +1,4 @@
-"""How Sphinx builds the documentation: ``sphinx-build -W -n docs build/docs``."""
+"""Configuration of Sphinx. To build: ``sphinx-build -W -n docs build/docs``."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ for module in (torchfut_aio, torchfut_aio.distributed):
 
 
 class LinkPublicNames(SphinxPostTransform):
-    """Makes a link to the reference of a public name that a page has in code quotes."""
+    """Link each public name in code quotes to its entry in the reference."""
 
     default_priority = 5  # before references are resolved
 
     def run(self, **_: object) -> None:
-        """Looks at every literal of the page."""
+        """Replace the literals of the page."""
         if self.env.docname.startswith("reference/") and self.env.docname != "reference/index":
             return  # links would lead to where they are
         for literal in [*self.document.findall(nodes.literal)]:
@@ -80,5 +80,5 @@ class LinkPublicNames(SphinxPostTransform):
 
 
 def setup(app: Sphinx) -> None:
-    """Adds the above."""
+    """Register the transform."""
     app.add_post_transform(LinkPublicNames)
