@@ -21,8 +21,8 @@ import pytest
 import uvloop
 
 from torchfut_aio import Future
-from torchfut_aio._loops import _asyncio, _burst
-from torchfut_aio._loops._loop import Loop
+from torchfut_aio._loops import _asyncio
+from torchfut_aio._loops._asyncio import AsyncioLoop
 
 from .loops import on_asyncio
 from .threads import PATIENCE, PATIENCE_WITH_PROCESSES, alongside, running, until
@@ -326,9 +326,9 @@ async def burst(n=100):
 @pytest.fixture
 def next_look(monkeypatch):
     """Has a loop that is in a burst look again when this is called, and not by itself before."""
-    monkeypatch.setattr(_burst, "LONGEST_PAUSE", 10 * PATIENCE)
-    monkeypatch.setattr(_burst, "PAUSE_FOR_EACH", PATIENCE)
-    return lambda: _asyncio.current()._burst._alarm.set(0)
+    monkeypatch.setattr(_asyncio, "LONGEST_PAUSE", 10 * PATIENCE)
+    monkeypatch.setattr(_asyncio, "PAUSE_FOR_EACH", PATIENCE)
+    return lambda: _asyncio.current()._burst_timer.set(0)
 
 
 @on_asyncio
@@ -373,14 +373,14 @@ async def test_in_a_burst_the_loops_own_completions_do_not_wait(
 async def test_after_a_burst_the_loop_looks_no_more(monkeypatch, nothing_blocks_a_loop):
     nothing_blocks_a_loop.deactivate()
     looks = 0
-    real = Loop.serve
+    real = AsyncioLoop.run_wake_up
 
-    def serve(inbox):
+    def run_wake_up(loop):
         nonlocal looks
         looks += 1
-        real(inbox)
+        real(loop)
 
-    monkeypatch.setattr(Loop, "serve", serve)
+    monkeypatch.setattr(AsyncioLoop, "run_wake_up", run_wake_up)
     await asyncio.gather(*await burst())
     await eventually(lambda: looks > 1)  # the last look finds nothing, a millisecond later
     await asyncio.sleep(0.05)

@@ -5,12 +5,16 @@ Repetition under load (test_stress.py) meets these moments by chance; here they 
 
 from __future__ import annotations
 
+import asyncio
+
 import anyio
 import pytest
 import trio
+import uvloop
 
-from torchfut_aio import Future, _core, as_completed, gather
+from torchfut_aio import Future, _future, _loops, as_completed, gather
 
+from .explorer import strikes
 from .loops import on_asyncio, on_every_loop
 from .threads import PATIENCE
 
@@ -84,19 +88,20 @@ def test_an_arrival_while_the_iterator_goes_to_sleep_is_not_missed():
     assert next(completed) is fut
 
 
-@on_asyncio
-async def test_a_task_of_asyncio_that_is_interrupted_on_its_way_to_sleep_wakes_up(monkeypatch):
-    fut = Future()
-    real = _core.add_waiter
+async def value_of(fut):
+    return await asyncio.wait_for(fut, PATIENCE)
 
-    def add_waiter(*args):
-        added = real(*args)
-        fut.set_result("in between")  # as a signal handler or a finaliser might, here
-        return added
 
-    monkeypatch.setattr(_core, "add_waiter", add_waiter)
-    with anyio.fail_after(PATIENCE):
-        assert await fut == "in between"
+@pytest.mark.parametrize("new_loop", [asyncio.SelectorEventLoop, uvloop.new_event_loop])
+def test_completion_within_an_await_resumes_an_asyncio_task(new_loop):
+    loop = new_loop()
+    # As a signal handler or a finaliser might, at each point of the await.
+    for strike in strikes(_future, _loops, do=lambda: fut.try_set_result("in between")):
+        fut = Future()
+        loop.call_soon(loop.call_soon, fut.try_set_result, "later")
+        with strike:
+            assert loop.run_until_complete(value_of(fut)) in ("in between", "later")
+    loop.close()
 
 
 def test_a_task_of_trio_that_is_interrupted_on_its_way_to_sleep_wakes_up(monkeypatch):

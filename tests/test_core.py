@@ -17,7 +17,6 @@ from torchfut_aio import (
     _collect,
     _core,
     _future,
-    _settable,
     _to_stdlib,
     as_completed,
     collect_all,
@@ -30,7 +29,7 @@ from .threads import PATIENCE, until
 # Every point if this is 1.
 EVERY = int(os.environ.get("TORCHFUT_AIO_TEST_EVERY", "1"))
 
-MODULES = (_core, _settable, _future, _to_stdlib, _collect, _as_completed)
+MODULES = (_core, _future, _to_stdlib, _collect, _as_completed)
 
 errors = pytest.mark.parametrize(
     ("error", "at"),

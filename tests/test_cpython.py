@@ -172,11 +172,11 @@ def nothing(_):
 def test_the_running_loop_is_found_the_public_way_too():
     async def main():
         loop = asyncio.get_running_loop()
-        return _cpython.running_loop() is loop and _cpython._running_loop() is loop
+        return _cpython.running_loop() is loop and _cpython.PublicEvents._get_running_loop() is loop
 
     assert asyncio.run(main())
     assert _cpython.running_loop() is None
-    assert _cpython._running_loop() is None
+    assert _cpython.PublicEvents._get_running_loop() is None
 
 
 def test_a_callback_of_a_loop_is_known_where_the_interpreter_shows_frames(monkeypatch):

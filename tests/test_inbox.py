@@ -10,7 +10,7 @@ from torchfut_aio._loops._loop import Loop
 class HandCrankedLoop(Loop):
     """A loop whose turns the test takes, and on which no task waits."""
 
-    new_waiter = checkpoint = spawn = watch = unwatch = call_later = None
+    checkpoint = spawn = watch = unwatch = call_later = None
 
     def __init__(self):
         super().__init__()
@@ -26,14 +26,14 @@ class HandCrankedLoop(Loop):
             self.scheduled.append(function)
         return not self.closed
 
-    def resume(self, count):
-        waiters = self.queue
-        for _ in range(count):
-            if waiters[0] == self.interrupt_at:
-                self.interrupt_at = None
-                raise KeyboardInterrupt
-            self.resumed.append(waiters[0])
-            del waiters[0]
+    def new_waiter(self):
+        return object()
+
+    def resume(self, waiter):
+        if waiter == self.interrupt_at:
+            self.interrupt_at = None
+            raise KeyboardInterrupt
+        self.resumed.append(waiter)
 
     def turn(self):
         for _ in range(len(self.scheduled)):
@@ -44,22 +44,22 @@ class HandCrankedLoop(Loop):
 def test_any_number_of_posts_are_one_wake_up_until_the_loop_has_looked():
     loop = HandCrankedLoop()
     for n in range(5):
-        loop.post(n)
+        loop.wake(n)
     assert loop.wake_ups == 1
     loop.turn()
     assert loop.resumed == [0, 1, 2, 3, 4]
-    loop.post(5)
+    loop.wake(5)
     assert loop.wake_ups == 2
 
 
 def test_a_post_that_arrives_during_a_turn_is_seen_in_another():
     loop = HandCrankedLoop()
-    loop.post("first")
+    loop.wake("first")
     real = loop.resume
 
-    def resume(count):
-        loop.post("second")
-        real(count)
+    def resume(waiter):
+        loop.wake("second")
+        real(waiter)
 
     loop.resume = resume
     loop.turn()
@@ -72,7 +72,7 @@ def test_a_post_that_arrives_during_a_turn_is_seen_in_another():
 def test_a_turn_that_ctrl_c_cuts_short_goes_on_in_another():
     loop = HandCrankedLoop()
     for n in range(5):
-        loop.post(n)
+        loop.wake(n)
     loop.interrupt_at = 2
     with pytest.raises(KeyboardInterrupt):
         loop.turn()
@@ -90,38 +90,38 @@ def test_ctrl_c_while_the_loop_is_being_woken_lets_the_next_post_wake_it():
 
     loop.call_soon = struck
     with pytest.raises(KeyboardInterrupt):
-        loop.post(0)
+        loop.wake(0)
     loop.call_soon = real
-    loop.post(1)
+    loop.wake(1)
     loop.turn()
     assert loop.resumed == [0, 1]
 
 
 def test_a_closed_loop_keeps_nothing():
     loop = HandCrankedLoop()
-    loop.post(0)
+    loop.wake(0)
     loop.closed = True
     loop.scheduled.clear()
     assert not loop.queue
-    loop.post(1)
+    loop.wake(1)
     assert not loop.queue
 
 
 def test_a_loop_that_drops_the_call_it_was_to_make_is_asked_for_another():
     loop = HandCrankedLoop()
-    loop.post(0)
+    loop.wake(0)
     loop.scheduled.pop()  # Ctrl-C struck before it was made
     assert loop.wake_ups == 2
     loop.turn()
     assert (loop.resumed, loop.wake_ups) == ([0], 2)  # a call that was made is not asked for again
-    loop.post(1)
+    loop.wake(1)
     loop.turn()
     assert (loop.resumed, loop.wake_ups) == ([0, 1], 3)
 
 
 def test_who_is_about_to_wait_renews_a_wake_up_that_a_traceback_keeps_but_once():
     loop = HandCrankedLoop()
-    loop.post(0)
+    loop.wake(0)
     kept = loop.scheduled.pop()
     for _ in range(3):
         loop.renew_wake_up()
@@ -134,10 +134,9 @@ def test_who_is_about_to_wait_renews_a_wake_up_that_a_traceback_keeps_but_once()
 
 def test_each_wait_of_a_task_is_announced_on_any_kind_of_loop(monkeypatch):
     loop, announced = HandCrankedLoop(), []
-    loop.new_waiter = object
     monkeypatch.setattr(Loop, "before_wait", lambda loop: announced.append(loop))
     loop.waiter()
     assert (announced, loop.wake_ups) == ([loop], 0)
-    loop.post(0)
+    loop.wake(0)
     loop.waiter()
     assert (announced, loop.wake_ups) == ([loop, loop], 2)  # that under way may be lost

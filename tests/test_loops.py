@@ -21,7 +21,7 @@ import trio.testing
 import uvloop
 
 from torchfut_aio import Future, _loops
-from torchfut_aio._loops import _alarm
+from torchfut_aio._loops import _alarm, _asyncio, _loop
 
 from . import explorer
 from .test_interrupts import Alarm
@@ -58,8 +58,9 @@ finalisers_may_be_struck = pytest.mark.filterwarnings(
 
 
 @pytest.fixture(autouse=True)
-def quiet(nothing_blocks_a_loop, caplog):
+def quiet(nothing_blocks_a_loop, caplog, monkeypatch):
     nothing_blocks_a_loop.deactivate()
+    monkeypatch.setattr(_asyncio, "MANY", 16)  # a burst is that of 20 tasks
     caplog.set_level(logging.CRITICAL, "asyncio")
 
 
@@ -265,7 +266,7 @@ def test_what_strikes_while_a_closed_loop_is_cleared_up_leaves_others_served_and
 
 @whatever_strikes
 def test_a_task_that_waits_renews_what_a_traceback_keeps(error, at):
-    for strike in explorer.strikes(_loops._loop, error=error, at=at):
+    for strike in explorer.strikes(_loop, _asyncio, error=error, at=at):
         loop = new(asyncio.SelectorEventLoop)
         waits = Waits(loop, 2).park().complete()
         with strike:  # which keeps the traceback, with the call that the loop was to make
@@ -353,9 +354,8 @@ class OneTask(_loops.Loop):
     def checkpoint(self):
         return ()
 
-    def resume(self, count):
-        for _ in range(count):
-            self.queue.popleft().woken = True
+    def resume(self, waiter):
+        waiter.woken = True
 
 
 class OneWait:
@@ -367,8 +367,7 @@ class OneWait:
 
 def test_a_further_kind_of_loop_is_a_file_and_a_line(monkeypatch):
     loop = OneTask()
-    monkeypatch.setattr(_loops, "_KINDS", (("one_task", "run", "_one_task"), *_loops._KINDS))
-    monkeypatch.setattr(_loops, "_admitted", (_loops._admitted[0], ("one_task",)))
+    monkeypatch.setitem(_loop.KINDS, "one_task", ("run", "_one_task"))
     file = types.SimpleNamespace(current=lambda: loop)
     monkeypatch.setitem(sys.modules, "torchfut_aio._loops._one_task", file)
     with pytest.raises(RuntimeError, match="no asyncio, uvloop or trio event loop runs here"):

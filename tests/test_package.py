@@ -102,7 +102,6 @@ LAYERS = [
     "_devices",
     "_core",
     "_rpc_errors",
-    "_settable",
     "_to_stdlib",
     "_future",
     "_dependent",

@@ -5,12 +5,12 @@
 `gather`, `collect_all`, `wait_all` and `as_completed` take many. A `Batcher` makes one for each
 item that its function is run on. A `ValueStream` is for many values, from threads to tasks.
 
-To read the package, follow a completion: ``_future.py`` and ``_settable.py`` (the public
-methods), ``_core/`` (an outcome claims the future, and its followers are served), ``_loops/`` (a
-waiting task is resumed by its loop, a thread by its lock). Beside these, ``_to_stdlib.py`` makes
-copies for asyncio and concurrent.futures; ``_collect.py``, ``_gather.py`` and
-``_as_completed.py`` take many futures, ``_set_results.py`` completes them, ``_adopt/`` adopts
-other kinds, ``_tasks.py`` makes futures of tasks, ``_timeouts.py`` gives futures a deadline.
+To read the package, follow a completion: ``_future.py`` (the public methods), ``_core/``
+(an outcome claims the future and wakes what waits for it), ``_loops/`` (a waiting task is resumed
+by its loop, a thread by its lock). Beside these, ``_to_stdlib.py`` makes copies for asyncio and
+concurrent.futures; ``_collect.py``, ``_gather.py`` and ``_as_completed.py`` take many futures,
+``_set_results.py`` completes them, ``_adopt/`` adopts other kinds, ``_tasks.py`` makes futures of
+tasks, ``_timeouts.py`` gives futures a deadline.
 ``_batcher.py`` runs a function on many items at once, in the thread of ``_batch_worker.py``.
 ``_stream.py`` has no future at all: outcomes, one after the other (``_stream_state.py``), for
 those who wait in ``_waiters.py``.

@@ -12,36 +12,46 @@ import contextlib
 import contextvars
 import functools
 import gc
+import operator
 import os
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from types import AsyncGeneratorType, BuiltinMethodType, CoroutineType, FrameType, GeneratorType
+from types import (
+    AsyncGeneratorType,
+    BuiltinMethodType,
+    CoroutineType,
+    FrameType,
+    GeneratorType,
+    SimpleNamespace,
+)
 from typing import Any
 
 ResumeCallback = tuple[Callable[[asyncio.Future[Any]], Any], contextvars.Context]
 
 
-def running_loop() -> asyncio.AbstractEventLoop | None:
-    """Returns the event loop of asyncio's kind that runs in this thread, if one does.
+class PublicEvents:
+    """What finds the running loop without anything private."""
 
-    By what is exported for those who write event loops, and documented in its own docstring
-    only. It saves the exception, which takes most of the time where no loop runs. It is looked up
-    at each call, as trio-asyncio replaces it when it is imported.
-    """
-    try:
-        return asyncio._get_running_loop()
-    except AttributeError:
-        return _running_loop()
+    @staticmethod
+    def _get_running_loop() -> asyncio.AbstractEventLoop | None:
+        try:
+            return asyncio.get_running_loop()
+        except RecursionError:
+            raise
+        except RuntimeError:
+            return None
 
 
-def _running_loop() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RecursionError:
-        raise
-    except RuntimeError:
-        return None
+_events: Any = asyncio if hasattr(asyncio, "_get_running_loop") else PublicEvents
+
+running_loop: Callable[[], asyncio.AbstractEventLoop | None]
+running_loop = functools.partial(operator.methodcaller("_get_running_loop"), _events)
+"""Return the event loop of asyncio's kind that runs in this thread, or None.
+
+asyncio exports the function for authors of event loops. It saves the exception, which takes most of
+the time where no loop runs. It is looked up at each call, as trio-asyncio replaces it.
+"""
 
 
 def resume_callback(future: asyncio.Future[Any]) -> ResumeCallback | None:
@@ -52,9 +62,10 @@ def resume_callback(future: asyncio.Future[Any]) -> ResumeCallback | None:
     method of itself, with which it takes its next step.
 
     Returns None if anything is not like that: complete the future then, and its loop resumes
-    the task.
+    the task. So it does if the program has replaced what runs asyncio's handles, to see which are
+    slow: each task has a handle of its own then.
     """
-    if type(future) is not _Future:
+    if type(future) is not _Future or _Handle._run is not _run:
         return None
     try:
         callback, context = found = future._callbacks[0]  # TypeError if it is done
@@ -260,16 +271,12 @@ def is_inner(coroutine: object, other: object) -> bool:
     return frame is not None and frame is frames[0]
 
 
-def handles_are_watched() -> bool:
-    """Tells whether the program has replaced what runs asyncio's handles, to see which are slow."""
-    return _runs_handles() is not _run
-
-
 def _file_of(function: object) -> object:
     return getattr(getattr(function, "__code__", None), "co_filename", None)
 
 
 # None if it was replaced before this package was imported.
+_Handle: Any = asyncio.Handle if hasattr(asyncio.Handle, "_run") else SimpleNamespace(_run=None)
 _run: object = _runs_handles()
 if _file_of(_run) != _file_of(asyncio.Handle.cancel):
     _run = None

@@ -1,7 +1,4 @@
-"""The future: the methods of those who wait. What they rely on is in ``_core/``.
-
-Those of whoever completes it are in ``_settable.py``.
-"""
+"""The future. What its methods rely on is in ``_core/``."""
 
 from __future__ import annotations
 
@@ -14,11 +11,16 @@ import torch
 
 from . import _core, _loops
 from ._annotations import FutureAlias
-from ._arguments import callback_checked, devices_checked, timeout_checked
+from ._arguments import callback_checked, devices_checked, exception_checked, timeout_checked
 from ._core import OUTCOME
-from ._errors import WAIT_BLOCKS, InvalidStateError, warn_that_wait_blocks_a_loop
+from ._devices import HOST_ONLY
+from ._errors import (
+    WAIT_BLOCKS,
+    AsyncioCancelledError,
+    InvalidStateError,
+    warn_that_wait_blocks_a_loop,
+)
 from ._repr import short
-from ._settable import Settable
 from ._to_stdlib import copy_to_asyncio, copy_to_concurrent
 
 T = TypeVar("T")
@@ -26,7 +28,7 @@ S = TypeVar("S")
 
 
 class _Absent:
-    """An attribute that other futures have; to ask for it says what to use instead."""
+    """An attribute that other futures have. Reading it raises an error that says what to use."""
 
     def __init__(self, cure: str) -> None:
         self._cure = cure
@@ -35,7 +37,7 @@ class _Absent:
         raise AttributeError(self._cure)
 
 
-class Future(Settable[T]):
+class Future(torch.futures.Future[T]):
     """A ``torch.futures.Future`` that can be awaited.
 
     It keeps every documented promise of ``torch.futures.Future``, goes wherever
@@ -69,10 +71,13 @@ class Future(Settable[T]):
         42
     """
 
-    __slots__ = ()
+    __slots__ = ("_devices", "_state")
+
+    _devices: tuple[torch.device, ...]
+    _state: dict[Any, Any]  # see the rules in _core/_completion.py
 
     def __init__(self, *, devices: Iterable[int | str | torch.device] | None = None) -> None:
-        """Makes a pending future."""
+        """Make a pending future."""
         self._devices = () if devices is None else devices_checked(devices)
         _core.init_in_torch(self, self._devices)
         self._state = {}
@@ -80,17 +85,178 @@ class Future(Settable[T]):
     if not TYPE_CHECKING:
 
         def __class_getitem__(cls, item: Any) -> Any:
-            # See _annotations.py, which is for this class alone.
+            # See _annotations.py.
             alias = super().__class_getitem__(item)
             return FutureAlias(cls, alias.__args__) if cls is Future else alias
+
+    # ------------------------------------------------------------------ completing
+
+    def set_result(self, result: T) -> None:
+        """Complete the future with ``result``: wake its waiters and run its callbacks.
+
+        Callbacks run in the calling thread before this returns, except those of chains
+        nested deeper than 32 completions: the outermost completion runs these.
+
+        Kernels may still write to tensors in the result, if they were enqueued on the streams that
+        are current now.
+
+        Args:
+            result: Any object.
+
+        Raises:
+            InvalidStateError: The future has been completed before; its outcome stays.
+
+        Example:
+            >>> fut = torchfut_aio.Future()
+            >>> fut.set_result(5)
+            >>> fut.wait()
+            5
+        """
+        if type(result) in HOST_ONLY and not self._devices:
+            # The common case, without a call: a thread that completes many futures is faster.
+            outcome = _core.Outcome()
+            outcome.value = result
+        else:
+            outcome = _core.outcome_of_value(result, self._devices)
+        if not _core.try_complete(self, outcome):
+            _core.refuse_second(self)
+
+    def set_exception(self, result: BaseException) -> None:  # type: ignore[override]
+        """Complete the future with an error: wake its waiters and run its callbacks.
+
+        `wait`, `value` and ``await`` raise this very exception. (All but StopIteration:
+        Python turns that into a RuntimeError where it leaves a coroutine.)
+
+        An error that was never retrieved is logged when the future is garbage-collected, to the
+        logger ``torchfut_aio.unretrieved``, unless it is a cancellation.
+
+        Args:
+            result: The exception, an instance of any ``BaseException``.
+
+        Raises:
+            TypeError: ``result`` is not an exception; the future stays pending.
+            InvalidStateError: The future has been completed before; its outcome stays.
+
+        Example:
+            >>> fut = torchfut_aio.Future()
+            >>> fut.set_exception(ValueError("foo"))
+            >>> fut.wait()
+            Traceback (most recent call last):
+            ...
+            ValueError: foo
+        """
+        exception_checked(result, "set_exception")
+        _core.complete_with_error(self, result)
+
+    def try_set_result(self, result: T) -> bool:
+        """Complete the future with ``result``, unless it is done.
+
+        For futures that other code may cancel or complete.
+
+        Args:
+            result: Any object.
+
+        Returns:
+            True if this call completed the future. If not, its outcome stays.
+
+        Example:
+            >>> fut = torchfut_aio.Future()
+            >>> fut.try_set_result(5), fut.try_set_result(6)
+            (True, False)
+            >>> fut.value()
+            5
+        """
+        return _core.try_complete_with_value(self, result)
+
+    def try_set_exception(self, result: BaseException) -> bool:
+        """Complete the future with an error, unless it is done.
+
+        Args:
+            result: The exception, an instance of any ``BaseException``.
+
+        Returns:
+            True if this call completed the future. If not, its outcome stays.
+
+        Raises:
+            TypeError: ``result`` is not an exception; the future stays as it is.
+
+        Example:
+            >>> fut = torchfut_aio.Future()
+            >>> fut.set_result(5)
+            >>> fut.try_set_exception(ValueError("foo"))
+            False
+        """
+        exception_checked(result, "try_set_exception")
+        return _core.try_complete_with_error(self, result)
+
+    def cancel(self, msg: object = None) -> bool:
+        """Complete the future with a `CancelledError`, unless it is done.
+
+        This cancels the future only. The thread, the task of `start_soon` or the parent future
+        that was to complete it continues. It should complete the future by `try_set_result` or
+        `try_set_exception`, which do nothing on a cancelled one, and can check `done` to stop
+        early. Cancelling a task that awaits the future does not cancel the future.
+
+        Args:
+            msg: What the error says, if not None.
+
+        Returns:
+            True if this call completed the future.
+
+        Example:
+            >>> fut = torchfut_aio.Future()
+            >>> fut.cancel(), fut.cancel()
+            (True, False)
+            >>> fut.done(), fut.cancelled(), fut.try_set_result("too late")
+            (True, True, False)
+        """
+        error = AsyncioCancelledError() if msg is None else AsyncioCancelledError(msg)
+        return _core.try_complete_with_error(self, error)
+
+    def done(self) -> bool:
+        """Return True if the future has a result or an error.
+
+        For a value on an accelerator this may be True while the kernels that fill it
+        still run; `wait` orders streams after these, and ``await`` waits for them.
+        """
+        return OUTCOME in self._state
+
+    def cancelled(self) -> bool:
+        """Return True if the future, or what it was made from, was cancelled.
+
+        That is, if it failed with a `CancelledError`, or with that of asyncio or of
+        concurrent.futures.
+        """
+        return _core.is_cancelled(self)
+
+    def has_waiters(self) -> bool:
+        """Return True if the future is pending and something waits for it now.
+
+        A task that awaits it counts, a thread in `wait`, and an attached callback, also that of a
+        child of `then`, of `gather`, or of a copy for another library. Callbacks that PyTorch's C++
+        has attached do not count.
+
+        A worker may check this to skip abandoned work. But it is also False between the creation
+        of the future and the first ``await``, so False means abandoned only after something has
+        waited. To be sure, cancel the future; see `cancel`.
+
+        Example:
+            >>> fut = torchfut_aio.Future()
+            >>> fut.has_waiters()
+            False
+            >>> child = fut.then(lambda fut: fut.value() + 1)
+            >>> fut.has_waiters()
+            True
+        """
+        return _core.has_waiters(self)
 
     # --------------------------------------------------------------------- reading
 
     def value(self) -> T:
-        """Returns the value of a future that is done, without synchronising streams.
+        """Return the value of a future that is done, without synchronising streams.
 
-        So tensors on an accelerator may still be being filled, unless this thread has waited for
-        the future, or got it from `as_completed`, or is in its callback.
+        So kernels may still fill its tensors, unless this thread has waited for the future, or got
+        it from `as_completed`, or runs its callback.
 
         Returns:
             The value held by this future.
@@ -111,7 +277,7 @@ class Future(Settable[T]):
             del self, outcome  # as in Outcome.read()
 
     def exception(self) -> BaseException | None:
-        """Returns the error that the future was completed with, or None if it has a value.
+        """Return the error that the future was completed with, or None if it has a value.
 
         Raises:
             InvalidStateError: The future is pending.
@@ -124,18 +290,18 @@ class Future(Settable[T]):
         return outcome.exception()
 
     def wait(self, timeout: float | None = None) -> T:
-        """Blocks the calling thread until the future is done, and returns its value.
+        """Block the calling thread until the future is done, and return its value.
 
         If the value holds tensors on an accelerator, the current streams are ordered
         after the kernels that fill them. That does not block: work enqueued on these
         streams from here on runs after the kernels, which may still be running.
 
         Ctrl-C interrupts it, on the main thread. A wait that times out or is
-        interrupted leaves the future as it was, and nothing behind.
+        interrupted leaves the future as it was, without a waiter.
 
         Args:
-            timeout: How long to wait at most, in seconds; None waits for ever, and a
-                number that is not positive does not wait.
+            timeout: How long to wait at most, in seconds. None is without a limit. With 0 or less
+                it does not wait.
 
         Returns:
             The value held by this future.
@@ -147,7 +313,7 @@ class Future(Settable[T]):
 
         Warns:
             BlockingWaitWarning: The future is pending and this thread runs an event
-                loop, which stands still meanwhile.
+                loop, which the wait blocks.
         """
         if timeout is not None:
             timeout = timeout_checked(timeout)
@@ -161,52 +327,56 @@ class Future(Settable[T]):
             del self, outcome  # as in Outcome.read()
 
     def _block(self, timeout: float | None, warning: str = WAIT_BLOCKS) -> _core.Outcome:
-        # Callbacks that this thread has put off may be the ones to complete the future.
+        # Callbacks that this thread has deferred may be the ones to complete the future.
         _core.run_deferred()
-        outcome: _core.Outcome | None = self._state.get(OUTCOME)
+        state = self._state
+        outcome: _core.Outcome | None = state.get(OUTCOME)
         if outcome is not None:
             return outcome
         if (timeout is None or timeout > 0) and _loops.loop_in_this_thread():
             warn_that_wait_blocks_a_loop(warning)
         waiter = _loops.ThreadWaiter()
         try:
-            if _core.add_waiter(self, waiter, _loops.THREADS):
+            state[waiter] = _loops.THREADS
+            if OUTCOME not in state:
                 waiter.block(timeout)
         finally:
             try:  # noqa: SIM105  a call could be interrupted before it begins; a statement cannot
-                del self._state[waiter]
+                del state[waiter]
             except KeyError:
-                pass  # it has been woken
-        outcome = _core.outcome_of(self)
-        if outcome is None:
+                pass  # the completion has removed it
+        if OUTCOME not in state:
             raise TimeoutError(f"{self!r} was not done within {timeout:g} s; it stays pending")
-        return outcome
+        return state[OUTCOME]  # type: ignore[no-any-return]
 
     # -------------------------------------------------------------------- awaiting
 
     def __await__(self, _ready: bool = True) -> Generator[Any, Any, T]:
-        """Suspends the current task until the value is there, and gives it.
+        """Suspend the current task until the value is there, and return it.
 
-        If ``_ready``, until the kernels that fill it have finished, too.
+        If ``_ready``, wait for the kernels that fill it, too.
         """
-        loop = _loops.current()
-        outcome: _core.Outcome | None = self._state.get(OUTCOME)
-        if outcome is None:
+        loop = _loops.running() or _loops.current()  # which raises
+        state = self._state
+        if OUTCOME in state:
+            yield from loop.checkpoint()
+        else:
             waiter = loop.waiter()
             try:
-                if _core.add_waiter(self, waiter, loop):
+                # First the waiter is stored, then the outcome is looked for: see rule 3 of _core.
+                state[waiter] = loop
+                if OUTCOME not in state:
                     yield from waiter
                 else:
+                    state.pop(waiter, None)
                     yield from loop.checkpoint()
             except BaseException:
                 try:  # noqa: SIM105  as in _block()
-                    del self._state[waiter]
+                    del state[waiter]
                 except KeyError:
                     pass
                 raise
-            outcome = self._state[OUTCOME]  # or nobody would have woken this task
-        else:
-            yield from loop.checkpoint()
+        outcome: _core.Outcome = state[OUTCOME]
         readiness = outcome.readiness
         if outcome.error is None:
             if readiness is not None:
@@ -222,11 +392,11 @@ class Future(Settable[T]):
             del self, outcome  # as in Outcome.read()
 
     async def stream_ordered(self) -> T:
-        """Waits until the future is done, and orders streams as `wait` does; for ``await``.
+        """Wait until the future is done, and order streams as `wait` does.
 
-        The kernels that fill the value may still be running then. What is enqueued on the
-        current streams from here on, until the task awaits something else, runs after
-        them. Reading the value on the host blocks until they have finished.
+        The kernels that fill the value may still run then. Work that is enqueued on the current
+        streams from here on, until the task awaits something else, runs after them. Reading the
+        value on the host blocks until they have finished.
 
         Returns:
             The value held by this future.
@@ -250,11 +420,11 @@ class Future(Settable[T]):
             del self  # as in Outcome.read()
 
     def as_asyncio(self) -> asyncio.Future[T]:
-        """Returns an ``asyncio.Future`` of the running loop that completes as this one.
+        """Return an ``asyncio.Future`` of the running loop that completes as this one.
 
-        For what insists on one, such as ``asyncio.wait``, or ``asyncio.wait_for`` with a time
-        of 0. Cancelling it leaves this future as it was. A copy that was cancelled, or that
-        nobody refers to or waits for, leaves nothing behind. (``asyncio.shield`` is not needed:
+        For code that needs one, such as ``asyncio.wait``, or ``asyncio.wait_for`` with a timeout
+        of 0. Cancelling it leaves this future as it was. A copy that is cancelled, or is no longer
+        referenced or awaited, leaves nothing in this future. (``asyncio.shield`` is not needed:
         cancelling a task that awaits this future itself does not cancel the future.)
 
         Raises:
@@ -273,15 +443,15 @@ class Future(Settable[T]):
         return copy_to_asyncio(self)
 
     def as_concurrent(self) -> concurrent.futures.Future[T]:
-        """Returns a ``concurrent.futures.Future`` that completes as this one.
+        """Return a ``concurrent.futures.Future`` that completes as this one.
 
-        For ``concurrent.futures.wait``, executors, and frameworks that insist on one. It
-        completes once the kernels that fill the value have finished, as threads may read it
-        then whatever streams they use. A thread that enqueues kernels on it keeps it until they
-        are done, or calls ``tensor.record_stream``. Its callbacks run in the thread that completes
-        this future, or, after kernels, in one of this package that watches them: they must not
-        block. Cancelling it leaves this future as it was, and nothing behind; so cancel it when
-        you lose interest.
+        For ``concurrent.futures.wait``, executors, and frameworks that need one. It completes once
+        the kernels that fill the value have finished: any thread may read it then, on any stream. A
+        thread that enqueues kernels on the value keeps it until they are done, or calls
+        ``tensor.record_stream``. Its callbacks must not block: they run in the thread that
+        completes this future or, after kernels, in the thread of this package that watches them.
+        Cancelling it leaves this future as it was, without a callback; so cancel a copy that you
+        no longer need.
 
         Example:
             >>> import concurrent.futures
@@ -296,15 +466,14 @@ class Future(Settable[T]):
     # ------------------------------------------------------------------- callbacks
 
     def add_done_callback(self, callback: Callable[[Future[T]], object]) -> None:
-        """Runs ``callback(self)`` when the future completes; inline now, if it is done.
+        """Run ``callback(self)`` when the future completes, or now if it is done.
 
         Callbacks run in the thread that completes the future, in the order in which
         they were added, each in a copy of the context (``contextvars``) in which it was
         added. If the future has devices, or its value is on an accelerator, dedicated streams of
         high priority are current while a callback runs, synchronised with the kernels that fill
-        the value. What
-        a callback raises is logged, to the logger ``torchfut_aio``, and touches neither
-        the future nor other callbacks; KeyboardInterrupt and SystemExit go on to the
+        the value. An exception of a callback is logged, to the logger ``torchfut_aio``, and affects
+        neither the future nor other callbacks. KeyboardInterrupt and SystemExit propagate to the
         caller of `set_result`, after the other callbacks have run.
 
         Args:
@@ -323,7 +492,7 @@ class Future(Settable[T]):
         _core.add_callback(self, _core.FunctionCallback(callback))
 
     def then(self, callback: Callable[[Future[T]], S]) -> Future[S]:
-        """Returns a child future of what ``callback(self)`` returns.
+        """Return a child future of what ``callback(self)`` returns.
 
         The callback runs as one given to `add_done_callback` does, context and streams included.
         A child has the devices of this future, and its class too, unless that has a
@@ -351,28 +520,25 @@ class Future(Settable[T]):
             >>> child.wait()
             6
         """
-        # A class with a constructor of its own may need what only its users know.
+        # A subclass with its own constructor may need arguments that are unknown here.
         kind = type(self) if type(self).__init__ is Future.__init__ else Future
         return chain(self, callback, kind(devices=self._devices))
 
     def remove_done_callback(self, callback: Callable[[Future[T]], object]) -> int:
-        """Removes every attached ``callback`` that has not run yet.
+        """Remove every attached ``callback`` that has not run yet.
 
         Args:
-            callback: What was passed to `add_done_callback`, compared with ``==``.
+            callback: The function that was passed to `add_done_callback`, compared with ``==``.
 
         Returns:
             How many were removed; 0 once the future is done.
         """
-        removed = 0
-        for attached in _core.followers(self)[1]:
-            if attached.is_for(callback) and _core.remove(self, attached):
-                removed += 1
-        return removed
+        attached = [each for each in _core.callbacks_of(self) if each.is_for(callback)]
+        return sum(_core.remove(self, each) for each in attached)
 
     # --------------------------------------------------------------------- the rest
 
-    if not TYPE_CHECKING:  # a type checker is to find none of these
+    if not TYPE_CHECKING:  # type checkers find none of these
         result = _Absent(
             "a Future has no result(), which returns at once in asyncio and blocks in "
             "concurrent.futures: await the future, or call wait(timeout) to block, or value() if "
@@ -387,7 +553,7 @@ class Future(Settable[T]):
     def __repr__(self) -> str:
         outcome: _core.Outcome | None = self._state.get(OUTCOME)
         if outcome is None:
-            waiters, callbacks = _core.followers(self)
+            waiters, callbacks = _core.waiters_of(self), _core.callbacks_of(self)
             state = f"pending waiters={len(waiters)} callbacks={len(callbacks)}"
         elif outcome.error is not None:
             state = f"done error={short(outcome.error)}"
@@ -430,3 +596,15 @@ class _StreamOrdered:
 
     def __await__(self) -> Generator[Any, Any, Any]:
         return self._future.__await__(_ready=False)
+
+
+def _placeholder(error: BaseException, find: Callable[[], BaseException]) -> object:
+    """Return the placeholder of an error for C++. The first failure imports its class."""
+    try:
+        from ._rpc_errors import StandIn
+    except ImportError:  # the interpreter exits, or this is a signal handler within that import
+        return None
+    return StandIn.of(error, find)
+
+
+_core.install_placeholder(_placeholder)

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, ClassVar
 
-from ._core import install_stand_in
+from ._core import install_placeholder
 from ._cpython import calling_module
 from ._errors import RpcError, rpc_error, type_and_text
 from ._pytorch import EXTRACTS_TENSORS, remote_exception, this_worker
@@ -224,4 +224,4 @@ def _attribute(found: object, names: list[str]) -> object:
     return found
 
 
-install_stand_in(StandIn.of)
+install_placeholder(StandIn.of)

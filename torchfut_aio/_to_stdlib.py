@@ -12,16 +12,19 @@ import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from . import _core, _loops
 from ._cpython import what_shield_leaves
 from ._errors import CANCELLATIONS
 
+if TYPE_CHECKING:
+    from ._future import Future
+
 T = TypeVar("T")
 
 
-def copy_to_asyncio(source: _core.Completable[T]) -> asyncio.Future[T]:
+def copy_to_asyncio(source: Future[T]) -> asyncio.Future[T]:
     """Returns a future of the running asyncio loop that completes as ``source`` does.
 
     Raises:
@@ -64,7 +67,7 @@ class _Link:
         self._ref = weakref.ref(target, withdraw)
         self.target: _AsyncioCopy[Any] | None = None
 
-    def copy_from(self, source: _core.Completable[Any]) -> None:
+    def copy_from(self, source: Future[Any]) -> None:
         target = self._ref()
         if target is not None:
             copy_when_ready(source, target)
@@ -93,7 +96,7 @@ class _AsyncioCopy(asyncio.Future[T]):
         return removed
 
 
-def copy_when_ready(source: _core.Completable[T], target: asyncio.Future[T]) -> None:
+def copy_when_ready(source: Future[T], target: asyncio.Future[T]) -> None:
     """Completes ``target``, on its loop, once the value is ready or there is an error."""
     outcome = _core.outcome_of(source)
     if outcome is None or target.done():
@@ -132,7 +135,7 @@ def _complete_asyncio(
         target.set_exception(error.with_traceback(outcome.traceback if own else None))
 
 
-def copy_to_concurrent(source: _core.Completable[T]) -> concurrent.futures.Future[T]:
+def copy_to_concurrent(source: Future[T]) -> concurrent.futures.Future[T]:
     """Returns a future of concurrent.futures that completes as ``source`` does."""
     target: concurrent.futures.Future[T] = concurrent.futures.Future()
     copy = _ConcurrentCopy(source, target)
@@ -151,13 +154,11 @@ class _ConcurrentCopy(_core.DoneCallback):
 
     uses_streams = False
 
-    def __init__(
-        self, source: _core.Completable[Any], target: concurrent.futures.Future[Any]
-    ) -> None:
-        self.source: _core.Completable[Any] | None = source
+    def __init__(self, source: Future[Any], target: concurrent.futures.Future[Any]) -> None:
+        self.source: Future[Any] | None = source
         self.target: concurrent.futures.Future[Any] | None = target
 
-    def run(self, source: _core.Completable[Any]) -> None:
+    def run(self, source: Future[Any]) -> None:
         outcome = _core.outcome_of(source)
         assert outcome is not None
         if outcome.readiness is None or outcome.error is not None:
@@ -166,7 +167,7 @@ class _ConcurrentCopy(_core.DoneCallback):
             # No thread can order the streams of those who read the value, so they read it later.
             outcome.readiness.notify_in_background(partial(self._complete, outcome))
 
-    def fail(self, _source: _core.Completable[Any], error: BaseException) -> None:
+    def fail(self, _source: Future[Any], error: BaseException) -> None:
         target = self.target
         if target is not None:
             with suppress(concurrent.futures.InvalidStateError):

@@ -117,7 +117,7 @@ class Waiters:
         served = taken[0][1] if taken else None
         for waker in [*self.lines]:
             line = self.lines.get(waker, {})
-            number = EVERYONE if waker.gone else events - 1 if waker is served else events
+            number = EVERYONE if waker.closed else events - 1 if waker is served else events
             self._take(line, number, taken)
             if not line:
                 self._remove_line(waker)

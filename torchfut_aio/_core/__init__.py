@@ -1,10 +1,10 @@
-"""How a future completes, once, and everybody who follows it is told.
+"""How a future completes, once, and wakes what waits for it.
 
-``_outcome.py`` is what a future completes with. ``_completion.py`` is the state machine: who
-follows a pending future, and the one way in which it completes. ``_callbacks.py`` runs callbacks
-to a bounded depth, ``_then.py`` fills the child of ``then``, ``_promise.py`` is what completes a
-future from a task, a thread or another library, and ``_torch_future.py`` is the only file that
-touches the C++ future underneath.
+``_outcome.py`` is what a future completes with. ``_completion.py`` is the state machine: the
+waiters and callbacks of a pending future, and the one way in which it completes. ``_callbacks.py``
+runs callbacks to a bounded depth, ``_then.py`` fills the child of ``then``, ``_promise.py``
+completes a future from a task, a thread or another library, and ``_torch_future.py`` is the only
+file that touches the C++ future underneath.
 """
 
 from collections.abc import Callable
@@ -14,9 +14,9 @@ from .._loops import Waker
 from ._callbacks import DoneCallback, FunctionCallback, run_deferred
 from ._completion import (
     OUTCOME,
-    Completable,
     add_callback,
     add_waiter,
+    callbacks_of,
     complete,
     complete_all,
     complete_as,
@@ -24,13 +24,14 @@ from ._completion import (
     complete_with_parts,
     complete_with_value,
     devices_of,
-    followers,
     has_failed,
+    has_waiters,
     ignore_error,
     is_cancelled,
-    is_followed,
     outcome_of,
+    refuse_second,
     remove,
+    try_complete,
     try_complete_with_error,
     try_complete_with_value,
     waiters_of,
@@ -38,11 +39,10 @@ from ._completion import (
 from ._outcome import Outcome, outcome_of_error, outcome_of_value
 from ._promise import Promise
 from ._then import ThenCallback
-from ._torch_future import init_in_torch, install_stand_in
+from ._torch_future import init_in_torch, install_placeholder
 
 __all__ = [
     "OUTCOME",
-    "Completable",
     "DoneCallback",
     "FunctionCallback",
     "Outcome",
@@ -50,6 +50,7 @@ __all__ = [
     "ThenCallback",
     "add_callback",
     "add_waiter",
+    "callbacks_of",
     "complete",
     "complete_all",
     "complete_as",
@@ -57,18 +58,19 @@ __all__ = [
     "complete_with_parts",
     "complete_with_value",
     "devices_of",
-    "followers",
     "has_failed",
+    "has_waiters",
     "ignore_error",
     "init_in_torch",
-    "install_stand_in",
+    "install_placeholder",
     "is_cancelled",
-    "is_followed",
     "outcome_of",
     "outcome_of_error",
     "outcome_of_value",
+    "refuse_second",
     "remove",
     "run_deferred",
+    "try_complete",
     "try_complete_with_error",
     "try_complete_with_value",
     "waiters_of",
@@ -76,14 +78,10 @@ __all__ = [
 
 
 def replace_add_functions(
-    waiter_adder: Callable[[Completable[Any], Any, Waker], bool],
-    callback_adder: Callable[[Completable[Any], DoneCallback], None],
+    waiter_adder: Callable[[Any, Any, Waker], bool],
+    callback_adder: Callable[[Any, DoneCallback], None],
 ) -> None:
-    """Has these called in the place of `add_waiter` and `add_callback`, by all who follow.
-
-    So call them as `_core.add_waiter`, never by an imported name. It is for whoever records who
-    follows which future; nobody else pays for that.
-    """
+    """Replace `add_waiter` and `add_callback`; call these by ``_core.``, not by imported names."""
     global add_waiter, add_callback
     add_waiter = waiter_adder  # type: ignore[assignment]
     add_callback = callback_adder  # type: ignore[assignment]

@@ -4,13 +4,6 @@ A callback may complete another future, whose callbacks complete a third, and so
 each link ran within the one before, a chain of ten thousand would overflow the stack. So
 completions nest up to `MAX_DEPTH` in a thread, as those of ``torch.futures`` do. Deeper ones are
 deferred: the outermost completion of the thread runs their callbacks before it returns.
-
-A thread that is about to block may have deferred the very callbacks that would wake it. It calls
-`run_deferred` first.
-
-CPython checks for signals after calls, at the entry of functions and at backward jumps. There is
-none of these between the statement that deletes a callback, after which this thread must run it,
-and the ``try`` that makes sure of that.
 """
 
 from __future__ import annotations
@@ -29,7 +22,7 @@ from ._outcome import Outcome
 
 MAX_DEPTH = 32
 
-CALLBACK: Final = "callback"  # what a callback is stored with in the state of its future
+CALLBACK: Final = "callback"  # the value of the key that a callback is in its future's state
 
 _logger = logging.getLogger("torchfut_aio")
 
@@ -38,46 +31,43 @@ _Callbacks = Sequence[Any]
 
 
 class DoneCallback:
-    """Something that runs when a future completes; the base class of each kind."""
+    """What runs when a future completes; the base class of each kind."""
 
     __slots__ = ()  # and no abstract methods: isinstance() would take ten times as long
 
     run: Callable[[Any], object]
-    """Called with the future, once that has completed."""
+    """Called with the future once it has completed."""
 
     uses_streams = True
-    """Whether it may enqueue kernels; if not, it does without streams of its own."""
+    """Whether it may enqueue kernels, and so needs streams that are ordered after the value's."""
 
     since: float | None = None
     """When it was added, on the clock of ``time.perf_counter``, if that was recorded."""
 
     @property
     def name(self) -> str:
-        """What logs call it."""
+        """Its name in logs."""
         return type_name(self)
 
     def is_for(self, _function: object, /) -> bool:
-        """Tells whether ``add_done_callback`` was given this function."""
+        """Return True if ``add_done_callback`` was given this function."""
         return False
 
     def fail(self, future: Any, error: BaseException, /) -> None:
-        """Called if ``error`` aborted `run`, possibly before its first line.
+        """Complete, with ``error``, every future that this callback has left pending.
 
-        It must complete, with the error, every future that this callback has left pending.
+        It is called if the error ended `run`, possibly before its first line.
         """
 
 
 class FunctionCallback(DoneCallback):
-    """A function that was given to ``add_done_callback``, and the context of that call.
-
-    It runs in the context, whichever thread completes the future, as with asyncio.
-    """
+    """A function that was given to ``add_done_callback``; it runs in the context of that call."""
 
     __slots__ = ("_function", "run")
 
     def __init__(self, function: Callable[[Any], object]) -> None:
         self._function = function
-        # All C: the function's frame is the first of Python's.
+        # All of this is C: the frame of the function is the first of Python's.
         self.run: Any = partial(copy_context().run, function)  # type: ignore[call-arg]
 
     @property
@@ -88,11 +78,11 @@ class FunctionCallback(DoneCallback):
         return self._function == function
 
     def fail(self, future: Any, error: BaseException) -> None:
-        """Does nothing: no future of this package depends on the function."""
+        """Do nothing: no future of this package depends on the function."""
 
 
 class _Nesting:
-    """How deep completions nest in one thread, and the futures whose callbacks are deferred."""
+    """How deep completions nest in one thread, and the callbacks that it has deferred."""
 
     __slots__ = ("deferred", "depth")
 
@@ -115,7 +105,7 @@ def _nesting_here() -> _Nesting:
 
 
 def run(future: Any, outcome: Outcome, state: _State, callbacks: _Callbacks) -> None:
-    """Runs those of the callbacks that are still in ``state``, in order; or defers them.
+    """Run the callbacks that are still in ``state``, in order, or defer them.
 
     Raises:
         KeyboardInterrupt, SystemExit: A callback raised it. The others have run.
@@ -141,7 +131,7 @@ def run(future: Any, outcome: Outcome, state: _State, callbacks: _Callbacks) -> 
 
 
 def run_all(due: Iterable[tuple[Any, Outcome, _State, _Callbacks]]) -> None:
-    """As `run`, for many futures; one that raises does not keep the others from running theirs."""
+    """Run the callbacks of many futures, also if one raises KeyboardInterrupt or SystemExit."""
     interrupt: BaseException | None = None
     for each in due:
         try:
@@ -153,14 +143,17 @@ def run_all(due: Iterable[tuple[Any, Outcome, _State, _Callbacks]]) -> None:
 
 
 def run_now(future: Any, outcome: Outcome, state: _State, callback: DoneCallback) -> None:
-    """Runs one callback, at any depth, unless another thread has deleted it from ``state``."""
+    """Run one callback, at any depth, unless another thread has deleted it from ``state``."""
     interrupt = _run_each(future, outcome, state, [callback])
     if interrupt is not None:
         raise interrupt
 
 
 def run_deferred() -> None:
-    """Runs the callbacks that completions in this thread have deferred."""
+    """Run the callbacks that completions in this thread have deferred.
+
+    A thread that is about to block calls this: they may include the one that would wake it.
+    """
     interrupt = _run_deferred(_nesting_here())
     if interrupt is not None:
         raise interrupt
@@ -174,7 +167,7 @@ def _run_deferred(here: _Nesting) -> BaseException | None:
         try:
             interrupt = _run_until_done(due) or interrupt
         except BaseException:
-            here.deferred += (due,)  # not one call is possible here
+            here.deferred += (due,)  # a statement, as the stack may have no room for a call
             raise
     return interrupt
 
@@ -182,7 +175,7 @@ def _run_deferred(here: _Nesting) -> BaseException | None:
 def _run_until_done(due: tuple[Any, Outcome, _State, _Callbacks]) -> BaseException | None:
     try:
         return _run_each(*due)
-    except BaseException as interrupt:  # in between: what is left is still in the state
+    except BaseException as interrupt:  # between callbacks: the rest are still in the state
         try:
             _run_each(*due)
         except BaseException:
@@ -190,18 +183,20 @@ def _run_until_done(due: tuple[Any, Outcome, _State, _Callbacks]) -> BaseExcepti
         return interrupt
 
 
-# A function of its own: from Python 3.12 on, an interrupt at the jump that closes a loop may
-# miss the ``finally`` around it.
+# A separate function: from Python 3.12 on, an interrupt at the jump that closes a loop may miss the
+# ``finally`` around it.
 def _run_each(
     future: Any, outcome: Outcome, state: _State, callbacks: _Callbacks
 ) -> BaseException | None:
-    """As `run`; returns what is to be raised."""
+    """Run the callbacks; return the KeyboardInterrupt or SystemExit that one raised, or None."""
     interrupt: BaseException | None = None
     for callback in callbacks:
         try:
             del state[callback]
         except KeyError:
             continue  # another thread runs it, or it was removed
+        # After the `del` this thread has to run the callback. No interrupt can come between it and
+        # the `try`: CPython checks for signals at calls, functions' entries and backward jumps.
         try:
             if outcome.readiness is None or not callback.uses_streams:
                 callback.run(future)
@@ -216,7 +211,7 @@ def _run_each(
                 try:
                     start_new_thread(callback.fail, (future, error))
                 except BaseException:
-                    # Not one call is possible, so it has not begun. Whoever serves again runs it.
+                    # No call is possible, so it has not begun. The repetition runs it.
                     state[callback] = CALLBACK
                     raise
                 for one in (error, second):

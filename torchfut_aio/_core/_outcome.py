@@ -1,9 +1,9 @@
 """What a future completes with: a value or an error, as one object that travels.
 
-Making an outcome may look at the value, ask devices for events, and fail; so it is made before
-the future is claimed, in the thread that completes the future, and never raises. From then on
-nothing about the outcome changes, but that an error notes whether anybody has retrieved it: one
-that goes without is logged, as asyncio does.
+Making an outcome may search the value, record events on devices, and fail. So it is made before
+the future is claimed, in the thread that completes the future, and never raises. After that it
+never changes, except that an error remembers whether it was retrieved. An error that was never
+retrieved is logged when it is garbage-collected, as asyncio does.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ _logger = logging.getLogger("torchfut_aio.unretrieved")
 class Outcome:
     """A value that is ready, and the base of the others.
 
-    Made without a constructor, which would take longer than all the rest.
+    It has no constructor: calling one takes longer than the rest of `set_result`'s own steps.
     """
 
     __slots__ = ("value",)
 
     value: Any
     error: BaseException | None = None
-    traceback: TracebackType | None = None  # that the error came with
-    readiness: Readiness | None = None  # knows the kernels that may still fill the value
-    is_retrieved = True  # of an error: whether anything has read it
+    traceback: TracebackType | None = None  # of the error when it was set
+    readiness: Readiness | None = None  # of the kernels that may still fill the value
+    is_retrieved = True  # False for an error that was not read yet
 
     def exception(self) -> BaseException | None:
-        """Returns the error, which is retrieved then; or None if this is a value."""
+        """Return the error, and mark it as retrieved; or return None if this is a value."""
         return None
 
     def read(self) -> Any:
-        """Returns the value, or raises the error."""
+        """Return the value, or raise the error."""
         if self.error is None:
             return self.value
         error = self.exception()
@@ -56,8 +56,8 @@ class Outcome:
         try:
             raise error
         finally:
-            # The traceback of the error refers to this frame. Let that not refer to what holds
-            # the error, or neither would go without the garbage collector.
+            # The traceback of the error refers to this frame. If the frame referred to the error,
+            # it would take the garbage collector to free them.
             del self, error
 
 
@@ -88,19 +88,19 @@ class _Error(Outcome):
 
     def __del__(self) -> None:
         if getattr(self, "is_retrieved", True) or sys is None or sys.is_finalizing():
-            return  # or it was interrupted before it was whole
+            return  # the attribute is missing if an interrupt came before it was set
         if not issubclass(type(self.error), CANCELLATIONS):
-            _logger.error("A future failed, and nobody retrieved its error:", exc_info=self.error)
+            _logger.error("The error of a future was never retrieved:", exc_info=self.error)
 
 
 def outcome_of_value(
     value: Any, devices: Sequence[torch.device] = (), moment: Moment | None = None
 ) -> Outcome:
-    """Returns the outcome of a future on ``devices`` that is completed with ``value`` here, now.
+    """Return the outcome of a future on ``devices`` that is completed with ``value`` here and now.
 
-    The current streams are those on which kernels may still fill the value. If the devices take
-    no more events, or the value is on a device that was not declared, this is an error's. Values
-    that are set at the same ``moment`` share events.
+    Kernels on the current streams may still fill the value. If the devices take no more events, or
+    the value is on a device that was not declared, the outcome is an error. Values that are set at
+    the same ``moment`` share events.
     """
     if devices:
         return _outcome(value, *declared_readiness(devices, value, moment or Moment()))
@@ -132,7 +132,7 @@ def _outcome(value: Any, readiness: Readiness | None, error: BaseException | Non
 
 
 def outcome_of_error(error: BaseException, devices: Sequence[torch.device] = ()) -> Outcome:
-    """Returns the outcome of a future on ``devices`` that fails with ``error``."""
+    """Return the outcome of a future on ``devices`` that fails with ``error``."""
     # With a readiness, so that its callbacks run on dedicated streams, too.
     return _outcome(
         None, declared_readiness(devices, None, Moment())[0] if devices else None, error
@@ -140,5 +140,5 @@ def outcome_of_error(error: BaseException, devices: Sequence[torch.device] = ())
 
 
 def joined_outcome(value: Any, parts: Iterable[Outcome]) -> Outcome:
-    """Returns the outcome whose value is made of those of ``parts``: ready when they are."""
+    """Return the outcome whose value is made of those of ``parts``; it is ready when they are."""
     return _outcome(value, joint_readiness(part.readiness for part in parts), None)

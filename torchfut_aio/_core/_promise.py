@@ -16,18 +16,20 @@ from __future__ import annotations
 
 from _thread import start_new_thread
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .._devices import finish_devices
 from .._errors import CancelledError, drop_catching_frame, own_cancellation
 from .._repr import short
 from .._worker import call_contained
 from ._completion import (
-    Completable,
     outcome_of,
     try_complete_with_error,
     try_complete_with_value,
 )
+
+if TYPE_CHECKING:
+    from .._future import Future
 
 
 class Promise:
@@ -35,9 +37,9 @@ class Promise:
 
     __slots__ = ("__weakref__", "_future", "name")
 
-    def __init__(self, future: Completable[Any], name: str) -> None:
+    def __init__(self, future: Future[Any], name: str) -> None:
         self.name = name
-        self._future: Completable[Any] | None = future
+        self._future: Future[Any] | None = future
 
     def keep(self, result: object) -> None:
         """Complete the future with a value."""
@@ -104,7 +106,7 @@ class Promise:
         )
 
 
-def _complete_later(future: Completable[Any], value: object) -> None:
+def _complete_later(future: Future[Any], value: object) -> None:
     if outcome_of(future) is None:
         finish_devices()  # the streams that fill the value are current in another thread
         try_complete_with_value(future, value)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextvars import copy_context
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .._errors import InvalidStateError, callback_error, drop_catching_frame
 from .._repr import function_name
 from ._callbacks import DoneCallback
 from ._completion import (
-    Completable,
     complete_with_error,
     complete_with_value,
     is_cancelled,
@@ -19,13 +18,16 @@ from ._completion import (
     try_complete_with_error,
 )
 
+if TYPE_CHECKING:
+    from .._future import Future
+
 
 class ThenCallback(DoneCallback):
     """Completes a child with what a function returns or raises, in the context of ``then()``."""
 
     __slots__ = ("_function", "_run", "child")
 
-    def __init__(self, function: Callable[[Any], object], child: Completable[Any]) -> None:
+    def __init__(self, function: Callable[[Any], object], child: Future[Any]) -> None:
         self._function = function
         self._run: Any = partial(copy_context().run, function)  # type: ignore[call-arg]
         self.child: Any = child
@@ -34,13 +36,13 @@ class ThenCallback(DoneCallback):
     def name(self) -> str:
         return function_name(self._function)
 
-    def run(self, future: Completable[Any]) -> None:
+    def run(self, future: Future[Any]) -> None:
         try:
             result = self._run(future)
         except BaseException as error:
             outcome = outcome_of(future)
             if outcome is not None and error is outcome.error:
-                # Passed on: every link of a chain would add its frames, and keep them.
+                # The callback re-raised it: every link of a chain would add its frames to it.
                 error.with_traceback(outcome.traceback)
             else:
                 drop_catching_frame(error)
@@ -55,11 +57,11 @@ class ThenCallback(DoneCallback):
             except InvalidStateError:
                 if not is_cancelled(self.child):
                     raise
-        # The function's frame, which the child's error keeps, leads here through its callers.
-        # So the child must not be found from here, or neither would go without the collector.
+        # The child's error refers to the function's frame, and that to this object through its
+        # callers. Without this line, it would take the garbage collector to free them.
         self.child = None
 
-    def fail(self, _future: Completable[Any], error: BaseException) -> None:
-        child = self.child  # once, as another thread may complete it meanwhile
+    def fail(self, _future: Future[Any], error: BaseException) -> None:
+        child = self.child  # once, as another thread may set it to None
         if child is not None:
             try_complete_with_error(child, error)

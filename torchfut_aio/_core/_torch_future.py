@@ -1,13 +1,13 @@
 """The C++ future underneath: what consumers in PyTorch's own C++ see.
 
-It is completed once, by whoever completes the future: rule 4 of ``_completion.py`` says when.
-Callbacks of C++ consumers run inside of that, with the GIL released around them.
+It is completed once, by the thread that completes the future; rule 4 of ``_completion.py`` says
+when. Callbacks of C++ consumers run within that, with the GIL released around them.
 
-C++ knows an error of Python's as a value that raises when it is unwrapped. The garbage collector
-does not see what C++ holds, and a traceback often leads back to the future: so C++ gets a
-*stand-in* for the error, and a weak reference to the outcome, which the future keeps. A consumer
-that reads the value without unwrapping it meets the stand-in, so the distributed half of the
-package installs one that RPC and DDP understand.
+To C++, an error of Python's is a value that raises when it is unwrapped. The garbage collector
+does not see what C++ holds, and a traceback often leads back to the future. So C++ gets a
+*placeholder* for the error, and a weak reference to the outcome, which the future keeps. A consumer
+that reads the value without unwrapping it gets the placeholder, so that is one that RPC and DDP
+understand.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from .._pytorch import CppFuture, set_unwrap_func
 from ._outcome import Outcome
 
 _Future: Any = CppFuture
-# Makes the C++ future of a future, given its devices. (torch.futures.Future.__init__ would only
-# convert the devices once more.)
+# Makes the C++ future of a future, given its devices. (torch.futures.Future.__init__ would convert
+# the devices once more.)
 init_in_torch = _Future.__init__
-# Completes the C++ future with a value. (Looked up once: pybind11's classes are slow at it.)
+# Completes the C++ future with a value. (Looked up once: pybind11's classes are slow at that.)
 set_value_in_torch = _Future.set_result
 
-_stand_in_for: Callable[[BaseException, Callable[[], BaseException]], object] = lambda *_: None  # noqa: E731
+_placeholder_for: Callable[[BaseException, Callable[[], BaseException]], object] = lambda *_: None  # noqa: E731
 
 
-def install_stand_in(
-    stand_in_for: Callable[[BaseException, Callable[[], BaseException]], object],
+def install_placeholder(
+    placeholder_for: Callable[[BaseException, Callable[[], BaseException]], object],
 ) -> None:
-    """Has C++ get ``stand_in_for(error, find)`` in the place of an error.
+    """Give C++ ``placeholder_for(error, find)`` in the place of an error.
 
-    ``find()`` returns the error, or one like it if the future has gone.
+    ``find()`` returns the error, or one like it if the future was garbage-collected.
     """
-    global _stand_in_for
-    _stand_in_for = stand_in_for
+    global _placeholder_for
+    _placeholder_for = placeholder_for
 
 
 def complete_in_torch(future: Any, outcome: Outcome) -> None:
-    """Completes the C++ future, unless it is done, whatever the outcome.
+    """Complete the C++ future, unless it is done.
 
     It fails with the device's error if the devices take no more events.
     """
@@ -63,8 +63,8 @@ def _fail(future: Any, outcome: Outcome, error: BaseException) -> None:
     try:
         find = partial(_error_of, weakref.ref(outcome), *type_and_text(error))
         set_unwrap_func(future, partial(_raise_found, find))
-        set_value_in_torch(future, _stand_in_for(error, find))
-    except BaseException:  # Ctrl-C, or no memory: C++ consumers must not wait for ever
+        set_value_in_torch(future, _placeholder_for(error, find))
+    except BaseException:  # C++ consumers must not wait for ever
         if not _Future.done(future):
             set_value_in_torch(future, None)
         raise
@@ -76,5 +76,5 @@ def _error_of(ref: weakref.ref[Outcome], kind: type[BaseException], text: str) -
     return rebuild_exception(kind, text) if error is None else error
 
 
-def _raise_found(find: Callable[[], BaseException], _stand_in: object) -> NoReturn:
+def _raise_found(find: Callable[[], BaseException], _placeholder: object) -> NoReturn:
     raise find()

@@ -2,19 +2,7 @@
 
 The loops' own timers have the resolution of ``epoll_wait``, a millisecond. A Linux timerfd is a
 file that becomes readable when its time has come, and wakes a loop within tens of microseconds.
-Where the platform has none, or the loop cannot watch files, the loop's own timers serve, with a
-call for each time.
-
-Whatever interrupts a step of it:
-
-- If a descriptor is closed while a loop watches it, the loop never wakes again, or whoever opens
-  the next file fails. So only the finaliser of a `TimerFd` closes one, and a loop that watches a
-  `TimerFd` refers to it.
-- A timer stays readable until it is set again. So when Ctrl-C keeps the loop from calling the
-  function, the loop finds the timer in its next turn.
-- A timer counts as watched only once `Loop.watch` has returned. Until then the next use begins
-  afresh: it has the loop forget the file, of which the loop may know half, and watch it.
-- A call that the loop drops without making it, as Ctrl-C came in between, is asked for again.
+Where the platform has none, or the loop cannot watch files, the loop's own timers serve.
 """
 
 from __future__ import annotations
@@ -35,14 +23,18 @@ _RETRY = 1e-3  # seconds, after the function has raised
 
 
 class TimerFd(ctypes.c_int):
-    """A timer; readable from when its time has come until it is set again.
+    """A timer: readable from when its time has come until it is set again.
 
-    ``value`` is the descriptor. C makes the instance of what timerfd_create returns, so Ctrl-C
-    cannot strike between the descriptor and the object that will close it.
+    ``value`` is the descriptor. C makes the instance of what timerfd_create returns, so no
+    interrupt can come between the descriptor and the object that will close it.
+
+    Only the finaliser closes the descriptor, and a loop that watches the timer refers to it. If a
+    descriptor is closed while a loop watches it, the loop never wakes again, or opening the next
+    file fails.
     """
 
     def set(self, seconds: float) -> None:
-        """Starts the timer anew, or, for infinity, stops it; either way it is not readable."""
+        """Start the timer anew, or stop it if ``seconds`` is infinite; it is not readable then."""
         # All zero stops it.
         nanoseconds = 0 if seconds == math.inf else max(int(seconds * 1e9), 1)
         _libc.timerfd_settime(self, 0, _Itimerspec(0, 0, *divmod(nanoseconds, 10**9)), None)
@@ -57,14 +49,14 @@ class TimerFd(ctypes.c_int):
 _Itimerspec = ctypes.c_long * 4
 
 # Python itself has these functions from version 3.13 on. They never block, so they are called
-# without letting go of the GIL.
+# without releasing the GIL.
 _libc: Any = ctypes.PyDLL(None, use_errno=True) if sys.platform.startswith("linux") else None
 if hasattr(_libc, "timerfd_create"):
     _libc.timerfd_create.restype = TimerFd
 
 
 def new_timer() -> TimerFd | None:
-    """Returns a timer that is not set, or None where the platform has none.
+    """Return a timer that is not set, or None where the platform has none.
 
     Raises:
         OSError: Too many files are open.
@@ -81,9 +73,12 @@ def new_timer() -> TimerFd | None:
 class Alarm:
     """Calls ``function`` on ``loop`` when its time has come. For the loop's own thread.
 
-    It is not set at first. From the first time that it is set until it is closed, something is
+    It is not set at first. From the first time that it is set until it is closed, a timer is
     registered with the loop. If the function raises, and has not set the alarm anew, it is called
     again in a moment.
+
+    A timerfd stays readable until it is set again. So if an interrupt keeps the loop from calling
+    the function, the loop calls it in the next turn.
     """
 
     def __init__(self, loop: Loop, function: Callable[[], object]) -> None:
@@ -96,7 +91,7 @@ class Alarm:
         self._call: weakref.ref[Any] | None = None  # where the loop's own timers serve
 
     def set(self, seconds: float) -> None:
-        """Calls the function in so many seconds, or never, and not when last set to."""
+        """Call the function in so many seconds, or never if that is infinite."""
         self._set_anew = True
         if self._call is not None:
             self._cancel_call()
@@ -104,10 +99,11 @@ class Alarm:
             assert self._timer is not None
             self._timer.set(seconds)
         elif seconds < math.inf:
-            self._call = weakref.ref(self._loop.call_later(seconds, self._ring), self._call_lost)
+            # Weak, so that `_call_lost` notices when an interrupt makes the loop drop the call.
+            self._call = weakref.ref(self._loop.call_later(seconds, self._fire), self._call_lost)
 
     def is_exact(self) -> bool:
-        """Tells whether the alarm is exact to microseconds; has the loop watch it, if so."""
+        """Return True if the alarm is exact to microseconds; if it can be, it is from now on."""
         if self._can_watch and not self._watched:
             try:
                 self._watch()
@@ -124,12 +120,14 @@ class Alarm:
         if timer is None:
             self._can_watch = False
         else:
+            # After an interrupt the loop may watch the file by half: so it forgets it first, and
+            # `_watched` is set last.
             self._loop.unwatch(timer)
-            self._loop.watch(timer, self._ring)
+            self._loop.watch(timer, self._fire)
             self._watched = True
 
     def close(self) -> None:
-        """Calls nothing any more, and leaves nothing with the loop; may be called again."""
+        """Leave nothing with the loop; may be called again."""
         self._cancel_call()
         timer = self._timer
         if timer is not None:
@@ -138,10 +136,10 @@ class Alarm:
             self._loop.unwatch(timer)
             self._timer = None
 
-    def _ring(self, timer: TimerFd | None = None) -> None:
+    def _fire(self, timer: TimerFd | None = None) -> None:
         self._call = None
         if timer is not self._timer and timer is not None:
-            # The loop still watches it, as Ctrl-C interrupted whoever closed the alarm.
+            # The loop still watches it, as `close` was interrupted.
             timer.set(math.inf)
             self._loop.unwatch(timer)
             return
@@ -168,5 +166,5 @@ class Alarm:
                 self.set(0.0)
             except RecursionError:
                 raise
-            except RuntimeError:  # the loop has closed
+            except RuntimeError:  # the loop is closed
                 pass

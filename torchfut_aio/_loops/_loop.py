@@ -1,83 +1,34 @@
-"""What every kind of loop offers to the tasks that wait on it. One file a kind implements it.
+"""What every kind of loop offers to the tasks that wait on it, and which loop runs here.
 
-Waking a loop from another thread takes a write to its pipe, a system call that also hands the GIL
-over: it costs more than all else on the way. So a waiter is posted to the queue of its loop.
-Whoever finds no wake-up under way asks the loop for one, and the loop then serves all who have
-been posted by the time it looks. A loop that has just found many may look again of its own
-accord, in a moment: that counts as a wake-up under way, too.
+Waking a loop from another thread takes a write to its pipe: a system call that also hands over the
+GIL, and costs more than the rest of the way. So completed waiters are appended to a queue, and a
+wake-up is scheduled only if none is pending. It resumes every waiter that is queued by the time
+it runs.
 
-No lock is held, so a signal handler or a finaliser may post. What makes that right is the order
-of two steps on either side. A poster appends the waiter, then reads ``wake_up``. The loop sets
-``wake_up`` to None, then reads the queue. Whichever way they interleave, either the poster sees
-None and wakes the loop, or the loop sees the waiter. (Where there is no GIL, appending to a deque
-and copying it lock it; asking for its length does not. So the loop copies it.)
-
-Ctrl-C may strike in the loop when it has taken the call of `Loop.serve` from its list, and has
-not made it. If posters went on to count on this call, the loop would never wake again. So
-``wake_up`` is a weak reference to the call, which tells when the loop drops it. A traceback may
-keep the call for longer. So a task that is about to wait, and finds a wake-up under way, asks for
-another. (A poster does not. Most posters find one under way, and each would have to look at the
-clock to tell whether it is late.)
+There is no lock, so signal handlers and finalisers may wake waiters. Two orders make that right.
+A thread appends the waiter, then reads ``wake_up``. The loop clears ``wake_up``, then reads the
+queue. So either the thread schedules a wake-up, or the loop sees the waiter.
 """
 
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator, Iterable
-from dataclasses import dataclass
-from sys import is_finalizing
-from typing import Any, ClassVar, Final, Literal, Protocol
+from importlib import import_module
+from typing import Any, ClassVar, Protocol
 
+from .._cpython import running_loop
 from ._alarm import Alarm, TimerFd
+from ._waker import Waiter
 
 AsyncFunction = Callable[..., Coroutine[Any, Any, None]]
 
-PAUSE = object()  # stands for a wake-up that the loop has seen to itself
-
-
-class Waker(Protocol):
-    """What wakes waiters: the loop of their tasks, or `THREADS`."""
-
-    @property
-    def gone(self) -> bool:
-        """Whether it has been found closed, so that none of its waiters wakes any more."""
-
-    def wake(self, waiter: Any, /) -> None:
-        """Wakes ``waiter``, from any thread; does nothing if it is awake, or has gone."""
-
-    def wake_all(self, waiters: list[Any], /) -> None:
-        """Does the same for many, with one wake-up for all."""
-
-    def describe(self, waiter: Any, /) -> Waiter:
-        """Return the task or thread that waits, for people to read; from any thread."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Waiter:
-    """A task, thread or callback that waits.
-
-    Attributes:
-        kind: "task", "thread" or "callback".
-        name: The name of the task, thread or function; None if it is unknown.
-        since: When the wait began, on the clock of ``time.perf_counter``; None unless waits were
-            recorded then.
-        where: The function, file and line where a task waits, such as ``handler, app.py:42``: the
-            innermost that belongs to neither this package, asyncio, anyio nor trio. None if it is
-            unknown, as for threads and callbacks.
-    """
-
-    kind: Literal["task", "thread", "callback"]
-    name: str | None
-    since: float | None = None
-    where: str | None = None
-
-    def __str__(self) -> str:
-        where = "" if self.where is None else f" in {self.where}"
-        return f"{self.kind} {self.name or 'of unknown name'}{where}"
+BURST = object()  # in ``wake_up``: the timer of the burst will run the wake-up
 
 
 class TaskWaiter(Protocol):
@@ -88,71 +39,15 @@ class TaskWaiter(Protocol):
     def __iter__(self) -> Generator[Any, Any, None]: ...
 
 
-class ThreadWaiter:
-    """One wait of the calling thread, on a lock that is taken until it is woken.
-
-    To acquire a lock is the one wait that takes a timeout, lets other threads run, and is
-    interrupted by Ctrl-C, in every version of Python that is supported.
-
-    Attributes:
-        thread: The identifier of the thread.
-    """
-
-    __slots__ = ("_lock", "thread")
-
-    def __init__(self) -> None:
-        self.thread = threading.get_ident()
-        self._lock = threading.Lock()
-        self._lock.acquire()
-
-    def block(self, timeout: float | None) -> None:
-        """Blocks until it is woken, or for ``timeout`` seconds, or as long as Python can wait.
-
-        Raises:
-            RuntimeError: The interpreter is finalizing: no other thread runs that could wake it.
-        """
-        if is_finalizing():
-            raise RuntimeError("the interpreter is shutting down: no thread is left to wait for")
-        limit = threading.TIMEOUT_MAX  # centuries
-        self._lock.acquire(timeout=-1 if timeout is None else min(timeout, limit))
-
-    def unblock(self) -> None:
-        """Ends the wait; does nothing if it has ended."""
-        try:
-            self._lock.release()
-        except RecursionError:
-            raise
-        except RuntimeError:  # it is not locked
-            pass
-
-
-class _Threads:
-    gone = False
-
-    def wake(self, waiter: ThreadWaiter, /) -> None:
-        waiter.unblock()
-
-    def wake_all(self, waiters: list[ThreadWaiter], /) -> None:
-        for waiter in waiters:
-            waiter.unblock()
-
-    def describe(self, waiter: ThreadWaiter, /) -> Waiter:
-        names = {thread.ident: thread.name for thread in threading.enumerate()}
-        return Waiter(kind="thread", name=names.get(waiter.thread))
-
-
-THREADS: Final = _Threads()
-
-
 class Loop(ABC):
     """A running event loop, as the tasks that wait on it see it.
 
     Attributes:
-        gone: As of `Waker`.
-        queue: Those that were completed elsewhere and await their wake-up.
-        wake_up: What stands for the wake-up under way; None if there is none.
+        closed: As of `Waker`.
+        queue: The waiters that were completed and that the next wake-up resumes.
+        wake_up: Stands for the pending wake-up; None if there is none.
         watcher: What the device side keeps for this loop.
-        cancelled: What a task of the loop raises that is cancelled.
+        cancelled: What a task of the loop raises when it is cancelled.
         before_wait: A method that `waiter` calls before each wait of a task, on any loop; or None.
         checkpoints_suspend: Whether an await that need not wait suspends its task all the same.
             On trio it always does.
@@ -165,86 +60,71 @@ class Loop(ABC):
         "__weakref__",
         "_renewed",
         "checkpoints_suspend",
-        "gone",
+        "closed",
         "queue",
         "wake_up",
         "watcher",
     )
 
     def __init__(self) -> None:
-        self.gone = False
+        self.closed = False
         self.queue: deque[Any] = deque()
         self.wake_up: object = None
         self.watcher: Any = None
         self._renewed = False
         self.checkpoints_suspend = False
 
-    def post(self, waiter: Any) -> None:
-        """Has the loop resume ``waiter``, from any thread."""
+    # ------------------------------------------------------------- in any thread
+
+    def wake(self, waiter: Any, /) -> None:
+        """Wake ``waiter``. A kind of loop may know a shorter way in its own thread."""
         self.queue.append(waiter)
         if self.wake_up is None:
-            self.ask_for_wake_up()
+            self.schedule_wake_up()
 
-    def serve(self) -> None:
-        """Resumes, on the loop, all who have been posted when it starts."""
-        self.wake_up = None
-        try:
-            self._renewed = False
-            self.resume(len(self.queue.copy()))
-        except BaseException:  # Ctrl-C cut it short
-            if self.queue:
-                self.ask_for_wake_up()
-            raise
+    def wake_all(self, waiters: list[Any], /) -> None:
+        """Wake several waiters with one wake-up; later, also in the loop's own thread."""
+        self.queue.extend(waiters)
+        if self.wake_up is None:
+            self.schedule_wake_up()
 
-    def ask_for_wake_up(self) -> None:
-        """Has the loop call `serve`; if this is interrupted, the next poster does."""
+    def schedule_wake_up(self) -> None:
+        """Schedule a call of `run_wake_up`. If this is interrupted, the next `wake` does it."""
         try:
-            serve = self.serve  # a method object that only this call refers to
-            self.wake_up = weakref.ref(serve, self._wake_up_lost)
-            is_open = self.call_soon(serve)
+            # KeyboardInterrupt can be raised after the loop has popped the call and before it runs
+            # it. So that this is noticed, the loop holds the only reference to this method object.
+            run_wake_up = self.run_wake_up
+            self.wake_up = weakref.ref(run_wake_up, self._wake_up_lost)
+            is_open = self.call_soon(run_wake_up)
         except BaseException:
-            self.wake_up = None  # if the loop was told, it will find nothing to do
+            self.wake_up = None  # if the loop has the call, that will find nothing to do
             raise
         if not is_open:
-            # Nobody is left to resume, here or in the queue.
-            self.gone = True
+            self.closed = True
             self.wake_up = None
             self.queue.clear()
 
-    def renew_wake_up(self) -> None:
-        """Asks for another wake-up, once, as that under way may be lost; for a task of the loop."""
-        if not self._renewed and self.wake_up is not PAUSE:
-            self._renewed = True
-            self.ask_for_wake_up()
+    @abstractmethod
+    def call_soon(self, function: Callable[[], object]) -> bool:
+        """Call ``function`` on the loop; return False if the loop is closed.
 
-    def _wake_up_lost(self, wake_up: object) -> None:
-        # The loop has dropped the call. Had it made it, another would be under way, or none.
-        if self.wake_up is wake_up:
-            self.wake_up = None
-            if self.queue.copy():
-                self.ask_for_wake_up()
-
-    def abandon(self) -> None:
-        """Forgets who waits, as the loop has closed or gone; may be called again."""
-        self.gone = True
-        self.queue.clear()
-        watcher, self.watcher = self.watcher, None
-        if watcher is not None:
-            watcher.abandon()
-
-    def alarm(self, function: Callable[[], object]) -> Alarm:
-        """Returns an alarm that is not set; for the loop's own thread."""
-        return Alarm(self, function)
-
-    def wake_later(self, _waiter: Any, _found: int) -> bool:
-        """Wakes ``waiter`` in a moment, if after ``found`` arrivals that is best; or returns False.
-
-        It is best if they come faster than tasks can be woken for each. For the loop's own thread.
+        An interrupt that is raised in the loop just before the call loses the call. Each caller
+        makes up for that: another wake-up is scheduled; the watcher polls when its alarm fires,
+        too, and closes after the next wait; the promise of an RPC fails when it is dropped.
         """
+
+    def stands_still(self) -> bool:
+        """Return True if the loop cannot run because its thread, which calls, runs another."""
         return False
 
+    def describe(self, _waiter: Any, /) -> Waiter:
+        """Return the task that waits, for people to read."""
+        return Waiter(kind="task", name=None)
+
+    # ------------------------------------------------------ in the loop's own thread
+
     def waiter(self) -> TaskWaiter:
-        """Announces that the current task is about to wait, and returns a waiter for that."""
+        """Return a waiter for one wait of the current task, which is about to begin."""
         if self.before_wait is not None:
             self.before_wait()
         if self.wake_up is not None:
@@ -253,64 +133,88 @@ class Loop(ABC):
 
     @abstractmethod
     def new_waiter(self) -> TaskWaiter:
-        """Returns a waiter, hashable, for one wait of the current task.
+        """Return a new waiter, hashable, for one wait of the current task.
 
-        ``await waiter`` suspends the task until `wake` is called, or it is cancelled.
+        ``await waiter`` suspends the task until `wake` is called or the task is cancelled. If
+        `wake` was called before, it does not suspend.
         """
 
-    def wake(self, waiter: Any, /) -> None:
-        """As `Waker.wake`. A kind of loop may know a shorter way in its own thread."""
-        self.post(waiter)
+    def run_wake_up(self) -> None:
+        """Resume the waiters that are queued now."""
+        # A waiter leaves the queue once it is resumed, and ``wake_up`` stays set until all are. If
+        # an interrupt ends this early, the loop drops the call, and `_wake_up_lost` schedules
+        # another. (A copy locks the deque where there is no GIL; len() does not.)
+        self._renewed = False
+        for _ in range(len(self.queue.copy())):
+            self.resume(self.queue[0])
+            del self.queue[0]
+        self.wake_up = None
+        if self.queue.copy():
+            self.schedule_wake_up()
 
-    def wake_all(self, waiters: list[Any], /) -> None:
-        """As `Waker.wake_all`. They are resumed later, in the loop's own thread, too."""
-        self.queue.extend(waiters)
-        if self.wake_up is None:
-            self.ask_for_wake_up()
+    @abstractmethod
+    def resume(self, waiter: Any) -> None:
+        """Resume the task of ``waiter``; do nothing if it is awake or was cancelled."""
 
-    def stands_still(self) -> bool:
-        """Return whether the loop cannot run because its thread, which calls, runs another."""
+    def renew_wake_up(self) -> None:
+        """Schedule a second wake-up, once: the pending one may be lost.
+
+        A traceback can keep the call that the loop dropped, so that `_wake_up_lost` does not run.
+        The task that is about to wait is the one to check this, as most threads that wake find a
+        wake-up pending and would have to look at the clock.
+        """
+        if not self._renewed and self.wake_up is not BURST:
+            self._renewed = True
+            self.schedule_wake_up()
+
+    def _wake_up_lost(self, wake_up: object) -> None:
+        if self.wake_up is wake_up:  # the loop dropped the call without making it
+            self.wake_up = None
+            if self.queue.copy():
+                self.schedule_wake_up()
+
+    def wake_later(self, _waiter: Any, _found: int) -> bool:
+        """Wake ``waiter`` in a moment and return True, or return False to have it woken now.
+
+        Waking later is cheaper when results arrive faster than a task can be woken for each:
+        ``found`` of them were there in a row.
+        """
         return False
-
-    def describe(self, _waiter: Any, /) -> Waiter:
-        """As `Waker.describe`."""
-        return Waiter(kind="task", name=None)
-
-    def current_task_name(self) -> str | None:
-        """Returns the name of the task that calls; None if nobody can tell."""
-        return None
 
     @abstractmethod
     def checkpoint(self) -> Iterable[Any]:
-        """Does what an await that need not wait does on this loop; for ``yield from``."""
+        """Do what an await that need not wait does on this loop; for ``yield from``."""
 
-    @abstractmethod
-    def resume(self, count: int) -> None:
-        """Resumes the first ``count`` in the queue, if there are, and then takes each out."""
+    def current_task_name(self) -> str | None:
+        """Return the name of the task that calls; None if it is unknown."""
+        return None
 
-    @abstractmethod
-    def call_soon(self, function: Callable[[], object]) -> bool:
-        """Has the loop call ``function``, from any thread; returns False if it has closed.
-
-        Ctrl-C that strikes the loop when it is about to make the call loses it. Each caller has
-        something that makes up for that: there is another wake-up; the watcher polls by its alarm,
-        too, and closes it after the next wait; and the promise of an RPC fails when it is dropped.
-        """
+    def abandon(self) -> None:
+        """Forget the waiters and the watcher: the loop is closed. May be called again."""
+        self.closed = True
+        self.queue.clear()
+        watcher, self.watcher = self.watcher, None
+        if watcher is not None:
+            watcher.abandon()
 
     @abstractmethod
     def spawn(self, ended: Callable[[], None], function: AsyncFunction, *args: object) -> None:
-        """Runs an async function, which must not raise, in the loop's own thread.
+        """Run an async function, which must not raise, as a task of the loop.
 
-        The loop calls ``ended`` when the task has ended, also if it was cancelled before its
-        first step. If the loop closes before that, it drops both. asyncio does not keep the
-        task: what it waits for has to, or else it may be dropped.
+        The loop calls ``ended`` when the task has ended, also if it was cancelled before its first
+        step. If the loop closes before that, it drops both. asyncio holds tasks by weak references
+        only: what the task waits for has to refer to it.
         """
 
-    # For alarms, in the loop's own thread, or when it has closed.
+    # ------------------- for alarms: in the loop's own thread, or when the loop is closed
+
+    def alarm(self, function: Callable[[], object]) -> Alarm:
+        """Return an alarm that is not set."""
+        return Alarm(self, function)
 
     @abstractmethod
     def watch(self, timer: TimerFd, function: Callable[[TimerFd], object]) -> None:
-        """Has the loop, which must refer to ``timer``, call ``function(timer)`` if it is readable.
+        """Call ``function(timer)`` whenever ``timer`` is readable; keep a reference to it.
 
         Raises:
             RuntimeError: The loop cannot watch files.
@@ -318,14 +222,79 @@ class Loop(ABC):
 
     @abstractmethod
     def unwatch(self, timer: TimerFd) -> None:
-        """Has the loop watch ``timer`` no more; does nothing if it does not, or has closed."""
+        """Stop watching ``timer``; do nothing if it is not watched or the loop is closed."""
 
     @abstractmethod
     def call_later(self, seconds: float, function: Callable[[], object]) -> Any:
-        """Has the loop call ``function`` in so many seconds, by its own timers.
+        """Call ``function`` in so many seconds, by the loop's own timers.
 
-        Returns an object with ``cancel()``, to which weak references can be made.
+        Returns:
+            An object with ``cancel()``, to which weak references can be made.
 
         Raises:
-            RuntimeError: The loop has closed.
+            RuntimeError: The loop is closed.
         """
+
+
+# ------------------------------------------------------------------ which loop runs here
+
+# The kinds that are asked before asyncio, whose loop can drive trio's, in guest mode, in the same
+# thread: a task that trio runs is trio's. Of each: the module that a program has imported if such a
+# loop may run, a name that the module has once it is whole, and the file here, with ``current()``.
+KINDS = {"trio.lowlevel": ("in_trio_task", "_trio")}
+
+_current_of: dict[str, Callable[[], Loop | None]] = {}  # of the kinds whose library is imported
+
+
+class _ThisThread(threading.local):
+    loop: Any = None  # the loop of asyncio's kind that ran here last: almost always the right one
+
+
+_this_thread = _ThisThread()
+
+
+def running() -> Loop | None:
+    """Return the loop that runs the calling task, or None."""
+    for library in KINDS:
+        if library in sys.modules:
+            other = (_current_of.get(library) or _current_function(library))()
+            if other is not None:
+                return other
+    event_loop = running_loop()
+    if event_loop is None:
+        return None
+    loop: Loop = _this_thread.loop
+    if loop is None or loop.event_loop() is not event_loop:  # type: ignore[attr-defined]
+        from ._asyncio import loop_of
+
+        loop = _this_thread.loop = loop_of(event_loop)
+    return loop
+
+
+def _current_function(library: str) -> Callable[[], Loop | None]:
+    name, file = KINDS[library]
+    if not hasattr(sys.modules[library], name):  # another thread is importing it
+        return lambda: None
+    function: Callable[[], Loop | None] = import_module("." + file, __package__).current
+    _current_of[library] = function
+    return function
+
+
+def current() -> Loop:
+    """Return the loop that runs the calling task.
+
+    Raises:
+        RuntimeError: No event loop runs here.
+    """
+    loop = running()
+    if loop is None:
+        raise RuntimeError(
+            "no asyncio, uvloop or trio event loop runs here to await a torchfut_aio "
+            "future on; use wait() in code that is not asynchronous"
+        )
+    return loop
+
+
+def loop_in_this_thread() -> bool:
+    """Return True if blocking the calling thread would block an event loop."""
+    return running() is not None

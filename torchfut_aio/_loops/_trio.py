@@ -1,6 +1,6 @@
-"""Tasks on trio's loop, in its guest mode too: the waiter names the sleeping task.
+"""Tasks on trio's loop, also in its guest mode: the waiter refers to the sleeping task.
 
-`torchfut_aio._loops` imports this module, once a program has imported trio.
+``_loop.py`` imports this module once a program has imported trio.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import trio
 
 from .._cpython import is_inner, place_of, running_loop
 from ._alarm import TimerFd
-from ._loop import AsyncFunction, Loop, Waiter
+from ._loop import AsyncFunction, Loop
+from ._waker import Waiter
 
 _ALARM = "torchfut_aio alarm"  # the name of the tasks that stand for one
 
@@ -35,7 +36,7 @@ class _Waiter:
             task.custom_sleep_data = self  # trio resets it when the task is rescheduled
             yield from trio.lowlevel.wait_task_rescheduled(self._abort).__await__()  # noqa: ASYNC105
         finally:
-            self.task = None  # it goes on, perhaps to sleep elsewhere
+            self.task = None  # it runs now, and may sleep elsewhere next
         if not self._woken:
             raise RuntimeError(
                 "other code has rescheduled a task that awaits a torchfut_aio future; only the "
@@ -45,7 +46,7 @@ class _Waiter:
     __await__ = __iter__
 
     def resume(self) -> None:
-        """Resumes the task, in trio's thread; may be called again."""
+        """Resume the task, in trio's thread; may be called again."""
         self._woken = True
         task = self.task
         if task is not None and task.custom_sleep_data is self:
@@ -69,36 +70,16 @@ class TrioLoop(Loop):
         super().__init__()
         self._token = token
 
-    def new_waiter(self) -> _Waiter:
-        return _Waiter()
+    # ------------------------------------------------------------- in any thread
 
     def wake(self, waiter: _Waiter, /) -> None:
         if waiter.task is not None and self._can_resume(waiter.task):
             waiter.resume()
         else:
-            self.post(waiter)
-
-    def stands_still(self) -> bool:
-        return (
-            trio.lowlevel.in_trio_task()
-            and trio.lowlevel.current_trio_token() is self._token
-            and _in_asyncio_within_trio()
-        )
-
-    def describe(self, waiter: _Waiter, /) -> Waiter:
-        task = waiter.task
-        if task is None:
-            return Waiter(kind="task", name=None)
-        return Waiter(kind="task", name=task.name, where=place_of(task.coro))
-
-    def current_task_name(self) -> str | None:
-        return trio.lowlevel.current_task().name
-
-    def checkpoint(self) -> Iterable[Any]:
-        return trio.lowlevel.checkpoint().__await__()  # noqa: ASYNC105
+            super().wake(waiter)
 
     def _can_resume(self, task: trio.lowlevel.Task) -> bool:
-        """Tells whether the caller may reschedule ``task`` itself."""
+        """Return True if the caller may reschedule ``task`` itself."""
         # Only while trio runs a task of this very run: in guest mode the host's callbacks
         # share the thread, and trio may be asleep. And not the waiting task itself, which
         # a signal handler or a finaliser may interrupt on its way to sleep.
@@ -114,6 +95,33 @@ class TrioLoop(Loop):
         except trio.RunFinishedError:
             return False
         return True
+
+    def stands_still(self) -> bool:
+        return (
+            trio.lowlevel.in_trio_task()
+            and trio.lowlevel.current_trio_token() is self._token
+            and _in_asyncio_within_trio()
+        )
+
+    def describe(self, waiter: _Waiter, /) -> Waiter:
+        task = waiter.task
+        if task is None:
+            return Waiter(kind="task", name=None)
+        return Waiter(kind="task", name=task.name, where=place_of(task.coro))
+
+    # ------------------------------------------------------ in the loop's own thread
+
+    def new_waiter(self) -> _Waiter:
+        return _Waiter()
+
+    def resume(self, waiter: _Waiter) -> None:
+        waiter.resume()
+
+    def checkpoint(self) -> Iterable[Any]:
+        return trio.lowlevel.checkpoint().__await__()  # noqa: ASYNC105
+
+    def current_task_name(self) -> str | None:
+        return trio.lowlevel.current_task().name
 
     def spawn(self, ended: Callable[[], None], function: AsyncFunction, *args: object) -> None:
         async def run() -> None:  # trio lets every task take its first step
@@ -145,11 +153,6 @@ class TrioLoop(Loop):
         trio.lowlevel.spawn_system_task(call, name=_ALARM)
         return scope
 
-    def resume(self, count: int) -> None:
-        for _ in range(count):
-            self.queue[0].resume()
-            del self.queue[0]
-
     async def _watch(self, timer: TimerFd, function: Callable[[TimerFd], object]) -> None:
         try:
             await _call_whenever_readable(timer, function)
@@ -168,7 +171,7 @@ async def _call_whenever_readable(timer: TimerFd, function: Callable[[TimerFd], 
 
 
 def _in_asyncio_within_trio() -> bool:
-    """Tells whether a task of trio's runs a loop of asyncio, which runs the caller."""
+    """Return True if a task of trio's runs a loop of asyncio, which runs the caller."""
     if running_loop() is None:
         return False
     task = asyncio.current_task()
@@ -179,7 +182,7 @@ _this_run: trio.lowlevel.RunVar[TrioLoop] = trio.lowlevel.RunVar("torchfut_aio")
 
 
 def current() -> TrioLoop | None:
-    """Returns the trio run that runs the calling task, if one does."""
+    """Return the trio run that runs the calling task, or None."""
     if not trio.lowlevel.in_trio_task() or _in_asyncio_within_trio():
         return None
     try:

@@ -144,7 +144,7 @@ def _is_pending(future: Future[Any]) -> bool:
 
 def _waiters_of(future: Future[Any]) -> tuple[Waiter, ...]:
     tasks_and_threads = [waker.describe(waiter) for waiter, waker in _core.waiters_of(future)]
-    _, callbacks = _core.followers(future)
+    callbacks = _core.callbacks_of(future)
     return (
         *tasks_and_threads,
         *(Waiter(kind="callback", name=each.name, since=each.since) for each in callbacks),

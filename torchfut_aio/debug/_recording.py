@@ -165,7 +165,7 @@ def _recorded_await(future: Future[Any], _ready: bool = True) -> Generator[Any, 
         del future  # as in Outcome.read()
 
 
-def _recorded_waiter(future: _core.Completable[Any], waiter: Any, waker: Waker) -> bool:
+def _recorded_waiter(future: Future[Any], waiter: Any, waker: Waker) -> bool:
     recording, wait = _on, _this_thread.starting
     _this_thread.starting = None
     if recording is None:
@@ -191,8 +191,8 @@ class _RecordedWaker:
         self._waker = waker
 
     @property
-    def gone(self) -> bool:
-        return self._waker.gone
+    def closed(self) -> bool:
+        return self._waker.closed
 
     def wake(self, waiter: Any, /) -> None:
         self._note()
@@ -217,7 +217,7 @@ class _RecordedWaker:
             self._recording._end(wait)
 
 
-def _recorded_callback(future: _core.Completable[Any], callback: _core.DoneCallback) -> None:
+def _recorded_callback(future: Future[Any], callback: _core.DoneCallback) -> None:
     recording = _on
     _add_callback(future, callback if recording is None else _RecordedCallback(recording, callback))
 
