@@ -24,8 +24,8 @@ from torchfut_aio import (
     InvalidStateError,
     StreamClosedError,
     ValueStream,
-    _collect,
     _core,
+    _many,
     _timeouts,
     as_completed,
     gather,
@@ -200,7 +200,7 @@ def test_futures_that_complete_at_once_complete_what_is_made_of_them(other):
 
 
 def test_what_fails_at_once_fails_what_is_made_of_it_once(other):
-    for strike in between_instructions(other, _core, _collect):
+    for strike in between_instructions(other, _core, _many):
         first, second = Future(), Future()
         both = gather([first, second])
         other.now = lambda: second.set_exception(ValueError())

@@ -14,9 +14,9 @@ from torchfut_aio import (
     Future,
     InvalidStateError,
     _as_completed,
-    _collect,
     _core,
     _future,
+    _many,
     _to_stdlib,
     as_completed,
     collect_all,
@@ -29,7 +29,7 @@ from .threads import PATIENCE, until
 # Every point if this is 1.
 EVERY = int(os.environ.get("TORCHFUT_AIO_TEST_EVERY", "1"))
 
-MODULES = (_core, _future, _to_stdlib, _collect, _as_completed)
+MODULES = (_core, _future, _to_stdlib, _many, _as_completed)
 
 errors = pytest.mark.parametrize(
     ("error", "at"),
@@ -73,7 +73,7 @@ class Followers:
         until(lambda: torch._C.Future.done(fut))
         assert len(self.ran) <= 1
         assert next(self.completed) is fut
-        assert not _core.followers(fut)[0]
+        assert not _core.waiters_of(fut)
 
     def check_untouched(self):
         assert not any(dependant.done() for dependant in self.dependants())
@@ -228,8 +228,8 @@ def test_the_followers_are_told_apart_without_comparing_them():
     _core.add_waiter(fut, waiter, waiter)
     for callback in callbacks:
         _core.add_callback(fut, callback)
-    waiters, found = _core.followers(fut)
-    assert [*map(id, waiters)] == [id(waiter)]
+    waiters, found = _core.waiters_of(fut), _core.callbacks_of(fut)
+    assert [id(each) for each, _ in waiters] == [id(waiter)]
     assert [*map(id, found)] == [*map(id, callbacks)]
     assert repr(fut) == "<Future pending waiters=1 callbacks=3>"
 

@@ -16,7 +16,7 @@ from torchfut_aio import (
     NotAFutureError,
     _core,
     _loops,
-    _set_results,
+    _many,
     gather,
     set_results,
 )
@@ -48,7 +48,7 @@ async def test_tasks_that_wait_get_their_values_from_another_thread():
             async with alongside(lambda: set_results(futures, range(300))):
                 pass
     assert got == {n: n for n in range(300)}
-    assert not any(_core.followers(fut)[0] for fut in futures)
+    assert not any(_core.waiters_of(fut) for fut in futures)
 
 
 @on_every_loop
@@ -203,7 +203,7 @@ class Waiter:
 def test_whatever_strikes_all_are_untouched_or_all_are_served(error, at, caplog):
     caplog.set_level(logging.CRITICAL, "torchfut_aio")
     served = untouched = 0
-    for strike in strikes(_core, _set_results, error=error, at=at):
+    for strike in strikes(_core, _many, error=error, at=at):
         futures, ran = futures_of(3), []
         waiters = [Waiter() for _ in futures]
         for fut, waiter in zip(futures, waiters, strict=True):

@@ -8,9 +8,8 @@ item that its function is run on. A `ValueStream` is for many values, from threa
 To read the package, follow a completion: ``_future.py`` (the public methods), ``_core/``
 (an outcome claims the future and wakes what waits for it), ``_loops/`` (a waiting task is resumed
 by its loop, a thread by its lock). Beside these, ``_to_stdlib.py`` makes copies for asyncio and
-concurrent.futures; ``_collect.py``, ``_gather.py`` and ``_as_completed.py`` take many futures,
-``_set_results.py`` completes them, ``_adopt/`` adopts other kinds, ``_tasks.py`` makes futures of
-tasks, ``_timeouts.py`` gives futures a deadline.
+concurrent.futures; ``_many.py`` and ``_as_completed.py`` are for many futures, ``_adopt/`` adopts
+other kinds, ``_tasks.py`` makes futures of tasks, ``_timeouts.py`` gives futures a deadline.
 ``_batcher.py`` runs a function on many items at once, in the thread of ``_batch_worker.py``.
 ``_stream.py`` has no future at all: outcomes, one after the other (``_stream_state.py``), for
 those who wait in ``_waiters.py``.
@@ -28,7 +27,6 @@ So is ``debug/``: who waits for which future, and traces.
 from ._adopt import as_future
 from ._as_completed import as_completed
 from ._batcher import Batcher, BatcherStatistics
-from ._collect import collect_all, wait_all
 from ._devices import (
     PollPolicy,
     PollStatistics,
@@ -51,9 +49,8 @@ from ._errors import (
     TaskStateWarning,
 )
 from ._future import Future
-from ._gather import gather
+from ._many import collect_all, gather, set_results, wait_all
 from ._public import publish
-from ._set_results import set_results
 from ._stream import ValueStream
 from ._task_state import task_local_state
 from ._tasks import start_soon

@@ -24,11 +24,11 @@ from weakref import WeakMethod
 from . import _core, _loops
 from ._adopt import Source
 from ._arguments import timeout_checked
-from ._collect import adopted, check_one_iterable, not_done_within
 from ._cpython import Queue
 from ._devices import Readiness
 from ._errors import warn_that_wait_blocks_a_loop
 from ._future import Future
+from ._many import adopted, check_one_iterable, not_done_within
 from ._process_local import ProcessLocal
 from ._waiters import first
 

@@ -32,7 +32,7 @@ import torch
 from ._arguments import hides_async, listed
 from ._errors import BatcherClosedError, drop_catching_frame, one_for_each
 from ._future import Future, InternalFuture
-from ._set_results import set_results
+from ._many import set_results
 from ._worker import Worker, WorkerThread
 
 _LINGER = 10.0  # seconds for which a thread waits for more; to start one takes a tenth of a ms

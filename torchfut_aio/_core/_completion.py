@@ -66,12 +66,11 @@ def try_complete(future: Future[Any], outcome: Outcome) -> bool:
     """Complete a future; return False if it is done already."""
     state = future._state
     try:
-        if state.setdefault(OUTCOME, outcome) is not outcome:
+        callbacks = _claim(state, outcome)
+        if callbacks is None:
             # The caller still has the error of this outcome: it is not logged as never retrieved.
             outcome.exception()
             return False
-        # What is stored from here on sees the outcome: stores are in one order.
-        callbacks = _wake_waiters(state) if len(state) > 1 else ()
         if outcome.error is None:
             set_value_in_torch(future, outcome.value)
         else:
@@ -81,12 +80,13 @@ def try_complete(future: Future[Any], outcome: Outcome) -> bool:
         if callbacks:
             _callbacks.run(future, outcome, state, callbacks)
     except BaseException as error:
-        if state.get(OUTCOME) is outcome:  # this thread had claimed the future
+        # Had this thread claimed the future? (No call: the stack may have no room for one.)
+        if OUTCOME in state and state[OUTCOME] is outcome:
             try:
                 _complete_again(future, outcome, state)
             except BaseException:
-                # The stack is full, and other threads wait. This call fits on the stack, as the
-                # exception came from a deeper one.
+                # The stack is full, and other threads wait. This call has room, as the exception
+                # came from a deeper one.
                 start_new_thread(_complete_in_thread, (future, outcome, state))
             # Without events, C++ raises after completing its future. That is no failure.
             if says_no_events(error):
@@ -113,8 +113,17 @@ def refuse_second(future: Future[Any]) -> NoReturn:
     )
 
 
-def _wake_waiters(state: dict[Any, Any]) -> list[DoneCallback]:
-    """Wake the waiters of a future that is done; return its callbacks."""
+def _claim(state: dict[Any, Any], outcome: Outcome) -> Sequence[DoneCallback] | None:
+    """Claim a future for ``outcome`` and wake its waiters; may be repeated.
+
+    Returns:
+        The callbacks of the future, or None if it has another outcome.
+    """
+    if state.setdefault(OUTCOME, outcome) is not outcome:
+        return None
+    # What is stored from here on sees the outcome: stores are in one order.
+    if len(state) == 1:
+        return ()
     callbacks = []
     for key in [*state]:
         if key is OUTCOME:
@@ -129,7 +138,7 @@ def _wake_waiters(state: dict[Any, Any]) -> list[DoneCallback]:
 
 
 def _complete_again(future: Future[Any], outcome: Outcome, state: dict[Any, Any]) -> None:
-    callbacks = _wake_waiters(state)
+    callbacks = _claim(state, outcome) or ()
     complete_in_torch(future, outcome)
     _callbacks.run(future, outcome, state, callbacks)  # also what this thread has deferred
 
