@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import threading
+import warnings
 
 import pytest
 import trio
 import trio.testing
 
-from torchfut_aio import Future
+from torchfut_aio import Future, _loops
 
 from .threads import PATIENCE, until
 
@@ -194,3 +196,16 @@ def test_a_signal_handler_may_complete_what_trio_awaits():
         trio.run(main)
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+def test_a_forked_child_does_not_wake_the_loop_of_its_parent():
+    async def main():
+        loop = _loops.current()
+        if child := os.fork():
+            assert loop.call_soon(bool)
+            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])  # noqa: ASYNC222
+        os._exit(0 if loop.call_soon(bool) is False else 1)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # from Python 3.12 on, of the fork with threads
+        assert trio.run(main) == 0

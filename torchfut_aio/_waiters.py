@@ -1,19 +1,19 @@
-"""Tasks and threads that wait for one thing, each event of which is for one of them.
+"""Tasks and threads that wait for one thing, whose events are for one of them each.
 
-An event wakes one waiter of each *waker*: of each loop, and of all threads. To wake only one of
-all would be too few, as its loop may have closed, or stopped. To wake all would cost the more the
-more wait. There are no locks; what makes that right:
+An event wakes one waiter of each *waker*: of each loop, and of all threads. Waking one in all
+would be too few, as its loop may be closed or stopped. Waking all would cost more the more wait.
 
-1. A waiter joins, then looks whether the event has come. An event comes, then wakes. So one of
-   the two sees the other.
-2. ``waiting`` has all waiters, in order of arrival. To delete one there is to have taken it, in a
-   statement within which CPython checks for no signal: no two events wake the same waiter.
-3. ``lines`` has the waiters of each waker, except one that found itself alone when it had joined.
-   That one is the first of all for as long as it waits. So the first of all and the first of each
-   line are the first of each waker.
-4. A waiter that was woken finds what the event was for, or finds that another has taken it, and
-   waits again. If it leaves with an exception instead, its user calls `wake` once more, if the
-   event still stands. To wake one too many is harmless.
+1. A waiter joins, then checks for the event. An event happens, then wakes. So one of the two sees
+   the other.
+2. ``waiting`` has all waiters, in order of arrival. The thread that deletes one there has taken it,
+   in a statement within which CPython does not check for signals. So no two events wake the same
+   waiter.
+3. ``lines`` has the waiters of each waker, except one that was alone when it joined. That one is
+   the first of all for as long as it waits. So the first of all and the first of each line are the
+   first of each waker.
+4. A woken waiter finds the event, or finds that another waiter took it, and waits again. If it
+   leaves with an exception instead, its user calls `wake` again if the event still stands. Waking
+   one too many is harmless.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _Line = dict[object, None]
 def first(things: dict[T, Any]) -> T | None:
     """Return the first key of a dict that other threads may change, or None if it is empty."""
     while True:
-        # Not a copy, which takes the longer the more there are.
+        # Not a copy, whose time grows with the dict.
         try:
             for thing in things:
                 return thing
@@ -56,11 +56,11 @@ def give_up_after(timeout: float | None) -> float | None:
 
 
 class Waiters:
-    """Those who wait for one thing: tasks on any loops, and threads.
+    """The waiters for one thing: tasks on any loops, and threads.
 
     Attributes:
         waiting: All waiters, each with its waker; see rule 2.
-        lines: The waiters of each waker; see rule 3. Nothing is left of a waker without waiters.
+        lines: The waiters of each waker; see rule 3. A waker without waiters is removed.
     """
 
     __slots__ = ("lines", "waiting")
@@ -78,7 +78,7 @@ class Waiters:
             return
         waiting = self.waiting
         try:
-            for waiter in waiting:  # which is the only one
+            for waiter in waiting:  # the only one
                 waker = waiting[waiter]
                 del waiting[waiter]
                 break
@@ -96,7 +96,7 @@ class Waiters:
             raise
 
     def wake_again(self, events: float = 1) -> None:
-        """Wake waiters after `wake` was interrupted; in a thread if need be."""
+        """Wake waiters after `wake` was interrupted; in a new thread if the stack is full."""
         try:
             self._wake(events)
         except BaseException:
@@ -114,10 +114,10 @@ class Waiters:
 
     def _take_for(self, events: float, taken: list[tuple[object, _loops.Waker]]) -> None:
         self._take(self.waiting, 1, taken)
-        served = taken[0][1] if taken else None
+        first_waker = taken[0][1] if taken else None
         for waker in [*self.lines]:
             line = self.lines.get(waker, {})
-            number = EVERYONE if waker.closed else events - 1 if waker is served else events
+            number = EVERYONE if waker.closed else events - (waker is first_waker)
             self._take(line, number, taken)
             if not line:
                 self._remove_line(waker)
@@ -147,17 +147,17 @@ class Waiters:
     def block(self, is_over: Callable[[], bool], give_up: float | None, warning: str) -> bool:
         """Block the calling thread until it is woken, or ``is_over()``, or the time is up.
 
-        It may return for no reason. The caller looks, and blocks again if it has to.
+        It may return early. The caller checks, and blocks again if it has to.
 
         Args:
-            is_over: Return True if the caller need not block.
+            is_over: Returns True if the caller need not block.
             give_up: The time at which to return, as of `give_up_after`, or None.
-            warning: What to warn of if the thread runs an event loop.
+            warning: The text of the warning if the thread runs an event loop.
 
         Returns:
-            False if the time was up when it was called, and there was reason to block.
+            False if the time was up when this was called and the thread would have blocked.
         """
-        # Callbacks that this thread has put off may be those to put, or to read.
+        # Callbacks that this thread has deferred may be those to put, or to read.
         _core.run_deferred()
         if is_over():
             return True
@@ -186,7 +186,7 @@ class Waiters:
 
     @types.coroutine
     def wait(self, is_over: Callable[[], bool]) -> Generator[Any, Any, None]:
-        """Do for a task what `block` does for a thread; for ``await``."""
+        """Suspend the current task until it is woken, or ``is_over()``; for ``await``."""
         loop = _loops.current()
         waiting, waiter = self.waiting, loop.waiter()
         try:
@@ -196,17 +196,17 @@ class Waiters:
             if not is_over():
                 yield from waiter
         finally:
-            # If this is interrupted, its place in the line stays until an event comes to it.
+            # If this is interrupted, its place in the line stays until an event finds it.
             waiting.pop(waiter, None)
             if self.lines:
                 self.leave_line(waiter, loop)
 
     def line_up(self, waiter: object, waker: _loops.Waker) -> None:
-        """Join the line of a waker, as others may wait, too."""
+        """Join the line of a waker, as there may be other waiters."""
         while True:
             line = self.lines.setdefault(waker, {})
             line[waiter] = None
-            if self.lines.get(waker) is line:  # and has not been removed meanwhile
+            if self.lines.get(waker) is line:  # no other thread has removed it
                 return
 
     def leave_line(self, waiter: object, waker: _loops.Waker) -> None:
@@ -223,19 +223,19 @@ class Waiters:
             # CPython checks for signals after the call of map(), which has done nothing yet, and
             # not while the result is unpacked. So no interrupt loses the line.
             (line,) = map(self.lines.pop, (waker,), ({},))
-            for waiter in [*line]:  # it has just joined; let it join again
+            for waiter in [*line]:  # another thread's, which has just joined; it joins again
                 waker.wake(waiter)
         except BaseException:
             _wake_again([(waiter, waker) for waiter in [*line]])
             raise
 
     def describe(self) -> list[_loops.Waiter]:
-        """Return who waits, for people to read, from any thread."""
+        """Return the waiters, for people to read, from any thread."""
         return [waker.describe(waiter) for waiter, waker in [*self.waiting.items()]]
 
 
 def _wake_again(taken: list[tuple[object, _loops.Waker]]) -> None:
-    """Wake waiters that were taken, after an interrupt; in a thread if the stack is full."""
+    """Wake waiters that were taken, after an interrupt; in a new thread if the stack is full."""
     for waiter, waker in taken:
         try:
             waker.wake(waiter)
@@ -244,17 +244,17 @@ def _wake_again(taken: list[tuple[object, _loops.Waker]]) -> None:
 
 
 class _Blocked(NamedTuple):
-    """One wait of a thread, within which a signal handler or a finaliser may wait, too."""
+    """One wait of a thread; a signal handler or a finaliser may wait within it."""
 
     waiters: Waiters
     waiter: _loops.ThreadWaiter
     is_over: Callable[[], bool]
 
     def step_aside(self) -> None:
-        """Let other waiters have the events that come before the handler returns.
+        """Leave the events that come before the handler returns to other waiters.
 
-        The thread could not use them. If the handler waits for the same event, it would wait
-        for ever. When it has returned, the thread looks again and, if it has to, joins again.
+        This thread could not use them, and the handler may wait for the same event. When it has
+        returned, the thread checks again and, if it has to, joins again.
         """
         self.waiter.unblock()
         self.waiters.waiting.pop(self.waiter, None)
@@ -263,7 +263,7 @@ class _Blocked(NamedTuple):
 
 
 class _ThisThread(threading.local):
-    """The waits of this thread: each but the last has been interrupted by the next."""
+    """The waits of this thread: each but the last was interrupted by the next."""
 
     blocked: tuple[_Blocked, ...] = ()
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
@@ -62,12 +63,13 @@ class _Waiter:
 class TrioLoop(Loop):
     """One ``trio.run``."""
 
-    __slots__ = ("_token",)
+    __slots__ = ("_process", "_token")
 
     cancelled = trio.Cancelled
 
     def __init__(self, token: trio.lowlevel.TrioToken) -> None:
         super().__init__()
+        self._process = os.getpid()
         self._token = token
 
     # ------------------------------------------------------------- in any thread
@@ -90,6 +92,10 @@ class TrioLoop(Loop):
         )
 
     def call_soon(self, function: Callable[[], object]) -> bool:
+        # In a forked child the parent's run does not run, and another thread of the parent may have
+        # held the token's lock at the fork: here it would never be released.
+        if os.getpid() != self._process:
+            return False
         try:
             self._token.run_sync_soon(function)
         except trio.RunFinishedError:
