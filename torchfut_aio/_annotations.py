@@ -1,9 +1,9 @@
-"""What ``Future[int]`` is when a program runs: an annotation that PyTorch knows for its own.
+"""What ``Future[int]`` is at run time: an annotation that PyTorch accepts as one of its own class.
 
 DDP compares the annotation of a hook's result with ``torch.futures.Future[torch.Tensor]``, and
-TorchScript compares the class behind it with ``torch.futures.Future``. Neither looks for
-subclasses. So this alias is equal to PyTorch's, and names that class where ``typing.get_origin``
-looks; but calling it, or deriving from it, takes our class.
+TorchScript compares the class behind it with ``torch.futures.Future``. Neither accepts subclasses.
+So this alias is equal to PyTorch's, and ``typing.get_origin`` returns PyTorch's class; but calling
+the alias, or deriving from it, uses ours.
 """
 
 from __future__ import annotations

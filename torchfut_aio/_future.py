@@ -40,7 +40,7 @@ class _Absent:
 class Future(torch.futures.Future[T]):
     """A ``torch.futures.Future`` that can be awaited.
 
-    It keeps every documented promise of ``torch.futures.Future``, goes wherever
+    It keeps every documented promise of ``torch.futures.Future``, can be passed wherever
     PyTorch takes one, and may be awaited by any number of tasks on asyncio, uvloop and
     trio loops in any number of threads, while other threads block in `wait` and
     callbacks are attached. All methods may be called from any thread.
@@ -354,7 +354,7 @@ class Future(torch.futures.Future[T]):
     def __await__(self, _ready: bool = True) -> Generator[Any, Any, T]:
         """Suspend the current task until the value is there, and return it.
 
-        If ``_ready``, wait for the kernels that fill it, too.
+        If ``_ready``, wait until the kernels that fill it have finished.
         """
         loop = _loops.running() or _loops.current()  # which raises
         state = self._state
@@ -363,7 +363,7 @@ class Future(torch.futures.Future[T]):
         else:
             waiter = loop.waiter()
             try:
-                # First the waiter is stored, then the outcome is looked for: see rule 3 of _core.
+                # The waiter is stored before the check for the outcome: rule 3 of _core.
                 state[waiter] = loop
                 if OUTCOME not in state:
                     yield from waiter
@@ -496,7 +496,7 @@ class Future(torch.futures.Future[T]):
 
         The callback runs as one given to `add_done_callback` does, context and streams included.
         A child has the devices of this future, and its class too, unless that has a
-        constructor of its own. Chains may have any length.
+        different constructor. Chains may have any length.
 
         Kernels may still fill what the callback returns, on the streams that are current when it
         has returned. A ``with stream:`` around ``return`` has ended by then: let the stream

@@ -4,7 +4,7 @@ Each combination leaves one callback object with every pending future, the same 
 them: no task, no thread, and no closure for each future.
 """
 
-# A tuple is an iterable, and has overloads of its own.
+# A tuple is an iterable, and has separate overloads.
 # mypy: disable-error-code="overload-overlap"
 
 from __future__ import annotations

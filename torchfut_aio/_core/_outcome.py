@@ -133,7 +133,7 @@ def _outcome(value: Any, readiness: Readiness | None, error: BaseException | Non
 
 def outcome_of_error(error: BaseException, devices: Sequence[torch.device] = ()) -> Outcome:
     """Return the outcome of a future on ``devices`` that fails with ``error``."""
-    # With a readiness, so that its callbacks run on dedicated streams, too.
+    # With a readiness, as its callbacks run on dedicated streams as well.
     return _outcome(
         None, declared_readiness(devices, None, Moment())[0] if devices else None, error
     )

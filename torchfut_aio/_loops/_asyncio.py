@@ -1,6 +1,6 @@
 """Tasks on asyncio's loops and on uvloop's: each waits on an ``asyncio.Future``.
 
-Completing such a future makes the loop resume its task in the next turn, by a handle of its own.
+Completing such a future makes the loop resume its task in the next turn, by a separate handle.
 Here the callback that resumes the task is taken from the future and called in the wake-up: one turn
 less and, on asyncio, whose handles are written in Python, half the work.
 """
@@ -138,7 +138,7 @@ class AsyncioLoop(Loop):
         at_once, self._at_once = self._at_once, 0  # such waiters are no burst
         if count - at_once >= MANY:
             self._start_burst_timer(count)
-        # In debug mode each task has a handle of its own, so that one can see which takes long.
+        # In debug mode each task has a separate handle, so that the slow ones can be logged.
         debug = bool(waiters) and waiters[0].get_loop().get_debug()
         for _ in range(count):
             if not waiters:
@@ -170,7 +170,7 @@ class AsyncioLoop(Loop):
                     raise
 
     def _start_burst_timer(self, found: int) -> None:
-        """Let a timer run the next wake-up, unless the loop's own timers, too coarse, would."""
+        """Schedule the next wake-up by a timer, if there is one exact enough."""
         # A timer that has fired stays ready until it is set again: no interrupt loses the wake-up.
         if self._burst_timer.is_exact():
             self._burst_timer.set(min(found * PAUSE_FOR_EACH, LONGEST_PAUSE))
@@ -197,7 +197,7 @@ class AsyncioLoop(Loop):
         self._running().create_task(function(*args)).add_done_callback(lambda _: ended())
 
     def watch(self, timer: TimerFd, function: Callable[[TimerFd], object]) -> None:
-        # In an empty context: the task that is the first to need it lends nothing of its own.
+        # In an empty context: that of the task which happens to need it first must not leak.
         add_reader = self._running().add_reader
         contextvars.Context().run(add_reader, timer.value, function, timer)
 

@@ -161,7 +161,7 @@ class Loop(ABC):
 
         A traceback can keep the call that the loop dropped, so that `_wake_up_lost` does not run.
         The task that is about to wait is the one to check this, as most threads that wake find a
-        wake-up pending and would have to look at the clock.
+        wake-up pending, and would have to read the clock to find it late.
         """
         if not self._renewed and self.wake_up is not BURST:
             self._renewed = True
