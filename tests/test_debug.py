@@ -677,52 +677,50 @@ def test_a_future_nobody_completes_is_collected_while_recording(collected):
         assert ref() is None
 
 
-def test_switched_off_it_leaves_nothing():
-    before = Future.__await__, _core.add_waiter, _core.add_callback
+def methods():
+    """What a recording may replace."""
+    return [{**vars(kind)} for kind in (Future, _core.FunctionCallback, _core.ThenCallback)]
+
+
+def test_an_ended_recording_leaves_every_method_as_it_was():
+    before = methods()
     with suppress(ZeroDivisionError), Recording():
-        assert Future.__await__ is not before[0]
+        assert methods() != before
         raise ZeroDivisionError
-    assert before == (Future.__await__, _core.add_waiter, _core.add_callback)
+    assert methods() == before
 
 
 def test_one_recording_is_on_at_a_time():
     with Recording():
+        recording = methods()
         with pytest.raises(RuntimeError, match="another Recording is on"), Recording():
             pass
-        assert _core.add_callback.__module__ == "torchfut_aio.debug._recording"
+        assert methods() == recording
     with Recording():
         pass
 
 
-class CountingWaiter:
-    """Counts how often it is woken; its own waker, too."""
-
-    woken = 0
-
-    def wake(self, _waiter):
-        self.woken += 1
-
-    def describe(self, _waiter):
-        return Waiter(kind="thread", name=None)
-
-
 @pytest.mark.parametrize(("at", "error"), [("signals", KeyboardInterrupt), ("calls", MemoryError)])
-def test_while_recording_an_interrupt_leaves_nobody_waiting(at, error):
+def test_an_interrupted_completion_wakes_all_while_recording(at, error):
+    before = methods()
     for strike in strikes(debug, at=at, error=error):
         with Recording():
-            future, waiter = Future(), CountingWaiter()
-            _core.add_waiter(future, waiter, waiter)
+            future = Future()
+            waiter = threading.Thread(target=future.wait)
+            waiter.start()
+            until(future.has_waiters)
             children = [future.then(lambda fut: 6), gather([future])]
             with strike:
                 future.set_result(5)
             if not future.done():
                 future.set_result(5)
+            waiter.join(PATIENCE)
+            assert not waiter.is_alive()
             until(lambda children=children: all(child.done() for child in children))
-            assert waiter.woken
             values = [child.exception() or child.value() for child in children]
             if strike.where is None:
                 assert values == [6, [5]]
-    assert _core.add_waiter.__module__ == "torchfut_aio._core._completion"
+    assert methods() == before
 
 
 # -------------------------------------------------------------------------------- the trace

@@ -326,7 +326,12 @@ class Future(torch.futures.Future[T]):
         finally:
             del self, outcome  # as in Outcome.read()
 
-    def _block(self, timeout: float | None, warning: str = WAIT_BLOCKS) -> _core.Outcome:
+    def _block(
+        self,
+        timeout: float | None,
+        warning: str = WAIT_BLOCKS,
+        waker: _loops.Waker = _loops.THREADS,
+    ) -> _core.Outcome:
         # Callbacks that this thread has deferred may be the ones to complete the future.
         _core.run_deferred()
         state = self._state
@@ -337,7 +342,7 @@ class Future(torch.futures.Future[T]):
             warn_that_wait_blocks_a_loop(warning)
         waiter = _loops.ThreadWaiter()
         try:
-            state[waiter] = _loops.THREADS
+            state[waiter] = waker
             if OUTCOME not in state:
                 waiter.block(timeout)
         finally:

@@ -73,7 +73,7 @@ def described(thing: object) -> str:
 
 def function_name(function: Any) -> str:
     """Returns the name of a function, or of anything that can be called."""
-    while type(function) is functools.partial:  # whose repr has that of the arguments
+    while issubclass(type(function), functools.partial):  # its repr has that of the arguments
         function = function.func
     try:
         module, name = function.__module__, function.__qualname__

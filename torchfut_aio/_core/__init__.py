@@ -7,10 +7,6 @@ completes a future from a task, a thread or another library, and ``_torch_future
 file that touches the C++ future underneath.
 """
 
-from collections.abc import Callable
-from typing import Any
-
-from .._loops import Waker
 from ._callbacks import DoneCallback, FunctionCallback, run_deferred
 from ._completion import (
     OUTCOME,
@@ -75,13 +71,3 @@ __all__ = [
     "try_complete_with_value",
     "waiters_of",
 ]
-
-
-def replace_add_functions(
-    waiter_adder: Callable[[Any, Any, Waker], bool],
-    callback_adder: Callable[[Any, DoneCallback], None],
-) -> None:
-    """Replace `add_waiter` and `add_callback`; call these by ``_core.``, not by imported names."""
-    global add_waiter, add_callback
-    add_waiter = waiter_adder  # type: ignore[assignment]
-    add_callback = callback_adder  # type: ignore[assignment]

@@ -41,13 +41,13 @@ class DoneCallback:
     uses_streams = True
     """Whether it may enqueue kernels, and so needs streams that are ordered after the value's."""
 
-    since: float | None = None
-    """When it was added, on the clock of ``time.perf_counter``, if that was recorded."""
+    function: Callable[[Any], object] | None = None
+    """The argument of ``add_done_callback`` or ``then``, if this is of one of these."""
 
     @property
     def name(self) -> str:
         """Its name in logs."""
-        return type_name(self)
+        return type_name(self) if self.function is None else function_name(self.function)
 
     def is_for(self, _function: object, /) -> bool:
         """Return True if ``add_done_callback`` was given this function."""
@@ -63,19 +63,15 @@ class DoneCallback:
 class FunctionCallback(DoneCallback):
     """A function that was given to ``add_done_callback``; it runs in the context of that call."""
 
-    __slots__ = ("_function", "run")
+    __slots__ = ("function", "run")
 
     def __init__(self, function: Callable[[Any], object]) -> None:
-        self._function = function
+        self.function = function
         # All of this is C: the frame of the function is the first of Python's.
         self.run: Any = partial(copy_context().run, function)  # type: ignore[call-arg]
 
-    @property
-    def name(self) -> str:
-        return function_name(self._function)
-
     def is_for(self, function: object) -> bool:
-        return self._function == function
+        return self.function == function
 
     def fail(self, future: Any, error: BaseException) -> None:
         """Do nothing: no future of this package depends on the function."""

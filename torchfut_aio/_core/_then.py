@@ -8,7 +8,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .._errors import InvalidStateError, callback_error, drop_catching_frame
-from .._repr import function_name
 from ._callbacks import DoneCallback
 from ._completion import (
     complete_with_error,
@@ -25,16 +24,12 @@ if TYPE_CHECKING:
 class ThenCallback(DoneCallback):
     """Completes a child with what a function returns or raises, in the context of ``then()``."""
 
-    __slots__ = ("_function", "_run", "child")
+    __slots__ = ("_run", "child", "function")
 
     def __init__(self, function: Callable[[Any], object], child: Future[Any]) -> None:
-        self._function = function
+        self.function = function
         self._run: Any = partial(copy_context().run, function)  # type: ignore[call-arg]
         self.child: Any = child
-
-    @property
-    def name(self) -> str:
-        return function_name(self._function)
 
     def run(self, future: Future[Any]) -> None:
         try:

@@ -20,6 +20,7 @@ from .._loops import Waiter
 from .._stream import ValueStream, state_of
 from .._stream_state import StreamState
 from .._worker import workers
+from ._recording import RecordedFunction
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, slots=True)  # a future may define `==` as it likes
@@ -147,8 +148,13 @@ def _waiters_of(future: Future[Any]) -> tuple[Waiter, ...]:
     callbacks = _core.callbacks_of(future)
     return (
         *tasks_and_threads,
-        *(Waiter(kind="callback", name=each.name, since=each.since) for each in callbacks),
+        *(Waiter(kind="callback", name=each.name, since=_since(each)) for each in callbacks),
     )
+
+
+def _since(callback: _core.DoneCallback) -> float | None:
+    function = callback.function
+    return function.since if isinstance(function, RecordedFunction) else None
 
 
 def _streams(things: list[Any]) -> list[PendingStream]:

@@ -1,39 +1,40 @@
-"""Records waits and callbacks, from the moment that somebody follows a future until the end.
+"""Recordings of waits and callbacks.
 
-While a recording is on, it stands in three places: where a waiter is added, where a callback is
-added, and in ``Future.__await__``, the only place that sees a task go on. What it stores with the
-future wraps what would be there without it, and goes when that goes: so it keeps nothing alive,
-and whoever followed a future while it was on is served by it afterwards, too.
+While a recording is on, it has replaced four methods: `Future.__await__`, `Future._block`, and the
+constructors of the two kinds of callbacks. Nothing else in the package knows of it, so it costs
+nothing while it is off. What it stores with a future wraps what would be stored without it: a task,
+thread or callback that came while it was on is resumed or run afterwards, too.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from collections import deque
-from collections.abc import Generator
-from dataclasses import replace
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter, perf_counter_ns, time_ns
 from types import TracebackType
 from typing import Any
 
 from .. import _core, _loops
+from .._errors import WAIT_BLOCKS
 from .._future import Future
 from .._loops import Waiter, Waker
-from ._trace import Moment, Step, Trace, Wait, save
-
-_add_waiter = _core.add_waiter
-_add_callback = _core.add_callback
-_await = Future.__await__
+from .._repr import function_name
+from ._trace import Span, Thread, TraceEvents
 
 
 class Recording:
-    """Notes who waits for which future, and who completes it, while its ``with`` block runs.
+    """Record which task or thread waits for which future, and which thread completes it.
 
-    Meanwhile `pending_futures` knows since when each waits. One recording may be on at a time, for
-    all threads and loops of the process. An await takes two to three times as long meanwhile.
-    Waits for a `torchfut_aio.ValueStream` are not shown.
+    It records while its ``with`` block runs. `pending_futures` then knows since when each waits.
+    One recording may be on at a time, for all threads and loops of the process. An await takes two
+    to three times as long while it is on. Waits for a `torchfut_aio.ValueStream` are not shown, nor
+    are the callbacks of this package itself, such as those of ``gather``.
 
     Args:
         max_events: How many waits and callbacks it keeps at most: the last ones.
@@ -55,8 +56,8 @@ class Recording:
     """
 
     def __init__(self, *, max_events: int = 100_000) -> None:
-        self._ended: deque[Wait | Step] = deque(maxlen=max_events)
-        self._live: dict[int, Wait] = {}
+        self._ended: deque[Span] = deque(maxlen=max_events)
+        self._waits: set[Span] = set()  # those that have not ended
         self._epoch = time_ns() - perf_counter_ns()
 
     def __enter__(self) -> Recording:
@@ -66,9 +67,8 @@ class Recording:
                 raise RuntimeError("another Recording is on; one may be at a time")
             try:
                 _on = self
-                _core.replace_add_functions(_recorded_waiter, _recorded_callback)
-                Future.__await__ = _recorded_await  # type: ignore[assignment, method-assign]
-            except BaseException:  # or the block would not be entered, and nothing would switch off
+                _replace_methods(_RECORDED)
+            except BaseException:  # the block is not entered, so its end would not switch it off
                 _switch_off()
                 raise
         return self
@@ -85,7 +85,7 @@ class Recording:
     def save(
         self, path: str | os.PathLike[str], *, profile: str | os.PathLike[str] | None = None
     ) -> None:
-        """Writes what was recorded as a trace in Chrome's format, which Perfetto opens.
+        """Write what was recorded as a trace in Chrome's format, which Perfetto opens.
 
         Each task has a line of its own that shows when it waited, and from when to when it had
         yet to go on after its future was completed; an arrow leads there from the thread that
@@ -97,23 +97,26 @@ class Recording:
             profile: A trace that ``torch.profiler`` has exported, in this process: what it shows
                 is written there, too, on the same time.
         """
-        now = perf_counter()
-        events = [*self._ended.copy(), *[*self._live.values()]]
-        trace = Trace(events, now, self._epoch)
-        save(trace, Path(path), None if profile is None else Path(profile))
+        # Times count from a base that is near: as numbers of JSON, they are not exact otherwise.
+        trace: dict[str, Any] = {"traceEvents": [], "baseTimeNanoseconds": self._epoch}
+        if profile is not None:
+            trace = json.loads(Path(profile).read_text())
+        spans = [*self._ended.copy(), *self._waits.copy()]
+        events = TraceEvents(spans, self._epoch - trace.get("baseTimeNanoseconds", 0))
+        trace["traceEvents"] += events.all
+        Path(path).write_text(json.dumps(trace))
 
-    def _begin(self, wait: Wait) -> None:
-        """Notes that a wait has begun."""
-        self._live[id(wait)] = wait
+    def _begin(self, wait: Span) -> None:
+        """Record a wait that begins."""
+        self._waits.add(wait)
 
-    def _end(self, event: Wait | Step) -> None:
-        """Notes that a wait has ended, or a callback."""
-        self._live.pop(id(event), None)
-        self._ended.append(event)
-
-    def _forget(self, wait: Wait) -> None:
-        """Notes that a wait did not take place, as the future was done."""
-        self._live.pop(id(wait), None)
+    def _end(self, span: Span, future: Future[Any]) -> None:
+        """Record a wait, or a callback, that ends now."""
+        span.ended = perf_counter()
+        self._waits.discard(span)
+        # If the future is done and woke nothing, it was done before the wait began.
+        if span.completed is not None or not span.is_wait or not future.done():
+            self._ended.append(span)
 
 
 _on: Recording | None = None
@@ -122,136 +125,147 @@ _switching = threading.Lock()
 
 def _switch_off() -> None:
     global _on
-    Future.__await__ = _await  # type: ignore[method-assign]
-    _core.replace_add_functions(_add_waiter, _add_callback)
+    _replace_methods(_ORIGINAL)
     _on = None
 
 
+def _replace_methods(methods: dict[tuple[type[Any], str], Any]) -> None:
+    for (kind, name), method in methods.items():
+        setattr(kind, name, method)
+
+
 class _ThisThread(threading.local):
-    native_id: int  # to ask for it is a system call
-    name: str | None = None
-    starting: Wait | None = None  # of the task that is about to add a waiter
+    thread: Thread | None = None  # to ask for its native id is a system call
 
 
 _this_thread = _ThisThread()
 
 
-def _here() -> Moment:
-    """Returns the time, and the thread."""
-    name = _this_thread.name
-    if name is None:
+def _here() -> Thread:
+    thread = _this_thread.thread
+    if thread is None:
         # Not current_thread(), which would register a thread that is not Python's for ever.
         names = {thread.ident: thread.name for thread in threading.enumerate()}
-        _this_thread.native_id = threading.get_native_id()
-        name = _this_thread.name = names.get(threading.get_ident(), "of C++")
-    return Moment(perf_counter(), _this_thread.native_id, name)
+        name = names.get(threading.get_ident(), "of C++")
+        thread = _this_thread.thread = Thread(threading.get_native_id(), name)
+    return thread
 
 
-def _recorded_await(future: Future[Any], _ready: bool = True) -> Generator[Any, Any, Any]:
-    recording, wait = _on, None
-    if recording is not None and not future.done():
-        task = Waiter(kind="task", name=_loops.current().current_task_name(), since=perf_counter())
-        wait = _this_thread.starting = Wait(id(future), task)
-        recording._begin(wait)
-    try:
-        return (yield from _await(future, _ready))
-    finally:
-        if recording is not None and wait is not None:
-            wait.ended = perf_counter()
-            if wait.completed is None and future.done():
-                recording._forget(wait)
-            else:
-                recording._end(wait)
-        del future  # as in Outcome.read()
+# -------------------------------------------------------------------------------------- waits
 
 
-def _recorded_waiter(future: Future[Any], waiter: Any, waker: Waker) -> bool:
-    recording, wait = _on, _this_thread.starting
-    _this_thread.starting = None
-    if recording is None:
-        return _add_waiter(future, waiter, waker)
-    if wait is None or wait.future != id(future):
-        here, described = _here(), waker.describe(waiter)
-        if described.kind == "thread":
-            wait = Wait(id(future), Waiter(kind="thread", name=here.name, since=here.time), here)
-            recording._begin(wait)
-        else:  # a copy for asyncio
-            wait = Wait(id(future), replace(described, since=here.time))
-    return _add_waiter(future, waiter, _RecordedWaker(recording, wait, waker))
-
-
+@dataclass(eq=False, slots=True)
 class _RecordedWaker:
-    """Wakes one waiter, and notes when; goes when the wait has ended."""
+    """Wake a waiter as ``waker`` does, and note when that was."""
 
-    __slots__ = ("_recording", "_wait", "_waker")
-
-    def __init__(self, recording: Recording, wait: Wait, waker: Waker) -> None:
-        self._recording = recording
-        self._wait = wait
-        self._waker = waker
+    wait: Span
+    waker: Waker
 
     @property
     def closed(self) -> bool:
-        return self._waker.closed
+        return self.waker.closed
 
     def wake(self, waiter: Any, /) -> None:
         self._note()
-        self._waker.wake(waiter)
+        self.waker.wake(waiter)
 
     def wake_all(self, waiters: list[Any], /) -> None:
         self._note()
-        self._waker.wake_all(waiters)
+        self.waker.wake_all(waiters)
 
     def describe(self, waiter: Any, /) -> Waiter:
-        recorded, now = self._wait.waiter, self._waker.describe(waiter)
-        return replace(recorded, name=now.name or recorded.name, where=now.where)
+        now = self.waker.describe(waiter)
+        return replace(now, name=now.name or self.wait.name, since=self.wait.start)
 
     def _note(self) -> None:
-        if self._wait.completed is None:  # or it is done again, as the first time was interrupted
-            self._wait.completed = _here()
-
-    def __del__(self) -> None:
-        wait = self._wait
-        if wait.blocked is not None:  # tasks tell themselves
-            wait.ended = perf_counter() if wait.completed is None else wait.completed.time
-            self._recording._end(wait)
+        if self.wait.completed is None:  # a completion that was interrupted wakes twice
+            self.wait.completed = perf_counter(), _here()
 
 
-def _recorded_callback(future: Future[Any], callback: _core.DoneCallback) -> None:
+def _recorded_await(future: Future[Any], _ready: bool = True) -> Generator[Any, Any, Any]:
     recording = _on
-    _add_callback(future, callback if recording is None else _RecordedCallback(recording, callback))
+    if recording is None or future.done():
+        return (yield from _await(future, _ready))
+    loop = _loops.current()
+    waiter, wait = loop.waiter(), Span(loop.current_task_name(), id(future), perf_counter())
+    recording._begin(wait)
+    try:
+        if _core.add_waiter(future, waiter, _RecordedWaker(wait, loop)):
+            yield from waiter
+        # It is done, so this waits for nothing but kernels.
+        return (yield from _await(future, _ready))
+    finally:
+        _core.remove(future, waiter)
+        recording._end(wait, future)
+        del future  # as in Outcome.read()
 
 
-class _RecordedCallback(_core.DoneCallback):
-    """Runs a callback, and notes when; equal to that, so that whoever added it can remove it."""
+def _recorded_block(future: Future[Any], timeout: float | None, warning: str = WAIT_BLOCKS) -> Any:
+    recording = _on
+    if recording is None:
+        return _block(future, timeout, warning)
+    here = _here()
+    wait = Span(here.name, id(future), perf_counter(), here)
+    recording._begin(wait)
+    try:
+        return _block(future, timeout, warning, _RecordedWaker(wait, _loops.THREADS))
+    finally:
+        recording._end(wait, future)
 
-    __slots__ = ("_callback", "_recording", "since", "uses_streams")
 
-    def __init__(self, recording: Recording, callback: _core.DoneCallback) -> None:
-        self._recording = recording
-        self._callback = callback
-        self.uses_streams = callback.uses_streams
-        self.since = perf_counter()
+# ---------------------------------------------------------------------------------- callbacks
 
-    @property
-    def name(self) -> str:
-        return self._callback.name
 
-    def is_for(self, function: object) -> bool:
-        return self._callback.is_for(function)
+class RecordedFunction(partial[Any]):
+    """Call a function, and record when. It equals the function, which can so be removed.
 
-    def run(self, future: Any) -> None:
-        start, name = _here(), self._callback.name
+    As it is a partial, logs and lists have the name of the function.
+
+    Attributes:
+        since: When it was added, on the clock of ``perf_counter``.
+    """
+
+    since: float
+    recording: Recording
+    function: Callable[[Any], object]
+
+    def __call__(self, future: Any) -> Any:
+        span = Span(function_name(self), id(future), perf_counter(), _here(), is_wait=False)
         try:
-            self._callback.run(future)
+            return super().__call__(future)
         finally:
-            self._recording._end(Step(id(future), name, start, perf_counter()))
-
-    def fail(self, future: Any, error: BaseException) -> None:
-        self._callback.fail(future, error)
-
-    def __hash__(self) -> int:
-        return hash(self._callback)
+            self.recording._end(span, future)
 
     def __eq__(self, other: object) -> bool:
-        return other is self or other is self._callback
+        return self.function == other
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _recorded(function: Callable[[Any], object]) -> Callable[[Any], object]:
+    recording = _on
+    if recording is None:
+        return function
+    recorded = RecordedFunction(function)
+    recorded.since, recorded.recording, recorded.function = perf_counter(), recording, function
+    return recorded
+
+
+def _init_function_callback(self: Any, function: Callable[[Any], object]) -> None:
+    _function_callback(self, _recorded(function))
+
+
+def _init_then_callback(self: Any, function: Callable[[Any], object], child: Any) -> None:
+    _then_callback(self, _recorded(function), child)
+
+
+# ------------------------------------------------------------------------ what it replaces
+
+_RECORDED: dict[tuple[type[Any], str], Any] = {
+    (Future, "__await__"): _recorded_await,
+    (Future, "_block"): _recorded_block,
+    (_core.FunctionCallback, "__init__"): _init_function_callback,
+    (_core.ThenCallback, "__init__"): _init_then_callback,
+}
+_ORIGINAL = {(kind, name): getattr(kind, name) for kind, name in _RECORDED}
+_await, _block, _function_callback, _then_callback = _ORIGINAL.values()
