@@ -1,78 +1,94 @@
-"""How this package shows what its users passed: never by a ``repr`` or ``str`` of theirs.
+"""How this package shows what its users passed, without calling a ``repr`` or ``str`` of theirs.
 
 These may wait for a kernel or for another process, raise, or be as long as the data. So values of
-Python's own types are cut to a line, and all others are told by their type.
+Python's own types are cut to a line, and all others are shown by their type.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 import reprlib
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
 
 from ._pytorch import no_torch_function
 
-_LONGEST, _MOST, _DEEPEST = 80, 6, 4
 _LONGEST_LINE = 500  # those in containers, in containers, may be many
 
-# A class may define these attributes as it likes.
+# An exception's class may define `args` as it likes.
 _args: Any = vars(BaseException)["args"]
 
-_cut = reprlib.Repr()
-_cut.maxstring = _LONGEST
 
-_BRACKETS: dict[type[Any], tuple[str, str]] = {
-    dict: ("{", "}"),
-    frozenset: ("frozenset([", "])"),
-    list: ("[", "]"),
-    set: ("set([", "])"),
-    tuple: ("(", ")"),
-}
+class _Item(NamedTuple):
+    key: Any
+    value: Any
+
+
+class _Short(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring = 4, 80
+
+    def repr1(self, x: Any, level: int) -> str:
+        # reprlib goes by the name of the type, which a class of a user may have, too. It also sorts
+        # the keys of dicts and sets, which compares them.
+        kind = type(x)
+        if kind in (bool, float, complex, type(None)):
+            return repr(x)
+        if kind is int:
+            return repr(x) if x.bit_length() < 320 else "<int of many digits>"
+        if kind in (str, bytes):
+            return self.repr_str(x, level)
+        if kind in (list, tuple):
+            return super().repr1(x, level)
+        if kind in (set, frozenset):
+            return f"{kind.__name__}({self.repr_list(self._first(x), level)})"
+        if kind is dict:
+            items = map(_Item._make, self._first(x.items()))
+            return f"{{{self.repr_list([*items], level)[1:-1]}}}"
+        if kind is _Item:
+            return f"{self.repr1(x.key, level)}: {self.repr1(x.value, level)}"
+        if issubclass(kind, torch.Tensor):
+            return _tensor(x)
+        if issubclass(kind, BaseException):
+            return f"{kind.__qualname__}({self.repr_list([*_args.__get__(x)], level)[1:-1]})"
+        return f"<{type_name(x)} object>"
+
+    def _first(self, things: Any) -> list[Any]:
+        return [*islice(things, self.maxlist + 1)]  # one more than is shown, so that "..." is
+
+
+_short = _Short()
 
 
 def short(value: Any) -> str:
-    """Returns a line that shows ``value``; of tensors no numbers, as kernels may compute them."""
-    text = _short(value, 0)
+    """Return a line that shows ``value``; of tensors no numbers, as kernels may compute them."""
+    try:
+        text = _short.repr(value)
+    except RecursionError:
+        raise
+    except RuntimeError:  # another thread changes a container
+        text = f"<{type_name(value)} object>"
     return text if len(text) <= _LONGEST_LINE else f"{text[:_LONGEST_LINE]}..."
 
 
-def _short(value: Any, depth: int) -> str:
-    kind = type(value)
-    if kind in (type(None), bool, float, complex):
-        return repr(value)
-    if kind is int:
-        return repr(value) if value.bit_length() < 4 * _LONGEST else "<int of many digits>"
-    if kind in (str, bytes):
-        return _cut.repr_str(value, 0)
-    if issubclass(kind, torch.Tensor):
-        return _tensor(value)
-    if issubclass(kind, BaseException):
-        return f"{kind.__qualname__}({_items(_args.__get__(value), depth)})"
-    if kind in _BRACKETS:
-        before, after = _BRACKETS[kind]
-        comma = "," if kind is tuple and len(value) == 1 else ""
-        return f"{before}{_items(value, depth)}{comma}{after}"
-    return f"<{type_name(value)} object>"
-
-
 def type_name(thing: object) -> str:
-    """Returns the full name of the type of ``thing``, as messages tell of it."""
+    """Return the full name of the type of ``thing``, for messages."""
     kind = type(thing)
     module = kind.__module__
     return kind.__qualname__ if module == "builtins" else f"{module}.{kind.__qualname__}"
 
 
 def described(thing: object) -> str:
-    """Returns the name of the type of ``thing``, with an article: what was passed by mistake."""
+    """Return the name of the type of ``thing``, with an article, for what was passed by mistake."""
     name = type_name(thing)
     return f"an {name}" if name[0] in "aeioAEIO" else f"a {name}"
 
 
 def function_name(function: Any) -> str:
-    """Returns the name of a function, or of anything that can be called."""
+    """Return the name of a function, or of anything that can be called."""
     while issubclass(type(function), functools.partial):  # its repr has that of the arguments
         function = function.func
     try:
@@ -80,26 +96,6 @@ def function_name(function: Any) -> str:
     except Exception:
         return type_name(function)
     return f"{module}.{name}" if type(module) is type(name) is str else type_name(function)
-
-
-def _items(values: Any, depth: int) -> str:
-    if depth >= _DEEPEST:
-        return "..."
-    items = values.items() if type(values) is dict else values
-    try:
-        first = [*itertools.islice(items, _MOST)]
-    except RecursionError:
-        raise
-    except RuntimeError:  # another thread changes it
-        return "..."
-    shown = [_item(values, item, depth + 1) for item in first]
-    return ", ".join([*shown, "..."] if len(values) > _MOST else shown)
-
-
-def _item(values: Any, item: Any, depth: int) -> str:
-    if type(values) is dict:
-        return f"{_short(item[0], depth)}: {_short(item[1], depth)}"
-    return _short(item, depth)
 
 
 def _tensor(tensor: Any) -> str:
