@@ -358,6 +358,17 @@ async def recorded():
         await failed()
 
 
+@door
+async def recorded_when_done():
+    fut = failed()
+    await eventually(fut.done)
+    with debug.Recording():
+        try:
+            await fut
+        finally:
+            del fut
+
+
 @on_every_loop
 @pytest.mark.filterwarnings("ignore::torchfut_aio.BlockingWaitWarning")
 @pytest.mark.parametrize("name", DOORS)

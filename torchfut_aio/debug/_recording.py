@@ -183,21 +183,29 @@ class _RecordedWaker:
 
 
 def _recorded_await(future: Future[Any], _ready: bool = True) -> Generator[Any, Any, Any]:
-    recording = _on
-    if recording is None or future.done():
+    recording, wait = _on, None
+    try:
+        if recording is not None and not future.done():
+            name = _loops.current().current_task_name()
+            wait = Span(name, id(future), perf_counter())
+            recording._begin(wait)
+            yield from _recorded_wait(future, wait)  # what is left to wait for are kernels
         return (yield from _await(future, _ready))
+    finally:
+        if recording is not None and wait is not None:
+            recording._end(wait, future)
+        del future  # as in Outcome.read()
+
+
+def _recorded_wait(future: Future[Any], wait: Span) -> Generator[Any, Any, None]:
     loop = _loops.current()
-    waiter, wait = loop.waiter(), Span(loop.current_task_name(), id(future), perf_counter())
-    recording._begin(wait)
+    waiter = loop.waiter()
     try:
         if _core.add_waiter(future, waiter, _RecordedWaker(wait, loop)):
             yield from waiter
-        # It is done, so this waits for nothing but kernels.
-        return (yield from _await(future, _ready))
     finally:
         _core.remove(future, waiter)
-        recording._end(wait, future)
-        del future  # as in Outcome.read()
+        del future
 
 
 def _recorded_block(future: Future[Any], timeout: float | None, warning: str = WAIT_BLOCKS) -> Any:
