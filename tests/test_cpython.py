@@ -204,16 +204,6 @@ def test_a_callback_of_a_loop_is_known_where_the_interpreter_shows_frames(monkey
     loop.close()
 
 
-def test_a_layout_is_told_without_the_flags_of_a_type_too():
-    class NoFlags(type):
-        __flags__ = None
-
-    assert _cpython.laid_out_by_c(OSError)
-    assert not _cpython.laid_out_by_c(torchfut_aio.RpcError)
-    assert not _cpython.laid_out_by_c(NoFlags("Error", (Exception,), {}))
-    assert _cpython.laid_out_by_c(NoFlags("Error", (Exception,), {"__module__": "builtins"}))
-
-
 USE = """
 import torchfut_aio.debug
 from torchfut_aio import Future

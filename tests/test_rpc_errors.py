@@ -259,10 +259,6 @@ class Strange(RuntimeError):
     def __repr__(self):
         raise ValueError("__repr__")
 
-    @property
-    def __class__(self):
-        raise ValueError("__class__")
-
 
 @pytest.mark.parametrize(
     "made",

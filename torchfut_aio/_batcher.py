@@ -82,12 +82,12 @@ class Batcher(ProcessLocal, Generic[T, R]):
     Either way it has no context (``contextvars``) of any caller, as a batch has many.
 
     Every future completes. If the function raises, all items of the batch fail with its error.
-    Each item gets its own copy of the exception if ``copy.copy`` can make one; otherwise all share
-    it. If a result is an exception, that item fails with it. An item whose
-    future is done before its batch begins is skipped: to give one up, cancel its future. Leaving
-    ``with`` or ``async with`` closes the batcher, and drains it if no error is under way. So does
-    dropping it, or the exit of the interpreter, which waits for the thread. A process that forks
-    keeps all this for itself: the child begins with nothing queued, and enters the batcher anew if
+    Each item gets its own copy of the exception. If a result is an exception, that item fails with
+    it. An item whose future is done before its batch begins is skipped: to give one up, cancel its
+    future. Leaving ``with`` or ``async with`` closes the batcher, and drains it if no error is
+    under way. So does dropping it, or the exit of the interpreter, which waits for the thread. A
+    process that forks keeps all this for itself: the child begins with nothing queued, and enters
+    the batcher anew if
     the function is async.
 
     Args:

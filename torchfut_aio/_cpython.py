@@ -282,14 +282,6 @@ if _file_of(_run) != _file_of(asyncio.Handle.cancel):
     _run = None
 
 
-def laid_out_by_c(kind: type[Any]) -> bool:
-    """Tells whether C code laid out the instances of ``kind``, as those of built-in types."""
-    flags = getattr(kind, "__flags__", None)
-    if type(flags) is int:
-        return not flags & 1 << 9  # Py_TPFLAGS_HEAPTYPE, which all other types have
-    return kind.__module__ == "builtins"
-
-
 def calling_module(beyond: str = "") -> str | None:
     """Returns the name of the module from which the function that asks was called.
 

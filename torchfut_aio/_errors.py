@@ -1,37 +1,32 @@
-"""The errors and warnings that this package raises, and errors of two types at once.
+"""The errors and warnings of this package, and errors of two classes at once.
 
 Code written for ``torch.futures`` catches ``RuntimeError`` around a failed ``then``; code written
-today wants the type that the callback raised. `callback_error` serves both: it makes a
-`CallbackError`, hence a ``RuntimeError``, that is also an instance of the callback's own type.
+today wants the class that the callback raised. `callback_error` makes an error for both: a
+`CallbackError`, hence a ``RuntimeError``, that is also an instance of the callback's own class.
 """
 
 from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import contextlib
-import copy
 import functools
 import inspect
-import operator
 import queue
 import sys
-import types
 import warnings
+from contextlib import suppress
 from traceback import clear_frames
+from types import BuiltinFunctionType, FrameType, GetSetDescriptorType, MemberDescriptorType
 from typing import Any, ClassVar, TypeVar
 
 import torch
 
-from ._cpython import laid_out_by_c
 from ._repr import short
 
 E = TypeVar("E", bound=BaseException)
 
 CANCELLATIONS = (asyncio.CancelledError, concurrent.futures.CancelledError)
 """The errors of a future that was cancelled."""
-
-OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
 
 
 class InvalidStateError(
@@ -69,7 +64,7 @@ class CancelledError(concurrent.futures.CancelledError):
 
 
 class AsyncioCancelledError(CancelledError, asyncio.CancelledError):
-    """A CancelledError that asyncio takes for its own."""
+    """A CancelledError that is asyncio's, too."""
 
     __module__, __qualname__ = __package__, "CancelledError.OfAsyncio"
 
@@ -79,18 +74,16 @@ AsyncioCancelledError.__name__ = CancelledError.__name__  # in its repr
 
 
 def own_cancellation(error: BaseException) -> BaseException:
-    """Return a `CancelledError` in the place of one of asyncio or of concurrent.futures.
+    """Return a `CancelledError` for one of asyncio or of concurrent.futures; else ``error``.
 
-    One of a subclass, as a library may have, is its cause.
+    If ``error`` is of a subclass, as a library may have, it is the cause.
     """
-    kind = type(error)
-    if issubclass(kind, CancelledError) or not issubclass(kind, CANCELLATIONS):
+    if isinstance(error, CancelledError) or not isinstance(error, CANCELLATIONS):
         return error
-    own_kind = AsyncioCancelledError if issubclass(kind, asyncio.CancelledError) else CancelledError
-    own = own_kind(*_args.__get__(error))
-    if kind in CANCELLATIONS:
-        for attribute in _CHAIN:
-            attribute.__set__(own, attribute.__get__(error))
+    is_asyncios = isinstance(error, asyncio.CancelledError)
+    own = (AsyncioCancelledError if is_asyncios else CancelledError)(*error.args)
+    if type(error) in CANCELLATIONS:
+        _copy_chain(error, own)
     else:
         own.__cause__ = error
     return own
@@ -106,10 +99,10 @@ def ends_a_task(error: BaseException) -> bool:
 
 
 def consists_of(error: BaseException, kinds: tuple[type[BaseException], ...]) -> bool:
-    """Return whether ``error`` is of these kinds, or a group of such, as a nursery raises."""
-    if issubclass(type(error), BaseExceptionGroup):
-        return all(consists_of(each, kinds) for each in error.exceptions)  # type: ignore[attr-defined]
-    return issubclass(type(error), kinds)
+    """Return True if ``error`` is of these kinds, or a group of such, as a nursery raises."""
+    if isinstance(error, BaseExceptionGroup):
+        return all(consists_of(each, kinds) for each in error.exceptions)
+    return isinstance(error, kinds)
 
 
 class NotAFutureError(TypeError, RuntimeError):
@@ -150,12 +143,12 @@ WAIT_BLOCKS = (
 
 
 def warn_that_wait_blocks_a_loop(what: str = WAIT_BLOCKS) -> None:
-    """Warns, at the line outside this package that led to the wait."""
+    """Warn, at the line outside this package that led to the wait."""
     warn_at_users_line(what, BlockingWaitWarning)
 
 
 def warn_at_users_line(what: str, kind: type[Warning]) -> None:
-    """Warns, at the line outside this package that led here."""
+    """Warn, at the line outside this package that led here."""
     package = __name__.partition(".")[0]
     level, frame = 1, inspect.currentframe()  # None, if the interpreter has no frames to show
     while frame is not None and frame.f_back is not None and _package_of(frame) == package:
@@ -163,7 +156,7 @@ def warn_at_users_line(what: str, kind: type[Warning]) -> None:
     warnings.warn(what, kind, stacklevel=level)
 
 
-def _package_of(frame: types.FrameType) -> str:
+def _package_of(frame: FrameType) -> str:
     return str(frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
@@ -248,63 +241,53 @@ class RpcError(RuntimeError):
 
 
 def rpc_error(kind: Any, text: str) -> RpcError:
-    """Returns an RpcError, also of type ``kind`` wherever Python can build such a class."""
+    """Return an RpcError, also of class ``kind`` wherever Python can build such a class."""
     if kind is not None and not hasattr(kind, "subgroup"):  # a group would lack its errors
-        with contextlib.suppress(Exception):
-            error: RpcError = _with_text(_combined(RpcError, kind), text)
+        with suppress(Exception):
+            error: RpcError = _new_without_init(_combined(RpcError, kind), text)
             return error
     return RpcError(text)
 
 
 def rebuild_exception(kind: type[BaseException], text: str) -> BaseException:
-    """Returns an error of that type, or a RuntimeError if that can't be, with the text."""
+    """Return an error of that class with the text; a RuntimeError if there can be none."""
     try:
-        error: BaseException = _with_text(kind, text)
+        error: BaseException = _new_without_init(kind, text)
     except Exception:
         return RuntimeError(text)
     return error
 
 
 def callback_error(error: BaseException) -> BaseException:
-    """Returns the error of a child future whose callback raised ``error``."""
-    kind: Any = type(error)  # not __class__, which the error may have defined as it likes
-    if not issubclass(kind, Exception):
+    """Return the error of a child future whose callback raised ``error``."""
+    if not isinstance(error, Exception):
         return error
-    if issubclass(kind, (CallbackError, concurrent.futures.CancelledError)):
+    if isinstance(error, (CallbackError, concurrent.futures.CancelledError)):
         return error
+    kind: Any = type(error)
+    combined: BaseException
     try:
-        combined = _combine_with(kind, error)
+        combined = _copied(error, _combined(CallbackError, kind), *error.args)
     except Exception:
-        combined = CallbackError(*_args.__get__(error))
-    _cause.__set__(combined, error)
+        combined = CallbackError(*error.args)
+    object.__setattr__(combined, "__cause__", error)  # its class may be a frozen dataclass
     return combined
 
 
-def drop_catching_frame(error: BaseException) -> BaseException:
-    """Takes the frame that caught ``error`` out of its traceback.
+def drop_catching_frame(error: E) -> E:
+    """Remove from the traceback the frame that caught ``error``.
 
     That frame refers to the future that is to hold the error: the two would be a cycle.
-
-    If memory ran out, the frames below it let go of what they hold. Others are to have that
-    memory, however long the error is kept.
     """
-    traceback = traceback_of(error)
+    traceback = error.__traceback__
     traceback = traceback and traceback.tb_next
-    if traceback is not None and issubclass(type(error), OUT_OF_MEMORY):
+    if traceback is not None and isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        # The program needs the memory of these frames, however long it keeps the error.
         clear_frames(traceback)
-    return with_traceback(error, traceback)
+    return error.with_traceback(traceback)
 
 
-def traceback_of(error: BaseException) -> types.TracebackType | None:
-    """Return the traceback, whatever the class of the error defines."""
-    found: types.TracebackType | None = _traceback.__get__(error)
-    return found
-
-
-def with_traceback(error: E, traceback: types.TracebackType | None) -> E:
-    """Return the error with that traceback, whatever the class of the error defines."""
-    _traceback.__set__(error, traceback)
-    return error
+# --------------------------------------------------------------------------------- copies
 
 
 def one_for_each(error: BaseException, count: int) -> list[BaseException]:
@@ -317,46 +300,16 @@ def one_for_each(error: BaseException, count: int) -> list[BaseException]:
 
 
 def own_copy(error: E) -> E:
-    """Return a copy with the same cause and notes; ``error`` itself if ``copy.copy`` fails it."""
-    args = _args.__get__(error)
+    """Return a copy with the same attributes, cause and notes; ``error`` itself if there is none.
+
+    ``copy.copy`` would call the class with ``error.args``, which many classes do not take.
+    """
     try:
-        copied = copy.copy(error)
-        copied_args = _args.__get__(copied)  # TypeError if it is no exception
-    except KeyboardInterrupt:
-        raise
-    except BaseException:
+        copied: E = _copied(error, type(error), *error.args)
+    except Exception:
         return error
-    same = len(args) == len(copied_args) and all(map(operator.is_, args, copied_args))
-    if copied is error or type(copied) is not type(error) or not same:
-        return error
-    _copy_state(error, copied)
-    for attribute in _CHAIN:
-        attribute.__set__(copied, attribute.__get__(error))
-    own = {**_dict.__get__(copied)}  # tblib, for one, makes exceptions share it with a copy
-    notes = _dict.__get__(error).get("__notes__")
-    if type(notes) is list:
-        own["__notes__"] = [*notes]
-    _dict.__set__(copied, own)
+    _copy_chain(error, copied)
     return copied
-
-
-def _copy_state(error: BaseException, copied: BaseException) -> None:
-    """Copy what is neither in the arguments nor in the dict: slots, and what C keeps."""
-    for base in type(error).__mro__:
-        for name, attribute in list(vars(base).items()):
-            if isinstance(attribute, _STATE) and not name.startswith("__"):
-                with contextlib.suppress(AttributeError, TypeError):  # unset, or read-only
-                    _copy_attribute(attribute, error, copied)
-
-
-def _copy_attribute(attribute: Any, error: BaseException, copied: BaseException) -> None:
-    value, missing = attribute.__get__(error), object()
-    try:
-        copy_has: object = attribute.__get__(copied)
-    except AttributeError:
-        copy_has = missing
-    if copy_has is not value:  # an OSError shows a second filename that was set to None
-        attribute.__set__(copied, value)
 
 
 def without_frames(error: BaseException) -> BaseException:
@@ -364,100 +317,56 @@ def without_frames(error: BaseException) -> BaseException:
 
     Those in a group are copied, too.
     """
-    copied = own_copy(error)
-    if copied is error or issubclass(type(error), BaseExceptionGroup):
-        try:
-            copied = _copied_without_init(error)
-        except Exception:
-            return rebuild_exception(*type_and_text(error))
-    for attribute in _CHAIN[:3]:
-        attribute.__set__(copied, None)
-    return copied
-
-
-def _copied_without_init(error: BaseException) -> BaseException:
-    """Return a copy of an error whose constructor takes other arguments than it has kept."""
-    args = _args.__get__(error)
-    if issubclass(type(error), BaseExceptionGroup):
-        group: Any = error
-        args = group.message, [without_frames(each) for each in group.exceptions]
-    copied: BaseException = _new_without_init(type(error), *args)
-    _copy_state(error, copied)
-    _args.__set__(copied, args)
-    _dict.__set__(copied, {**_dict.__get__(error)})
-    return copied
-
-
-def type_and_text(error: BaseException) -> tuple[type[BaseException], str]:
-    """Returns the type and text that stand for ``error`` where it cannot go itself."""
-    if issubclass(type(error), CallbackError) and error.__cause__ is not None:
-        return type(error.__cause__), str(error)
-    if issubclass(type(error), RpcError):
-        return type(error).__bases__[-1], str(error)
-    return type(error), _describe(error)
-
-
-def _describe(error: BaseException) -> str:
-    name = type(error).__qualname__
-    args = _args.__get__(error)
+    args = error.args
+    if isinstance(error, BaseExceptionGroup):
+        args = error.message, [without_frames(each) for each in error.exceptions]
     try:
-        if type(error).__str__ in _SHOW_ARGS and not _are_plain(args):
-            text = short(args[0] if len(args) == 1 else args)
-        else:
-            text = str(error)
+        copied: BaseException = _copied(error, type(error), *args)
     except Exception:
-        text = "<its __str__ raised>"
-    return f"{name}: {text}" if text else name
+        return rebuild_exception(*type_and_text(error))
+    return copied
 
 
-def _are_plain(args: tuple[Any, ...]) -> bool:
-    return all(type(arg) in _PLAIN for arg in args)
+def _copied(error: BaseException, kind: type[BaseException], *args: object) -> Any:
+    """Return an error of class ``kind`` with these ``args``, and the attributes of ``error``."""
+    copied = _new_without_init(kind, *args)
+    for base in type(error).__mro__:
+        for name, attribute in [*vars(base).items()]:
+            # What is not in __dict__: slots, and what C keeps, such as errno.
+            is_state = isinstance(attribute, (MemberDescriptorType, GetSetDescriptorType))
+            if is_state and name != "args" and not name.startswith("__"):
+                with suppress(AttributeError, TypeError):  # unset, or read-only
+                    _copy_attribute(attribute, error, copied)
+    copied.__dict__.update(error.__dict__)
+    if "__notes__" in copied.__dict__:
+        copied.__dict__["__notes__"] = [*error.__notes__]
+    return copied
 
 
-# Ways to make a text of the arguments, whatever these are.
-_SHOW_ARGS = (BaseException.__str__, KeyError.__str__)
-_PLAIN = (str, int, float, bool, type(None))
+def _copy_attribute(attribute: Any, error: BaseException, copied: BaseException) -> None:
+    value = attribute.__get__(error)
+    if value is not None:  # an OSError shows a second filename that was set to None
+        attribute.__set__(copied, value)
 
 
-# An exception's own class may define these attributes as it likes.
-_args: Any = vars(BaseException)["args"]
-_cause: Any = vars(BaseException)["__cause__"]
-_dict: Any = vars(BaseException)["__dict__"]
-_traceback: Any = vars(BaseException)["__traceback__"]
-# In this order: to set the cause suppresses the context.
-_CHAIN: list[Any] = [
-    vars(BaseException)[name]
-    for name in ("__traceback__", "__context__", "__cause__", "__suppress_context__")
-]
-# State outside of __dict__: slots, and what C keeps, such as errno.
-_STATE = (types.MemberDescriptorType, types.GetSetDescriptorType)
+def _copy_chain(error: BaseException, copied: BaseException) -> None:
+    # In this order: to set the cause suppresses the context.
+    for name in ("__traceback__", "__context__", "__cause__", "__suppress_context__"):
+        object.__setattr__(copied, name, getattr(error, name))
 
 
-def _with_text(kind: type[BaseException], text: str) -> Any:
-    error = _new_without_init(kind, text)
-    _args.__set__(error, (text,))
-    return error
+def _new_without_init(kind: Any, *args: object) -> Any:
+    """Return an instance of ``kind`` without running any constructor written in Python.
 
-
-def _combine_with(kind: Any, error: BaseException) -> CallbackError:
-    args = _args.__get__(error)
-    combined: CallbackError = _new_without_init(_combined(CallbackError, kind), *args)
-    _copy_state(error, combined)
-    _args.__set__(combined, args)
-    combined.__dict__.update(error.__dict__)
-    return combined
-
-
-def _new_without_init(kind: type[BaseException], *args: object) -> Any:
-    """Returns an instance of ``kind`` without running any constructor written in Python.
-
-    Such a constructor might do anything and need anything. The built-in class among the bases
-    makes the instance.
+    Such a constructor may do anything, and take other arguments than the error has kept. So the
+    nearest base class that is written in C makes the instance.
     """
-    built_in: Any = kind
-    while not laid_out_by_c(built_in):
-        built_in = built_in.__base__
-    return built_in.__new__(kind, *args)
+    base = kind
+    while not isinstance(vars(base).get("__new__"), BuiltinFunctionType):
+        base = base.__base__
+    error = base.__new__(kind, *args)
+    object.__setattr__(error, "args", args)  # OSError, for one, leaves them to __init__
+    return error
 
 
 @functools.lru_cache(maxsize=256)
@@ -467,3 +376,32 @@ def _combined(base: type[Any], kind: type[Any]) -> type[Any]:
         return base
     name = f"{base.__qualname__}[{kind.__qualname__}]"
     return type(name, (base, kind), {"__module__": base.__module__})
+
+
+# ---------------------------------------------------------------------------------- texts
+
+
+def type_and_text(error: BaseException) -> tuple[type[BaseException], str]:
+    """Return the class and text that stand for ``error`` where it cannot be sent itself."""
+    if isinstance(error, CallbackError) and error.__cause__ is not None:
+        return type(error.__cause__), str(error)
+    if isinstance(error, RpcError):
+        return type(error).__bases__[-1], str(error)
+    return type(error), _describe(error)
+
+
+def _describe(error: BaseException) -> str:
+    name, args = type(error).__qualname__, error.args
+    try:
+        if type(error).__str__ not in _SHOW_ARGS or all(type(arg) in _PLAIN for arg in args):
+            text = str(error)
+        else:
+            text = short(args[0] if len(args) == 1 else args)
+    except Exception:
+        text = "<its __str__ raised>"
+    return f"{name}: {text}" if text else name
+
+
+# The methods that call the `repr` or `str` of all arguments, and the types of which that is safe.
+_SHOW_ARGS = (BaseException.__str__, KeyError.__str__)
+_PLAIN = (str, int, float, bool, type(None))

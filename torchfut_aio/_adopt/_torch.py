@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 from .. import _core
 from .._arguments import Devices
 from .._dependent import DependentFuture
-from .._errors import traceback_of, with_traceback
 from .._future import Future
 from .._pytorch import CppFuture
 from .._worker import call_contained
@@ -96,10 +95,10 @@ class _Adoption(Adoption):
     def translate(self, error: BaseException) -> BaseException:
         """Return the error of the future, without the frames in which it was read."""
         # Those of torch refer to its future, which keeps the error where no collector finds it.
-        traceback = traceback_of(error)
+        traceback = error.__traceback__
         while traceback is not None and traceback.tb_frame.f_globals.get("__name__") in _READERS:
             traceback = traceback.tb_next
-        return self._translate(with_traceback(error, traceback))
+        return self._translate(error.with_traceback(traceback))
 
 
 class _Callback(_core.DoneCallback):

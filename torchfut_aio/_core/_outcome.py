@@ -24,7 +24,7 @@ from .._devices import (
     found_readiness,
     joint_readiness,
 )
-from .._errors import CANCELLATIONS, traceback_of, with_traceback
+from .._errors import CANCELLATIONS
 
 _logger = logging.getLogger("torchfut_aio.unretrieved")
 
@@ -84,7 +84,7 @@ class _Error(Outcome):
         assert self.error is not None
         # A raised exception collects the frames that it passes. Each reader starts from the
         # traceback that it came with, so an error that is read often does not grow.
-        return with_traceback(self.error, self.traceback)
+        return self.error.with_traceback(self.traceback)
 
     def __del__(self) -> None:
         if getattr(self, "is_retrieved", True) or sys is None or sys.is_finalizing():
@@ -117,7 +117,7 @@ def _outcome(value: Any, readiness: Readiness | None, error: BaseException | Non
     if error is not None:
         failure = _Error()
         failure.error = error
-        failure.traceback = traceback_of(error)
+        failure.traceback = error.__traceback__
         failure.readiness = readiness
         failure.is_retrieved = False
         return failure
