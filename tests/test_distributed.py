@@ -733,10 +733,10 @@ def test_a_function_that_ignores_its_cancellation_is_reported(monkeypatch, caplo
     [
         (async_rpc, print, "async def"),
         (async_rpc, None, "async def"),
-        (async_rpc, double, "already"),
-        (async_rpc, staticmethod(double), "@staticmethod above @async_rpc"),
+        (async_rpc, double, "pass the async function itself"),
+        (async_rpc, staticmethod(double), "pass the async function itself"),
         (async_comm_hook, print, "async def"),
-        (async_comm_hook(overlap=True), classmethod(double), "@classmethod above"),
+        (async_comm_hook(overlap=True), classmethod(double), "pass the async function itself"),
     ],
 )
 def test_what_is_not_an_async_function_is_refused(decorate, thing, told):

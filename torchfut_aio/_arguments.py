@@ -19,15 +19,15 @@ Devices: TypeAlias = Iterable[int | str | torch.device] | None
 
 
 def callback_checked(callback: object) -> None:
-    """Raises TypeError unless ``callback`` can be called when a future completes."""
+    """Raise TypeError unless ``callback`` can be called when a future completes."""
     if not callable(callback):
         raise TypeError(
             f"the callback must be callable with the future as its argument, "
             f"not {described(callback)}"
         )
     if getattr(callback, "__module__", None) == "asyncio.tasks":
-        # asyncio.wait() takes anything with add_done_callback. But its callback wakes no loop
-        # when another thread calls it.
+        # asyncio.wait() takes anything with add_done_callback. But another thread that calls its
+        # callback does not wake the loop.
         raise TypeError(
             "asyncio.wait() takes futures of asyncio only: pass fut.as_asyncio(), "
             "or asyncio.ensure_future(fut)"
@@ -35,18 +35,15 @@ def callback_checked(callback: object) -> None:
 
 
 def exception_checked(error: object, by: str) -> None:
-    """Raises TypeError unless ``error`` is an exception, as the method called ``by`` takes."""
-    if not issubclass(type(error), BaseException):  # its __class__ may say anything
+    """Raise TypeError, for the method called ``by``, unless ``error`` is an exception."""
+    if not issubclass(type(error), BaseException):  # a mock of one defines its __class__
         raise TypeError(
             f"{by}() takes an exception instance, such as ValueError('...'), not {short(error)}"
         )
 
 
 def devices_checked(devices: Iterable[int | str | torch.device]) -> tuple[torch.device, ...]:
-    """Returns the devices as a tuple.
-
-    Raises TypeError for a single device, or an item that is no device.
-    """
+    """Return the devices as a tuple; raise TypeError for one device, or for anything else."""
     if isinstance(devices, (str, int, torch.device)):
         raise TypeError(f"devices must be a list of devices, such as [{short(devices)}]")
     return tuple(map(_device, devices))
@@ -59,7 +56,7 @@ def _device(device: int | str | torch.device) -> torch.device:
 
 
 def size_checked(size: Any, name: str, kind: str = "an int") -> int:
-    """Return a size as an int; raise TypeError or ValueError if it is none, or not positive."""
+    """Return a size as an int; raise TypeError or ValueError unless it is a positive one."""
     try:
         number = operator.index(size)
     except TypeError:
@@ -72,7 +69,7 @@ def size_checked(size: Any, name: str, kind: str = "an int") -> int:
 def timeout_checked(
     timeout: float, what: str = "timeout must be a number of seconds or None"
 ) -> float:
-    """Returns ``timeout`` as a float, 0 if negative; raises TypeError or ValueError."""
+    """Return ``timeout`` as a float, 0 if negative; raise TypeError or ValueError."""
     check_number_of_seconds(timeout, what)
     try:
         seconds = float(timeout)
@@ -91,12 +88,7 @@ def check_number_of_seconds(seconds: object, what: str) -> None:
 
 
 def async_function_checked(func: object, by: str) -> None:
-    """Raises TypeError unless ``func`` is what the decorator called ``by`` takes."""
-    if isinstance(func, (staticmethod, classmethod)):
-        kind = type(func).__name__
-        raise TypeError(f"put @{kind} above @{by}, which takes the function itself")
-    if hasattr(func, "_wrapped_async_rpc_function"):
-        raise TypeError(f"{function_name(func)} has been made a function for RPC already")
+    """Raise TypeError, for the decorator called ``by``, unless ``func`` is an async function."""
     if inspect.isasyncgenfunction(func):
         raise TypeError(
             f"{by} takes an async def function that returns one value, and {function_name(func)} "
@@ -121,7 +113,7 @@ def async_checked(func: Any) -> None:
 
 
 def hides_async(func: object) -> str:
-    """Return what to say of a plain function that returns the coroutine of an async one."""
+    """Return the message for a plain function that returns the coroutine of an async one."""
     return (
         f"{function_name(func)} is not `async def` and returns a coroutine: pass the async "
         "function itself, or make it `async def` and await there. A decorator such as "
@@ -134,16 +126,10 @@ def hides_async(func: object) -> str:
 def listed(values: Any, what: str) -> list[Any]:
     """Return a list of ``values``, one for each future or place in a stream.
 
-    Only what has one order and one meaning passes: a list, a tuple, another sequence that is not
-    text, or a tensor or array of at least one dimension, for its rows. The type decides, as an
-    object may define its ``__class__``.
-
-    Args:
-        values: What the user passed or returned.
-        what: What takes the values, for the error: "put_many() takes ...".
-
-    Raises:
-        TypeError: ``values`` is anything else, such as a mapping, a text, or an iterator.
+    It takes what has one order and one meaning: a list, a tuple, another sequence that is not text,
+    or a tensor or array of at least one dimension, for its rows. For anything else, such as a
+    mapping, a text or an iterator, it raises TypeError, whose text begins with ``what``:
+    "put_many() takes".
     """
     kind: Any = type(values)
     if hasattr(kind, "__dlpack__") and hasattr(kind, "ndim"):
