@@ -1,8 +1,8 @@
-"""What the package relies on that is private to CPython, or to its asyncio: all of it, here.
+"""Everything that the package relies on and that is private to CPython or to its asyncio.
 
-Each was checked on CPython 3.11.7, 3.12.1, 3.13.0, 3.14.8 and 3.15.0, and has a public way to fall
-back on where it is not as expected: another interpreter or a newer one, a loop with futures of its
-own, a task that is not asyncio's. So the package has no upper bound on the version of Python.
+Each was checked on CPython 3.11.7, 3.12.1, 3.13.0, 3.14.8 and 3.15.0. If it is not as expected, the
+package does without: on another interpreter or a newer one, on a loop with futures of its own, in a
+task that is not asyncio's. So the package has no upper bound on the version of Python.
 """
 
 from __future__ import annotations
@@ -55,18 +55,16 @@ the time where no loop runs. It is looked up at each call, as trio-asyncio repla
 
 
 def resume_callback(future: asyncio.Future[Any]) -> ResumeCallback | None:
-    """Returns what resumes the asyncio task that waits for a future, and the context to do it in.
+    """Return what resumes the asyncio task that waits for a future, and the context to run it in.
 
-    A pending future of asyncio's own, written in C, lists its callbacks in ``_callbacks``: pairs
-    of a callback and a context. A task of asyncio's own, or of a subclass, adds a built-in
-    method of itself, with which it takes its next step.
-
-    Returns None if anything is not like that: complete the future then, and its loop resumes
-    the task. So it does if the program has replaced what runs asyncio's handles, to see which are
-    slow: each task has a handle of its own then.
+    Return None if anything is not as in CPython's own asyncio: complete the future then, and its
+    loop resumes the task. Also None if the program has replaced what runs asyncio's handles, to
+    find slow ones: each task then has a handle of its own.
     """
     if type(future) is not _Future or _Handle._run is not _run:
         return None
+    # A pending future of asyncio's, written in C, lists pairs of a callback and a context. A task
+    # of asyncio's adds a built-in method of itself, which takes its next step.
     try:
         callback, context = found = future._callbacks[0]  # TypeError if it is done
     except (AttributeError, TypeError, ValueError, IndexError):
@@ -77,13 +75,13 @@ def resume_callback(future: asyncio.Future[Any]) -> ResumeCallback | None:
 
 
 def still_waits(callback: Callable[..., Any], future: asyncio.Future[Any]) -> bool:
-    """Tells whether the task of a `resume_callback` says that it waits for ``future``."""
+    """Return True if the task of a `resume_callback` still waits for ``future``."""
     task = getattr(callback, "__self__", None)
     return getattr(task, "_fut_waiter", None) is future
 
 
 def waiting_task(future: asyncio.Future[Any]) -> asyncio.Task[Any] | None:
-    """Returns the asyncio task that waits for a future, if one does and can be found."""
+    """Return the asyncio task that waits for a future, or None if none can be found."""
     found = resume_callback(future)
     return None if found is None else getattr(found[0], "__self__", None)
 
@@ -94,13 +92,12 @@ def place_of(coroutine: object) -> str | None:
     This is the innermost function on the chain of awaits that belongs to neither this package,
     asyncio, anyio, trio nor contextlib. None if there is none, as where a coroutine is not
     Python's own, or if the task runs.
-
-    The thread of the task may resume it at any moment. So this reads nothing of a frame but its
-    code and its line. To read ``f_locals`` writes to the frame, and crashes a thread that runs it.
     """
     if not _has_gil():  # then even the chain may change while it is read
         return None
     libraries = _folders_of_libraries()
+    # The thread of the task may resume it at any moment. So this reads nothing of a frame but its
+    # code and its line. To read `f_locals` writes to the frame, and crashes a thread that runs it.
     for each in reversed([*_chain(coroutine)]):
         frame: FrameType | None = getattr(each, _FRAMES[type(each)], None)  # None if it has ended
         if frame is not None and not frame.f_code.co_filename.startswith(libraries):
@@ -116,8 +113,8 @@ def _chain(awaited: Any) -> Iterator[Any]:
         kind = type(awaited)
         if kind in _FRAMES:
             yield awaited
-        # CPython hands the GIL over after calls, but not between two attributes. So whatever is
-        # found suspended here stays suspended until it has said what it awaits.
+        # CPython releases the GIL after calls, but not between two attributes. So what is found
+        # suspended here stays suspended until this has read what it awaits.
         if kind is CoroutineType:
             awaited = None if awaited.cr_running else awaited.cr_await
         elif kind is GeneratorType:
@@ -133,14 +130,12 @@ def _chain(awaited: Any) -> Iterator[Any]:
 
 
 def _resumed_by(generator: GeneratorType[Any, Any, Any]) -> Any:
-    """Return the coroutine that a generator of this package resumes itself, by ``send()``.
-
-    As for DDP hooks and `task_local_state`: only a local variable refers to it. The garbage
-    collector sees these without touching the frame; before 3.11, through the frame.
-    """
+    """Return the coroutine that a generator of this package resumes itself, by ``send()``."""
     if not generator.gi_code.co_filename.startswith(_folders_of_libraries()[0]):
         return None
-    found = gc.get_referents(generator, generator.gi_frame)
+    # For DDP hooks and `task_local_state`, only a local variable refers to it. The garbage
+    # collector sees local variables without touching the frame.
+    found = gc.get_referents(generator)
     return next((each for each in found if type(each) is CoroutineType), None)
 
 
@@ -176,22 +171,14 @@ _Task: Any = asyncio.Task if hasattr(asyncio.Task, "_fut_waiter") else ()
 
 
 def thread_of(loop: asyncio.AbstractEventLoop) -> int | None:
-    """Returns the identifier of the thread that runs ``loop``.
-
-    Returns:
-        None, too, where the loop does not tell, as uvloop's.
-    """
+    """Return the identifier of the thread that runs ``loop``; None if unknown, as for uvloop's."""
     return getattr(loop, "_thread_id", None)
 
 
 def in_callback_of(loop: asyncio.AbstractEventLoop) -> bool:
-    """Tells whether ``loop``, which runs in this thread, is within a callback.
-
-    asyncio's loop takes a turn in a method called ``_run_once``, whoever wrote that, and calls
-    each callback in `asyncio.Handle._run`. uvloop calls them in C; it sees to signals there too,
-    and looks again at what is scheduled before it sleeps, so within it the answer is always yes.
-    Where the interpreter or the loop does not tell, it is no.
-    """
+    """Return True if ``loop``, which runs in this thread, is known to be within a callback."""
+    # asyncio's loop takes a turn in a method called `_run_once`, also in subclasses, and calls each
+    # callback in `Handle._run`.
     frame = _get_frame()
     while frame is not None:
         code = frame.f_code
@@ -200,6 +187,8 @@ def in_callback_of(loop: asyncio.AbstractEventLoop) -> bool:
         if code.co_name == "_run_once":
             return False
         frame = frame.f_back
+    # uvloop calls callbacks, and handles signals, in C. It checks what is scheduled again before it
+    # sleeps, so in its thread this counts as within a callback.
     kind: Any = type(loop)
     return _is_uvloops(kind)
 
@@ -218,28 +207,21 @@ _get_frame: Callable[[], FrameType | None] = getattr(sys, "_getframe", lambda: N
 _RUN_CALLBACK: object = getattr(_runs_handles(), "__code__", object())
 
 
-# What asyncio.shield leaves with a future when nobody waits for it any more, from Python 3.14 on:
-# it only logs the error.
+# The callback that asyncio.shield leaves with a future that nothing waits for any more, from Python
+# 3.14 on: it only logs the error.
 what_shield_leaves: object = getattr(asyncio.tasks, "_log_on_exception", asyncio)
 
 
 def is_within(function: Callable[..., Any]) -> bool:
-    """Tells whether a call of ``function``, written in Python, is under way in this thread.
-
-    False, too, where the interpreter does not tell.
-    """
+    """Return True if this thread is known to be in a call of ``function``, written in Python."""
     frame = _get_frame()
     return frame is not None and _is_below(frame, getattr(function, "__code__", None))
 
 
 def threads_within(function: Callable[..., Any]) -> set[int]:
-    """Return the identifiers of the threads that are in a call of ``function``.
-
-    Empty where the interpreter does not say, and without a GIL: there the other threads run while
-    this one walks their frames, which may crash the interpreter.
-    """
+    """Return the identifiers of the threads that are known to be in a call of ``function``."""
     if not _has_gil():
-        return set()
+        return set()  # to walk the frames of a thread that runs may crash the interpreter
     frames: dict[int, FrameType] = getattr(sys, "_current_frames", dict)()
     code = getattr(function, "__code__", None)
     try:
@@ -256,11 +238,8 @@ def _is_below(innermost: FrameType, code: object) -> bool:
 
 
 def is_inner(coroutine: object, other: object) -> bool:
-    """Tells whether ``coroutine`` runs within ``other``, of which both are running here.
-
-    False, too, where the interpreter does not tell.
-    """
-    # A task of asyncio's may run a generator, as that of an object that can be awaited.
+    """Return True if ``coroutine`` is known to run within ``other``, where both run here."""
+    # A task of asyncio's may run a generator, such as that of an object that can be awaited.
     frames = [
         getattr(each, "cr_frame", None) or getattr(each, "gi_frame", None)
         for each in (coroutine, other)
@@ -283,11 +262,9 @@ if _file_of(_run) != _file_of(asyncio.Handle.cancel):
 
 
 def calling_module(beyond: str = "") -> str | None:
-    """Returns the name of the module from which the function that asks was called.
+    """Return the name of the module that called the caller, other than ``beyond``.
 
-    If that is ``beyond``, the one from which that was called.
-
-    None if a C++ thread called it that runs no Python code; "" if the interpreter does not tell.
+    None if a C++ thread called it that runs no Python code; "" if it is unknown.
     """
     frame = _get_frame()
     if frame is None or frame.f_back is None:
@@ -299,14 +276,12 @@ def calling_module(beyond: str = "") -> str | None:
     return None if caller is None else str(caller.f_globals.get("__name__", ""))
 
 
-# Futures rely on deleting keys of dicts, which is safe there, too; but all else that runs beneath
-# them has not been shown to be.
 _has_gil: Callable[[], bool] = getattr(sys, "_is_gil_enabled", lambda: True)
 if not _has_gil() and sys.version_info < (3, 14, 5):
     raise ImportError(
         f"torchfut_aio does not run on Python {sys.version.split()[0]} with the GIL off: before "
         "3.14.5, two threads may both delete the same slot of an object (CPython issue 146270), "
-        "and nobody knows that no callback is lost. Set PYTHON_GIL=1, or use Python 3.14.5 or newer"
+        "so a callback may be lost. Set PYTHON_GIL=1, or use Python 3.14.5 or newer"
     )
 
 Queue: type[dict[Any, Any]] = OrderedDict if _has_gil() else dict
@@ -328,7 +303,7 @@ def move_to_front(queue: dict[Any, Any], key: object) -> None:
         for other in others:
             moved.add(other)
             _move_to_end(queue, other)
-        # Those that other threads have inserted meanwhile are among these: they come last, too.
+        # Keys that other threads insert while this runs are found in the next turn: they come last.
 
 
 def _move_to_end(queue: dict[Any, Any], key: object) -> None:
