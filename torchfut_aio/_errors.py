@@ -34,7 +34,7 @@ class InvalidStateError(
 ):
     """The operation does not fit the future's state.
 
-    The outcome of a pending future was read, or a future that is done was to be completed again.
+    The outcome of a pending future was read, or a future that is done was completed again.
     It is a ``RuntimeError``, as in ``torch.futures``, and the ``InvalidStateError`` of ``asyncio``
     and of ``concurrent.futures``.
     """
@@ -46,18 +46,18 @@ class CancelledError(concurrent.futures.CancelledError):
     It is a ``concurrent.futures.CancelledError``, and so an ``Exception``, which ends nothing but
     what waited for the future.
 
-    That of `Future.cancel`, and of an asyncio future that was adopted, is an
-    ``asyncio.CancelledError`` as well: a task of asyncio's that does not catch it ends as
-    cancelled. Its class is the subclass ``CancelledError.OfAsyncio``.
+    `Future.cancel`, and an adopted future of asyncio that was cancelled, raise the subclass
+    ``CancelledError.OfAsyncio``. It is an ``asyncio.CancelledError``, too: a task of asyncio that
+    does not catch it ends as cancelled.
 
     Example:
         >>> fut = torchfut_aio.Future()
-        >>> fut.cancel("the client has gone")
+        >>> fut.cancel("the client has disconnected")
         True
         >>> fut.wait()
         Traceback (most recent call last):
         ...
-        torchfut_aio.CancelledError.OfAsyncio: the client has gone
+        torchfut_aio.CancelledError.OfAsyncio: the client has disconnected
     """
 
     OfAsyncio: ClassVar[type[CancelledError]]
@@ -106,17 +106,17 @@ def consists_of(error: BaseException, kinds: tuple[type[BaseException], ...]) ->
 
 
 class NotAFutureError(TypeError, RuntimeError):
-    """Something was passed as a future that is none, and cannot be adopted as one.
+    """The argument is neither a future nor anything that can be adopted as one.
 
     It is a ``TypeError``, and also the ``RuntimeError`` that ``torch.futures`` raises for None.
     """
 
 
 class StreamClosedError(RuntimeError):
-    """A `ValueStream` takes no more values, or has none any more.
+    """A `ValueStream` takes no more values, or has no more.
 
-    `ValueStream.put` raises it when the stream has been closed, `ValueStream.get` when all values
-    of a closed stream have been read. When nothing listens any more, both do, and so does a new
+    `ValueStream.put` raises it after the stream was closed, and `ValueStream.get` after all values
+    of a closed stream were read. If the reading side was closed, both raise it, and so does a new
     iterator.
     """
 
@@ -124,15 +124,15 @@ class StreamClosedError(RuntimeError):
 class BlockingWaitWarning(RuntimeWarning):
     """``wait()`` is about to block a thread that runs an event loop.
 
-    Every other task of that loop stands still meanwhile, perhaps the one that would complete the
-    future among them. ``await`` the future instead.
+    No other task of that loop runs during the wait, not even one that would complete the future.
+    ``await`` the future instead.
     """
 
 
 class TaskStateWarning(RuntimeWarning):
-    """A task awaits while torch's state is not that of `debug.set_task_state_checks`' call.
+    """A task awaits while torch's state is not the one of `debug.set_task_state_checks`' call.
 
-    The state belongs to the thread, so all other tasks have it until this one goes on.
+    The state belongs to the thread, so all other tasks have it until this one resumes.
     """
 
 
@@ -201,19 +201,20 @@ class QueueFullError(RuntimeError, asyncio.QueueFull, queue.Full):
 
 
 class BatcherClosedError(RuntimeError):
-    """A `Batcher` has been closed: it takes no more items, or has dropped this one."""
+    """A `Batcher` was closed: it takes no more items, or has dropped this one."""
 
 
 class RpcError(RuntimeError):
-    """A remote procedure call failed: what `as_future` makes of its error.
+    """A remote procedure call failed: the error of a future that `as_future` made of the call.
 
     It is also an instance of the type that the callee raised, if that is an ``Exception`` that
     this process finds by its name, and no ``ExceptionGroup``; of TimeoutError, if the call has
     timed out; or of ConnectionError, if the connection was lost, as when the callee dies. Its text
     has the remote traceback. It has none of the attributes of the remote error.
 
-    PyTorch serves functions without ``async_rpc`` itself. If it cannot pickle the type of their
-    error, import it here, or make it of a text, the caller gets something else.
+    Functions without ``async_rpc`` are called by PyTorch itself. If it cannot pickle the type of
+    their error, import it in this process, or construct it from a text, the caller gets an error of
+    another type.
 
     Example:
         >>> from torchfut_aio import RpcError
@@ -222,7 +223,7 @@ class RpcError(RuntimeError):
         ...         return await torchfut_aio.as_future(call)
         ...     except KeyError:  # of the function that was called
         ...         return None
-        ...     except ConnectionError:  # the callee has gone
+        ...     except ConnectionError:  # the callee has died
         ...         raise
     """
 

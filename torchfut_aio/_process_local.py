@@ -1,4 +1,4 @@
-"""What belongs to its process, and to the one reference that its users share."""
+"""Objects that belong to one process, and to the one reference that its users share."""
 
 from __future__ import annotations
 

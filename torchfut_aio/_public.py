@@ -1,4 +1,4 @@
-"""The names that users import are called what users import, and not after private modules."""
+"""Public names have the module that users import them from, not the private one."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import typing
 
 
 def publish(module: str) -> None:
-    """Set the module of all that ``module`` exports: tracebacks, reprs and pickles have it.
+    """Set the ``__module__`` of everything that ``module`` exports.
 
-    A pickle finds a class by that name, also in the next version, where it may be defined
-    elsewhere. (``inspect.getsource`` finds the methods of such a class, and not the class.)
+    Tracebacks, reprs and pickles have it. A pickle then finds the class in a later version, too,
+    which may define it elsewhere. (``inspect.getsource`` finds the methods of such a class, and not
+    the class.)
     """
     names = vars(sys.modules[module])
     for name in names["__all__"]:

@@ -1,8 +1,8 @@
-"""What the package relies on that is private to PyTorch: all of it, here.
+"""Everything that the package relies on and that is private to PyTorch.
 
-Each was checked on torch 2.7.1, 2.13.0, 2.14.1 and 2.15.0. Where a name is gone, a public function
+Each was checked on torch 2.7.1, 2.13.0, 2.14.1 and 2.15.0. If a name is missing, a public function
 takes its place, or the call that needs it raises RuntimeError. Importing the package never does:
-``tests/test_pytorch.py`` takes away each name in turn.
+``tests/test_pytorch.py`` removes each name in turn.
 
 The texts of PyTorch's errors are not here: see `says_no_events`, and ``_rpc_errors.py``.
 """
@@ -50,8 +50,8 @@ set_unwrap_func = getattr(CppFuture, "_set_unwrap_func", _set_unwrap_func)
 no_torch_function: Callable[[], AbstractContextManager[Any]]
 no_torch_function = getattr(torch._C, "DisableTorchFunctionSubclass", nullcontext)
 
-# Returns the tensors that C++ finds in a value. None where TorchScript, which it is part of, is
-# gone: search the value then.
+# Returns the tensors that C++ finds in a value. None without TorchScript, which it is part of:
+# search the value then.
 extract_tensors: Callable[[object], list[torch.Tensor]] | None
 extract_tensors = getattr(getattr(torch, "_jit_internal", None), "_extract_tensors", None)
 # The module that pickles a value to do so.

@@ -1,6 +1,6 @@
-"""Who waits for which future, since when, and what happened: for a program that hangs, or lags.
+"""What waits for which future, since when, and what happened: for a program that hangs, or lags.
 
-`pending_futures` lists what is pending now. A `Recording` notes waits and callbacks while it is on,
+`pending_futures` lists what is pending now. A `Recording` keeps waits and callbacks while it is on,
 and saves them as a trace for Perfetto. While none is on, the package runs as if this were not here.
 `set_task_state_checks` switches on a warning for tasks that await with a changed state of torch.
 """

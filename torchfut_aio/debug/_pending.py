@@ -1,6 +1,6 @@
-"""The futures that are pending now, and the streams that something waits for.
+"""The futures that are pending now, and the streams that tasks or threads wait for.
 
-The garbage collector finds them. Futures, streams and loops then say what waits for them.
+The garbage collector finds them. Futures, streams and loops know what waits.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class PendingFuture:
         future: The future itself.
         waiters: The tasks and threads that waited, then the callbacks, each in the order in which
             they came. Empty if nothing waited.
-        where: ``queued in batcher NAME`` or ``running in batcher NAME``; None if the future is not
-            that of an item of a `torchfut_aio.Batcher`.
+        where: ``queued in batcher NAME`` or ``running in batcher NAME`` for an item of a
+            `torchfut_aio.Batcher`; else None.
     """
 
     future: Future[Any]
@@ -79,18 +79,18 @@ def pending_futures() -> list[PendingFuture | PendingStream]:
     """List every pending `torchfut_aio.Future` of the process, and what waits for each.
 
     For a program that hangs: call it in a signal handler, another thread or a debugger. It needs
-    no preparation. A task that waits is listed with the function and line where it does. Each
-    `torchfut_aio.ValueStream` that something waits for is listed, too. Futures that only the
-    package itself uses are not.
+    no preparation. A task that waits is listed with the function and line where it does. A
+    `torchfut_aio.ValueStream` is listed if a task or thread waits for it. Futures that only the
+    package itself uses are not listed.
 
     When a wait began is known only if a `Recording` was on then.
 
-    It looks through all objects that the garbage collector tracks, some tens of milliseconds for
-    every 100,000, and all else stands still meanwhile. It misses futures that ``gc.freeze`` has
-    hidden, and what PyTorch's C++ has attached itself.
+    The search visits all objects that the garbage collector tracks. It takes some tens of
+    milliseconds for every 100,000 of them, and nothing else in the process runs during that time.
+    It misses futures that ``gc.freeze`` has hidden, and what PyTorch's C++ has attached itself.
 
     Returns:
-        Those whose oldest wait began first come first; those of which that is unknown, last.
+        The entries in the order in which their oldest wait began; if that is unknown, at the end.
 
     Example:
         >>> from torchfut_aio import Future, debug
@@ -114,13 +114,9 @@ def _with_subclasses(kind: type[Any]) -> Iterator[type[Any]]:
 
 
 def _instances_of(kinds: set[type[Any]]) -> list[Any]:
-    """Return all objects of these types.
-
-    Not by ``gc.get_objects()``. While that list is there, each object has one more reference, and
-    before 3.14 CPython raises SystemError where a tuple has one that is still being filled, as by
-    ``tuple(generator)`` in another thread (CPython issue 127058). An object refers to its type, so
-    this list holds hardly more than what is asked for.
-    """
+    # An object refers to its type. `gc.get_objects()` would add a reference to every object, and
+    # before 3.14 CPython raises SystemError if a tuple gets one while another thread fills it, as
+    # `tuple(generator)` does (CPython issue 127058).
     return [thing for thing in gc.get_referrers(*kinds) if type(thing) in kinds]
 
 

@@ -37,7 +37,7 @@ class Recording:
     are the callbacks of this package itself, such as those of ``gather``.
 
     Args:
-        max_events: How many waits and callbacks it keeps at most: the last ones.
+        max_events: The number of waits and callbacks that it keeps: the last ones.
 
     Raises:
         RuntimeError: When the block is entered: another recording is on.
@@ -87,15 +87,15 @@ class Recording:
     ) -> None:
         """Write what was recorded as a trace in Chrome's format, which Perfetto opens.
 
-        Each task has a line of its own that shows when it waited, and from when to when it had
-        yet to go on after its future was completed; an arrow leads there from the thread that
-        completed it. Threads show when they blocked, completed, and ran callbacks. What still
-        waits now is shown until now.
+        Each task has a line that shows when it waited, and the time from the completion of its
+        future until it ran again. An arrow leads there from the thread that completed the future.
+        The line of a thread shows when it blocked, completed futures, and ran callbacks. A wait
+        that has not ended is shown until now.
 
         Args:
-            path: Where to write it.
-            profile: A trace that ``torch.profiler`` has exported, in this process: what it shows
-                is written there, too, on the same time.
+            path: The file to write.
+            profile: A trace that ``torch.profiler`` has exported in this process. The file then
+                has its events, too, on the same time.
         """
         # Times count from a base that is near: as numbers of JSON, they are not exact otherwise.
         trace: dict[str, Any] = {"traceEvents": [], "baseTimeNanoseconds": self._epoch}
