@@ -46,14 +46,14 @@ def measure(cases: Iterable[Case], rounds: int) -> pd.DataFrame:
 
 
 def rotated(names: list[str], number: int) -> list[str]:
-    """Returns ``names`` in the order of this round."""
+    """Return ``names`` in the order of this round."""
     first = number % len(names)
     turned = names[first:] + names[:first]
     return turned[::-1] if number % 2 else turned
 
 
 def run(loop: str, function: Callable[..., Awaitable[Any]], *args: Any) -> Any:
-    """Runs an async function on a fresh loop, "asyncio", "uvloop" or "trio"."""
+    """Run an async function on a fresh loop, "asyncio", "uvloop" or "trio"."""
     backend = "trio" if loop == "trio" else "asyncio"
     options = {} if backend == "trio" else {"use_uvloop": loop == "uvloop"}
     return anyio.run(function, *args, backend=backend, backend_options=options)

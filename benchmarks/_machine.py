@@ -11,7 +11,7 @@ RESULTS = Path(__file__).parents[1] / "docs" / "_results"
 
 
 def machine() -> str:
-    """Describes where this runs."""
+    """Describe where this runs."""
     cpus = Path("/proc/cpuinfo")
     lines = cpus.read_text().splitlines() if cpus.exists() else []
     models = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
@@ -21,7 +21,7 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """Returns the commit of this checkout, marked if something but results has been changed."""
+    """Return the commit of this checkout, marked if something but results has been changed."""
     status = ["status", "--porcelain", "--", ":/", f":(exclude){RESULTS}"]
     try:
         head, changed = (

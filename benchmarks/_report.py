@@ -24,7 +24,7 @@ GREY = "#7d8590"  # visible on white and on black
 
 
 def report(name: str, options: argparse.Namespace) -> None:
-    """Runs a benchmark, prints what it has found, and saves it if asked to."""
+    """Run a benchmark, print its results, and save them if asked to."""
     module = importlib.import_module(f"benchmarks.{name}")
     rounds = options.rounds or (1 if options.quick else module.ROUNDS)
     about = facts(f"python -m benchmarks {name}" + " --quick" * options.quick, rounds)
@@ -47,7 +47,7 @@ def facts(command: str, rounds: int) -> str:
 
 
 def tables(figures: pd.DataFrame) -> Iterator[str]:
-    """Gives each table: medians, and the median ratio to the first peer in the same round."""
+    """Yield each table: medians, and the median ratio to the first peer in the same round."""
     for title, rows in figures.groupby("table", sort=False):
         columns, peers = rows["column"].unique(), rows["peer"].unique()
         of_rounds = rows.pivot(index=["column", "round"], columns="peer", values="figure")[peers]
@@ -63,7 +63,7 @@ def tables(figures: pd.DataFrame) -> Iterator[str]:
 
 
 def rounded(figure: float) -> str:
-    """Returns a figure with as many digits as are worth reading."""
+    """Return a figure with as many digits as are worth reading."""
     size = abs(figure)
     digits = 0 if size >= 100 or size == 0 else 1 if size >= 10 else 2 if size >= 1 else 3
     return f"{figure:,.{digits}f}"
@@ -74,7 +74,7 @@ def label(column: Any) -> str:
 
 
 def save(folder: Path, name: str, figures: pd.DataFrame, facts: str, drawn: str) -> None:
-    """Writes NAME.json, NAME.md, and NAME.svg of the tables whose titles match ``drawn``."""
+    """Write NAME.json, NAME.md, and NAME.svg of the tables whose titles match ``drawn``."""
     folder.mkdir(parents=True, exist_ok=True)
     short = figures.assign(figure=figures["figure"].map("{:.4g}".format).astype(float))
     of_rounds = short.groupby(["table", "column", "peer"], sort=False)["figure"].agg(list)

@@ -22,7 +22,7 @@ Act = Callable[[list[Any], Callable[[], object]], object]
 async def wave(
     loop: str, way: Way, count: int, act: Act, note: Callable[[Any], object]
 ) -> tuple[float, float]:
-    """Starts tasks that await a future each, and ends them by ``act(futures, cancel)``.
+    """Start tasks that await a future each, and end them by ``act(futures, cancel)``.
 
     ``note`` is called with what each got. Returns seconds until all wait, and from then until the
     last has ended.
@@ -58,7 +58,7 @@ async def wave(
 
 @asynccontextmanager
 async def native_tasks(loop: str) -> AsyncIterator[tuple[Callable[..., object], Callable[[], Any]]]:
-    """Gives what starts a task and what cancels all, and waits for them in the end.
+    """Yield what starts a task and what cancels all, and wait for them in the end.
 
     A task group would do more for each task that ends, while the clock runs.
     """
@@ -78,7 +78,7 @@ async def native_tasks(loop: str) -> AsyncIterator[tuple[Callable[..., object], 
 
 @contextmanager
 def producers(way: Way, threads: int = 1, pause: float = 0.0) -> Iterator[Act]:
-    """Gives an act that hands futures to threads, which complete them, a share each, in one go.
+    """Yield an act that hands futures to threads, which complete them, a share each, in one go.
 
     The value is the time at which the thread began, ``pause`` seconds after it was asked to.
     """

@@ -54,12 +54,12 @@ class Arrival:
         self.event = trio.Event()
 
     def set(self, value: Any) -> None:
-        """Gives the value to the task that waits."""
+        """Give the value to the task that waits."""
         self.value = value
         self.event.set()
 
     async def wait(self) -> Any:
-        """Returns the value."""
+        """Return the value."""
         await self.event.wait()
         return self.value
 
@@ -117,7 +117,7 @@ def bridged(of: Native, fut: torch.futures.Future[Any]) -> Awaitable[Any]:
 
 
 def way(loop: str, name: str) -> Way:
-    """Returns a way, for the loop that runs in this thread."""
+    """Return a way, for the loop that runs in this thread."""
     of = native(loop)
     ours, torchs, plain = torchfut_aio.Future, torch.futures.Future, concurrent.futures.Future
     from_deque = through_deque(of)
@@ -144,5 +144,5 @@ def way(loop: str, name: str) -> Way:
 
 
 def ways(loop: str) -> list[str]:
-    """Returns the names of the ways that there are on a loop."""
+    """Return the names of the ways that there are on a loop."""
     return [name for name in WAYS if loop != "trio" or name != WRAP]

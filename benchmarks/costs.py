@@ -120,7 +120,7 @@ PATHS: dict[str, Callable[[Futures, Complete], Any]] = {
 
 
 async def instructions(name: str) -> float:
-    """Counts in this thread, and in the other one while this one stands still: no races."""
+    """Count in this thread, and in the other one while this one stands still: no races."""
     count = 0
 
     def trace(frame: FrameType, event: str, _: object) -> Callable[..., Any] | None:

@@ -25,7 +25,7 @@ async def _value(fut: Future[int]) -> int:
 
 
 async def one_round(producers: int) -> tuple[float, float]:
-    """Returns the CPU of the producers together and of the loop, in seconds."""
+    """Return the CPU of the producers together and of the loop, in seconds."""
     futures: list[Future[int]] = [Future() for _ in range(COUNT)]
     tasks = [asyncio.ensure_future(_value(fut)) for fut in futures]
     await asyncio.sleep(0)  # all wait
@@ -51,7 +51,7 @@ async def one_round(producers: int) -> tuple[float, float]:
 
 
 def main() -> None:
-    """Prints a line for each number of producers: by default 1, 2 and 4."""
+    """Print a line for each number of producers: by default 1, 2 and 4."""
     has_gil = getattr(sys, "_is_gil_enabled", lambda: True)()
     print(f"CPython {sys.version.split()[0]}, {'with' if has_gil else 'without'} the GIL")
     for producers in [int(number) for number in sys.argv[1:]] or [1, 2, 4]:

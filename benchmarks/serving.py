@@ -55,7 +55,7 @@ Answer = Callable[[torch.Tensor], Awaitable[int]]
 
 
 def by_hand(name: str, predict: Predict) -> Answer:
-    """Returns what queues an image for a worker thread, and waits for its digit."""
+    """Return what queues an image for a worker thread, and waits for its digit."""
     this = way("uvloop", name)
     queue: SimpleQueue[tuple[torch.Tensor, Any]] = SimpleQueue()
 
@@ -112,7 +112,7 @@ def serve(listener: socket.socket) -> None:
 
 
 def cpu_of(process: int) -> float:
-    """Returns how many seconds of CPU a process has taken."""
+    """Return how many seconds of CPU a process has taken."""
     fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 

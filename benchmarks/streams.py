@@ -55,7 +55,7 @@ PEERS: dict[str, tuple[Callable[[], Any], Callable[[Any, list[int], Any], object
 
 
 async def read(stream: Any) -> None:
-    """Reads tokens until a 0."""
+    """Read tokens until a 0."""
     if isinstance(stream, ValueStream):
         async for token in stream:
             if not token:

@@ -102,7 +102,7 @@ class Waits(NamedTuple):
         return f"{self.length * 1e3:g} ms, {pattern}, {self.pending:,} pending"
 
     def lengths(self) -> list[float]:
-        """Returns the length of each wait, and of those that do not count, which come first."""
+        """Return the length of each wait, and of those that do not count, which come first."""
         rng = random.Random(1)
         count = self.count + WARM_UP * STREAMS
         factors = (rng.uniform(0.1, 1.9) if self.irregular else 1 for _ in range(count))
