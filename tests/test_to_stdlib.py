@@ -86,36 +86,6 @@ def test_one_that_runs_gets_the_cancellation_as_an_error():
     assert copy.exception(0) is fut.exception()
 
 
-class Evasive(Exception):
-    @property
-    def __class__(self):
-        raise RuntimeError("asked for the class")
-
-
-def test_an_error_that_hides_its_class_is_no_cancellation_and_may_leave_a_callback():
-    fut, others = Future(), []
-    fut.add_done_callback(raise_evasive)
-    fut.add_done_callback(others.append)
-    fut.set_exception(Evasive())
-    assert not fut.cancelled()
-    assert others == [fut]
-    assert type(fut.exception()) is Evasive
-
-
-def raise_evasive(_):
-    raise Evasive
-
-
-@pytest.mark.asyncio
-async def test_an_error_that_hides_its_class_arrives_in_copies():
-    fut = Future()
-    copies = fut.as_concurrent(), fut.as_asyncio()
-    fut.set_exception(Evasive())
-    copies += fut.as_concurrent(), fut.as_asyncio()
-    await asyncio.sleep(0)
-    assert [type(copy.exception()) for copy in copies] == [Evasive] * 4
-
-
 def test_cancelling_it_leaves_the_future_and_nothing_behind(caplog):
     fut = Future()
     copy = fut.as_concurrent()
