@@ -394,7 +394,7 @@ class Future(torch.futures.Future[T]):
             value = outcome.read()
             return value
         finally:
-            del self, outcome  # as in Outcome.read()
+            del self, state, outcome  # as in Outcome.read()
 
     async def stream_ordered(self) -> T:
         """Wait until the future is done, and order streams as `wait` does.
