@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import concurrent.futures
 import gc
@@ -28,7 +29,7 @@ from torchfut_aio import (
     as_future,
     gather,
 )
-from torchfut_aio._adopt import _registry
+from torchfut_aio._adopt import _adopted
 
 from .loops import on_asyncio, on_every_loop
 from .threads import PATIENCE, PATIENCE_WITH_PROCESSES, alongside, running
@@ -397,14 +398,21 @@ def test_other_libraries_register_their_own_sources(registered):
         as_future(5)
 
 
-def test_others_may_register_theirs_while_one_is_looked_up(registered):
+def test_registering_while_a_source_is_looked_up_is_safe():
+    class Abstract(abc.ABC):  # noqa: B024
+        pass
+
+    @Abstract.register
+    class Virtual:
+        pass
+
     class Another:
         pass
 
     to_register = [Another]
 
     class Meanwhile(type):
-        def __subclasscheck__(cls, _kind):  # of which the look-up asks
+        def __subclasscheck__(cls, _kind):  # which the look-up calls
             while to_register:
                 as_future.register(to_register.pop(), lambda source: Future())
             return False
@@ -412,14 +420,24 @@ def test_others_may_register_theirs_while_one_is_looked_up(registered):
     class Asked(metaclass=Meanwhile):
         pass
 
-    class MySpecialHandle(SpecialHandle):
-        pass
-
+    fut = Future()
+    as_future.register(Abstract, lambda source: fut)
     as_future.register(Asked, lambda source: Future())
-    handle = MySpecialHandle()
-    assert as_future(handle).wait() is handle
+    assert as_future(Virtual()) is fut
     assert not to_register
     assert not as_future(Another()).done()
+
+
+def test_a_function_registers_for_each_type_of_a_union():
+    class One:
+        pass
+
+    class Other:
+        pass
+
+    fut = Future()
+    as_future.register(One | Other, lambda source: fut)
+    assert as_future(One()) is as_future(Other()) is fut
 
 
 def test_what_is_registered_must_return_ours():
@@ -502,13 +520,13 @@ def test_equal_sources_are_adopted_apart_and_none_is_kept():
 
         __hash__ = None
 
-    before = len(_registry._made)
+    before = len(_adopted._made)
     sources = [Equal() for _ in range(3)]
     futures = [as_future(source) for source in sources]
     for n, source in enumerate(sources):
         assert as_future(source) is futures[n]
         source.set_result(n)
     assert [fut.wait(PATIENCE) for fut in futures] == [0, 1, 2]
-    del sources, source
+    del sources, source, futures
     gc.collect()
-    assert len(_registry._made) <= before
+    assert len(_adopted._made) <= before

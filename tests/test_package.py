@@ -107,6 +107,7 @@ LAYERS = [
     "_dependent",
     "_tasks",
     "_adopt",
+    "contrib",
     "_many",
     "_batch_worker",
     "_batcher",

@@ -7,7 +7,6 @@ import weakref
 from collections.abc import Callable, Generator
 from typing import Any, Protocol, TypeVar
 
-from ._arguments import Devices
 from ._core import devices_of
 from ._future import Future, chain
 
@@ -17,7 +16,7 @@ S = TypeVar("S")
 
 class _Checks(Protocol):
     def check(self, blocks: bool = False) -> None:
-        """Raise if waiting would not end; recover if what was to complete the future is done.
+        """Raise if a wait would never end.
 
         If ``blocks``, the wait is one of the calling thread, without a limit.
         """
@@ -29,13 +28,18 @@ class DependentFuture(Future[T]):
     __qualname__ = "Future"  # in its repr, as the class is internal
     __slots__ = ("_depends_on",)
 
-    def __init__(self, *, devices: Devices = None) -> None:
-        super().__init__(devices=devices)
-        self._depends_on: weakref.ref[_Checks] | None = None
+    _depends_on: weakref.ref[_Checks]
 
     def depend_on(self, thing: _Checks) -> None:
-        """Ask ``thing`` before each wait; weakly, as it is what holds the future."""
+        """Call ``thing.check()`` before each wait."""
+        # Weakly, as the thing refers to the future: the two would be a cycle.
         self._depends_on = weakref.ref(thing)
+
+    def check(self, blocks: bool = False) -> None:
+        """Raise if the future is pending and nothing can complete it while this thread waits."""
+        thing = self._depends_on()
+        if thing is not None and not self.done():
+            thing.check(blocks)
 
     def __await__(self, _ready: bool = True) -> Generator[Any, Any, T]:
         self.check()
@@ -51,12 +55,5 @@ class DependentFuture(Future[T]):
 
     def then(self, callback: Callable[[Future[T]], S]) -> Future[S]:
         child: DependentFuture[S] = DependentFuture(devices=devices_of(self))
-        child._depends_on = self._depends_on
+        child.depend_on(self)
         return chain(self, callback, child)
-
-    def check(self, blocks: bool = False) -> None:
-        """Check that the future is done, or can be completed while this thread waits."""
-        if self._depends_on is not None and not self.done():
-            thing = self._depends_on()
-            if thing is not None:
-                thing.check(blocks)

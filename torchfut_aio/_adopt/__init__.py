@@ -1,25 +1,22 @@
 """Futures of other kinds, made into ours: `as_future`, and a file for each family of sources.
 
-``_registry.py`` has `as_future` itself and what the files share, ``_threads.py`` what serves
-sources that tell only a thread that blocks, and ``_refusals.py`` what is said of all others. A
-further source is one more file, with an adapter under ``@adopts``, and its name in the import
-below.
+``_registry.py`` has `as_future` itself, ``_adopted.py`` the future that it returns, ``_threads.py``
+what waits for sources without callbacks, and ``_refusals.py`` the errors. Sources of other
+libraries are in ``contrib/``, imported when one is adopted.
 
 An adopted future completes as its source does, in the thread where the source does. It does not
-control the source: through it, nobody can cancel or complete that.
+control the source: through it, nothing can cancel or complete that.
 """
 
-from . import (  # noqa: F401  they register what they adopt
-    _anyio,
-    _asyncio,
-    _concurrent,
-    _dask,
-    _devices,
-    _distributed,
-    _pool,
-    _ray,
-    _torch,
-)
-from ._registry import Source, as_future
+from . import _asyncio, _concurrent, _devices, _distributed, _torch  # noqa: F401  they register
+from ._adopted import AdoptedFuture, once
+from ._registry import Source, adopts_in_contrib, as_future
+from ._threads import settle_in_thread
 
-__all__ = ["Source", "as_future"]
+__all__ = ["AdoptedFuture", "Source", "as_future", "once", "settle_in_thread"]
+
+adopts_in_contrib("_anyio", "anyio.TaskHandle", "anyio.Future")
+adopts_in_contrib("_pool", "multiprocessing.pool.AsyncResult")
+adopts_in_contrib("_ray", "ray.ObjectRef")
+adopts_in_contrib("_dask", "distributed.client.Future")
+adopts_in_contrib("_grpc", "grpc.Future")  # of a call; those of grpc.aio are awaitables

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import functools
+from functools import partial
 from typing import Any
 
 import torch
 
 from .._core import Promise
-from .._dependent import DependentFuture
 from .._devices import finish_current_streams
 from .._errors import NotAFutureError
 from .._pytorch import COLLECTIVE_TENSOR
-from ._registry import adopts, once
+from ._adopted import AdoptedFuture, once
+from ._registry import adopts
 from ._threads import settle_in_thread
-from ._torch import follow
+from ._torch import OfTorch, follow
 
 
 @adopts("torch.distributed.Work")
-@once
-def _from_work(source: torch.distributed.Work, future: DependentFuture[Any]) -> None:
+@partial(once, kind=OfTorch)
+def _from_work(source: torch.distributed.Work, future: AdoptedFuture[Any]) -> None:
     try:
         native = source.get_future()
     except RecursionError:
         raise
     except RuntimeError:  # some works of gloo have none
-        settle_in_thread(Promise(future, "the adopted work"), functools.partial(_wait_for, source))
+        settle_in_thread(Promise(future, "the adopted work"), partial(_wait_for, source))
     else:
         follow(native, future)
 
@@ -37,12 +37,12 @@ def _wait_for(work: torch.distributed.Work) -> None:
 
 @adopts(COLLECTIVE_TENSOR)
 @once
-def _from_tensor(source: Any, future: DependentFuture[Any]) -> None:
+def _from_tensor(source: Any, future: AdoptedFuture[Any]) -> None:
     # torch has the work in a registry of C++'s, and takes it out to wait for it.
     is_known = all(hasattr(source, name) for name in ("completed", "elem", "trigger_wait"))
     if is_known and source.completed:
         future.set_result(source.elem)
-    # That of torch 2.7 is for each thread; those between were not run.
+    # Before torch 2.13, the registry may be one for each thread.
     elif not is_known or torch.__version__ < "2.13":
         raise NotAFutureError(
             "an AsyncCollectiveTensor cannot be awaited with this PyTorch, which waits for it only "
@@ -55,7 +55,7 @@ def _from_tensor(source: Any, future: DependentFuture[Any]) -> None:
 
 @adopts("torch.distributed.rpc.RRef", "torch.distributed.rpc.PyRRef")
 @once
-def _from_rref(source: Any, future: DependentFuture[Any]) -> None:
+def _from_rref(source: Any, future: AdoptedFuture[Any]) -> None:
     from .._rpc_errors import parse_fetched_error
 
     settle_in_thread(Promise(future, "the adopted RRef"), source.to_here, parse_fetched_error)

@@ -4,133 +4,109 @@ from __future__ import annotations
 
 from _thread import start_new_thread
 from collections.abc import Callable
-from functools import partial
 from typing import Any, TypeVar
 
 from .. import _core
 from .._arguments import Devices
 from .._dependent import DependentFuture
+from .._errors import own_cancellation
 from .._future import Future
 from .._pytorch import CppFuture
 from .._worker import call_contained
-from ._registry import Adoption, adopts, once
+from ._adopted import AdoptedFuture, once
+from ._registry import adopts, as_future
 
 T = TypeVar("T")
-Translate = Callable[[BaseException], BaseException]
 
 
-@adopts("torchfut_aio.Future", kind=Future)
-def _from_ours(source: Future[T], *, devices: Devices = None) -> Future[T]:
-    if issubclass(type(source), DependentFuture):
-        source.check()  # type: ignore[attr-defined]
-    return source if devices is None else _from_torch(source, devices=devices)
+class OfTorch(AdoptedFuture[T]):
+    """A future that completes as one of torch does."""
 
+    __qualname__ = "Future"
+    __slots__ = ()
 
-@adopts("torch.futures.Future", kind=CppFuture)
-@once
-def _from_torch(source: CppFuture[Any], future: DependentFuture[Any]) -> None:
-    from .._rpc_errors import parse_remote_error
+    def complete_as(self, source: Any) -> None:
+        # If it is the source that failed with one of these, `complete_again` finds it once more.
+        self._complete_as(source, (KeyboardInterrupt, SystemExit, RecursionError, MemoryError))
 
-    follow(source, future, parse_remote_error)
+    def complete_again(self, source: Any) -> None:
+        self._complete_as(source, ())
 
+    def _complete_as(self, source: Any, of_this_thread: tuple[type[BaseException], ...]) -> None:
+        from .._rpc_errors import error_in, parse_remote_error
 
-def follow(
-    source: CppFuture[Any],
-    future: DependentFuture[Any],
-    translate: Translate = lambda error: error,
-) -> None:
-    """Complete ``future`` as ``source``, once that is done."""
-    adoption = _Adoption(source, future, translate)
-    if issubclass(type(source), Future):
-        _core.add_callback(source, _Callback(adoption))  # type: ignore[arg-type]
-        return
-    try:
-        source.add_done_callback(adoption.callback())
-    except RecursionError:
-        raise
-    except RuntimeError:  # it is done, and no stream can be ordered after its kernels
-        adoption.settle(partial(_waited, source), adoption.translate)
-
-
-_READERS = (__name__, "torch.futures")
-
-
-class _Adoption(Adoption):
-    """The promise of a future that adopted one of torch."""
-
-    __slots__ = ("_translate",)
-
-    def __init__(self, source: Any, future: DependentFuture[Any], translate: Translate) -> None:
-        super().__init__(source, future)
-        self._translate = translate
-
-    def adopt(self, source: Any) -> None:
         error = value = None
         try:
-            from .._rpc_errors import error_in
-
             if issubclass(type(source), Future):
                 error = source.exception()
                 value = source.value() if error is None else None
             else:
                 value = source.value()
                 error = error_in(value)
-        except (KeyboardInterrupt, SystemExit, RecursionError, MemoryError):
-            raise  # of this thread; if it is the source's after all, `recover` finds it again
+        except of_this_thread:
+            raise
         except BaseException as raised:
             error = raised
         finally:
             del source  # the error's traceback leads here, and the source holds the error
-        if error is None:
-            self.keep(value)
-        else:
-            try:
-                self.fail(self.translate(error))
-            finally:
-                del error
+        try:
+            if error is None:
+                _core.try_complete_with_value(self, value)
+            else:
+                _drop_reading_frames(error)
+                _core.try_complete_with_error(self, own_cancellation(parse_remote_error(error)))
+        finally:
+            del error
 
-    def adopt_again(self, source: Any) -> None:
-        self.settle(partial(_waited, source), self.translate)
 
-    def translate(self, error: BaseException) -> BaseException:
-        """Return the error of the future, without the frames in which it was read."""
-        # Those of torch refer to its future, which keeps the error where no collector finds it.
-        traceback = error.__traceback__
-        while traceback is not None and traceback.tb_frame.f_globals.get("__name__") in _READERS:
-            traceback = traceback.tb_next
-        return self._translate(error.with_traceback(traceback))
+def _drop_reading_frames(error: BaseException) -> None:
+    # Those of torch refer to its future, which keeps the error where no collector finds it.
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_frame.f_globals.get("__name__") in _READERS:
+        traceback = traceback.tb_next
+    error.with_traceback(traceback)
+
+
+_READERS = (__name__, "torch.futures")
+
+
+def follow(source: CppFuture[Any], future: AdoptedFuture[Any]) -> None:
+    """Complete ``future`` as ``source``, once that is done."""
+    callback = future.callback()
+    if issubclass(type(source), Future):
+        _core.add_callback(source, _Callback(future, callback))  # type: ignore[arg-type]
+        return
+    try:
+        source.add_done_callback(callback)
+    except RecursionError:
+        raise
+    except RuntimeError as error:  # it is done, and no stream can be ordered after its kernels
+        future.recover(source, error)
 
 
 class _Callback(_core.DoneCallback):
-    """What a source that is a future of ours calls."""
+    """What a source that is a future of ours calls; `fail` if that was interrupted."""
 
-    __slots__ = ("_adoption", "run")
+    __slots__ = ("_future", "run")
 
-    def __init__(self, adoption: _Adoption) -> None:
-        self._adoption = adoption
-        self.run = adoption.adopt
+    def __init__(self, future: AdoptedFuture[Any], callback: Callable[[Any], None]) -> None:
+        self._future = future
+        self.run = callback
 
     def fail(self, source: Any, error: BaseException) -> None:
-        start_new_thread(call_contained, (self._adoption.recover, source, error))
+        start_new_thread(call_contained, (self._future.recover, source, error))
 
 
-def _waited(source: CppFuture[Any]) -> Any:
-    source.wait()
-    return read(source)
+_from_torch = once(follow, kind=OfTorch)
+adopts("torch.futures.Future")(_from_torch)
+as_future.register(CppFuture, _from_torch)
 
 
-def read(source: CppFuture[Any]) -> Any:
-    """Return the value of a future that is done, or raise its error.
+@adopts("torchfut_aio.Future")
+def _from_ours(source: Future[T], *, devices: Devices = None) -> Future[T]:
+    if issubclass(type(source), DependentFuture):
+        source.check()  # type: ignore[attr-defined]
+    return source if devices is None else _from_torch(source, devices=devices)
 
-    Also the error of a failed future of ours that C++ has copied, as a value, to ``source``.
-    """
-    try:
-        from .._rpc_errors import error_in
 
-        value = source.value()
-        error = error_in(value)
-        if error is not None:
-            raise error
-        return value
-    finally:
-        del source
+as_future.register(Future, _from_ours)

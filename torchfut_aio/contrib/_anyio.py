@@ -2,39 +2,29 @@
 
 from __future__ import annotations
 
-import weakref
+from functools import partial
 from typing import Any
 
 from .. import _loops
-from .._arguments import Devices, devices_checked
+from .._adopt import AdoptedFuture, once
 from .._core import Promise
 from .._errors import drop_catching_frame
-from .._future import Future
 from .._repr import described
 from .._worker import call_contained
-from ._registry import adopts
-
-# The futures of pending sources, by the source's id: an anyio.Future has no weak references. The
-# task that waits keeps both, so the id is not another's while the future is pending.
-_made: weakref.WeakValueDictionary[tuple[int, object], Future[Any]] = weakref.WeakValueDictionary()
 
 
-@adopts("anyio.TaskHandle", "anyio.Future")
-def _from_anyio(source: Any, *, devices: Devices = None) -> Future[Any]:
-    key = id(source), None if devices is None else devices_checked(devices)
-    made = _made.get(key)
-    if made is not None and not made.done():
-        return made
+# anyio.Future has no weak references. The task that waits keeps the source, so no other has its id.
+@partial(once, identity=id)
+def adopt(source: Any, future: AdoptedFuture[Any]) -> None:
     if not _loops.loop_in_this_thread():
         raise RuntimeError(
             f"as_future() of a {type(source).__qualname__} of anyio has to be called in the thread "
             "of its event loop"
         )
-    future: Future[Any] = Future(devices=devices)
     promise = Promise(future, described(source))
     if _has_ended(source):
         _keep(promise, source)
-        return future
+        return
 
     def ended() -> None:  # the source may have ended the loop, and this task with it
         if _has_ended(source):
@@ -42,8 +32,6 @@ def _from_anyio(source: Any, *, devices: Devices = None) -> Future[Any]:
         call_contained(promise.end)
 
     _loops.current().spawn(ended, _watch, promise, source)
-    _made[key] = future
-    return future
 
 
 async def _watch(promise: Promise, source: Any) -> None:

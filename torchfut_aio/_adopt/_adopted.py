@@ -1,0 +1,179 @@
+"""The future that a source completes, made once for each source.
+
+A source refers to the future, through its callback; the future refers to the source only weakly.
+So a source that is dropped while it is pending is freed, its callback with it, and the future
+fails. (With a torch source, a strong reference back would be a cycle through C++, where the
+garbage collector does not see it.)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import weakref
+from _thread import start_new_thread
+from collections.abc import Callable, Generator
+from typing import Any, TypeVar
+
+from .. import _core
+from .._arguments import Devices, devices_checked
+from .._core import OUTCOME
+from .._dependent import DependentFuture
+from .._devices import finish_devices
+from .._errors import CANCELLATIONS, CancelledError, drop_catching_frame, own_cancellation
+from .._future import Future
+from .._worker import call_contained
+
+T = TypeVar("T")
+
+# How many seconds a source that is done has to call its callback.
+_GRACE = 0.05
+
+
+class AdoptedFuture(DependentFuture[T]):
+    """A future that completes as its source does; this class reads ``exception`` and ``result``."""
+
+    __qualname__ = "Future"
+    __slots__ = ("_is_recovering", "_source")
+
+    _source: Callable[[], Any]  # a weak reference, or a function that returns None
+    _is_recovering: bool
+
+    def callback(self) -> Callable[[Any], None]:
+        """Return what the source calls, with itself, when it is done."""
+        adoption = self.until_done()
+        next(adoption)
+        return adoption.send
+
+    def until_done(self, kept: Any = None) -> Generator[None, Any, None]:
+        """Wait to be sent the source, then complete the future.
+
+        Args:
+            kept: The source, if the garbage collector sees the cycle that this makes.
+        """
+        # A generator, as its ``send`` is C, and it is suspended within the ``try``. An interrupt
+        # at the entry of a function comes before the ``try``: the future would stay pending.
+        source = None
+        try:
+            source = yield
+            self.complete_as(source)
+        except GeneratorExit:  # the source, or its event loop, has dropped the callback
+            self._end(kept)
+            return
+        except BaseException as error:  # an interrupt, or a full stack: a new thread has neither
+            start_new_thread(call_contained, (self.recover, source, error))
+            raise
+        finally:
+            del source, kept, self  # a source may keep its callbacks
+        yield
+
+    def complete_as(self, source: Any) -> None:
+        """Complete the future as ``source``, which is done."""
+        try:
+            error = source.exception()  # not result(), which would add frames to the traceback
+        except (RecursionError, MemoryError):
+            raise  # of this thread
+        except (Exception, asyncio.CancelledError) as raised:
+            error = raised.with_traceback(None)
+            if source.cancelled() and not issubclass(type(error), CANCELLATIONS):  # gRPC's
+                error = CancelledError(*error.args)
+        if error is None:
+            _core.try_complete_with_value(self, source.result())
+        else:
+            try:
+                _core.try_complete_with_error(self, own_cancellation(error))
+            finally:
+                del error
+
+    complete_again = complete_as
+    """As `complete_as`, in a thread that nothing interrupts."""
+
+    def _end(self, source: Any) -> None:
+        if source is not None and source.done():  # the loop closed before it called the callback
+            self.complete_as(source)
+        elif OUTCOME not in self._state:
+            text = (
+                "the adopted future was pending when its source was garbage-collected, or the "
+                "event loop of its source ended: nothing can complete it any more"
+            )
+            _core.try_complete_with_error(self, CancelledError(text))
+
+    def check(self, blocks: bool = False) -> None:  # noqa: ARG002
+        """Recover if the source is done and its callback found no frame left on the stack."""
+        source = self._source()
+        if source is None or OUTCOME in self._state or self._is_recovering:
+            return
+        if hasattr(source, "done") and source.done():
+            self._is_recovering = True
+            start_new_thread(call_contained, (self._recover_later, source))
+
+    def _recover_later(self, source: Any) -> None:
+        time.sleep(_GRACE)  # most often, another thread is about to call the callback
+        self.recover(source, RuntimeError("the source is done"))
+
+    def recover(self, source: Any, error: BaseException) -> None:
+        """Complete the future after ``error`` has stopped `until_done`; in a thread of its own."""
+        if source is None:  # the error came before the generator had it
+            source = self._source()
+        if OUTCOME in self._state:
+            return
+        if source is None:
+            _core.try_complete_with_error(self, error)
+            return
+        try:
+            finish_devices()  # on which streams the value is filled is not known here
+            self.complete_again(source)
+        except Exception as failure:
+            _core.try_complete_with_error(self, drop_catching_frame(failure))
+
+
+# The futures of sources, each made once while it is pending, by the source and the devices.
+_made: weakref.WeakValueDictionary[tuple[Any, Any], Any] = weakref.WeakValueDictionary()
+
+
+def once(
+    adopt: Callable[[Any, Any], object] | None = None,
+    *,
+    kind: type[AdoptedFuture[Any]] = AdoptedFuture,
+    identity: Callable[[Any], object] | None = None,
+) -> Callable[..., Future[Any]]:
+    """Make an adapter, which returns one future while a source is pending.
+
+    Args:
+        adopt: A function that gets a source and its future, and sees to it that the future
+            completes. By default, ``source.add_done_callback(future.callback())``.
+        kind: The class of the future: how to read the source, and what to check before a wait.
+        identity: A function that returns what tells sources apart, for those without weak
+            references. As long as the future is pending, it must not be the same for another.
+    """
+
+    def adapter(source: Any, *, devices: Devices = None) -> Future[Any]:
+        declared = () if devices is None else devices_checked(devices)
+        key = (id(source) if identity is None else identity(source)), declared
+        future: AdoptedFuture[Any] | None = _made.get(key)
+        if (
+            future is not None
+            and OUTCOME not in future._state
+            # A new object may have the id of one that was freed, whose future is pending.
+            and (identity is not None or future._source() is source)
+        ):
+            future.check()
+            return future
+        future = kind(devices=declared or None)
+        future._source = weakref.ref(source) if identity is None else _no_source
+        future._is_recovering = False
+        if adopt is not None:
+            adopt(source, future)
+        else:  # the same as `callback`, without that call
+            adoption = future.until_done()
+            next(adoption)
+            source.add_done_callback(adoption.send)
+        if OUTCOME not in future._state:
+            _made[key] = future
+        return future
+
+    return adapter
+
+
+def _no_source() -> None:
+    return None

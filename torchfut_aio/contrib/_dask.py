@@ -1,0 +1,25 @@
+"""Futures of a dask client. Only a task on the client's loop can await one."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from .._adopt import AdoptedFuture, once
+
+
+@once
+def adopt(source: Any, future: AdoptedFuture[Any]) -> None:
+    waiting, loop = _wait_for(source), source.client.loop.asyncio_loop
+    try:
+        task = asyncio.run_coroutine_threadsafe(waiting, loop)
+    except BaseException:
+        waiting.close()
+        raise
+    task.add_done_callback(future.callback())
+    if loop.is_closed():  # perhaps since the call, and then nothing runs the task
+        task.cancel()
+
+
+async def _wait_for(source: Any) -> Any:
+    return await source

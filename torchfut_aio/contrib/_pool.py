@@ -1,0 +1,19 @@
+"""Results of the pools of multiprocessing, which have no callbacks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .._adopt import AdoptedFuture, once, settle_in_thread
+from .._core import Promise
+from .._errors import drop_catching_frame
+
+
+@once
+def adopt(source: Any, future: AdoptedFuture[Any]) -> None:
+    promise = Promise(future, "the adopted future")
+    # The frame of get(), too, refers to the source, which keeps the error.
+    if source.ready():
+        promise.settle(source.get, drop_catching_frame)
+    else:
+        settle_in_thread(promise, source.get, drop_catching_frame)
