@@ -6,13 +6,11 @@ import asyncio
 import concurrent.futures
 import datetime
 import functools
-import multiprocessing.pool
 import traceback
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 
 import torchfut_aio
 from torchfut_aio import Batcher, Future, NotAFutureError, ValueStream, as_future
@@ -192,12 +190,6 @@ CURES = [
     (ValueStream(), r"`async for`"),
     (aiter(ValueStream()), r"`async for`"),
     (torchfut_aio.as_completed([]), r"`async for`"),
-    (Batcher(list, max_batch_size=1, max_queue_size=1), r"submit\(item\)"),
-    (dist.distributed_c10d._CoalescingManager(), r"manager\.works .* gather\(\)"),
-    (
-        multiprocessing.pool.IMapIterator.__new__(multiprocessing.pool.IMapIterator),
-        r"apply_async\(\) or map_async\(\)",
-    ),
 ]
 
 

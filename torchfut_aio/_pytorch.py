@@ -66,8 +66,6 @@ def pytree_node(kind: type) -> Any:
 
 # What `as_future` takes for the result of a functional collective.
 COLLECTIVE_TENSOR = "torch.distributed._functional_collectives.AsyncCollectiveTensor"
-# What it refuses with a hint.
-COALESCING_MANAGER = "torch.distributed.distributed_c10d._CoalescingManager"
 
 
 # ---------------------------------------------------------------------------------- devices
