@@ -826,7 +826,7 @@ async def test_a_pending_source_of_anyio_is_adopted_once():
     tasks = len(anyio.get_running_tasks())
     fut = as_future(source)
     assert all(as_future(source) is fut for _ in range(100))
-    assert as_future(source, devices=[]) is not fut
+    assert as_future(source, devices=["cpu:0"]) is not fut
     await anyio.wait_all_tasks_blocked()
     assert len(anyio.get_running_tasks()) <= tasks + 2
     source.return_value = 5

@@ -1,8 +1,8 @@
 """Async functions that run in a task group, or on another thread's loop, as futures.
 
-A task refers to its future through a `Promise` only. A task may end without running any code:
-cancelled before its first step, or dropped with a loop that has closed. Then the promise dies
-with it, and fails the future.
+A task refers to its future through a `Promise` only. A task that is cancelled before its first
+step, or dropped with a closed loop, runs no code: then the promise is garbage-collected with it,
+and fails the future.
 """
 
 from __future__ import annotations
@@ -42,26 +42,26 @@ def start_soon(
     *args: *Args,
     name: object = None,
 ) -> Future[T]:
-    """Runs ``func(*args)`` as a task of a task group, or of another thread's loop.
+    """Run ``func(*args)`` as a task of a task group, or of another thread's loop.
 
-    What the function raises goes to the future and leaves the group alone; if nothing retrieves
-    it from there, it is logged. KeyboardInterrupt, SystemExit, GeneratorExit and cancellation also
-    act on the group, as from any of its tasks. A task that is cancelled, or that ends with its
-    loop, fails the future with `CancelledError`; so a future of a group that has exited is done.
+    What the function raises goes to the future, not to the group; an error that is never retrieved
+    is logged. KeyboardInterrupt, SystemExit, GeneratorExit and cancellation also act on the group,
+    as from any of its tasks. A task that is cancelled, or that ends with its loop, fails the future
+    with `CancelledError`; so when a group has exited, its futures are done.
 
-    If you cancel or complete the future yourself, the task goes on, and its result is dropped:
-    others may still want what it does. ``asyncio.Task`` and the futures of anyio's portals are not
-    like that. To end a task, cancel its group, or a cancel scope that it has entered.
+    If you cancel or complete the future yourself, the task continues, and its result is dropped.
+    (With ``asyncio.Task`` and the futures of anyio's portals, it is cancelled.) To end a task,
+    cancel its group, or a cancel scope that it has entered.
 
     The task runs in a copy of the caller's context (``contextvars``), made at the call.
 
-    A portal takes tasks from any thread. One without an event loop blocks until the portal's loop
-    has made the task. One that runs a loop does not: a thread beside it hands the call over, in
-    order for each portal.
+    A portal takes tasks from any thread. A thread without an event loop blocks until the portal's
+    loop has made the task. A thread that runs a loop does not: a helper thread passes the calls
+    on, in order for each portal.
 
-    Kernels may still fill what it returns, on the streams that are current when it has returned.
-    A ``with stream:`` around ``return`` has ended by then, with `task_local_state`, too. So let
-    the stream outside wait for that one: ``torch.cuda.current_stream().wait_stream(stream)``.
+    Kernels may still fill what the function returns, on the streams that are current when it has
+    returned. A ``with stream:`` around ``return``, and `task_local_state`, have ended by then. So
+    order the stream outside after that one: ``torch.cuda.current_stream().wait_stream(stream)``.
 
     Args:
         task_group_or_portal: A task group of anyio, an ``asyncio.TaskGroup`` or a
@@ -72,13 +72,13 @@ def start_soon(
         name: The name of the task; by default, that of the function.
 
     Returns:
-        The future of the function's result.
+        A future of what the function returns.
 
     Raises:
-        TypeError: ``task_group_or_portal`` or ``func`` is not one.
+        TypeError: ``task_group_or_portal`` or ``func`` is something else.
         RuntimeError: The group is not active, or no event loop runs in this thread; or the portal
-            is not running. In a thread that runs a loop, the future of a task for a portal fails
-            with it instead.
+            is not running. For a portal, in a thread that runs a loop, the future fails with it
+            instead.
 
     Example:
         >>> import anyio, anyio.from_thread
@@ -96,7 +96,7 @@ def start_soon(
         42
     """
     where: Any = task_group_or_portal
-    # An event loop has create_task, too, but does not wait for its tasks.
+    # Both methods, as an event loop has create_task, but does not wait for its tasks.
     is_asyncios = hasattr(where, "create_task") and hasattr(where, "__aexit__")
     is_portal = hasattr(where, "start_task_soon")
     if not (is_portal or is_asyncios or hasattr(where, "start_soon")):
@@ -177,7 +177,7 @@ def _function_checked(func: object) -> None:
 
 
 def task_name(func: Any, name: object = None) -> str:
-    """Returns ``name``, or the name that anyio gives a task of ``func``."""
+    """Return ``name``, or the name that anyio gives a task of ``func``."""
     if name is not None:
         return name if isinstance(name, str) else short(name)
     return function_name(func)
@@ -188,7 +188,7 @@ async def run_contained(
 ) -> None:
     """Keep the promise with the outcome of ``func(*args)``; raise only a cancellation of the loop.
 
-    The loop runs this as a task of its own. Anything else would end trio's run, or asyncio logs it.
+    For a task that belongs to no group: any other exception would end trio's run.
     """
     cancelled = _loops.current().cancelled
     try:
@@ -211,14 +211,13 @@ async def _run(
         result = await awaitable
     except BaseException as error:
         drop_catching_frame(error)
-        kind = type(error)
-        if issubclass(kind, asyncio.CancelledError):
-            promise.cancel(*error.args[:1])  # what was given to cancel()
+        if isinstance(error, asyncio.CancelledError):
+            promise.cancel(*error.args[:1])  # the argument of asyncio's cancel()
         elif ends_a_task(error):
             promise.cancel()
         else:
             promise.fail(error)
-        if not issubclass(kind, Exception):
+        if not isinstance(error, Exception):
             raise
     else:
         promise.keep(result)

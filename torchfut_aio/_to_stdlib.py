@@ -1,7 +1,7 @@
 """Copies of a future for what insists on one of asyncio or of concurrent.futures.
 
-A copy completes as its source does, once the kernels that fill the value have finished. Whoever
-cancels it leaves the source as it was, and nothing behind with it.
+A copy completes as its source does, once the kernels that fill the value have finished. Cancelling
+it leaves the source as it was, and removes the copy from it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import weakref
-from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -25,7 +24,7 @@ T = TypeVar("T")
 
 
 def copy_to_asyncio(source: Future[T]) -> asyncio.Future[T]:
-    """Returns a future of the running asyncio loop that completes as ``source`` does.
+    """Return a future of the running asyncio loop that completes as ``source`` does.
 
     Raises:
         RuntimeError: No asyncio loop runs in this thread.
@@ -41,63 +40,56 @@ def copy_to_asyncio(source: Future[T]) -> asyncio.Future[T]:
         waiter = loop.new_waiter()  # for the copy: this task does not wait
         if loop.wake_up is not None:
             loop.renew_wake_up()
+        kept = target.kept
 
         def withdraw(_: object) -> None:
-            link.target = None
+            kept.clear()
             _core.remove(source, waiter)
 
-        target.link = link = _Link(target, withdraw)
-        waiter.add_done_callback(lambda _: link.copy_from(source))
+        ref = weakref.ref(target, withdraw)
+
+        def complete(_: object) -> None:
+            target = ref()
+            kept.clear()
+            if target is not None:
+                copy_when_ready(source, target)
+
+        waiter.add_done_callback(complete)
         asyncio.Future.add_done_callback(target, withdraw)
         _core.add_waiter(source, waiter, loop)
     copy_when_ready(source, target)
     return target
 
 
-class _Link:
-    """What the source has of its copy: all of it, or a weak reference while nobody waits for it.
+class _AsyncioCopy(asyncio.Future[T]):
+    """A copy that its source keeps alive, by ``kept``, while something waits for the copy.
 
-    So a copy goes when whoever asked for it has lost interest, without a word: ``asyncio.shield``
-    does not cancel what it shields.
+    The source has only a weak reference besides. ``asyncio.shield`` does not cancel the copy that
+    it shields when it is cancelled itself: it drops it, and then the copy is garbage-collected.
     """
 
-    __slots__ = ("_ref", "target")
-
-    def __init__(self, target: _AsyncioCopy[Any], withdraw: Callable[[object], None]) -> None:
-        self._ref = weakref.ref(target, withdraw)
-        self.target: _AsyncioCopy[Any] | None = None
-
-    def copy_from(self, source: Future[Any]) -> None:
-        target = self._ref()
-        if target is not None:
-            copy_when_ready(source, target)
-
-
-class _AsyncioCopy(asyncio.Future[T]):
-    """A future of asyncio's that has its source keep it while somebody waits for it."""
-
-    link: _Link | None = None
-    _waiting = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[asyncio.Future[Any]] = []
+        self._waiting = 0
 
     def add_done_callback(self, function: Any, /, **options: Any) -> None:
         super().add_done_callback(function, **options)
-        if function is what_shield_leaves:
-            return
-        self._waiting += 1
-        if self.link is not None:
-            self.link.target = self
+        self._count(function, 1)
 
     def remove_done_callback(self, function: Any, /) -> int:
         removed = super().remove_done_callback(function)
-        if function is not what_shield_leaves:
-            self._waiting -= removed
-        if self.link is not None and not self._waiting:
-            self.link.target = None
+        self._count(function, -removed)
         return removed
+
+    def _count(self, function: Any, more: int) -> None:
+        if function is not what_shield_leaves:
+            self._waiting += more
+            self.kept[:] = [self] if self._waiting and not self.done() else []
 
 
 def copy_when_ready(source: Future[T], target: asyncio.Future[T]) -> None:
-    """Completes ``target``, on its loop, once the value is ready or there is an error."""
+    """Complete ``target``, on its loop, once the value is ready or there is an error."""
     outcome = _core.outcome_of(source)
     if outcome is None or target.done():
         return
@@ -110,7 +102,7 @@ def copy_when_ready(source: Future[T], target: asyncio.Future[T]) -> None:
     try:
         outcome.readiness.notify_when_ready(loop, notify, target.add_done_callback)
     except BaseException:
-        target.cancel()  # which gives up the wait, if it has begun; nobody else would
+        target.cancel()  # which ends the wait, if it has begun
         raise
 
 
@@ -123,10 +115,10 @@ def _complete_asyncio(
         if outcome.readiness is not None:
             outcome.readiness.wait()
         target.set_result(outcome.value)
-    elif issubclass(type(error), asyncio.CancelledError):
+    elif isinstance(error, asyncio.CancelledError):
         target.cancel(*error.args[:1])
-    elif issubclass(type(error), StopIteration):
-        # asyncio cannot carry one; this is what a coroutine that raises it does.
+    elif isinstance(error, StopIteration):
+        # asyncio cannot carry one. A coroutine that raises it becomes a RuntimeError, too.
         replacement = RuntimeError("the torchfut_aio future failed with StopIteration")
         replacement.__cause__ = error
         target.set_exception(replacement)
@@ -136,7 +128,7 @@ def _complete_asyncio(
 
 
 def copy_to_concurrent(source: Future[T]) -> concurrent.futures.Future[T]:
-    """Returns a future of concurrent.futures that completes as ``source`` does."""
+    """Return a future of concurrent.futures that completes as ``source`` does."""
     target: concurrent.futures.Future[T] = concurrent.futures.Future()
     copy = _ConcurrentCopy(source, target)
     target.add_done_callback(copy.withdraw)
@@ -145,16 +137,15 @@ def copy_to_concurrent(source: Future[T]) -> concurrent.futures.Future[T]:
 
 
 class _ConcurrentCopy(_core.DoneCallback):
-    """Completes a future of concurrent.futures, which others may cancel at any time.
-
-    That keeps its callbacks for ever, so this lets go of both futures when it is done.
-    """
+    """Completes a future of concurrent.futures, which may be cancelled at any time."""
 
     __slots__ = ("source", "target")
 
     uses_streams = False
 
-    def __init__(self, source: Future[Any], target: concurrent.futures.Future[Any]) -> None:
+    def __init__(
+        self, source: Future[Any], target: concurrent.futures.Future[Any]
+    ) -> None:
         self.source: Future[Any] | None = source
         self.target: concurrent.futures.Future[Any] | None = target
 
@@ -164,7 +155,7 @@ class _ConcurrentCopy(_core.DoneCallback):
         if outcome.readiness is None or outcome.error is not None:
             self._complete(outcome, outcome.exception())
         else:
-            # No thread can order the streams of those who read the value, so they read it later.
+            # The copy's readers do not order their streams: so it completes after the kernels.
             outcome.readiness.notify_in_background(partial(self._complete, outcome))
 
     def fail(self, _source: Future[Any], error: BaseException) -> None:
@@ -174,16 +165,15 @@ class _ConcurrentCopy(_core.DoneCallback):
                 target.set_exception(error)
 
     def withdraw(self, target: concurrent.futures.Future[Any]) -> None:
+        # A future that is done keeps its callbacks, this one among them, so drop both futures.
         source, self.source, self.target = self.source, None, None
         if source is not None and target.cancelled():
             _core.remove(source, self)
-            target.set_running_or_notify_cancel()  # wakes those in concurrent.futures.wait()
+            target.set_running_or_notify_cancel()  # wakes threads in concurrent.futures.wait()
 
     def _complete(self, outcome: _core.Outcome, error: BaseException | None) -> None:
         target = self.target
-        if target is None:
-            return
-        if issubclass(type(error), CANCELLATIONS) and target.cancel():
+        if target is None or (isinstance(error, CANCELLATIONS) and target.cancel()):
             return
         with suppress(concurrent.futures.InvalidStateError):  # it was cancelled just now
             if error is None:

@@ -75,7 +75,7 @@ class AdoptedFuture(DependentFuture[T]):
             raise  # of this thread
         except (Exception, asyncio.CancelledError) as raised:
             error = raised.with_traceback(None)
-            if source.cancelled() and not issubclass(type(error), CANCELLATIONS):  # gRPC's
+            if source.cancelled() and not isinstance(error, CANCELLATIONS):  # gRPC's
                 error = CancelledError(*error.args)
         if error is None:
             _core.try_complete_with_value(self, source.result())

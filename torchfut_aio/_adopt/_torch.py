@@ -37,7 +37,7 @@ class OfTorch(AdoptedFuture[T]):
 
         error = value = None
         try:
-            if issubclass(type(source), Future):
+            if isinstance(source, Future):
                 error = source.exception()
                 value = source.value() if error is None else None
             else:
@@ -73,8 +73,8 @@ _READERS = (__name__, "torch.futures")
 def follow(source: CppFuture[Any], future: AdoptedFuture[Any]) -> None:
     """Complete ``future`` as ``source``, once that is done."""
     callback = future.callback()
-    if issubclass(type(source), Future):
-        _core.add_callback(source, _Callback(future, callback))  # type: ignore[arg-type]
+    if isinstance(source, Future):
+        _core.add_callback(source, _Callback(future, callback))
         return
     try:
         source.add_done_callback(callback)
@@ -104,8 +104,8 @@ as_future.register(CppFuture, _from_torch)
 
 @adopts("torchfut_aio.Future")
 def _from_ours(source: Future[T], *, devices: Devices = None) -> Future[T]:
-    if issubclass(type(source), DependentFuture):
-        source.check()  # type: ignore[attr-defined]
+    if isinstance(source, DependentFuture):
+        source.check()
     return source if devices is None else _from_torch(source, devices=devices)
 
 

@@ -1,15 +1,12 @@
-"""The only reference from what will complete a future to that future.
+"""What completes a future from a task, a thread or another library: a `Promise`.
 
-A task, a thread or a future of another library holds a `Promise`, and the promise holds the future
-until that is done. Three guarantees follow:
+The promise is the only reference from there to the future. So:
 
-1. A future does not wait for what has gone. If its promise is garbage-collected, the future fails
-   with a CancelledError.
-2. A future that has failed is freed with its error. The traceback of the error leads through frames
-   to the promise, and the promise has let go of the future by then.
-3. A promise that is kept is kept, as a callback that runs has run (``_callbacks.py``). If an
-   interrupt or a full stack stops it halfway, a new thread completes the future, and the exception
-   is raised.
+1. If the promise is garbage-collected, the future fails with a CancelledError.
+2. Once the future is done, the promise does not refer to it. The traceback of an error leads
+   through frames to the promise: the two would be a cycle.
+3. If an interrupt or a full stack stops a completion, a new thread completes the future, and the
+   exception is raised: the interrupt is the caller's, the future may be another thread's.
 """
 
 from __future__ import annotations
@@ -33,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class Promise:
-    """Completes one future, once, unless others have; ``name`` is what its errors call it."""
+    """Completes one future, unless it is done; ``name`` is what errors call the promise."""
 
     __slots__ = ("__weakref__", "_future", "name")
 
@@ -43,7 +40,7 @@ class Promise:
 
     def keep(self, result: object) -> None:
         """Complete the future with a value."""
-        future = self._future  # once, as another thread may keep or fail the promise meanwhile
+        future = self._future  # read once, as another thread may complete it at the same time
         if future is not None:
             try:
                 try_complete_with_value(future, result)
@@ -69,7 +66,7 @@ class Promise:
         read: Callable[[], object],
         translate: Callable[[BaseException], BaseException] = lambda error: error,
     ) -> None:
-        """Complete the future with what ``read()`` returns, or with what that raises."""
+        """Complete the future with what ``read()`` returns, or with what it raises."""
         try:
             value = read()
         except BaseException as error:
@@ -79,11 +76,6 @@ class Promise:
         else:
             self.keep(value)
 
-    def is_pending(self) -> bool:
-        """Return whether the future is not done yet."""
-        future = self._future
-        return future is not None and outcome_of(future) is None
-
     def cancel(self, *why: object) -> None:
         """Complete the future with a CancelledError that says why."""
         reasons = [each if isinstance(each, str) else short(each) for each in why]
@@ -91,19 +83,15 @@ class Promise:
         self.fail(CancelledError(text))
 
     def end(self, _task: object = None) -> None:
-        """Fail the future if it is pending: what was to complete it has ended."""
-        future = getattr(self, "_future", None)  # unless it was interrupted before it was whole
+        """Fail the future if it is pending: the task has ended without completing it."""
+        future = getattr(self, "_future", None)  # None if `__init__` was interrupted
         if future is not None and outcome_of(future) is None:
-            self.cancel_at_end()
+            self.cancel(
+                "before its first step, or because its event loop ended, or because nothing refers "
+                "to what it waited for"
+            )
 
     __del__ = end
-
-    def cancel_at_end(self) -> None:
-        """Complete the future when `end` finds it pending."""
-        self.cancel(
-            "before its first step, or because its event loop ended, or because nothing refers to "
-            "what it waited for"
-        )
 
 
 def _complete_later(future: Future[Any], value: object) -> None:
