@@ -20,7 +20,7 @@ import warnings
 from typing import Any, NamedTuple
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 _BLOCK = re.compile(
     r"^```(?P<language>\w+)\n(?P<code>.*?)^```\n(\nIt prints:\n\n```\w*\n(?P<printed>.*?)^```\n)?",

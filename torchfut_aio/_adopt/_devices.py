@@ -11,21 +11,20 @@ from .._devices import RecordedEvent, record_event
 from .._future import Future
 from ._registry import adopts
 
-_MODULES = ("torch", "torch.cuda", "torch.xpu")  # those of the devices may be classes of their own
 
-
-@adopts(*(f"{module}.Event" for module in _MODULES))
+# The classes of the devices may be classes apart.
+@adopts("torch.Event", "torch.cuda.Event", "torch.xpu.Event")
 def _from_event(source: torch.Event, *, devices: Devices = None) -> Future[None]:
     return _from_recorded(RecordedEvent(source), devices)
 
 
-@adopts("torch.mps.Event")  # which is no torch.Event
+@adopts("torch.mps.Event")
 def _from_event_of_mps(source: Any, *, devices: Devices = None) -> Future[None]:
     return _from_recorded(RecordedEvent(_EventOfMps(source)), devices)  # type: ignore[arg-type]
 
 
 class _EventOfMps:
-    """An event of MPS that tells its device, of which there is one."""
+    """An event of MPS, which has no `device`: there is one."""
 
     device = torch.device("mps", 0)
 
@@ -34,7 +33,7 @@ class _EventOfMps:
         self.synchronize = event.synchronize
 
 
-@adopts(*(f"{module}.Stream" for module in _MODULES))
+@adopts("torch.Stream", "torch.cuda.Stream", "torch.xpu.Stream")
 def _from_stream(source: torch.Stream, *, devices: Devices = None) -> Future[None]:
     return _from_recorded(record_event(source), devices)
 
