@@ -52,6 +52,22 @@ print([m for m in sys.modules if m.split(".")[0] in ("trio", "uvloop", "anyio", 
     assert python(program).split() == ["[]", "[]"]
 
 
+def test_the_sources_of_a_library_are_imported_when_one_is_adopted():
+    program = """
+import sys, torchfut_aio
+from multiprocessing.pool import ThreadPool
+def imported():
+    print([name for name in sys.modules if name.startswith("torchfut_aio.contrib._")])
+imported()
+fut = torchfut_aio.Future()
+assert torchfut_aio.as_future(fut) is fut
+with ThreadPool(1) as pool:
+    assert torchfut_aio.as_future(pool.apply_async(abs, [-1])).wait() == 1
+imported()
+"""
+    assert python(program).splitlines() == ["[]", "['torchfut_aio.contrib._pool']"]
+
+
 def test_importing_and_using_it_never_initialises_an_accelerator():
     told = python(
         "import torch, torchfut_aio; fut = torchfut_aio.Future(); fut.set_result(torch.ones(2));"
