@@ -13,6 +13,7 @@ import time
 import weakref
 from _thread import start_new_thread
 from collections.abc import Callable, Generator
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from .. import _core
@@ -20,7 +21,13 @@ from .._arguments import Devices, devices_checked
 from .._core import OUTCOME
 from .._dependent import DependentFuture
 from .._devices import finish_devices
-from .._errors import CANCELLATIONS, CancelledError, drop_catching_frame, own_cancellation
+from .._errors import (
+    CANCELLATIONS,
+    CancelledError,
+    InvalidStateError,
+    drop_catching_frame,
+    own_cancellation,
+)
 from .._future import Future
 from .._worker import call_contained
 
@@ -78,7 +85,10 @@ class AdoptedFuture(DependentFuture[T]):
             if source.cancelled() and not isinstance(error, CANCELLATIONS):  # gRPC's
                 error = CancelledError(*error.args)
         if error is None:
-            _core.try_complete_with_value(self, source.result())
+            value = source.result()
+            if OUTCOME not in self._state:
+                with suppress(InvalidStateError):  # another thread was faster
+                    self.set_result(value)
         else:
             try:
                 _core.try_complete_with_error(self, own_cancellation(error))
