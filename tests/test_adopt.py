@@ -29,7 +29,7 @@ from torchfut_aio import (
     as_future,
     gather,
 )
-from torchfut_aio._adopt import _adopted
+from torchfut_aio._adopt import _adopted, once
 
 from .loops import on_asyncio, on_every_loop
 from .threads import PATIENCE, PATIENCE_WITH_PROCESSES, alongside, running
@@ -316,6 +316,37 @@ def test_a_pending_source_is_adopted_once_however_often_it_is_asked_for(source_t
     del fut, source
     gc.collect()
     assert [ref() for ref in gone] == [None, None]
+
+
+def test_a_source_is_told_from_a_dropped_one_with_its_id():
+    parent, made = torch.futures.Future(), {}
+    for _ in range(100):
+        source = parent.then(lambda fut: None)  # C++ keeps the future, and not the object
+        fut = as_future(source)
+        assert made.get(id(source)) is not fut
+        made[id(source)] = fut
+        del source
+    assert len(made) < 100  # an id was used again
+
+
+def test_a_source_that_is_done_has_time_to_complete_its_future():
+    class Job(concurrent.futures.Future):
+        pass
+
+    completes = []
+
+    @as_future.register(Job)
+    @once
+    def _(source, future):
+        completes.append(future.try_set_result)
+
+    source = Job()
+    fut = as_future(source)
+    source.set_result("not read")
+    with pytest.raises(TimeoutError):
+        fut.wait(0.2)
+    completes[0]("given")
+    assert fut.wait() == "given"
 
 
 def test_a_pending_source_is_adopted_once_for_each_set_of_devices():

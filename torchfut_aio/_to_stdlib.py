@@ -118,7 +118,7 @@ def _complete_asyncio(
     elif isinstance(error, asyncio.CancelledError):
         target.cancel(*error.args[:1])
     elif isinstance(error, StopIteration):
-        # asyncio cannot carry one. A coroutine that raises it becomes a RuntimeError, too.
+        # asyncio cannot carry one. A coroutine that raises one ends with a RuntimeError.
         replacement = RuntimeError("the torchfut_aio future failed with StopIteration")
         replacement.__cause__ = error
         target.set_exception(replacement)

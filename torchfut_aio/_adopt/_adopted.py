@@ -41,10 +41,10 @@ class AdoptedFuture(DependentFuture[T]):
     """A future that completes as its source does; this class reads ``exception`` and ``result``."""
 
     __qualname__ = "Future"
-    __slots__ = ("_is_recovering", "_source")
+    __slots__ = ("_recovers", "_source")
 
     _source: Callable[[], Any]  # a weak reference, or a function that returns None
-    _is_recovering: bool
+    _recovers: bool  # whether `check` may still have to recover
 
     def callback(self) -> Callable[[Any], None]:
         """Return what the source calls, with itself, when it is done."""
@@ -58,6 +58,7 @@ class AdoptedFuture(DependentFuture[T]):
         Args:
             kept: The source, if the garbage collector sees the cycle that this makes.
         """
+        self._recovers = True
         # A generator, as its ``send`` is C, and it is suspended within the ``try``. An interrupt
         # at the entry of a function comes before the ``try``: the future would stay pending.
         source = None
@@ -95,8 +96,9 @@ class AdoptedFuture(DependentFuture[T]):
             finally:
                 del error
 
-    complete_again = complete_as
-    """As `complete_as`, in a thread that nothing interrupts."""
+    def complete_again(self, source: Any) -> None:
+        """Do what `complete_as` does, in a thread that nothing interrupts."""
+        self.complete_as(source)
 
     def _end(self, source: Any) -> None:
         if source is not None and source.done():  # the loop closed before it called the callback
@@ -110,11 +112,11 @@ class AdoptedFuture(DependentFuture[T]):
 
     def check(self, blocks: bool = False) -> None:  # noqa: ARG002
         """Recover if the source is done and its callback found no frame left on the stack."""
-        source = self._source()
-        if source is None or OUTCOME in self._state or self._is_recovering:
+        source = self._source() if self._recovers else None
+        if source is None or OUTCOME in self._state:
             return
         if hasattr(source, "done") and source.done():
-            self._is_recovering = True
+            self._recovers = False
             start_new_thread(call_contained, (self._recover_later, source))
 
     def _recover_later(self, source: Any) -> None:
@@ -137,8 +139,8 @@ class AdoptedFuture(DependentFuture[T]):
             _core.try_complete_with_error(self, drop_catching_frame(failure))
 
 
-# The futures of sources, each made once while it is pending, by the source and the devices.
-_made: weakref.WeakValueDictionary[tuple[Any, Any], Any] = weakref.WeakValueDictionary()
+# The futures of sources, each made once while it is pending, by what adopts, source and devices.
+_made: weakref.WeakValueDictionary[tuple[Any, Any, Any], Any] = weakref.WeakValueDictionary()
 
 
 def once(
@@ -153,13 +155,13 @@ def once(
         adopt: A function that gets a source and its future, and sees to it that the future
             completes. By default, ``source.add_done_callback(future.callback())``.
         kind: The class of the future: how to read the source, and what to check before a wait.
-        identity: A function that returns what tells sources apart, for those without weak
-            references. As long as the future is pending, it must not be the same for another.
+        identity: A function that returns a key for a source without weak references. No other
+            source may have that key while the future is pending.
     """
 
     def adapter(source: Any, *, devices: Devices = None) -> Future[Any]:
         declared = () if devices is None else devices_checked(devices)
-        key = (id(source) if identity is None else identity(source)), declared
+        key = adopt, (id(source) if identity is None else identity(source)), declared
         future: AdoptedFuture[Any] | None = _made.get(key)
         if (
             future is not None
@@ -171,7 +173,7 @@ def once(
             return future
         future = kind(devices=declared or None)
         future._source = weakref.ref(source) if identity is None else _no_source
-        future._is_recovering = False
+        future._recovers = False
         if adopt is not None:
             adopt(source, future)
         else:  # the same as `callback`, without that call

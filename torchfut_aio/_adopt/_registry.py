@@ -52,14 +52,14 @@ class _AsFuture:
     """Return a `Future` that completes as ``source`` does.
 
     An error arrives as it is, and a cancellation as `CancelledError`. What RPC delivers as a text
-    becomes an `RpcError`, of the original's own type, too.
+    becomes an `RpcError`, which is also of the original's own type.
 
-    A source that nothing can complete any more, because it was garbage-collected or its event loop
-    has closed, arrives as cancelled, too.
+    If nothing can complete a source any more, because it was garbage-collected or its event loop
+    has closed, the future is cancelled.
 
-    For a source that is still pending, it returns the same future each time, so that asking again
-    after a timeout leaves nothing behind. For an event or a stream, it makes one each time, and
-    one thread watches them all until the work is done; to wait once, use `synchronize`. A source
+    For a source that is pending, it returns the same future each time, so that a call after a
+    timeout leaves nothing behind. For an event or a stream, it makes one each time, and one thread
+    watches them all until the work is done; to wait once, use `synchronize`. A source
     without callbacks costs a thread until it is done: an RRef, an AsyncCollectiveTensor, the result
     of a pool, and some works of gloo.
 
@@ -86,7 +86,7 @@ class _AsFuture:
         NotAFutureError: ``source`` is none of these; a TypeError.
         TypeError: The function registered for it does not return a `Future`.
         RuntimeError: ``source`` is a pending asyncio future of a loop that has closed, or that
-            cannot run because this thread runs another. Awaiting it on that other raises it, too.
+            cannot run because this thread runs another. Awaiting the future there also raises it.
 
     Example:
         >>> import concurrent.futures

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any
 
 from .._adopt import AdoptedFuture, once
 
 
-@once
+# The coroutine keeps the source, so no other has its id.
+@partial(once, identity=id)
 def adopt(source: Any, future: AdoptedFuture[Any]) -> None:
     waiting, loop = _wait_for(source), source.client.loop.asyncio_loop
     try:

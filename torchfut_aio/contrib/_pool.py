@@ -12,7 +12,7 @@ from .._errors import drop_catching_frame
 @once
 def adopt(source: Any, future: AdoptedFuture[Any]) -> None:
     promise = Promise(future, "the adopted future")
-    # The frame of get(), too, refers to the source, which keeps the error.
+    # Dropped twice, as the frame of get() refers to the source, which keeps the error.
     if source.ready():
         promise.settle(source.get, drop_catching_frame)
     else:
