@@ -30,7 +30,8 @@ class OfTorch(AdoptedFuture[T]):
         self._complete_as(source, (KeyboardInterrupt, SystemExit, RecursionError, MemoryError))
 
     def complete_again(self, source: Any) -> None:
-        self._complete_as(source, ())
+        native = source if isinstance(source, CppFuture) else source.get_future()  # of a Work
+        self._complete_as(native, ())
 
     def _complete_as(self, source: Any, of_this_thread: tuple[type[BaseException], ...]) -> None:
         from .._rpc_errors import error_in, parse_remote_error
