@@ -31,13 +31,12 @@ from torchfut_aio import (
     BlockingWaitWarning,
     Future,
     QueueFullError,
-    _batch_worker,
-    _batcher,
     _loops,
     _worker,
     as_future,
     gather,
 )
+from torchfut_aio.serving import _batch_worker, _batcher
 
 from . import explorer
 from .accelerator import being_filled

@@ -40,9 +40,9 @@ from torchfut_aio import (
     task_local_state,
     with_timeout,
 )
-from torchfut_aio._stream import state_of
-from torchfut_aio._stream_state import StreamState
 from torchfut_aio.debug import PendingFuture, PendingStream, Recording, Waiter, pending_futures
+from torchfut_aio.serving._stream import state_of
+from torchfut_aio.serving._stream_state import StreamState
 
 from .explorer import strikes
 from .loops import on_asyncio, on_every_loop

@@ -30,10 +30,9 @@ from torchfut_aio import (
     StreamClosedError,
     ValueStream,
     _loops,
-    _stream,
-    _stream_state,
     _waiters,
 )
+from torchfut_aio.serving import _stream, _stream_state
 
 from .accelerator import FIRST, NEW, being_filled, read_on_current_stream, simulated_only
 from .explorer import strikes

@@ -14,7 +14,8 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from torchfut_aio import ValueStream, _loops, _stream, _stream_state, _waiters
+from torchfut_aio import ValueStream, _loops, _waiters
+from torchfut_aio.serving import _stream, _stream_state
 
 from .explorer import strikes
 from .loops import on_every_loop

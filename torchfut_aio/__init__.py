@@ -10,15 +10,14 @@ To read the package, follow a completion: ``_future.py`` (the public methods), `
 by its loop, a thread by its lock). Beside these, ``_to_stdlib.py`` makes copies for asyncio and
 concurrent.futures; ``_many.py`` and ``_as_completed.py`` are for many futures, ``_adopt/`` adopts
 other kinds, ``_tasks.py`` makes futures of tasks, ``_timeouts.py`` gives futures a deadline.
-``_batcher.py`` runs a function on many items at once, in the thread of ``_batch_worker.py``.
-``_stream.py`` has no future at all: outcomes, one after the other (``_stream_state.py``), for
-those who wait in ``_waiters.py``.
-``_task_state.py`` has none either: it gives tasks what torch keeps for threads
-(``_thread_state.py``).
+``_waiters.py`` wakes the tasks and threads that wait for one thing.
+``_task_state.py`` gives tasks what torch keeps for threads (``_thread_state.py``).
 ``_worker.py`` is beneath every thread. ``_errors.py`` has the package's errors, and
 ``_rpc_errors.py`` translates errors for C++ and from it. ``_devices/`` knows of accelerators: of
 the kernels that fill a value, and when they are done. ``_cpython.py`` has all that is private to
 CPython, and ``_pytorch.py`` to PyTorch.
+
+``serving/`` has `Batcher` and `ValueStream`.
 
 ``distributed/`` is imported by those who use it: async functions as RPC handlers and as DDP hooks.
 So is ``debug/``: who waits for which future, and traces.
@@ -26,7 +25,6 @@ So is ``debug/``: who waits for which future, and traces.
 
 from ._adopt import as_future
 from ._as_completed import as_completed
-from ._batcher import Batcher, BatcherStatistics
 from ._devices import (
     PollPolicy,
     PollStatistics,
@@ -51,10 +49,10 @@ from ._errors import (
 from ._future import Future
 from ._many import collect_all, gather, set_results, wait_all
 from ._public import publish
-from ._stream import ValueStream
 from ._task_state import task_local_state
 from ._tasks import start_soon
 from ._timeouts import with_timeout
+from .serving import Batcher, BatcherStatistics, ValueStream
 
 __version__ = "0.1.0"
 

@@ -14,12 +14,12 @@ from time import perf_counter
 from typing import Any
 
 from .. import _core
-from .._batch_worker import BatchWorker
 from .._future import Future, InternalFuture
 from .._loops import Waiter
-from .._stream import ValueStream, state_of
-from .._stream_state import StreamState
 from .._worker import workers
+from ..serving._batch_worker import BatchWorker
+from ..serving._stream import ValueStream, state_of
+from ..serving._stream_state import StreamState
 from ._recording import RecordedFunction
 
 

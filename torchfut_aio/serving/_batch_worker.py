@@ -29,11 +29,11 @@ from typing import Any, Protocol
 
 import torch
 
-from ._arguments import hides_async, listed
-from ._errors import BatcherClosedError, drop_catching_frame, one_for_each
-from ._future import Future, InternalFuture
-from ._many import set_results
-from ._worker import Worker, WorkerThread
+from .._arguments import hides_async, listed
+from .._errors import BatcherClosedError, drop_catching_frame, one_for_each
+from .._future import Future, InternalFuture
+from .._many import set_results
+from .._worker import Worker, WorkerThread
 
 _LINGER = 10.0  # seconds for which a thread waits for more; to start one takes a tenth of a ms
 _LOOK = 0.1  # seconds after which a thread that waits looks whether the interpreter exits

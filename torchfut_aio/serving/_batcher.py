@@ -14,15 +14,15 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from . import _loops
-from ._arguments import async_checked, size_checked, timeout_checked
+from .. import _loops
+from .._arguments import async_checked, size_checked, timeout_checked
+from .._core import Promise
+from .._dependent import DependentFuture
+from .._errors import BatcherClosedError, QueueFullError
+from .._future import Future, InternalFuture
+from .._process_local import ProcessLocal
+from .._tasks import run_contained
 from ._batch_worker import BatchWorker, in_batch
-from ._core import Promise
-from ._dependent import DependentFuture
-from ._errors import BatcherClosedError, QueueFullError
-from ._future import Future, InternalFuture
-from ._process_local import ProcessLocal
-from ._tasks import run_contained
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -25,10 +25,10 @@ from __future__ import annotations
 from collections import deque
 from typing import NoReturn
 
-from . import _core
-from ._cpython import Queue, move_to_front
-from ._errors import StreamClosedError, without_frames
-from ._waiters import EVERYONE, Waiters, first
+from .. import _core
+from .._cpython import Queue, move_to_front
+from .._errors import StreamClosedError, without_frames
+from .._waiters import EVERYONE, Waiters, first
 
 ROOM = (None,)  # for one value
 

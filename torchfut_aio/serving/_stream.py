@@ -10,13 +10,13 @@ from typing import Any, Generic, NoReturn, TypeVar
 
 import torch
 
-from . import _core, _loops
-from ._arguments import exception_checked, listed, size_checked, timeout_checked
-from ._devices import Moment
-from ._errors import CancelledError, ends_a_task
-from ._process_local import ProcessLocal
+from .. import _core, _loops
+from .._arguments import exception_checked, listed, size_checked, timeout_checked
+from .._devices import Moment
+from .._errors import CancelledError, ends_a_task
+from .._process_local import ProcessLocal
+from .._waiters import first, give_up_after
 from ._stream_state import ROOM, StreamState
-from ._waiters import first, give_up_after
 
 T = TypeVar("T")
 
