@@ -1138,12 +1138,6 @@ TestStreamAgainstAModel = StreamAgainstAModel.TestCase
 
 # ---------------------------------------------------------------------- interrupts
 
-errors = pytest.mark.parametrize(
-    ("error", "at"),
-    [(KeyboardInterrupt, "signals"), (MemoryError, "calls"), (RecursionError, "calls")],
-    ids=["interrupt", "memory", "recursion"],
-)
-
 
 class Waiter:
     """Its own waker."""
@@ -1155,12 +1149,11 @@ class Waiter:
         self.woken += 1
 
 
-@errors
 @pytest.mark.parametrize("many", [False, True], ids=["put", "put_many"])
 @pytest.mark.parametrize("max_size", [None, 5])
-def test_whatever_strikes_a_put_it_is_done_or_not_and_all_are_told(max_size, many, error, at):
+def test_an_interrupted_put_is_done_or_not_and_wakes_readers(max_size, many):
     done = not_done = 0
-    for strike in strikes(*MODULES, error=error, at=at):
+    for strike in strikes(*MODULES):
         stream, reader = ValueStream(max_size=max_size), Waiter()
         stream.put("before")
         stream._state.readers.waiting[reader] = reader
@@ -1198,10 +1191,9 @@ def at_once(coroutine):
         coroutine.close()
 
 
-@errors
 @pytest.mark.parametrize("read", READS.values(), ids=READS)
-def test_whatever_strikes_a_read_no_value_is_lost_and_those_who_put_are_told(read, error, at):
-    for strike in strikes(*MODULES, error=error, at=at):
+def test_an_interrupted_read_loses_no_value_and_no_wake_up(read):
+    for strike in strikes(*MODULES):
         stream, writer, got = ValueStream(max_size=2), Waiter(), []
         stream.put_many(["a", "b"])
         values = iter(stream)
@@ -1269,11 +1261,10 @@ def test_whatever_strikes_a_task_that_waits_the_stream_works_afterwards(how):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@errors
 @pytest.mark.parametrize("end", ["close", "stop_listening", "drop", "block"])
-def test_whatever_strikes_an_end_all_are_told_or_it_can_be_repeated(end, error, at):
+def test_an_interrupted_end_wakes_all_or_can_be_repeated(end):
     ended = 0
-    for strike in strikes(*MODULES, error=error, at=at):
+    for strike in strikes(*MODULES):
         stream, reader, writer = ValueStream(max_size=1), Waiter(), Waiter()
         stream.put(1)
         listeners = [iter(stream)]

@@ -1,4 +1,7 @@
-"""A stream of values between threads and tasks: its methods. Its state is in `_stream_state`."""
+"""A stream of values between threads and tasks.
+
+The values, and the tasks and threads that wait for them, are in ``_stream_state.py``.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import types
 from collections import deque
 from collections.abc import AsyncIterator, Generator, Iterator, Sequence
 from types import TracebackType
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -181,6 +184,8 @@ class ValueStream(ProcessLocal, Generic[T]):
         try:
             self._put_as_room_comes(pending, number, timeout)
         except BaseException:
+            # This thread may have been woken for room that it leaves. The call may be interrupted
+            # before it begins.
             try:
                 state.hand_on()
             except BaseException:
@@ -339,8 +344,8 @@ class ValueStream(ProcessLocal, Generic[T]):
         """
         if timeout is not None:
             timeout = timeout_checked(timeout)
-        # A loop, as an interrupt would lose the value that a call returns. CPython checks for
-        # signals after a call, and not where a loop takes the next value.
+        # A loop, as CPython checks for signals after a call, and not where a loop takes the next
+        # value: after `return next(reader)`, an interrupt would lose the value.
         for value in _Reader(self, timeout):
             return value
         raise self._state.error_of_get()
@@ -406,7 +411,11 @@ def state_of(stream: ValueStream[Any]) -> StreamState:
 
 
 class _Reader(AsyncIterator[T], Iterator[T]):
-    """Read values in turn with all other readers of the stream, in threads and in tasks."""
+    """Read values in turn with all other readers of the stream, in threads and in tasks.
+
+    An interrupt at the return of a function would lose the value that it returns. So `__next__` and
+    `__anext__` share no function that takes a value.
+    """
 
     __slots__ = ("_state", "_timeout")
 
@@ -416,60 +425,62 @@ class _Reader(AsyncIterator[T], Iterator[T]):
 
     def __next__(self) -> T:
         state, timeout = self._state, self._timeout
-        values = state.values
         give_up = None if timeout is None else give_up_after(timeout)
         del self  # or a traceback that is kept would keep the listener
+        values, taken = state.values, None
         try:
             while True:
                 outcome = first(values) if values else None
-                if outcome is None and not state.end:
-                    if not state.readers.block(state.can_read, give_up, _READ_BLOCKS):
+                if outcome is None:
+                    if state.end:
+                        state.check_end(StopIteration)
+                    elif not state.readers.block(state.can_read, give_up, _READ_BLOCKS):
                         raise TimeoutError(f"the stream had no value within {timeout:g} s")
                     continue
-                if outcome is None and (outcome := first(values)) is None:
-                    state.raise_end(StopIteration)
                 readiness = outcome.readiness
                 failure = outcome.error if readiness is None else _wait_in_thread(readiness)
-                # As in __anext__().
+                # To delete a value is to have read it. CPython checks for no signal from here to
+                # `taken`. An interrupt that comes later, in wake(), puts the value back.
                 try:
                     del values[outcome]
-                except KeyError:
+                except KeyError:  # another reader has it
                     continue
+                taken = outcome
                 if state.room is not None:
-                    try:
-                        if state.owed:
-                            del state.owed[-1]
-                        else:
-                            state.room += ROOM
-                    except IndexError:  # another has just paid
+                    if outcome in state.owed:
+                        del state.owed[outcome]
+                    else:
                         state.room += ROOM
                     if state.writers.waiting:
-                        try:
-                            state.writers.wake()
-                        except BaseException:
-                            state.put_back(outcome)
-                            raise
+                        state.writers.wake()
                 if failure is not None:
-                    _raise(failure, outcome)
+                    taken = None
+                    outcome.exception()
+                    raise failure
                 value: T = outcome.value
                 return value
         except BaseException:
             failure = outcome = None  # as in Outcome.read()
+            # As in _put_rest(), with a value.
             try:
-                state.hand_on()
+                state.end_read(taken)
             except BaseException:
-                state.hand_on()
+                state.end_read(taken)
                 raise
             raise
 
     async def __anext__(self) -> T:
         state = self._state
-        values = state.values
+        del self  # as in __next__()
+        values, taken = state.values, None
         try:
             while True:
                 outcome = first(values) if values else None
-                if outcome is None and not state.end:
-                    # As in Waiters.wait(), without its two calls: see benchmarks/NOTES.md.
+                if outcome is None:
+                    if state.end:
+                        state.check_end(StopAsyncIteration)
+                        continue
+                    # As in Waiters.wait(), without its calls: see benchmarks/NOTES.md.
                     loop = _loops.current()
                     waiter = loop.waiter()
                     waiting = state.readers.waiting
@@ -484,41 +495,33 @@ class _Reader(AsyncIterator[T], Iterator[T]):
                         if state.readers.lines:
                             state.readers.leave_line(waiter, loop)
                     continue
-                if outcome is None and (outcome := first(values)) is None:
-                    state.raise_end(StopAsyncIteration)
                 readiness = outcome.readiness
                 failure = outcome.error if readiness is None else await _wait_in_task(readiness)
-                # To delete it is to have read it. From here on, nothing that can be interrupted
-                # may keep it from being delivered.
+                # As in __next__().
                 try:
                     del values[outcome]
-                except KeyError:
+                except KeyError:  # another reader has it
                     continue
+                taken = outcome
                 if state.room is not None:
-                    try:
-                        if state.owed:
-                            del state.owed[-1]
-                        else:
-                            state.room += ROOM
-                    except IndexError:  # another has just paid
+                    if outcome in state.owed:
+                        del state.owed[outcome]
+                    else:
                         state.room += ROOM
                     if state.writers.waiting:
-                        try:
-                            state.writers.wake()
-                        except BaseException:
-                            state.put_back(outcome)
-                            raise
+                        state.writers.wake()
                 if failure is not None:
-                    _raise(failure, outcome)
+                    taken = None
+                    outcome.exception()
+                    raise failure
                 value: T = outcome.value
                 return value
         except BaseException:
             failure = outcome = None  # as in Outcome.read()
-            del self  # or a traceback that is kept would keep the listener
             try:
-                state.hand_on()
+                state.end_read(taken)
             except BaseException:
-                state.hand_on()
+                state.end_read(taken)
                 raise
             raise
 
@@ -544,7 +547,7 @@ class _Listener(_Reader[T], ProcessLocal):
 
     def __exit__(self, *_: object) -> None:
         state: StreamState | None = getattr(self, "_state", None)
-        if state is None:  # it was interrupted at the very beginning
+        if state is None:  # __init__() was interrupted
             return
         self._state = _ENDED
         try:
@@ -568,14 +571,6 @@ _READ_BLOCKS = (
     "reading from a stream that is empty blocks the event loop that this thread runs; "
     "use async for, or await stream.aget(), instead"
 )
-
-
-def _raise(failure: BaseException, outcome: _core.Outcome) -> NoReturn:
-    outcome.exception()
-    try:
-        raise failure
-    finally:
-        del failure, outcome  # as in Outcome.read()
 
 
 def _wait_in_thread(readiness: Any) -> Exception | None:

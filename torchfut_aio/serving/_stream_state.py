@@ -1,29 +1,15 @@
-"""The state of a stream: the values, the tasks and threads that wait, and how it has ended.
+"""The state of a stream: its values, the tasks and threads that wait, and how it has ended.
 
-No lock is held, so a signal handler or a finaliser may put, read or close in the midst of
-anything. What makes that right:
-
-1. A value is in the stream from when it is stored in ``values`` until it is deleted there. To
-   delete it is to have read it. Either is one statement, within which CPython checks for no
-   signal. (To find the first key takes the same time however many were deleted before it: hence
-   a `Queue`.)
-2. A bounded stream has ``room``: a list with an item for each value that may still come. A put
-   deletes an item, then stores the value. A read deletes the value, then adds an item. So there
-   are never too many values, whatever is put meanwhile. But an interrupted read puts its value
-   back, perhaps when another value has come in its place. Then it notes in ``owed`` that a later
-   read has to add no item.
-3. A put stores the value, then wakes a reader of each loop; a read adds the item, then wakes a
-   writer of each: see `_waiters`. A reader or writer that leaves with an exception calls
-   `hand_on`, as it may have been woken for a value or an item that it leaves behind.
-4. A put stores the value, then looks whether the stream has ended, and takes the value back if
-   so, unless it has been read. A reader that finds the stream ended looks once more for a value.
-   So a value that was put is read, or refused.
+No lock is held, so a signal handler or a finaliser may put, read or close at any moment. Each value
+is a key of ``values`` from when it is put until it is read: storing a key and deleting it are
+statements within which CPython checks for no signal. A bounded stream has ``room``, a list with an
+item for each value that may still come. A put deletes an item, then stores the value. A read
+deletes the value, then adds an item. So no put can make the stream longer than its bound.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from typing import NoReturn
 
 from .. import _core
 from .._cpython import Queue, move_to_front
@@ -38,14 +24,14 @@ _READ = "read"
 
 
 class StreamState:
-    """All of a stream; see the header of this file.
+    """What a stream shares with its iterators.
 
     Attributes:
         values: The outcomes that were put and not read, as keys, in order.
-        room: See rule 2; None if the stream is not bounded.
-        owed: How many values too many there are, as a list of so many items; see rule 2.
-        end: Empty until the stream takes no more values. It was closed, with an error or None;
-            or its readers have left; or both. A reader may also have come to the end.
+        room: An item for each value that may still come; None if the stream is not bounded.
+        owed: The values whose reading adds no item to ``room``; see `end_read`.
+        end: Empty until the stream takes no more values. It has a key for each reason: closed, with
+            an error or None; left by its readers; read to its end by an iterator.
         listeners: The iterators that may read, each by a key of its own.
         readers: The tasks and threads that wait for a value.
         writers: The tasks and threads that wait for room.
@@ -54,9 +40,10 @@ class StreamState:
     __slots__ = ("end", "listeners", "owed", "readers", "room", "values", "writers")
 
     def __init__(self, max_size: int | None) -> None:
+        # A plain dict takes the longer to find its first key the more were deleted before it.
         self.values: dict[_core.Outcome, None] = Queue()
         self.room = None if max_size is None else [*ROOM] * max_size
-        self.owed: list[None] = []
+        self.owed: dict[_core.Outcome, None] = {}
         self.end: dict[str, _core.Outcome | None] = {}
         self.listeners: dict[object, None] = {}
         self.readers = Waiters()
@@ -68,7 +55,7 @@ class StreamState:
         """Add a value to the stream. Return False if it is full.
 
         Raises:
-            StreamClosedError: It takes no more, and the value is not in it.
+            StreamClosedError: The stream takes no more values, and this one is not in it.
         """
         if self.end:
             self._refuse()
@@ -78,9 +65,12 @@ class StreamState:
                 del room[-1]
             except IndexError:
                 return False
+        # Store, then check for the end. A reader sees the end, then checks for a value. So the
+        # value is read or refused, whatever another thread does in between.
         self.values[outcome] = None
         if self.end:
             self._take_back([outcome])
+        # Store, then check for readers. A reader registers, then checks for a value.
         if self.readers.waiting:
             try:
                 self.readers.wake()
@@ -90,10 +80,11 @@ class StreamState:
         return True
 
     def put_many(self, pending: deque[_core.Outcome]) -> None:
-        """Move values from ``pending`` into the stream, as far as there is room.
+        """Move values from ``pending`` into the stream, as `put` does, while there is room.
 
         Raises:
-            StreamClosedError: It takes no more; those of them that were not read are not in it.
+            StreamClosedError: The stream takes no more values. Those that were not read are not
+                in it.
         """
         if self.end:
             self._refuse()
@@ -108,6 +99,7 @@ class StreamState:
             self.readers.wake_again(len(outcomes))
             raise
 
+    # A function of its own: see tests/test_backward_jumps.py.
     def _store(self, pending: deque[_core.Outcome]) -> None:
         values, room = self.values, self.room
         while pending:
@@ -146,41 +138,14 @@ class StreamState:
 
     # --------------------------------------------------------------------- reading
 
-    def put_back(self, outcome: _core.Outcome) -> None:
-        """Undo the reading of a value that an interrupt keeps from being delivered.
-
-        The reader calls `hand_on` after that: others may have looked and found nothing.
-        """
-        self.values[outcome] = None
-        move_to_front(self.values, outcome)
-        if self.room is not None:
-            try:
-                del self.room[-1]
-            except IndexError:
-                self.owed += ROOM  # another has just put a value: there is one too many
-        self.writers.wake_again()
-
-    def hand_on(self) -> None:
-        """Wake others for what is left, as a reader or a writer leaves that may have been woken.
-
-        It may have been woken for nothing, or not at all: to wake once too often is harmless.
-        """
-        try:
-            if self.values and self.readers.waiting:
-                self.readers.wake()
-            if self.room and self.writers.waiting:
-                self.writers.wake()
-        except BaseException:
-            self.readers.wake_again()
-            self.writers.wake_again()
-            raise
-
     def can_read(self) -> bool:
         """Return True if a read would not block."""
         return bool(self.values) or bool(self.end)
 
-    def raise_end(self, end: type[Exception]) -> NoReturn:
-        """Raise the error with which the stream was closed, or ``end`` if there is none."""
+    def check_end(self, end: type[Exception]) -> None:
+        """Raise the error of the end, or ``end`` if there is none, unless a value is left."""
+        if self.values:  # it was put before the end: see put()
+            return
         if _LEFT not in self.end:
             self.end[_READ] = None
         failed = self.end.get(_CLOSED)
@@ -190,7 +155,7 @@ class StreamState:
                     self._keep_no_frames(failed)
                 failed.read()
             finally:
-                del self, failed
+                del self, failed  # as in Outcome.read()
         raise end
 
     def error_of_get(self) -> StreamClosedError:
@@ -198,6 +163,32 @@ class StreamState:
         if _LEFT in self.end:
             return self._error_of_left()
         return StreamClosedError("the stream has been closed, and all its values have been read")
+
+    def end_read(self, taken: _core.Outcome | None) -> None:
+        """Put back what an interrupted reader has taken, and wake others for what is left.
+
+        The call can be repeated if it is interrupted.
+        """
+        if taken is not None:
+            if taken not in self.values:
+                if self.room is not None and taken not in self.owed:
+                    try:
+                        del self.room[-1]
+                    except IndexError:  # another put has used it, so there is one value too many
+                        self.owed[taken] = None
+                self.values[taken] = None
+            move_to_front(self.values, taken)
+        self.hand_on()
+
+    def hand_on(self) -> None:
+        """Wake others for what is left, as a reader or writer that was woken leaves.
+
+        It may have been woken for nothing, or not at all: to wake once too often is harmless.
+        """
+        if self.values and self.readers.waiting:
+            self.readers.wake()
+        if self.room and self.writers.waiting:
+            self.writers.wake()
 
     # ---------------------------------------------------------------------- ending
 
@@ -226,7 +217,7 @@ class StreamState:
         )
 
     def close(self, error: _core.Outcome | None) -> None:
-        """End the stream behind what is in it, unless it has been closed before."""
+        """End the stream behind its last value, unless it has been closed before."""
         try:
             refused = self.end.setdefault(_CLOSED, error) is not error or _LEFT in self.end
             if refused and error is not None:
@@ -238,11 +229,11 @@ class StreamState:
             raise
 
     def leave(self, listener: object) -> None:
-        """Remove an iterator. If it was the last, close the reading side, unless it has ended."""
+        """Remove an iterator. If it was the last and the stream is not exhausted, `stop`."""
         self.listeners.pop(listener, None)
         if self.listeners:
             return
-        # What is in `values` after an iterator has come to the end is about to be taken back.
+        # If an iterator has come to the end, a put is about to take back what is in `values`.
         if _READ not in self.end and (self.values or _CLOSED not in self.end):
             self.stop()
             return
@@ -250,17 +241,8 @@ class StreamState:
         if failed is not None and failed.is_retrieved:
             self._keep_no_frames(failed)
 
-    def _keep_no_frames(self, failed: _core.Outcome) -> None:
-        """Have later readers raise a copy of an error that is raised where nothing listens.
-
-        Frames in its traceback lead to the stream, which would keep all that they hold.
-        """
-        if failed.error is not None:
-            self.end[_CLOSED] = copied = _core.outcome_of_error(without_frames(failed.error))
-            copied.exception()  # it need not be logged
-
     def stop(self) -> None:
-        """Close the reading side. The values in the stream are dropped."""
+        """Close the reading side, and drop the values in the stream."""
         self.end[_LEFT] = None
         try:
             error = self.end.get(_CLOSED)
@@ -273,8 +255,15 @@ class StreamState:
             self._wake_all_again()
             raise
 
+    def _keep_no_frames(self, failed: _core.Outcome) -> None:
+        # Frames in the traceback of an error lead to the stream, which would keep all that they
+        # hold. So if nothing listens, later readers raise a copy.
+        if failed.error is not None:
+            self.end[_CLOSED] = copied = _core.outcome_of_error(without_frames(failed.error))
+            copied.exception()  # it need not be logged
+
     def _drop_error_if_left(self) -> None:
-        # Nothing raises it any more. Its frames lead to the stream, which would keep all they hold.
+        # For the same reason, and nothing will raise it.
         if _LEFT in self.end and _CLOSED in self.end:
             self.end[_CLOSED] = None
 
