@@ -36,7 +36,7 @@ from torchfut_aio import (
     as_future,
     gather,
 )
-from torchfut_aio.serving import _batch_worker, _batcher
+from torchfut_aio.serving import _batch_worker, _batcher, _owner_loop
 
 from . import explorer
 from .accelerator import being_filled
@@ -1123,7 +1123,7 @@ def test_a_coroutine_that_is_returned_fails_the_batch():
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of finalisers
 def test_an_interrupted_entry_can_be_repeated():
     async def main():
-        for strike in explorer.strikes(_batcher, _loops):
+        for strike in explorer.strikes(_batcher, _owner_loop, _loops):
             batcher = batcher_of(double_soon)
             entry = batcher.__aenter__()
             with strike:
@@ -1273,7 +1273,7 @@ def test_an_exit_completes_what_is_queued_and_waits_for_no_idle_thread_and_a_for
     ("error", "at"), [(KeyboardInterrupt, "signals"), (MemoryError, "calls")], ids=["^C", "memory"]
 )
 def test_whoever_is_struck_while_submitting_loses_that_item_only(error, at):
-    for strike in explorer.strikes(_batcher, _batch_worker, _worker, error=error, at=at):
+    for strike in explorer.strikes(_batcher, _batch_worker, _owner_loop, _worker, error=error, at=at):
         batcher = batcher_of()
         before = batcher.submit(1)
         with strike:
@@ -1287,7 +1287,7 @@ def test_whoever_is_struck_while_submitting_loses_that_item_only(error, at):
 
 @pytest.mark.parametrize("drain", [True, False])
 def test_whoever_is_struck_while_closing_can_close_again(drain):
-    for strike in explorer.strikes(_batcher, _batch_worker, _worker):
+    for strike in explorer.strikes(_batcher, _batch_worker, _owner_loop, _worker):
         batcher = batcher_of(max_wait=math.inf)
         futures = [batcher.submit(n) for n in range(3)]
         with strike:
@@ -1301,7 +1301,7 @@ def test_whoever_is_struck_while_closing_can_close_again(drain):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_wherever_its_thread_lacks_memory_every_future_completes():
     for strike in explorer.strikes(
-        _batcher, _batch_worker, error=MemoryError, at="calls", thread=NAME
+        _batcher, _batch_worker, _owner_loop, error=MemoryError, at="calls", thread=NAME
     ):
         with strike:
             batcher = batcher_of(max_batch_size=2)

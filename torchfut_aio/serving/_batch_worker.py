@@ -1,18 +1,12 @@
 """The thread of a batcher: it takes what is queued in batches, and completes the futures.
 
-The queue is the worker's ``work``: each future, with its item and when that was submitted. The
-thread has the same futures in a line, in order, so that a batch costs what is in it, however long
-the queue. The batch that runs is in ``batch``. These rules keep every future from being lost:
+The queue is the worker's ``work``: each future, with its item and the time of its submission. The
+batch that runs is in ``batch``. These rules keep every future from being lost:
 
-1. A future stays in ``work`` or ``batch`` until it is done, or whoever submitted it was told that
-   it was not. It is put into ``batch`` before it is taken out of ``work``.
-2. A thread that begins fails what it finds in ``batch``: the thread before it was interrupted, by
-   MemoryError, say. It does not run these items again.
-3. No batch begins once ``ended`` is done. Who completes ``ended`` looks at ``work`` afterwards,
-   and who submits looks at ``ended`` afterwards: one of them sees the other, and fails what is
-   queued.
-
-`Worker` sees to the rest: there is a thread while there is work.
+1. A future stays in ``work`` or ``batch`` until it is done, unless its submission has raised.
+2. A thread that begins fails what it finds in ``batch``: an error has ended the thread before it.
+3. No batch begins once ``has_ended`` is True. A thread that sets it fails what is queued after
+   that. A thread that submits reads it after that. So one of them fails a future that comes late.
 """
 
 from __future__ import annotations
@@ -22,29 +16,26 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from threading import get_ident
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
+from .. import _core
 from .._arguments import hides_async, listed
+from .._devices import Moment
 from .._errors import BatcherClosedError, drop_catching_frame, one_for_each
 from .._future import Future, InternalFuture
-from .._many import set_results
 from .._worker import Worker, WorkerThread
+from ._owner_loop import OwnerLoop, in_batch
 
 _LINGER = 10.0  # seconds for which a thread waits for more; to start one takes a tenth of a ms
-_LOOK = 0.1  # seconds after which a thread that waits looks whether the interpreter exits
-
-
-# Where an async function runs, and what that calls: the batch that it was called for.
-in_batch: ContextVar[object] = ContextVar("torchfut_aio batch", default=None)
+_POLL_INTERVAL = 0.1  # seconds between two checks of whether the interpreter exits
 
 
 class Tally:
-    """A count to which any threads add at once, and lose none: each has a part of its own."""
+    """A count to which threads add without a lock: each has a part of its own."""
 
     def __init__(self) -> None:
         self._parts: dict[int, int] = {}  # by thread
@@ -57,24 +48,18 @@ class Tally:
         return sum([*self._parts.values()])
 
 
-class Home(Protocol):
-    """Where the batches of an async function run."""
-
-    def run(self, function: Callable[[list[Any]], Any], items: list[Any], batch: object) -> Any:
-        """Return what the function does, to the thread of the batcher."""
-
-
 class BatchWorker(Worker):
     """Runs ``function`` on lists of items, which returns their results in order.
 
     Attributes:
-        home: Where the function runs, if it is async; None before a loop has entered the batcher.
+        owner: The loop that runs the function, if it is async; None before one has entered the
+            batcher.
         batch: The futures and items that are run now.
-        closing: Whether the thread is to end when nothing is queued.
-        ended: Done when the function will run no more.
-        batches, items, wait_time, run_time: As in `BatcherStatistics`; counted by the thread
-            that serves.
-        rejected, skipped: The same, of which any thread adds some.
+        closing: The thread is to end when nothing is queued.
+        has_ended: The function will run no more; see rule 3.
+        ended: A future that is done when ``has_ended`` is True.
+        batches, items, wait_time, run_time: As in `BatcherStatistics`; counted by the thread.
+        rejected, skipped: The same, counted by all threads.
     """
 
     daemon = False  # the function may block in torch
@@ -84,23 +69,25 @@ class BatchWorker(Worker):
     ) -> None:
         super().__init__(name)
         self.function = function
-        self.home: Home | None = None
+        self.owner: OwnerLoop | None = None
         self.max_batch_size = max_batch_size
         self.max_wait = max_wait
         self.batch: list[tuple[Future[Any], Any]] = []
-        self.closing = False
+        self.closing = self.has_ended = False
         self.ended: InternalFuture[None] = InternalFuture()
         self.batches = self.items = 0
         self.rejected, self.skipped = Tally(), Tally()
         self.wait_time = self.run_time = 0.0
-        self._rings_at: float = 1  # so many in the queue
+        self._wakes_at: float = 1  # a submission wakes the thread if so many are queued
         self._may_purge_at = 0.0
-        self._line: deque[Future[Any]] = deque()  # of the thread that serves
+        # What is queued, in order, for the thread that runs. A batch takes the time of its own
+        # items, however many are queued.
+        self._line: deque[Future[Any]] = deque()
 
-    # ------------------------------------------------------------ for those who submit and close
+    # ----------------------------------------------------------------- submitting and closing
 
     def make_room(self, max_queue_size: float) -> bool:
-        """Drop what has been given up; return whether fewer than ``max_queue_size`` wait then."""
+        """Drop what was given up; return True if fewer than ``max_queue_size`` wait then."""
         start = time.monotonic()
         if start < self._may_purge_at:
             return False
@@ -111,19 +98,18 @@ class BatchWorker(Worker):
         return len(self.work) < max_queue_size
 
     def is_inside(self) -> bool:
-        """Return whether the function calls, or a callback of a future that it completes."""
+        """Return True if the function calls, or a callback of a future that it completes."""
         running = bool(self.batch) and in_batch.get() == self._id_of_batch()
         return running or threading.current_thread() in self.threads()
 
     def fail_queued(self, error: BaseException) -> None:
-        """Fails all that is queued."""
         futures = [*self.work]
-        _fail(futures, error)
+        _complete(futures, one_for_each(error, len(futures)))
         for future in futures:
             self.work.pop(future, None)
 
     def begin_to_close(self) -> None:
-        """Has the thread end when nothing is queued; then ``ended`` is done."""
+        """Let the thread end when nothing is queued; ``ended`` is done then."""
         self.closing = True
         try:
             self.ensure_thread()
@@ -134,14 +120,19 @@ class BatchWorker(Worker):
         self.ring()
 
     def abandon(self, error: BaseException) -> None:
-        """Fails all that is pending, and has the function run no more, whatever the thread does."""
+        """Fail all that is pending, and run the function no more, whatever the thread does."""
         self.closing = True
-        self.ended.try_set_result(None)
+        self.finish()
         self.fail_queued(error)
         self._fail_batch(error)
 
+    def finish(self) -> None:
+        self.has_ended = True
+        self.ended.try_set_result(None)
+
     def _fail_batch(self, error: BaseException) -> None:
-        _fail([future for future, _ in self.batch], error)
+        futures = [future for future, _ in self.batch]
+        _complete(futures, one_for_each(error, len(futures)))
 
     def places(self) -> dict[Future[Any], str]:
         """Return where each of its futures is, in words, from any thread."""
@@ -153,116 +144,118 @@ class BatchWorker(Worker):
     # ---------------------------------------------------------------------------- as a `Worker`
 
     def has_to_know(self, _future: Any) -> bool:
-        return len(self.work) >= self._rings_at
+        return len(self.work) >= self._wakes_at
 
     def has_work(self) -> bool:
-        is_closing = self.closing and not self.ended.done()
+        is_closing = self.closing and not self.has_ended
         return is_closing or bool(self.batch) or super().has_work()
 
     def after_fork(self) -> None:
         self.batch = []
-        self.home = None  # the loop is the parent's
+        self.owner = None  # the loop is the parent's
         if not self.ended.done():
+            self.has_ended = False
             # The parent's loops wait for the other. To wake them could take a lock that another
             # thread held at the fork.
             self.ended = InternalFuture()
         super().after_fork()
 
     def serve(self, _thread: WorkerThread) -> None:
-        self._line.clear()  # of the thread before; all that is queued is new to this one
+        self._line.clear()  # take() returns all that is queued, to a new thread
         if self.batch:
             text = "the thread that ran the batch was interrupted before this future was done"
             self._fail_batch(RuntimeError(text))
             self.batch = []
-        while self._take_batch():
-            self._run_batch()
-        if self.ended.done() or (self.closing and not super().has_work()):
-            self.ended.try_set_result(None)
+        while self._run_next_batch():
+            pass
+        if self.has_ended or (self.closing and not super().has_work()):
+            self.finish()
             self.fail_queued(BatcherClosedError("the batcher is closed"))
 
-    def _await_batch(self) -> list[Future[Any]]:
-        """Waits until it is time to run what is queued; returns nothing if the thread is to end."""
-        give_up = time.monotonic() + _LINGER
-        while not self.ended.done():
-            # Both first: what is submitted before is seen below, and who submits later rings.
+    def _next_batch(self) -> list[Future[Any]]:
+        """Wait for a batch, and return its futures; none if the thread is to end."""
+        line, give_up, is_woken = self._line, time.monotonic() + _LINGER, True
+        while not self.has_ended:
+            # Before take(): it returns what was submitted until now. Later items wake the thread.
             is_last = self.closing or not threading.main_thread().is_alive()
-            self._rings_at = 1
-            futures = self._first_in_line()
+            self._wakes_at = 1
+            line.extend(self.take())
             now = time.monotonic()
-            if futures:
-                self._rings_at = self.max_batch_size
-                _, submitted = self.work.get(futures[0], (None, now))
+            left = give_up - now
+            if line:
+                self._wakes_at = self.max_batch_size
+                _, submitted = self.work.get(line[0], (None, now))
                 left = submitted + self.max_wait - now
-                if left <= 0 or len(futures) == self.max_batch_size or is_last:
-                    return futures
-            else:
-                left = give_up - now
-                if left <= 0 or is_last:
-                    return []
-            self.rest(min(left, _LOOK))
+                # Only a batch that seems due is checked for futures that are done.
+                if left <= 0 or len(line) >= self.max_batch_size or is_last or not is_woken:
+                    futures = self._first_in_line()
+                    if not futures:
+                        continue
+                    _, submitted = self.work.get(futures[0], (None, now))
+                    left = submitted + self.max_wait - now
+                    if left <= 0 or len(futures) == self.max_batch_size or is_last:
+                        return futures
+                    line.extendleft(reversed(futures))
+            elif left <= 0 or is_last:
+                break
+            is_woken = self.rest(min(left, _POLL_INTERVAL))
         return []
 
     def _first_in_line(self) -> list[Future[Any]]:
-        """Return the futures of the next batch as it is now; drop those that were given up."""
-        line = self._line
-        first: dict[Future[Any], None] = {}  # each once, and a new thread may find one twice
-        line.extend(self.take())
-        while line and len(first) < self.max_batch_size:
-            future = line.popleft()
+        """Take the next batch out of the line. Drop what was given up."""
+        first: dict[Future[Any], None] = {}  # a new thread may find a future twice
+        while self._line and len(first) < self.max_batch_size:
+            future = self._line.popleft()
             # One that was withdrawn is not in the queue.
             if not self._drop_if_done(future) and future in self.work:
                 first[future] = None
-        line.extendleft(reversed(first))
         return [*first]
 
     def _drop_if_done(self, future: Future[Any]) -> bool:
         done = future.done()
         if done:
-            # First, for a caller that sees that it has gone.
+            # Before the removal, so that a caller that sees that sees the count, too.
             self.skipped.add(future in self.work)
             self.work.pop(future, None)
         return done
 
-    def _take_batch(self) -> bool:
-        """Waits for a batch; returns False if the thread is to end."""
-        futures = self._await_batch()
-        self._rings_at = math.inf  # it will look again
-        now = time.monotonic()
+    def _run_next_batch(self) -> bool:
+        """Wait for a batch and run it. Return False if the thread is to end."""
+        futures = self._next_batch()
+        self._wakes_at = math.inf  # the thread will check the queue before it rests
+        start = time.monotonic()
         for future in futures:
             entry = self.work.get(future)
             if entry is not None:  # it was not withdrawn
                 item, submitted = entry
-                self.batch.append((future, item))
-                self.wait_time += now - submitted
+                self.wait_time += start - submitted
+                self.batch.append((future, item))  # rule 1: before it leaves the queue
                 self.work.pop(future, None)
-        return bool(futures)
-
-    def _run_batch(self) -> None:
-        futures = [future for future, _ in self.batch]
-        if not futures:
-            return
-        start = time.monotonic()
+        if not self.batch:
+            return bool(futures)
+        futures, items = map(list, zip(*self.batch, strict=True))
         try:
-            results = self._results([item for _, item in self.batch])
+            results = self._results(items)
         except BaseException as error:
             results = one_for_each(drop_catching_frame(error), len(futures))
         self.batches += 1
         self.items += len(futures)
         self.run_time += time.monotonic() - start
         try:
-            set_results(futures, results)
-        except BaseException as error:  # there was no memory, or a callback raised it
+            _complete(futures, results)
+        except BaseException as error:  # a callback raised it, or there was no memory
             self._fail_batch(drop_catching_frame(error))
         self.batch = []
         # The frames of an error lead here, so that it would never be freed without the collector.
-        del futures, results
+        del future, futures, results
+        return True
 
     def _results(self, items: list[Any]) -> list[Any]:
         count = len(items)
-        if self.home is None:
+        if self.owner is None:
             returned = self.function(items)
         else:
-            returned = self.home.run(self.function, items, self._id_of_batch())
+            returned = self.owner.run(self.function, items, self._id_of_batch())
         if inspect.iscoroutine(returned):
             returned.close()
             raise TypeError(hides_async(self.function))
@@ -278,6 +271,12 @@ class BatchWorker(Worker):
         return id(self), self.batches
 
 
-def _fail(futures: list[Future[Any]], error: BaseException) -> None:
-    """Fail those of the futures that are not done."""
-    set_results(futures, one_for_each(error, len(futures)))
+def _complete(futures: Sequence[Future[Any]], results: Sequence[Any]) -> None:
+    """Complete those of the futures that are not done, each with its value or error."""
+    moment, outcomes = Moment(), []
+    for result in results:
+        if issubclass(type(result), BaseException):
+            outcomes.append(_core.outcome_of_error(result))
+        else:
+            outcomes.append(_core.outcome_of_value(result, (), moment))
+    _core.complete_all(futures, outcomes)

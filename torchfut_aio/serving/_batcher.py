@@ -8,26 +8,21 @@ from __future__ import annotations
 
 import inspect
 import math
-import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from .. import _loops
 from .._arguments import async_checked, size_checked, timeout_checked
-from .._core import Promise
 from .._dependent import DependentFuture
 from .._errors import BatcherClosedError, QueueFullError
 from .._future import Future, InternalFuture
 from .._process_local import ProcessLocal
-from .._tasks import run_contained
-from ._batch_worker import BatchWorker, in_batch
+from ._batch_worker import BatchWorker
+from ._owner_loop import OwnerLoop
 
 T = TypeVar("T")
 R = TypeVar("R")
-
-_LOOK = 0.1  # seconds after which the thread looks whether the loop can still run a task
 
 _CLOSE_BLOCKS = (
     "closing a batcher blocks the event loop that this thread runs; use `async with`, or await "
@@ -178,25 +173,21 @@ class Batcher(ProcessLocal, Generic[T, R]):
             worker.rejected.add()
             raise QueueFullError(f"the queue is full: {self._max_queue_size} items wait")
         worker.submit(future, (item, time.monotonic()))
-        if worker.ended.done():  # it may have ended meanwhile: rule 3 of `_batch_worker.py`
+        if worker.has_ended:  # rule 3 of _batch_worker.py
             worker.fail_queued(BatcherClosedError("the batcher is closed"))
         return future
 
     def _future_of_loop(self) -> DependentFuture[R]:
-        home = self._home
-        if home is None:
+        owner = self._worker.owner
+        if owner is None:
             raise RuntimeError(
                 "the function is async: enter the batcher first, by async with; a process that was "
                 "forked has to enter it again"
             )
-        home.check()
+        owner.check()
         future: DependentFuture[R] = DependentFuture()
-        future.depend_on(home)
+        future.depend_on(owner)
         return future
-
-    @property
-    def _home(self) -> _Home | None:
-        return self._worker.home  # type: ignore[return-value]
 
     @property
     def closed(self) -> bool:
@@ -257,7 +248,7 @@ class Batcher(ProcessLocal, Generic[T, R]):
         if self._worker.is_inside():
             self._begin_to_close(drain)
             return
-        if self._home is not None and self._home.needs_caller(self._has_work()):
+        if self._worker.owner is not None and self._worker.owner.needs_caller(self._has_work()):
             raise RuntimeError(
                 "close() would wait for this thread's event loop, which entered the batcher: await "
                 "aclose() on it"
@@ -286,8 +277,8 @@ class Batcher(ProcessLocal, Generic[T, R]):
         if self._worker.is_inside():
             self._begin_to_close(drain)
             return
-        if self._home is not None and self._has_work():
-            self._home.check()
+        if self._worker.owner is not None and self._has_work():
+            self._worker.owner.check()
         ended = self._begin_to_close(drain)
         if seconds is None:
             await ended
@@ -332,10 +323,10 @@ class Batcher(ProcessLocal, Generic[T, R]):
 
     async def __aenter__(self) -> Batcher[T, R]:
         if self._needs_loop:
-            if self._home is not None and self._home.runs():
+            if self._worker.owner is not None and self._worker.owner.runs():
                 raise RuntimeError("a loop has entered the batcher already")
             # Last of all: what is interrupted before can be repeated.
-            self._worker.home = _Home(self._worker.ended, self._worker.name)
+            self._worker.owner = OwnerLoop(self._worker.ended, self._worker.name)
         return self
 
     async def __aexit__(self, kind: object, *_: object) -> None:
@@ -346,119 +337,10 @@ class Batcher(ProcessLocal, Generic[T, R]):
         if worker is not None and worker.threads():
             worker.closing = True
             worker.ring()
-        elif worker is not None and worker.home is not None:
-            worker.ended.try_set_result(None)  # or a task of the loop would wait for it
+        elif worker is not None and worker.owner is not None:
+            worker.finish()  # or a task of the loop would wait for it
 
 
 def _is_async(function: Any) -> bool:
     call = getattr(type(function), "__call__")  # noqa: B004, B009
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
-
-
-class _Home:
-    """The loop that has entered a batcher, until it ends, or the batcher does.
-
-    A loop that ends cancels its tasks once. It still runs for a while, but would never finish a
-    task that it is given then; so one task waits to be cancelled.
-    """
-
-    def __init__(self, batcher_ended: Future[None], name: str) -> None:
-        self._name = name
-        self._loop = _loops.current()
-        self._thread = threading.current_thread()
-        self._has_ended = False
-        self._loop.spawn(self._end, self._wait, batcher_ended)
-
-    async def _wait(self, batcher_ended: Future[None]) -> None:
-        try:
-            await batcher_ended
-        finally:
-            self._end()
-
-    def _end(self) -> None:
-        self._has_ended = True
-
-    def runs(self) -> bool:
-        """Return whether the loop still runs tasks, from any thread."""
-        return not self._has_ended and self._is_open()
-
-    def _is_open(self) -> bool:
-        # A loop that closes may keep a call, and not make it; one that has stopped may stay open.
-        return self._thread.is_alive() and self._loop.call_soon(_nothing)
-
-    def check(self, blocks: bool = False) -> None:
-        """Raise RuntimeError if the loop cannot run because this thread, its own, runs another.
-
-        Or because the thread is about to block, if ``blocks``, and does not run the loop now.
-        """
-        in_its_thread = threading.current_thread() is self._thread
-        if blocks and in_its_thread and not _loops.loop_in_this_thread() and self.runs():
-            raise RuntimeError(
-                "wait() would block the thread of the event loop that entered the batcher, and has "
-                "to run its function: await the future on that loop"
-            )
-        if self._loop.stands_still():
-            raise RuntimeError(
-                "the batcher's function is async, and the event loop that entered the batcher "
-                "cannot run it while this thread runs another loop: use the batcher on its own "
-                "loop, or run that in a thread of its own"
-            )
-
-    def needs_caller(self, has_work: bool) -> bool:
-        """Return whether the batcher could not end while the calling thread blocks."""
-        if threading.current_thread() is not self._thread:
-            return False
-        return _loops.loop_in_this_thread() or (has_work and self.runs())
-
-    def run(self, function: Any, items: list[Any], batch: object) -> Any:
-        """Run an async function as a task, and return what it does, to the batcher's thread."""
-        future = self._start(function, items, batch)
-        try:
-            self._await(future)
-            return future.wait()
-        finally:
-            del future  # the frames of its error lead here
-
-    def _start(self, function: Any, items: list[Any], batch: object) -> Future[Any]:
-        # A separate function, so that only the loop keeps a reference to the promise.
-        future: Future[Any] = InternalFuture()
-        promise = Promise(future, self._name)
-
-        def start() -> None:
-            if self._has_ended:
-                promise.fail(RuntimeError(self._why()))
-                return
-            try:
-                args = batch, function, items
-                self._loop.spawn(promise.end, run_contained, promise, _call_for_batch, args)
-            except Exception as error:  # the loop is about to close
-                promise.fail(error)
-
-        if not self._loop.call_soon(start):
-            raise RuntimeError(self._why())
-        return future
-
-    def _await(self, future: Future[Any]) -> None:
-        waiter = _loops.ThreadWaiter()
-        future.add_done_callback(lambda _: waiter.unblock())
-        while not future.done():
-            waiter.block(_LOOK)
-            if not self.runs() and not future.done():
-                raise RuntimeError(self._why())
-
-    def _why(self) -> str:
-        if self._is_open():
-            return (
-                "the tasks of the event loop that entered the batcher were cancelled, and among "
-                "them the batcher's own: the loop is ending, or the program has cancelled all tasks"
-            )
-        return "the event loop that entered the batcher has ended"
-
-
-async def _call_for_batch(batch: object, function: Any, items: list[Any]) -> Any:
-    in_batch.set(batch)  # in the context of this task
-    return await function(items)
-
-
-def _nothing() -> None:
-    pass
