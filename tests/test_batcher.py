@@ -1273,7 +1273,8 @@ def test_an_exit_completes_what_is_queued_and_waits_for_no_idle_thread_and_a_for
     ("error", "at"), [(KeyboardInterrupt, "signals"), (MemoryError, "calls")], ids=["^C", "memory"]
 )
 def test_whoever_is_struck_while_submitting_loses_that_item_only(error, at):
-    for strike in explorer.strikes(_batcher, _batch_worker, _owner_loop, _worker, error=error, at=at):
+    modules = _batcher, _batch_worker, _worker
+    for strike in explorer.strikes(*modules, error=error, at=at):
         batcher = batcher_of()
         before = batcher.submit(1)
         with strike:
@@ -1287,7 +1288,7 @@ def test_whoever_is_struck_while_submitting_loses_that_item_only(error, at):
 
 @pytest.mark.parametrize("drain", [True, False])
 def test_whoever_is_struck_while_closing_can_close_again(drain):
-    for strike in explorer.strikes(_batcher, _batch_worker, _owner_loop, _worker):
+    for strike in explorer.strikes(_batcher, _batch_worker, _worker):
         batcher = batcher_of(max_wait=math.inf)
         futures = [batcher.submit(n) for n in range(3)]
         with strike:
@@ -1301,7 +1302,7 @@ def test_whoever_is_struck_while_closing_can_close_again(drain):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_wherever_its_thread_lacks_memory_every_future_completes():
     for strike in explorer.strikes(
-        _batcher, _batch_worker, _owner_loop, error=MemoryError, at="calls", thread=NAME
+        _batcher, _batch_worker, error=MemoryError, at="calls", thread=NAME
     ):
         with strike:
             batcher = batcher_of(max_batch_size=2)

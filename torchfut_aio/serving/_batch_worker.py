@@ -147,7 +147,7 @@ class BatchWorker(Worker):
         return len(self.work) >= self._wakes_at
 
     def has_work(self) -> bool:
-        is_closing = self.closing and not self.has_ended
+        is_closing = self.closing and not self.ended.done()
         return is_closing or bool(self.batch) or super().has_work()
 
     def after_fork(self) -> None:
