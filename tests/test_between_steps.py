@@ -84,7 +84,7 @@ def test_an_arrival_while_the_iterator_goes_to_sleep_is_not_missed():
             fut.set_result(None)  # before the waiter is there, so nobody wakes it
             super().__setitem__(waiter, None)
 
-    completed._arrivals.waiters = Racing()
+    completed._state.waiters.waiting = Racing()
     assert next(completed) is fut
 
 
