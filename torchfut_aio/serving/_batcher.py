@@ -1,7 +1,7 @@
 """Micro-batching: each item that is submitted is a future, and a function runs on many items.
 
-The thread of ``_batch_worker.py`` makes the batches. Of an async function it has the loop make a
-task for each batch, and waits for it.
+The thread of ``_batch_worker.py`` makes the batches. If the function is async, the thread lets the
+loop of ``_owner_loop.py`` run a task for each batch, and waits for it.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ class BatcherStatistics:
     """What a `Batcher` has done so far.
 
     Attributes:
-        queued: How many items wait now.
-        running: How many are in the batch that runs now.
-        batches: How many times the function has run.
-        items: On how many items in all.
-        rejected: How many items were refused because the queue was full.
-        skipped: How many were given up before they were run.
-        wait_time: For how many seconds the items that were run had waited, in all.
-        run_time: For how many seconds the function has run.
-        mean_batch_size: How many items a batch had on average; 0.0 before the first.
+        queued: The number of items that wait now.
+        running: The number of items in the batch that runs now.
+        batches: The number of times that the function has run.
+        items: The number of items on which it has run.
+        rejected: The number of items that were refused because the queue was full.
+        skipped: The number of items that were given up before they were run.
+        wait_time: The time that the items that were run had waited, in seconds, in all.
+        run_time: The time for which the function has run, in seconds.
+        mean_batch_size: The mean number of items in a batch; 0.0 before the first.
 
     Example:
         >>> import dataclasses, json
@@ -66,40 +66,41 @@ class BatcherStatistics:
 
 
 class Batcher(ProcessLocal, Generic[T, R]):
-    """Runs a function on many items at once, and makes a future of each item's result.
+    """Run a function on many items at once, and return a future of each item's result.
 
     A batch begins when ``max_batch_size`` items are there, or when the first of them has waited for
-    ``max_wait`` seconds. One batch runs at a time, in a thread of the batcher; what comes meanwhile
-    waits for the next. The thread ends when it has had nothing to do for some seconds, and another
-    starts when there is something.
+    ``max_wait`` seconds. One batch runs at a time, in a thread of the batcher. Items that come
+    while it runs wait for the next one. The thread ends after some idle seconds; the next item
+    starts another.
 
-    An async function runs as a task of the loop that has entered the batcher, ``async with``.
-    Either way it has no context (``contextvars``) of any caller, as a batch has many.
+    An async function runs as a task of the loop that has entered the batcher by ``async with``. No
+    function sees the context (``contextvars``) of a caller, as a batch has many callers.
 
-    Every future completes. If the function raises, all items of the batch fail with its error.
-    Each item gets its own copy of the exception. If a result is an exception, that item fails with
-    it. An item whose future is done before its batch begins is skipped: to give one up, cancel its
-    future. Leaving ``with`` or ``async with`` closes the batcher, and drains it if no error is
-    under way. So does dropping it, or the exit of the interpreter, which waits for the thread. A
-    process that forks keeps all this for itself: the child begins with nothing queued, and enters
-    the batcher anew if
-    the function is async.
+    Every future completes. If the function raises, all items of the batch fail with its error,
+    each with its own copy of the exception. A result that is an exception fails its item. An item
+    whose future is done before its batch begins is skipped: to give one up, cancel its future.
+
+    The end of the ``with`` or ``async with`` block closes the batcher, and runs what is queued
+    unless the block raises. Garbage collection and the exit of the interpreter close it, too; the
+    exit waits for the thread. After a fork, the child's queue is empty, and the child enters the
+    batcher again if the function is async.
 
     Args:
-        func: Called with a list of items; returns as many results, in that order, as a list,
-            a tuple, another sequence that is no text, or a tensor or array of that many rows.
-            Anything else, a dict say, fails the batch with a TypeError. Of a tensor each item gets
-            a ``.clone()`` of its row, as the rows share its storage: to hand out the rows
-            themselves, return ``list(tensor)``. Kernels may still fill the results, on the streams
-            that are current when it returns. If it works on a stream of its own, let the current
-            one wait for that before it returns: a ``with stream:`` around ``return`` has ended by
-            then. Of a CUDA graph's static output return clones, as the next replay changes it.
-        max_batch_size: The most items in a batch.
-        max_queue_size: The most items that may wait, at least ``max_batch_size``; `submit` refuses
-            more. Threads that submit at the same time may exceed it by one each. None: no limit.
-        max_wait: How many seconds an item may wait for more to come. With 0 or less, a batch is
-            what has come while the batch before it ran.
-        name: The name of the thread, or of the task; by default ``torchfut_aio batcher of`` and
+        func: Called with a list of items. It returns as many results in the same order: a list,
+            tuple or other sequence that is not text, or a tensor or array of that many rows.
+            Anything else, such as a dict, fails the batch with a TypeError. Of a tensor, each item
+            gets a ``.clone()`` of its row, as rows share its storage; to return the rows
+            themselves, return ``list(tensor)``. Kernels on the streams that are current when it
+            returns may still fill the results. If it uses another stream, let the current one wait
+            for that before the return: a ``with stream:`` around ``return`` has ended by then. Of
+            the static output of a CUDA graph, return clones: the next replay changes it.
+        max_batch_size: The largest number of items in a batch.
+        max_queue_size: The largest number of items that wait, at least ``max_batch_size``; `submit`
+            refuses more. Threads that submit at the same time may exceed it by one each. None sets
+            no limit.
+        max_wait: The time that an item waits for others, in seconds. With 0 or less, a batch has
+            the items that came while the last one ran.
+        name: The name of the thread, or of the task. By default, ``torchfut_aio batcher of`` and
             the name of the function.
 
     Raises:
@@ -156,14 +157,14 @@ class Batcher(ProcessLocal, Generic[T, R]):
     # ------------------------------------------------------------------------------ items
 
     def submit(self, item: T, /) -> Future[R]:
-        """Queues an item, from any thread, and returns the future of its result.
+        """Queue an item, from any thread, and return the future of its result.
 
         Raises:
             QueueFullError: ``max_queue_size`` items wait.
-            BatcherClosedError: The batcher is closed, or is being closed.
+            BatcherClosedError: The batcher was closed.
             RuntimeError: The function is async, and no loop of this process has entered the
-                batcher, or that loop cannot run because this thread runs another; or no thread
-                could be started, as when the interpreter is shutting down.
+                batcher, or that loop cannot run because this thread runs another. Or no thread
+                could be started, for example because the interpreter is shutting down.
         """
         worker = self._worker
         if worker.closing:
@@ -191,7 +192,7 @@ class Batcher(ProcessLocal, Generic[T, R]):
 
     @property
     def closed(self) -> bool:
-        """Whether the batcher takes no more items; some may still run."""
+        """True if the batcher takes no more items. Some may still run."""
         return self._worker.closing
 
     @property
@@ -209,7 +210,7 @@ class Batcher(ProcessLocal, Generic[T, R]):
         )
 
     def statistics(self) -> BatcherStatistics:
-        """Returns what the batcher has done so far, from any thread."""
+        """Return what the batcher has done so far, from any thread."""
         worker = self._worker
         return BatcherStatistics(
             queued=len(worker.work),
@@ -226,15 +227,15 @@ class Batcher(ProcessLocal, Generic[T, R]):
     # ---------------------------------------------------------------------------- closing
 
     def close(self, *, drain: bool = True, timeout: float | None = None) -> None:
-        """Takes no more items, and returns when the function runs no more.
+        """Take no more items, and block until the function runs no more.
 
         It may be called again, to wait again. The function itself, and callbacks of the futures,
         may call it; then it does not wait.
 
         Args:
-            drain: Whether what is queued is run; otherwise it fails with `BatcherClosedError`.
-            timeout: For how many seconds to wait. After that everything that is pending fails
-                with `BatcherClosedError`, the batch that runs included.
+            drain: Run what is queued. If False, it fails with `BatcherClosedError`.
+            timeout: The longest time to wait, in seconds. Then all that is pending fails with
+                `BatcherClosedError`, the batch that runs included.
 
         Raises:
             TimeoutError: The function still runs. The interpreter will wait for it to return.
@@ -248,7 +249,8 @@ class Batcher(ProcessLocal, Generic[T, R]):
         if self._worker.is_inside():
             self._begin_to_close(drain)
             return
-        if self._worker.owner is not None and self._worker.owner.needs_caller(self._has_work()):
+        owner = self._worker.owner
+        if owner is not None and owner.needs_caller(self._has_work()):
             raise RuntimeError(
                 "close() would wait for this thread's event loop, which entered the batcher: await "
                 "aclose() on it"
@@ -260,25 +262,24 @@ class Batcher(ProcessLocal, Generic[T, R]):
             self._abandon(seconds)
 
     async def aclose(self, *, drain: bool = True, timeout: float | None = None) -> None:  # noqa: ASYNC109
-        """Does what `close` does, and waits without blocking the loop.
+        """Do what `close` does, and wait without blocking the loop.
 
         Args:
-            drain: Whether what is queued is run; otherwise it fails with `BatcherClosedError`.
-            timeout: For how many seconds to wait. After that everything that is pending fails
-                with `BatcherClosedError`, the batch that runs included.
+            drain: As for `close`.
+            timeout: As for `close`.
 
         Raises:
-            TimeoutError: The function still runs. The interpreter will wait for it to return.
-            TypeError, ValueError: ``timeout`` is not a number, or is NaN; the batcher stays open.
+            TimeoutError, TypeError, ValueError: As for `close`.
             RuntimeError: The function is async, and its loop cannot run what is left, because this
-                thread runs another; the batcher stays open.
+                thread runs another. The batcher stays open.
         """
         seconds = None if timeout is None else timeout_checked(timeout)
         if self._worker.is_inside():
             self._begin_to_close(drain)
             return
-        if self._worker.owner is not None and self._has_work():
-            self._worker.owner.check()
+        owner = self._worker.owner
+        if owner is not None and self._has_work():
+            owner.check()
         ended = self._begin_to_close(drain)
         if seconds is None:
             await ended
@@ -307,7 +308,7 @@ class Batcher(ProcessLocal, Generic[T, R]):
         had_work = self._has_work()
         text = "the batcher was closed, and its function did not return in time"
         self._worker.abandon(BatcherClosedError(text))
-        if had_work:  # or only the thread has not ended yet, which nothing waits for
+        if had_work:  # else only the end of the thread is late, for which nothing waits
             raise TimeoutError(
                 f"the function of the batcher did not return within {seconds:g} s; what was "
                 "pending has failed"
@@ -323,22 +324,23 @@ class Batcher(ProcessLocal, Generic[T, R]):
 
     async def __aenter__(self) -> Batcher[T, R]:
         if self._needs_loop:
-            if self._worker.owner is not None and self._worker.owner.runs():
+            worker = self._worker
+            if worker.owner is not None and worker.owner.runs():
                 raise RuntimeError("a loop has entered the batcher already")
-            # Last of all: what is interrupted before can be repeated.
-            self._worker.owner = OwnerLoop(self._worker.ended, self._worker.name)
+            # The last statement, so that an entry that is interrupted before can be repeated.
+            worker.owner = OwnerLoop(worker.ended, worker.name)
         return self
 
     async def __aexit__(self, kind: object, *_: object) -> None:
         await self.aclose(drain=kind is None)
 
     def __del__(self) -> None:
-        worker = getattr(self, "_worker", None)  # None if an argument was wrong
+        worker = getattr(self, "_worker", None)  # None if __init__() has raised
         if worker is not None and worker.threads():
             worker.closing = True
             worker.ring()
         elif worker is not None and worker.owner is not None:
-            worker.finish()  # or a task of the loop would wait for it
+            worker.finish()  # for the task of the loop that waits for it
 
 
 def _is_async(function: Any) -> bool:
