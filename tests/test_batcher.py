@@ -32,7 +32,7 @@ from torchfut_aio import (
     Future,
     QueueFullError,
     _loops,
-    _worker,
+    _threads,
     as_future,
     gather,
 )
@@ -409,8 +409,8 @@ def test_items_of_a_failed_batch_get_an_error_each(error):
 
 def test_an_item_that_the_thread_finds_twice_counts_once(monkeypatch):
     """As one does that is submitted while a new thread looks what there is."""
-    take = _worker.Worker.take
-    monkeypatch.setattr(_worker.Worker, "take", lambda worker: take(worker) * 2)
+    take = _threads.Worker.take
+    monkeypatch.setattr(_threads.Worker, "take", lambda worker: take(worker) * 2)
     with batcher_of(double, max_batch_size=3, max_wait=math.inf) as batcher:
         assert [fut.wait(PATIENCE) for fut in [batcher.submit(n) for n in range(3)]] == [0, 2, 4]
         assert batcher.statistics().batches == 1
@@ -1273,7 +1273,7 @@ def test_an_exit_completes_what_is_queued_and_waits_for_no_idle_thread_and_a_for
     ("error", "at"), [(KeyboardInterrupt, "signals"), (MemoryError, "calls")], ids=["^C", "memory"]
 )
 def test_whoever_is_struck_while_submitting_loses_that_item_only(error, at):
-    modules = _batcher, _batch_worker, _worker
+    modules = _batcher, _batch_worker, _threads
     for strike in explorer.strikes(*modules, error=error, at=at):
         batcher = batcher_of()
         before = batcher.submit(1)
@@ -1288,7 +1288,7 @@ def test_whoever_is_struck_while_submitting_loses_that_item_only(error, at):
 
 @pytest.mark.parametrize("drain", [True, False])
 def test_whoever_is_struck_while_closing_can_close_again(drain):
-    for strike in explorer.strikes(_batcher, _batch_worker, _worker):
+    for strike in explorer.strikes(_batcher, _batch_worker, _threads):
         batcher = batcher_of(max_wait=math.inf)
         futures = [batcher.submit(n) for n in range(3)]
         with strike:

@@ -32,7 +32,7 @@ from torchfut_aio import (
     with_timeout,
 )
 from torchfut_aio._core import Promise
-from torchfut_aio._worker import Worker, WorkerThread
+from torchfut_aio._threads import Worker, WorkerThread
 
 from .explorer import strikes
 from .test_stress import every_loop
@@ -411,7 +411,7 @@ def test_a_task_reads_wherever_the_put_comes(other, backend, options, nothing_bl
 
 
 class Idle(Worker):
-    def serve(self, thread):
+    def run(self, thread):
         pass
 
 
@@ -419,7 +419,6 @@ def test_a_thread_claims_a_worker_that_another_releases(other):
     for strike in between_instructions(other):
         worker = Idle("raced")
         first, second = WorkerThread(worker), WorkerThread(worker)
-        first.is_there = True
         assert worker.claim(first)
         other.now = lambda: worker.release(first)
         with strike:

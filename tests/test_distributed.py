@@ -23,7 +23,7 @@ import torch.distributed as dist
 import trio
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 
-from torchfut_aio import BlockingWaitWarning, Future, NotAFutureError, _worker, as_future
+from torchfut_aio import BlockingWaitWarning, Future, NotAFutureError, _threads, as_future
 from torchfut_aio.distributed import (
     _background_loop,
     async_comm_hook,
@@ -35,6 +35,7 @@ from torchfut_aio.distributed import (
 from . import explorer, services
 from .accelerator import FIRST, NEW, being_filled, read_on_current_stream
 from .cluster import LOOPS, Cluster
+from .forks import outputs
 from .loops import on_every_loop
 from .threads import PATIENCE, PATIENCE_WITH_PROCESSES, no_thread_starts, running, until
 
@@ -632,17 +633,6 @@ def test_a_shutdown_waits_for_a_thread_that_another_is_about_to_start(monkeypatc
         assert futures[0].done()
 
 
-def test_a_shutdown_that_interrupts_the_start_of_the_thread_does_not_wait_for_it(
-    monkeypatch, caplog
-):
-    with background_loop_ends():
-        while_the_thread_is_being_started(monkeypatch, lambda: shutdown(graceful=False))
-        fut = double(1)
-        until(lambda: not background_threads())
-        assert fut.done()
-        assert not caplog.text  # as if what it waited for took too long
-
-
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_an_exit_that_ends_the_background_loop_is_survived_by_later_calls():
     with background_loop_ends():
@@ -662,11 +652,9 @@ def test_a_thread_that_cannot_be_started_fails_the_call_and_leaves_nothing():
 
 
 @pytest.mark.parametrize("there_is_a_loop", [False, True])
-@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
-def test_whoever_is_struck_while_calling_loses_that_call_and_no_other(error, there_is_a_loop):
-    at = "signals" if error is KeyboardInterrupt else "calls"
+def test_interrupted_call_loses_itself_and_no_other(there_is_a_loop):
     with background_loop_ends():
-        for strike in explorer.strikes(_background_loop, _worker, error=error, at=at):
+        for strike in explorer.strikes(_background_loop, _threads):
             if there_is_a_loop:
                 assert double(0).wait(PATIENCE) == 0
             else:
@@ -686,7 +674,7 @@ def test_whoever_is_struck_while_calling_takes_no_other_threads_call_away(there_
         raise KeyboardInterrupt
 
     with background_loop_ends():
-        for strike in explorer.strikes(_background_loop, _worker, do=call_beside_and_strike):
+        for strike in explorer.strikes(_background_loop, _threads, do=call_beside_and_strike):
             others = []
             if there_is_a_loop:
                 assert double(0).wait(PATIENCE) == 0
@@ -704,7 +692,7 @@ def test_a_shutdown_at_any_point_of_a_call_neither_hangs_nor_loses_a_call():
         shutdown(graceful=False)
 
     with background_loop_ends():
-        for strike in explorer.strikes(_background_loop, _worker, do=call_and_shut_down):
+        for strike in explorer.strikes(_background_loop, _threads, do=call_and_shut_down):
             others = []
             with strike:
                 others.append(double(1))
@@ -713,8 +701,51 @@ def test_a_shutdown_at_any_point_of_a_call_neither_hangs_nor_loses_a_call():
             shutdown(graceful=False)
 
 
+@async_rpc
+async def calls_when_it_is_cancelled(started):
+    try:
+        started.set()
+        await anyio.sleep_forever()
+    finally:
+        await double(1)
+
+
+def test_call_from_a_task_that_a_shutdown_cancels_is_cancelled(caplog):
+    with background_loop_ends():
+        started = threading.Event()
+        fut = calls_when_it_is_cancelled(started)
+        assert started.wait(PATIENCE)
+        shutdown(graceful=False)
+        assert isinstance(fut.exception(), concurrent.futures.CancelledError)
+        assert not caplog.text  # as if a task had not ended
+
+
+def test_forked_child_has_a_background_loop_of_its_own():
+    before = """
+import asyncio
+from torchfut_aio import distributed
+
+@distributed.async_rpc
+async def double(x):
+    return 2 * x
+
+@distributed.async_rpc
+async def hangs():
+    await asyncio.sleep(3600)
+
+hanging = hangs()
+assert double(1).wait(60) == 2
+"""
+    case = """
+print(double(2).wait(60))
+distributed.shutdown()
+print(distributed._background_loop.is_running())
+"""
+    assert outputs(before, {"child": case}) == {"child": "4\nFalse"}
+
+
 def test_a_function_that_ignores_its_cancellation_is_reported(monkeypatch, caplog):
-    monkeypatch.setattr(_background_loop, "_PATIENCE", 0.05)
+    monkeypatch.setattr(_background_loop, "_TIMEOUT", 0.05)
     release = threading.Event()
     fut = ignores_cancellation(release)
     until(lambda: stubborn)

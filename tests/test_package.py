@@ -113,7 +113,7 @@ LAYERS = [
     "_arguments",
     "_process_local",
     "_errors",
-    "_worker",
+    "_threads",
     "_loops",
     "_devices",
     "_core",
@@ -129,8 +129,7 @@ LAYERS = [
     "_as_completed",
     "_timeouts",
     "serving",
-    "_thread_state",
-    "_task_state",
+    "task_state",
     "distributed",
     "debug",
 ]

@@ -19,7 +19,7 @@ from torchfut_aio import (
     BlockingWaitWarning,
     Future,
     PollPolicy,
-    _worker,
+    _threads,
     as_future,
     gather,
     poll_statistics,
@@ -27,8 +27,8 @@ from torchfut_aio import (
     synchronize,
     to_host,
 )
-from torchfut_aio._devices import _background, _blocker
-from torchfut_aio._devices._blocker import Blocker
+from torchfut_aio._devices import _background
+from torchfut_aio._threads import BlockingThread
 
 from . import explorer
 from .accelerator import DEVICE, FIRST, NEW, being_filled, needs, simulated_only
@@ -382,26 +382,20 @@ def test_threads_that_are_first_to_adopt_at_the_same_moment_share_a_thread_that_
             pass
         until(lambda: watchers() == _background._watching.threads())
         assert len(watchers()) == 1
-        assert _background._watching.end(PATIENCE, hand_over=False)  # as at exit
-        assert not watchers()
+        assert _background._watching.end(PATIENCE)  # another thread continues
         more = as_future(recorded(producer))
         accelerator.wake()
         assert gather([*futures, more]).wait(PATIENCE) == [None] * 5
         until(lambda: not watchers())
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
-def test_whoever_is_struck_while_adopting_leaves_nothing_and_harms_nobody(
-    accelerator, producer, error
-):
-    at = "signals" if error is KeyboardInterrupt else "calls"
-    for strike in explorer.strikes(_background, _worker, error=error, at=at):
+def test_interrupted_adoption_leaves_nothing_and_harms_no_other(accelerator, producer):
+    for strike in explorer.strikes(_background, _threads):
         with producer:
             accelerator.sleep(PATIENCE)
         with strike:
             fut = as_future(producer)
-        # Of errors of the device, and of MemoryError, the future is told.
-        assert not strike.where or strike.raised or isinstance(fut.exception(), error), strike
+        assert not strike.where or strike.raised, strike
         other = as_future(recorded(producer))
         accelerator.wake()
         assert other.wait(PATIENCE) is None, strike
@@ -411,7 +405,7 @@ def test_whoever_is_struck_while_adopting_leaves_nothing_and_harms_nobody(
 
 
 def test_a_thread_that_cannot_be_started_leaves_no_notification_behind(accelerator, producer):
-    blocker = Blocker()
+    blocker = BlockingThread("torchfut_aio blocker")
     with producer:
         accelerator.sleep(PATIENCE)
     with no_thread_starts():
@@ -642,62 +636,3 @@ def test_waiting_for_an_adopted_event_on_the_loop_that_made_it_does_not_hang(
             return fut.wait(PATIENCE)
 
     assert asyncio.run(main()) is None
-
-
-# ------------------------------------------------------------------------ blocking threads
-
-
-def blockers():
-    return [t for t in threading.enumerate() if t.name == "torchfut_aio blocker"]
-
-
-def blocked(blocker, function=lambda: None):
-    """Has the blocker call a function; returns the event that is set then."""
-    event = threading.Event()
-    blocker.submit(lambda error: event.set(), function)
-    return event
-
-
-def test_whoever_gives_up_at_any_step_of_the_blocking_thread_harms_nobody():
-    def give_up():
-        blocker.work.pop(first, None)
-
-    told = []
-    for strike in explorer.strikes(_blocker, thread="torchfut_aio blocker", do=give_up):
-        blocker, first = Blocker(), told.append
-        with strike:
-            blocker.submit(first, lambda: None)
-            assert blocked(blocker).wait(PATIENCE), strike
-        assert blocked(blocker).wait(PATIENCE), strike
-        assert not blocker.work
-    assert told
-
-
-def test_what_is_asked_for_at_any_step_of_the_blocking_thread_is_called():
-    for strike in explorer.strikes(
-        _blocker,
-        _worker,
-        thread="torchfut_aio blocker",
-        do=lambda: events.append(blocked(blocker)),
-    ):
-        blocker, events = Blocker(), []
-        with strike:
-            events.append(blocked(blocker))
-            until(lambda: strike.where or not blocker.threads())
-        assert all(event.wait(PATIENCE) for event in events), strike
-
-
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
-def test_a_notification_that_raises_does_not_end_the_blocking_thread(error, caplog):
-    def fails(_):
-        raise error
-
-    blocker, release = Blocker(), threading.Event()
-    event = blocked(blocker, lambda: release.wait(PATIENCE))
-    for _ in range(3):
-        blocker.submit(fails, int)
-    last = blocked(blocker)
-    release.set()
-    assert event.wait(PATIENCE)
-    assert last.wait(PATIENCE)
-    until(lambda: not blockers())

@@ -21,11 +21,10 @@ from hypothesis import strategies as st
 from torchfut_aio import (
     Future,
     TaskStateWarning,
-    _task_state,
-    _thread_state,
     task_local_state,
+    task_state,
 )
-from torchfut_aio._devices import _current, devices_in_use
+from torchfut_aio._devices import devices_in_use
 from torchfut_aio._loops import Loop
 from torchfut_aio.debug import set_task_state_checks
 
@@ -318,11 +317,8 @@ def ended(coroutine):
 
 
 @pytest.mark.filterwarnings("ignore:coroutine '.*' was never awaited")
-@pytest.mark.parametrize(
-    ("error", "at"), [(KeyboardInterrupt, "signals"), (MemoryError, "calls")], ids=["^C", "memory"]
-)
 @pytest.mark.parametrize("ambient", [nullcontext, torch.inference_mode], ids=["plain", "inference"])
-def test_whatever_strikes_the_state_of_the_thread_is_as_it_was(error, at, ambient):
+def test_interrupted_steps_leave_the_state_of_the_thread_as_it_was(ambient):
     seen = []
 
     async def own():
@@ -335,8 +331,7 @@ def test_whatever_strikes_the_state_of_the_thread_is_as_it_was(error, at, ambien
 
     with ambient():
         inference, before = torch.is_inference_mode_enabled(), state()
-        modules = (_thread_state, _task_state, _current)
-        for strike in strikes(*modules, every=EVERY, error=error, at=at):
+        for strike in strikes(task_state, every=EVERY):
             seen.clear()
             inner = own()
             with strike:
@@ -476,7 +471,7 @@ def test_a_device_that_is_first_used_in_a_task_gets_no_other_stream_elsewhere(ac
 @pytest.mark.device
 @several_devices
 @pytest.mark.filterwarnings("ignore:coroutine '.*' was never awaited")
-def test_whatever_strikes_the_devices_and_streams_of_the_thread_are_as_they_were(accelerator):
+def test_interrupted_steps_leave_devices_and_streams_as_they_were(accelerator):
     streams = [torch.Stream(FIRST), torch.Stream(SECOND)]
 
     def seen():
@@ -492,7 +487,7 @@ def test_whatever_strikes_the_devices_and_streams_of_the_thread_are_as_they_were
             await suspended()
 
     before = seen()
-    for strike in strikes(_thread_state, _task_state, _current, every=EVERY):
+    for strike in strikes(task_state, every=EVERY):
         inner = own()
         with strike:
             run_in_turns([task_local_state(inner)], [])

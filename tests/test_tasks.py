@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import contextvars
 import functools
 import gc
 import inspect
@@ -14,7 +13,6 @@ import threading
 import traceback
 import warnings
 import weakref
-from collections import deque
 
 import anyio
 import anyio.lowlevel
@@ -28,8 +26,6 @@ from anyio.from_thread import start_blocking_portal
 from torchfut_aio import (
     CancelledError,
     Future,
-    _core,
-    _tasks,
     as_completed,
     as_future,
     gather,
@@ -626,27 +622,6 @@ def test_loops_that_submit_to_each_other_at_once_both_get_their_answers(
         answers = [start_soon(first, ask, second), start_soon(second, ask, first)]
         for answer in answers:
             assert answer.wait(PATIENCE) == [2 * n for n in range(20)]
-
-
-class TakenEarly(deque):
-    """What is new to a worker, whose thread finds each item before it is listed as new."""
-
-    def append(self, item):
-        self.worker.ensure_thread()
-        until(lambda: not self.worker.has_work())
-        super().append(item)
-
-
-def test_a_call_that_is_found_twice_is_handed_over_once():
-    fut, hand_over = Future(), _tasks._HandOver()
-    hand_over.new = TakenEarly()
-    hand_over.new.worker = hand_over
-    with start_blocking_portal() as portal:
-        hand_over.submit(
-            _core.Promise(fut, "double"), (contextvars.copy_context(), portal, double, (21,))
-        )
-        assert fut.wait(PATIENCE) == 42
-        until(lambda: not hand_over.threads())
 
 
 @each_loop

@@ -14,7 +14,7 @@ import anyio
 import anyio.to_thread
 import pytest
 
-from torchfut_aio._worker import WorkerThread
+from torchfut_aio._threads import WorkerThread
 
 PATIENCE = 60.0  # seconds after which something that should happen is given up on
 # The same for a process of its own, which has to import torch first: on a machine whose load

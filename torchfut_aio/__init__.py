@@ -11,8 +11,8 @@ by its loop, a thread by its lock). Beside these, ``_to_stdlib.py`` makes copies
 concurrent.futures; ``_many.py`` and ``_as_completed.py`` are for many futures, ``_adopt/`` adopts
 other kinds, ``_tasks.py`` makes futures of tasks, ``_timeouts.py`` gives futures a deadline.
 ``_waiters.py`` wakes the tasks and threads that wait for one thing.
-``_task_state.py`` gives tasks what torch keeps for threads (``_thread_state.py``).
-``_worker.py`` is beneath every thread. ``_errors.py`` has the package's errors, and
+``task_state.py`` gives tasks what torch keeps for threads.
+``_threads.py`` has every thread. ``_errors.py`` has the package's errors, and
 ``_rpc_errors.py`` translates errors for C++ and from it. ``_devices/`` knows of accelerators: of
 the kernels that fill a value, and when they are done. ``_cpython.py`` has all that is private to
 CPython, and ``_pytorch.py`` to PyTorch.
@@ -49,10 +49,10 @@ from ._errors import (
 from ._future import Future
 from ._many import collect_all, gather, set_results, wait_all
 from ._public import publish
-from ._task_state import task_local_state
 from ._tasks import start_soon
 from ._timeouts import with_timeout
 from .serving import Batcher, BatcherStatistics, ValueStream
+from .task_state import task_local_state
 
 __version__ = "0.1.0"
 

@@ -20,7 +20,7 @@ from ._core import Promise
 from ._errors import consists_of, drop_catching_frame, ends_a_task
 from ._future import Future
 from ._repr import described, function_name, short
-from ._worker import Worker, WorkerThread, call_contained
+from ._threads import BlockingThread
 
 if TYPE_CHECKING:
     import anyio.abc
@@ -31,9 +31,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Args = TypeVarTuple("Args")
-
-# A thread that has nothing to do waits for so long, in seconds, for more to come.
-_LINGER = 0.1
 
 
 def start_soon(
@@ -130,40 +127,25 @@ def start_soon(
 
 
 def _start_from_thread(portal: Any, promise: Promise, func: Any, args: Any) -> None:
+    start = functools.partial(portal.start_task_soon, _run, promise, func, args, name=promise.name)
     # The loop's own thread, too: a portal refuses that, as it would wait for itself.
     if _loops.loop_in_this_thread():
-        hand_over = _hand_overs.get(portal) or _hand_overs.setdefault(portal, _HandOver())
-        hand_over.submit(promise, (contextvars.copy_context(), portal, func, args))
+        thread = _submitters.get(portal)
+        if thread is None:
+            thread = _submitters.setdefault(portal, BlockingThread("torchfut_aio start_soon"))
+        start_in_context = functools.partial(contextvars.copy_context().run, start)
+        thread.submit(functools.partial(_fail_if_refused, promise), start_in_context)
     else:
-        portal.start_task_soon(_run, promise, func, args, name=promise.name)
+        start()
 
 
-class _HandOver(Worker):
-    """Hands calls to one portal, for threads that must not wait for its loop."""
-
-    def __init__(self) -> None:
-        super().__init__("torchfut_aio start_soon")
-
-    def serve(self, thread: WorkerThread) -> None:
-        while not thread.is_to_end:
-            for promise in self.take():
-                call = self.work.pop(promise, None)
-                if call is not None:
-                    call_contained(self._hand_over, promise, *call)
-            if not self.rest(_LINGER):
-                return
-
-    def _hand_over(
-        self, promise: Promise, context: contextvars.Context, portal: Any, func: Any, args: Any
-    ) -> None:
-        start = functools.partial(portal.start_task_soon, _run, promise, func, args)
-        try:
-            context.run(start, name=promise.name)
-        except Exception as error:
-            promise.fail(drop_catching_frame(error))
+def _fail_if_refused(promise: Promise, error: Exception | None) -> None:
+    if error is not None:
+        promise.fail(error)
 
 
-_hand_overs: weakref.WeakKeyDictionary[Any, _HandOver] = weakref.WeakKeyDictionary()
+# By portal: a thread that waits for the portal's loop in place of threads that run a loop.
+_submitters: weakref.WeakKeyDictionary[Any, BlockingThread] = weakref.WeakKeyDictionary()
 
 
 def _function_checked(func: object) -> None:

@@ -18,7 +18,7 @@ from ._adopt import Source, as_future
 from ._arguments import timeout_checked
 from ._errors import InvalidStateError
 from ._future import Future
-from ._worker import Worker, WorkerThread, call_contained
+from ._threads import Worker, WorkerThread, call_contained
 
 T = TypeVar("T")
 
@@ -118,22 +118,22 @@ class _Deadline(_core.DoneCallback):
 class _Timer(Worker):
     """Has the deadlines for its work."""
 
-    patience_at_exit = 1.0
+    timeout_at_exit = 1.0
     survives_fork = True
 
     def __init__(self) -> None:
         super().__init__("torchfut_aio timeouts")
         self._wakes_at = math.inf
 
-    def has_to_know(self, deadline: _Deadline) -> bool:
+    def needs_wakeup(self, deadline: _Deadline) -> bool:
         return deadline.when < self._wakes_at or len(self.new) > 2 * len(self.work) + 1000
 
     def forget(self, deadline: _Deadline) -> None:
         self.work.pop(deadline, None)
         if not self.work:
-            self.ring()
+            self.wake()
 
-    def serve(self, thread: WorkerThread) -> None:
+    def run(self, thread: WorkerThread) -> None:
         try:
             self._expire_all(thread)
         finally:
@@ -145,7 +145,7 @@ class _Timer(Worker):
             self._take_in(heap)
             while heap and (heap[0].when <= time.monotonic() or heap[0] not in self.work):
                 self._expire(heapq.heappop(heap))
-            if thread.is_to_end or not self.work:
+            if thread.should_end or not self.work:
                 return
             self._wakes_at = heap[0].when if heap else math.inf
             # Whoever submitted before that saw another time, and may not have rung.

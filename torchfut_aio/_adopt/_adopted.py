@@ -29,7 +29,7 @@ from .._errors import (
     own_cancellation,
 )
 from .._future import Future
-from .._worker import call_contained
+from .._threads import call_contained
 
 T = TypeVar("T")
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from .. import _loops
 from .._cpython import running_loop
-from .._worker import call_contained
+from .._threads import call_contained
 from ._adopted import AdoptedFuture, once
 from ._registry import adopts
 

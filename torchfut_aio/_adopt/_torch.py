@@ -12,7 +12,7 @@ from .._dependent import DependentFuture
 from .._errors import own_cancellation
 from .._future import Future
 from .._pytorch import CppFuture
-from .._worker import call_contained
+from .._threads import call_contained
 from ._adopted import AdoptedFuture, once
 from ._registry import adopts, as_future
 

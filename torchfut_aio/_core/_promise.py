@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from .._devices import finish_devices
 from .._errors import CancelledError, drop_catching_frame, own_cancellation
 from .._repr import short
-from .._worker import call_contained
+from .._threads import call_contained
 from ._completion import (
     outcome_of,
     try_complete_with_error,

@@ -4,13 +4,12 @@
 (``_tensors.py``), and events (``_events.py``, ``_capture.py``) that are recorded on streams
 (``_streams.py``). ``_watcher.py`` tells the tasks of a loop when events are reached:
 ``_stream_queue.py`` knows how few to query, ``_schedule.py`` when, ``_policy.py`` what the program
-has set. ``_blocker.py`` has a thread block instead, and ``_background.py``, imported where it is
+has set. A `BlockingThread` blocks instead, and ``_background.py``, imported where it is
 used, serves where no loop runs.
 
 Nothing here knows what a future of this package is.
 """
 
-from ._current import CurrentStreams
 from ._events import RecordedEvent, record_event, says_no_events
 from ._policy import PollPolicy, get_poll_policy, set_poll_policy
 from ._readiness import (
@@ -28,7 +27,6 @@ from ._watcher import poll_statistics
 
 __all__ = [
     "HOST_ONLY",
-    "CurrentStreams",
     "Moment",
     "PollPolicy",
     "PollStatistics",

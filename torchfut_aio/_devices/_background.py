@@ -11,14 +11,13 @@ from collections.abc import Sequence
 from functools import partial
 
 from .. import _loops
-from .._worker import Worker, WorkerThread, call_contained
-from ._blocker import Notify
+from .._threads import LoopThread, Notify, WorkerThread, call_contained
 from ._events import RecordedEvent
 from ._watcher import watcher_of
 
 
 def when_reached(events: Sequence[RecordedEvent], notify: Notify) -> None:
-    """Calls ``notify(error or None)`` when all events are reached: in a thread, or now."""
+    """Call ``notify(error or None)`` when all events are reached: in a thread, or now."""
     try:
         if all(map(RecordedEvent.query, events)):
             notify(None)
@@ -29,62 +28,27 @@ def when_reached(events: Sequence[RecordedEvent], notify: Notify) -> None:
     _watching.submit(notify, events)
 
 
-class _Watching(Worker):
-    """Runs an event loop while there is an event to watch.
-
-    ``work`` maps each notify function to its events.
-    """
+class _Watching(LoopThread):
+    """Runs while there is an event to watch: ``work`` maps each notify function to its events."""
 
     # A daemon, as an interpreter that exits does not wait for kernels that may take long. But a
-    # query lets go of the GIL, and a thread that asks for it back once the interpreter has
-    # ended aborts the process. So the thread is told to end before that.
-    patience_at_exit = 1.0
+    # query releases the GIL, and a thread that asks for it once the interpreter has ended aborts
+    # the process. So the thread has to end before that.
+    timeout_at_exit = 1.0
 
-    def __init__(self) -> None:
-        super().__init__("torchfut_aio watcher")
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._rung = asyncio.Event()
-
-    def ring(self) -> None:
-        loop = self._loop
-        if loop is not None:
-            try:
-                loop.call_soon_threadsafe(self._rung.set)
-            except RuntimeError:
-                if not loop.is_closed():
-                    raise
-                # The thread will look again.
-
-    def serve(self, thread: WorkerThread) -> None:
-        try:
-            self._rung = asyncio.Event()
-            # Not one by the policy, which may make loops for other threads only.
-            self._loop = loop = asyncio.SelectorEventLoop()
-            try:
-                loop.run_until_complete(self._watch(thread))
-            finally:
-                self._loop = None
-                loop.close()
-        except Exception as error:  # there is no memory, or no descriptor for a loop
-            for notify in [*self.work]:
-                self._notify(notify, error)
-
-    async def _watch(self, thread: WorkerThread) -> None:
+    async def step(self, thread: WorkerThread) -> bool:
         watcher = watcher_of(_loops.current())
-        while not thread.is_to_end:
-            self._rung.clear()
-            for notify in self.take():
-                events = self.work.get(notify)
-                if events is not None:
-                    watcher.notify_when_reached(events, partial(self._notify, notify))
-            if not self.has_work():
-                return
-            await self._rung.wait()
+        for notify in self.take():
+            events = self.work.get(notify)
+            if events is not None:
+                watcher.notify_when_reached(events, partial(self.fail, notify))
+        return self.has_work() and not thread.should_end
 
-    def _notify(self, notify: Notify, error: Exception | None) -> None:
-        self._rung.set()
+    def fail(self, notify: Notify, error: Exception | None) -> None:
+        self.woken.set()
         if self.work.pop(notify, None) is not None:
             call_contained(notify, error)
 
 
-_watching = _Watching()
+# Not a loop by the policy, which may make loops for other threads only.
+_watching = _Watching("torchfut_aio watcher", asyncio.SelectorEventLoop)

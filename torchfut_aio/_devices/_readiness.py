@@ -22,7 +22,7 @@ import torch
 
 from .._loops import Loop
 from .._pytorch import CppFuture, extract_tensors
-from ._blocker import Notify
+from .._threads import Notify
 from ._events import RecordedEvent, record_event
 from ._streams import (
     accelerator_in_use,

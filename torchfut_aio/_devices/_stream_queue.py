@@ -14,7 +14,7 @@ from bisect import insort
 from collections.abc import Callable, Container, Hashable, Sequence
 from typing import NamedTuple
 
-from ._blocker import Blocker, Notify
+from .._threads import BlockingThread, Notify
 from ._events import RecordedEvent
 from ._schedule import Schedule
 
@@ -50,7 +50,9 @@ class StreamQueue:
         self.polled_at = 0.0  # when it was last known not to be done
         self.next_poll = 0.0
         self.scheduled = True  # whether ``next_poll`` is the schedule's
-        self.blocker: Blocker | None = None  # it has work while it blocks for the oldest event
+        self.blocker: BlockingThread | None = (
+            None  # it has work while it blocks for the oldest event
+        )
 
     def oldest(self, pending: Container[Wait]) -> RecordedEvent | None:
         """Returns the oldest event that one of the ``pending`` waits is for."""

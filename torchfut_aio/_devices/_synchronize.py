@@ -11,12 +11,12 @@ import torch
 
 from .._loops import current
 from .._repr import described
-from ._blocker import Blocker
+from .._threads import BlockingThread
 from ._capture import call_beside_captures
 from ._events import RecordedEvent, record_event
 from ._streams import current_stream, finish_device, on_streams, side_stream
 from ._tensors import PLAIN, device_of, devices_of, replaced, tensors
-from ._watcher import reached
+from ._watcher import BLOCKER, reached
 
 T = TypeVar("T")
 
@@ -78,17 +78,20 @@ async def _synchronize(events: list[RecordedEvent]) -> None:
 
 
 # One for each device, so that any number of tasks cost one thread; and what that calls.
-_blockers: dict[torch.device, tuple[Blocker, Callable[[], None]]] = {}
+_blockers: dict[torch.device, tuple[BlockingThread, Callable[[], None]]] = {}
 
 
 async def _synchronize_device(device: torch.device) -> None:
     await reached([])  # a checkpoint, also if it is idle
-    call = _blockers.get(device) or (Blocker(), functools.partial(finish_device, device))
-    await _called(*_blockers.setdefault(device, call))
+    call = _blockers.get(device)
+    if call is None:
+        thread = BlockingThread(BLOCKER, daemon=False)
+        call = _blockers.setdefault(device, (thread, functools.partial(finish_device, device)))
+    await _called(*call)
 
 
 @types.coroutine
-def _called(blocker: Blocker, function: Callable[[], object]) -> Generator[Any, Any, None]:
+def _called(blocker: BlockingThread, function: Callable[[], object]) -> Generator[Any, Any, None]:
     """Waits until the thread of ``blocker`` has called ``function``; raises what that raised."""
     loop = current()
     waiter = loop.waiter()

@@ -37,7 +37,7 @@ import torch
 from .._errors import own_copy
 from .._loops import Alarm, Loop, current, loop_in_this_thread
 from .._repr import function_name
-from ._blocker import Blocker, Notify
+from .._threads import BlockingThread, Notify
 from ._events import RecordedEvent
 from ._policy import get_poll_policy
 from ._schedule import LearnedSchedule, Poll, Schedule
@@ -47,6 +47,7 @@ from ._stream_queue import AwaitedEvent, StreamQueue, Wait, search
 # Where a thread blocks for a stream, the stream is polled all the same after so many seconds,
 # in case the wake-up was interrupted.
 _FALLBACK = 1.0
+BLOCKER = "torchfut_aio blocker"  # the name of a thread that blocks
 
 Attach = Callable[[Callable[..., None]], object]
 
@@ -257,7 +258,7 @@ class Watcher:
 
     def _block(self, queue: StreamQueue, oldest: RecordedEvent) -> bool:
         """Has the queue polled when ``oldest`` is reached; returns False if no thread starts."""
-        queue.blocker = blocker = queue.blocker or Blocker()
+        queue.blocker = blocker = queue.blocker or BlockingThread(BLOCKER, daemon=False)
         if not blocker.has_work():
             try:
                 blocker.submit(partial(self._unblock, queue), oldest.synchronize)

@@ -10,7 +10,7 @@ from .._adopt import AdoptedFuture, once
 from .._core import Promise
 from .._errors import drop_catching_frame
 from .._repr import described
-from .._worker import call_contained
+from .._threads import call_contained
 
 
 # anyio.Future has no weak references. The task that waits keeps the source, so no other has its id.

@@ -7,7 +7,7 @@ and saves them as a trace for Perfetto. While none is on, the package runs as if
 
 from .._loops import Waiter
 from .._public import publish
-from .._task_state import set_task_state_checks
+from ..task_state import set_task_state_checks
 from ._pending import PendingFuture, PendingStream, pending_futures
 from ._recording import Recording
 

@@ -16,7 +16,7 @@ from typing import Any
 from .. import _core
 from .._future import Future, InternalFuture
 from .._loops import Waiter
-from .._worker import workers
+from .._threads import workers
 from ..serving._batch_worker import BatchWorker
 from ..serving._stream import ValueStream, state_of
 from ..serving._stream_state import StreamState

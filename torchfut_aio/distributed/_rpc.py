@@ -22,7 +22,7 @@ from .._future import Future
 from .._pytorch import CALLS_ASYNC_FOR_RPC, CALLS_FOR_RPC, rpc_checked, this_worker
 from .._repr import described
 from .._tasks import run_contained, task_name
-from .._worker import call_contained
+from .._threads import call_contained
 from . import _background_loop
 
 if TYPE_CHECKING:

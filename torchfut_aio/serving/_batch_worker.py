@@ -27,7 +27,7 @@ from .._arguments import hides_async, listed
 from .._devices import Moment
 from .._errors import BatcherClosedError, drop_catching_frame, one_for_each
 from .._future import Future, InternalFuture
-from .._worker import Worker, WorkerThread
+from .._threads import Worker, WorkerThread
 from ._owner_loop import OwnerLoop, in_batch
 
 _LINGER = 10.0  # seconds for which a thread waits for more; to start one takes a tenth of a ms
@@ -62,12 +62,10 @@ class BatchWorker(Worker):
         rejected, skipped: The same, counted by all threads.
     """
 
-    daemon = False  # the function may block in torch
-
     def __init__(
         self, function: Callable[[list[Any]], Any], max_batch_size: int, max_wait: float, name: str
     ) -> None:
-        super().__init__(name)
+        super().__init__(name, daemon=False)  # the function may block in torch
         self.function = function
         self.owner: OwnerLoop | None = None
         self.max_batch_size = max_batch_size
@@ -117,7 +115,7 @@ class BatchWorker(Worker):
             raise
         except RuntimeError as error:  # no thread can be started, so none is running
             self.abandon(error)
-        self.ring()
+        self.wake()
 
     def abandon(self, error: BaseException) -> None:
         """Fail all that is pending, and run the function no more, whatever the thread does."""
@@ -143,7 +141,7 @@ class BatchWorker(Worker):
 
     # ---------------------------------------------------------------------------- as a `Worker`
 
-    def has_to_know(self, _future: Any) -> bool:
+    def needs_wakeup(self, _future: Any) -> bool:
         return len(self.work) >= self._wakes_at
 
     def has_work(self) -> bool:
@@ -160,7 +158,7 @@ class BatchWorker(Worker):
             self.ended = InternalFuture()
         super().after_fork()
 
-    def serve(self, _thread: WorkerThread) -> None:
+    def run(self, _thread: WorkerThread) -> None:
         self._line.clear()  # take() returns all that is queued, to a new thread
         if self.batch:
             text = "the thread that ran the batch was interrupted before this future was done"

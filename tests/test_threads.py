@@ -1,4 +1,4 @@
-"""A thread while there is work: what a worker promises, at every point where it may be struck."""
+"""The threads of the package: what they promise, at every point where one may be interrupted."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import subprocess
 import sys
 import textwrap
 import threading
+from collections import deque
 
 import pytest
 
-from torchfut_aio import _worker
-from torchfut_aio._worker import Worker
+from torchfut_aio import _threads
+from torchfut_aio._threads import BlockingThread, Worker
 
 from . import explorer
 from .threads import (
@@ -35,12 +36,12 @@ class Sets(Worker):
         self.serving = self.most = 0
         self.served_by = set()
 
-    def serve(self, thread):
+    def run(self, thread):
         self.serving += 1
         self.most = max(self.most, self.serving)
         self.served_by.add(thread)
         try:
-            while not thread.is_to_end:
+            while not thread.should_end:
                 for item in self.take():
                     if self.work.pop(item, self) is not self:
                         getattr(item, "set", item)()
@@ -162,15 +163,13 @@ def test_nobody_relies_on_a_thread_that_another_cannot_start(monkeypatch):
     assert events[0].wait(PATIENCE)
 
 
-# ------------------------------------------------------------------ struck at every point
+# --------------------------------------------------------------- interrupted at every point
 # Not within CPython's threading, where no signal handler runs: see test_timeouts.py for real ones.
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 @pytest.mark.parametrize("there_is_a_thread", [False, True])
-def test_whoever_is_struck_while_submitting_loses_that_and_nothing_else(error, there_is_a_thread):
-    at = "signals" if error is KeyboardInterrupt else "calls"
-    for strike in explorer.strikes(_worker, error=error, at=at):
+def test_interrupted_submission_loses_its_item_and_no_other(there_is_a_thread):
+    for strike in explorer.strikes(_threads):
         worker, event = Sets(PATIENCE if there_is_a_thread else 0), threading.Event()
         before = submits(worker)
         until(before.is_set if there_is_a_thread else lambda: not threads())
@@ -184,12 +183,12 @@ def test_whoever_is_struck_while_submitting_loses_that_and_nothing_else(error, t
         until(lambda: not threads())
 
 
-def test_whoever_is_struck_takes_no_other_threads_work_away():
+def test_interrupted_submission_takes_no_other_threads_work_away():
     def submit_beside_and_strike():
         events.append(submits_beside(worker))
         raise KeyboardInterrupt
 
-    for strike in explorer.strikes(_worker, do=submit_beside_and_strike):
+    for strike in explorer.strikes(_threads, do=submit_beside_and_strike):
         worker, events = Sets(), []
         try:
             with strike:
@@ -203,7 +202,7 @@ def test_whoever_is_struck_takes_no_other_threads_work_away():
 
 @pytest.mark.parametrize("submit", [submits, submits_beside])
 def test_a_submission_in_the_middle_of_another_is_served(submit):
-    for strike in explorer.strikes(_worker, do=lambda: events.append(submit(worker))):
+    for strike in explorer.strikes(_threads, do=lambda: events.append(submit(worker))):
         worker, events = Sets(), []
         with strike:
             events.append(submits(worker))
@@ -216,7 +215,7 @@ def test_a_submission_in_the_middle_of_another_is_served(submit):
 @pytest.mark.parametrize("linger", [0.0, 0.01])
 def test_a_submission_at_any_step_of_the_thread_is_served(linger):
     for strike in explorer.strikes(
-        _worker, thread=NAME, do=lambda: events.append(submits_beside(worker))
+        _threads, thread=NAME, do=lambda: events.append(submits_beside(worker))
     ):
         worker, events = Sets(linger), []
         with strike:
@@ -225,6 +224,96 @@ def test_a_submission_at_any_step_of_the_thread_is_served(linger):
         assert len(events) == 1 + (strike.where is not None)
         assert all(event.wait(PATIENCE) for event in events), strike
         assert worker.most == 1
+
+
+# ----------------------------------------------------------------------- blocking threads
+
+BLOCKING = f"{NAME} that blocks"
+
+
+def blocked(thread, function=lambda: None):
+    """Submits a function; returns the event that is set when it has been called."""
+    event = threading.Event()
+    thread.submit(lambda error: event.set(), function)
+    return event
+
+
+def test_withdrawing_at_any_step_of_a_blocking_thread_harms_no_other():
+    def withdraw():
+        blocking.work.pop(first, None)
+
+    notified = []
+    for strike in explorer.strikes(_threads, thread=BLOCKING, do=withdraw):
+        blocking, first = BlockingThread(BLOCKING), notified.append
+        with strike:
+            blocking.submit(first, lambda: None)
+            assert blocked(blocking).wait(PATIENCE), strike
+        assert blocked(blocking).wait(PATIENCE), strike
+        assert not blocking.work
+    assert notified
+
+
+def test_submitting_at_any_step_of_a_blocking_thread_gets_called():
+    for strike in explorer.strikes(
+        _threads, thread=BLOCKING, do=lambda: events.append(blocked(blocking))
+    ):
+        blocking, events = BlockingThread(BLOCKING), []
+        with strike:
+            events.append(blocked(blocking))
+            until(lambda: strike.where or not blocking.threads())
+        assert all(event.wait(PATIENCE) for event in events), strike
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_notification_that_raises_does_not_end_a_blocking_thread(error, caplog):
+    def fails(_):
+        raise error
+
+    blocking, release = BlockingThread(BLOCKING), threading.Event()
+    event = blocked(blocking, lambda: release.wait(PATIENCE))
+    for _ in range(3):
+        blocking.submit(fails, int)
+    last = blocked(blocking)
+    release.set()
+    assert event.wait(PATIENCE)
+    assert last.wait(PATIENCE)
+    until(lambda: not blocking.threads())
+
+
+class TakenEarly(deque):
+    """What is new to a worker, whose thread finds each item before it is listed as new."""
+
+    def append(self, item):
+        self.worker.ensure_thread()
+        until(lambda: not self.worker.has_work())
+        super().append(item)
+
+
+def test_call_that_is_found_twice_is_made_once():
+    blocking, called = BlockingThread(BLOCKING), []
+    blocking.new = TakenEarly()
+    blocking.new.worker = blocking
+    blocking.submit(lambda error: None, lambda: called.append(1))
+    assert blocked(blocking).wait(PATIENCE)
+    assert called == [1]
+
+
+def test_one_call_serves_all_that_wait_for_it_and_each_gets_its_error():
+    def fails():
+        calls.append(len(errors))
+        raise ValueError("once")
+
+    blocking, release = BlockingThread(BLOCKING), threading.Event()
+    blocked(blocking, lambda: release.wait(PATIENCE))
+    calls, errors = [], []
+    for _ in range(3):
+        blocking.submit(lambda error: errors.append(error), fails)
+    last = blocked(blocking)
+    release.set()
+    assert last.wait(PATIENCE)
+    assert calls == [0]
+    assert [str(error) for error in errors] == ["once"] * 3
+    assert len({id(error) for error in errors}) == 3
 
 
 # ------------------------------------------------------------------------------- the end
@@ -246,7 +335,7 @@ def test_an_end_waits_for_the_thread_and_hands_over_what_is_left():
 
 
 def test_an_end_at_any_point_of_a_submission_does_not_hang_and_loses_nothing():
-    for strike in explorer.strikes(_worker, do=lambda: worker.end(PATIENCE)):
+    for strike in explorer.strikes(_threads, do=lambda: worker.end(PATIENCE)):
         worker = Sets(linger=0.01)
         with strike:
             event = submits(worker)
@@ -267,15 +356,15 @@ def python(program):
 
 PRELUDE = """
 import atexit, os, sys, threading, warnings
-from torchfut_aio._worker import Worker
+from torchfut_aio._threads import Worker
 
 class Prints(Worker):
     def __init__(self, ready=True):
         super().__init__("prints")
         self.ready = ready
 
-    def serve(self, thread):
-        while not thread.is_to_end:
+    def run(self, thread):
+        while not thread.should_end:
             if self.ready:
                 for item in self.take():
                     if self.work.pop(item, self) is not self:
@@ -297,7 +386,7 @@ def test_after_a_fork_the_child_does_what_is_pending_if_it_is_to_and_what_it_sub
             assert os.waitpid(child, 0)[1] == 0
             os._exit(0)
         worker.ready = True
-        worker.ring()
+        worker.wake()
         for thread in worker.threads():
             thread.join(30)
         worker.submit("new")
@@ -311,20 +400,19 @@ def test_after_a_fork_the_child_does_what_is_pending_if_it_is_to_and_what_it_sub
 def test_at_exit_a_daemon_is_ended_or_left_and_another_is_waited_for():
     printed = python("""
         class Ended(Prints):
-            patience_at_exit = 30
+            timeout_at_exit = 30
 
-            def serve(self, thread):
-                super().serve(thread)
-                print("ended", thread.is_to_end, flush=True)
+            def run(self, thread):
+                super().run(thread)
+                print("ended", thread.should_end, flush=True)
 
         class Waited(Prints):
-            daemon = False
-
-            def serve(self, thread):
+            def run(self, thread):
                 threading.main_thread().join()  # which returns when the interpreter waits
-                super().serve(thread)
+                super().run(thread)
 
         workers = Ended(ready=False), Prints(ready=False), Waited()
+        workers[2].daemon = False
         for worker in workers:
             worker.submit("work")
     """)

@@ -1,0 +1,363 @@
+"""The threads of this package: each exists while there is work for it.
+
+`Worker` is beneath them all. `BlockingThread` calls functions that block, and `LoopThread` runs an
+event loop.
+
+Submitting takes no lock, so a finaliser or a signal handler may submit in the middle of another
+submission. It returns when a running thread is going to take the item, or raises and withdraws it.
+Items stay in ``work`` until they are dealt with, so a new thread continues where another stopped.
+
+After a fork the child has none of the threads. At exit the interpreter waits for threads that are
+not daemons, and `Worker.timeout_at_exit` ends daemons. Once it finalizes, submitting raises.
+"""
+
+from __future__ import annotations
+
+import _thread
+import asyncio
+import atexit
+import contextvars
+import logging
+import os
+import queue
+import threading
+import time
+import weakref
+from abc import ABC, abstractmethod
+from collections import defaultdict, deque
+from collections.abc import Callable
+from contextlib import suppress
+from sys import is_finalizing
+from typing import Any, ClassVar
+
+from ._errors import drop_catching_frame, one_for_each
+from ._repr import function_name
+
+Notify = Callable[[Any], object]  # called with an error or None
+
+_LINGER = 0.1  # seconds for which a thread that blocks for others waits for more calls
+
+_logger = logging.getLogger("torchfut_aio")
+
+
+def call_contained(function: Callable[..., object], *args: object) -> None:
+    """Call a function that may run the program's callbacks; log its errors."""
+    try:
+        # A worker thread has no caller to pass KeyboardInterrupt on to.
+        with suppress(KeyboardInterrupt, SystemExit):
+            function(*args)
+    except Exception:
+        _logger.exception("Got the following error when calling %s:", function_name(function))
+
+
+class WorkerThread(threading.Thread):
+    """A thread of a worker.
+
+    Attributes:
+        is_running: It is being started, or runs.
+        is_polling: It will check for work again.
+        should_end: Whether `Worker.end` has been called.
+        started: Receives None, or the error with which the start failed.
+    """
+
+    def __init__(self, worker: Worker) -> None:
+        super().__init__(name=worker.name, daemon=worker.daemon)
+        self._worker = worker
+        self.is_running = self.is_polling = self.should_end = False
+        self.started: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+
+    def launch(self) -> None:
+        try:
+            self.is_running = True
+            self.start()
+        except BaseException as error:
+            self.is_running = False
+            self.started.put(error)
+        else:
+            self.started.put(None)
+
+    def run(self) -> None:
+        worker = self._worker
+        try:
+            self.is_polling = True
+            self._run_while_there_is_work(worker)
+        finally:
+            worker.release(self)
+            self.is_running = False
+            if worker.has_work():
+                worker.ensure_thread()
+
+    def _run_while_there_is_work(self, worker: Worker) -> None:
+        while worker.claim(self):
+            worker.run(self)
+            # Stop polling *before* checking for work: a submitter adds work, then reads
+            # `is_polling`. One of the two sees the other.
+            worker.release(self)
+            if self.should_end or not worker.has_work():
+                return
+            self.is_polling = True
+
+
+class Worker(ABC):
+    """A thread while there is work; a subclass defines `run`.
+
+    Attributes:
+        work: The items that are to be done, each with anything that belongs to it.
+        new: The items that the thread has not taken yet.
+        name: The name of the thread.
+        daemon: Whether the interpreter exits without waiting for the thread. A thread that blocks
+            in torch must not be one: when it returned from there, the process would abort.
+        timeout_at_exit: How many seconds to wait at exit for a daemon to end; 0 to leave it.
+        survives_fork: Whether the child of a fork does what was pending, or drops it.
+    """
+
+    timeout_at_exit: ClassVar[float] = 0.0
+    survives_fork: ClassVar[bool] = False
+
+    def __init__(self, name: str, *, daemon: bool = True) -> None:
+        self.name = name
+        self.daemon = daemon
+        self.work: dict[Any, Any] = {}
+        self.new: deque[Any] = deque()
+        self._reset()
+        _workers[id(self)] = self
+
+    def _reset(self) -> None:
+        self._active: WorkerThread | None = None  # the one that has claimed the work
+        self._newest: WorkerThread | None = None
+        self._claiming = threading.Lock()  # only worker threads take it
+        self._wakeups: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+    def submit(self, item: Any, value: Any = None) -> None:
+        """Let the thread do ``item``.
+
+        Raises:
+            RuntimeError: No thread could be started.
+        """
+        try:
+            self.work[item] = value
+            self.new.append(item)
+            self.ensure_thread()
+            if self.needs_wakeup(item):
+                self.wake()
+        except BaseException:
+            self.work.pop(item, None)
+            with suppress(ValueError, IndexError):
+                self.new.remove(item)
+            raise
+
+    def ensure_thread(self) -> None:
+        """Start a thread, unless one is running that will check for work again.
+
+        Raises:
+            RuntimeError: No thread could be started, or the interpreter is shutting down.
+        """
+        if is_finalizing():
+            # Before Python 3.12 a thread can be started now, and never runs.
+            raise RuntimeError(f"the interpreter is shutting down: no thread for {self.name}")
+        for thread in (self._active, self._newest):
+            if thread is not None and thread.is_polling:
+                return
+        self._newest = thread = WorkerThread(self)
+        # Not `thread.start()`: Ctrl-C in there could leave locks of `threading` locked for ever.
+        # Signal handlers run in the main thread only, so another thread calls it.
+        _thread.start_new_thread(thread.launch, ())
+        error = thread.started.get()
+        if error is not None:
+            raise RuntimeError(str(error)) from error
+
+    def needs_wakeup(self, _item: Any) -> bool:
+        """Return False if the thread will see a new item soon enough by itself."""
+        return True
+
+    def wake(self) -> None:
+        """Wake the active thread from `rest`."""
+        # A wake-up that the thread has not taken yet will do: it takes new items after that.
+        if self._active is not None and self._wakeups.empty():
+            self._wakeups.put(None)
+
+    def threads(self) -> list[WorkerThread]:
+        """Return the threads that run or are being started."""
+        return [t for t in {self._active, self._newest} if t is not None and t.is_running]
+
+    def end(self, timeout: float) -> bool:
+        """End the thread, and wait for that; return False if it takes too long.
+
+        Another thread does what is left. A thread that ends itself is not waited for.
+        """
+        threads = [t for t in {self._active, self._newest} if t is not None]
+        for thread in threads:
+            thread.should_end = True
+        self.wake()
+        give_up = time.monotonic() + timeout
+        return all(_ended(thread, give_up) for thread in threads)
+
+    @abstractmethod
+    def run(self, thread: WorkerThread) -> None:
+        """Do the work; return when there is none left, or when ``thread.should_end``."""
+
+    def has_work(self) -> bool:
+        return bool([*self.work])  # a copy locks the dict where there is no GIL, len() does not
+
+    def take(self) -> list[Any]:
+        """Return the items that are new to this thread; some may be there twice, or withdrawn."""
+        items = []
+        # `popleft` locks the deque where there is no GIL, so an item that is missed was added by
+        # a thread that has read all that this one wrote before.
+        with suppress(IndexError):
+            while True:
+                items.append(self.new.popleft())
+        return items
+
+    def rest(self, seconds: float) -> bool:
+        """Wait until `wake` is called, or for so long; return whether it was called."""
+        with suppress(queue.Empty):
+            self._wakeups.get(timeout=min(max(seconds, 0), threading.TIMEOUT_MAX))
+            return True
+        return False
+
+    def claim(self, thread: WorkerThread) -> bool:
+        """Make ``thread`` the active one, or return False if there is another."""
+        with self._claiming:
+            if self._active is not None:
+                return False
+            self._active = thread
+        # The thread before may have taken items, and ended before it did them.
+        self.new.clear()
+        self.new.extend([*self.work])
+        return True
+
+    def release(self, thread: WorkerThread) -> None:
+        if self._active is thread:
+            self._active = None
+        thread.is_polling = False
+
+    def after_fork(self) -> None:
+        self._reset()
+        self.new.clear()
+        if not self.survives_fork:
+            self.work.clear()
+        elif self.has_work():
+            self.ensure_thread()
+
+    def at_exit(self) -> None:
+        if self.timeout_at_exit:
+            self.work.clear()  # or else another thread would continue with it
+            self.end(self.timeout_at_exit)
+
+
+def _ended(thread: WorkerThread, give_up: float) -> bool:
+    # A thread cannot wait for itself, and none runs once the interpreter is finalizing.
+    if thread.ident == _thread.get_ident() or is_finalizing():
+        return True
+    while thread.is_running or thread.is_alive():
+        if time.monotonic() > give_up:
+            return False
+        time.sleep(0.0005)  # an event would have a lock, which a signal handler could meet
+    return True
+
+
+class BlockingThread(Worker):
+    """Calls functions that block: ``submit(notify, function)``.
+
+    The thread calls ``function()``, then ``notify(error or None)``. If several items that it takes
+    at once have the same function, one call serves them all. To withdraw an item, pop ``notify``
+    from ``work``.
+    """
+
+    def run(self, thread: WorkerThread) -> None:
+        self._call_new()
+        while not thread.should_end and self.rest(_LINGER):
+            self._call_new()
+
+    def _call_new(self) -> None:
+        calls: defaultdict[Any, list[Notify]] = defaultdict(list)
+        for notify in self.take():
+            if (function := self.work.get(notify)) is not None:
+                calls[function].append(notify)
+        for function, waiting in calls.items():
+            if not self.work.keys().isdisjoint(waiting):  # else all were withdrawn
+                self._call(function, waiting)
+
+    def _call(self, function: Callable[[], object], waiting: list[Notify]) -> None:
+        errors: list[Any] = [None] * len(waiting)
+        try:
+            function()
+        except BaseException as raised:
+            errors = one_for_each(drop_catching_frame(raised), len(waiting))
+        for notify, error in zip(waiting, errors, strict=True):
+            if self.work.pop(notify, None) is not None:
+                call_contained(notify, error)
+
+
+class LoopThread(Worker):
+    """Runs an asyncio event loop; a subclass defines `step` and `fail`.
+
+    Attributes:
+        woken: Set this on the loop to have `step` called again. It is set for each new item.
+    """
+
+    def __init__(self, name: str, new_loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
+        super().__init__(name)
+        self._new_loop = new_loop
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self.woken = asyncio.Event()
+
+    def wake(self) -> None:
+        loop = self._loop
+        if loop is not None:
+            try:
+                loop.call_soon_threadsafe(self.woken.set)
+            except RuntimeError:
+                if not loop.is_closed():
+                    raise
+                # The thread will check for work once more.
+
+    def run(self, thread: WorkerThread) -> None:
+        try:
+            with asyncio.Runner(loop_factory=self._new_loop) as runner:
+                # On builds without a GIL, this thread has the context of the one that started it.
+                runner.run(self._run_steps(thread), context=contextvars.Context())
+        except Exception as error:  # there is no file descriptor for a loop
+            for item in [*self.work]:
+                self.fail(item, error)
+        finally:
+            self._loop = None
+
+    def after_fork(self) -> None:
+        self._loop = None  # the parent's
+        super().after_fork()
+
+    async def _run_steps(self, thread: WorkerThread) -> None:
+        self.woken = asyncio.Event()
+        self._loop = asyncio.get_running_loop()  # before the first step: see `wake`
+        while await self.step(thread):
+            await self.woken.wait()
+            self.woken.clear()
+
+    @abstractmethod
+    async def step(self, thread: WorkerThread) -> bool:
+        """Begin what is new; return False to close the loop."""
+
+    @abstractmethod
+    def fail(self, item: Any, error: Exception) -> None:
+        """Withdraw an item, as there is no loop."""
+
+
+_workers: weakref.WeakValueDictionary[int, Worker] = weakref.WeakValueDictionary()  # by id
+
+
+def workers() -> list[Worker]:
+    """Return all workers of the process."""
+    refs = _workers.valuerefs()  # a list, as others may add and remove workers
+    return [worker for ref in refs if (worker := ref()) is not None]
+
+
+def _for_each(function: Callable[[Worker], None]) -> None:
+    for worker in workers():
+        function(worker)
+
+
+atexit.register(_for_each, Worker.at_exit)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: _for_each(lambda worker: worker.after_fork()))
