@@ -63,7 +63,7 @@ def timers():
 @pytest.fixture(autouse=True)
 def timer(monkeypatch):
     """A timer for each test, so that what goes wrong with it does so in one; it has to end."""
-    timer = _timeouts._Timer()
+    timer = _timeouts._Timer("torchfut_aio timeouts")
     monkeypatch.setattr(_timeouts, "_timer", timer)
     yield timer
     until(lambda: not timers())

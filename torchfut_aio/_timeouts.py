@@ -1,7 +1,7 @@
-"""Futures with a deadline: one thread looks after all of them, while there are any.
+"""Futures with a deadline: one thread for all of them, while there are any.
 
-The thread keeps the deadlines in order of time. Submitting one rings for the thread only if it
-would wake too late, or if much has piled up. Forgetting the last one does, so that it can end.
+The thread keeps the deadlines in a heap. A new deadline wakes it only if it is the earliest, or if
+many have piled up; forgetting the last one wakes it, so that it ends.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ def with_timeout(future: Source[T], timeout: float | None) -> Future[T]: ...
 @overload
 def with_timeout(future: object, timeout: float | None) -> Future[Any]: ...
 def with_timeout(future: object, timeout: float | None) -> Future[Any]:
-    """Returns a future that completes as ``future`` does, or in time with TimeoutError.
+    """Return a future that completes as ``future`` does, or in time with TimeoutError.
 
-    For chains that nobody awaits; a task may use its loop's own timeouts. A timeout leaves
-    nothing behind with ``future``, which goes on undisturbed. One thread looks after all
+    For chains that no task awaits; a task may use its loop's own timeouts. A timeout leaves
+    nothing behind with ``future``, and does not cancel it. One thread waits for all
     timeouts, while any is pending. Callbacks of a future that has timed out run in that
-    thread, and hold up other timeouts.
+    thread, and delay other timeouts.
 
     Args:
         future: A future, or anything that `as_future` adopts.
@@ -72,9 +72,9 @@ def with_timeout(future: object, timeout: float | None) -> Future[Any]:
 
 
 class _Deadline(_core.DoneCallback):
-    """Waits with the source and with the timer, which may keep it when it is over.
+    """Waits for the source and for the timer.
 
-    So it lets go of both futures then.
+    The timer may keep it after it is over, so it drops both futures then.
     """
 
     __slots__ = ("child", "is_late", "seconds", "source", "when")
@@ -90,40 +90,34 @@ class _Deadline(_core.DoneCallback):
         return self.when < other.when
 
     def run(self, source: Future[Any]) -> None:
-        if _core.has_failed(source):
-            self._complete(_core.complete_as, source)
-        else:
-            self._complete(_core.complete_with_parts, source.value(), (source,))
+        self._complete(_core.complete_as, source)
 
     def fail(self, _source: Future[Any], error: BaseException) -> None:
         self._complete(_core.complete_with_error, error)
 
     def expire(self) -> None:
-        """Fails the child, unless the source has been faster; may be repeated if it raises."""
+        """Fail the child, unless the source has completed; may be repeated if it raises."""
         source = self.source
         if source is not None and (self.is_late or _core.remove(source, self)):
             self.is_late = True
             text = f"the future was not done within {self.seconds:g} s; it stays pending"
             self._complete(_core.complete_with_error, TimeoutError(text))
 
-    def _complete(self, complete: Callable[..., None], *outcome: object) -> None:
+    def _complete(self, complete: Callable[..., None], outcome: object) -> None:
         child = self.child
         if child is not None:
-            with suppress(InvalidStateError):  # somebody has completed it instead
-                complete(child, *outcome)
+            with suppress(InvalidStateError):  # the program has completed it
+                complete(child, outcome)
             _timer.forget(self)
             self.source = self.child = None
 
 
 class _Timer(Worker):
-    """Has the deadlines for its work."""
+    """Expires deadlines, which are its work."""
 
     timeout_at_exit = 1.0
     survives_fork = True
-
-    def __init__(self) -> None:
-        super().__init__("torchfut_aio timeouts")
-        self._wakes_at = math.inf
+    _wakes_at = math.inf
 
     def needs_wakeup(self, deadline: _Deadline) -> bool:
         return deadline.when < self._wakes_at or len(self.new) > 2 * len(self.work) + 1000
@@ -134,26 +128,19 @@ class _Timer(Worker):
             self.wake()
 
     def run(self, thread: WorkerThread) -> None:
-        try:
-            self._expire_all(thread)
-        finally:
-            self._wakes_at = math.inf
-
-    def _expire_all(self, thread: WorkerThread) -> None:
         heap: list[_Deadline] = []
         while True:
-            self._take_in(heap)
+            self._take_into(heap)
             while heap and (heap[0].when <= time.monotonic() or heap[0] not in self.work):
                 self._expire(heapq.heappop(heap))
             if thread.should_end or not self.work:
                 return
             self._wakes_at = heap[0].when if heap else math.inf
-            # Whoever submitted before that saw another time, and may not have rung.
-            if not self._take_in(heap):
+            # A thread that submitted before that saw another time, and may not have called wake().
+            if not self._take_into(heap):
                 self.rest(self._wakes_at - time.monotonic())
 
-    def _take_in(self, heap: list[_Deadline]) -> bool:
-        """Puts what is new into the heap; tells whether anything was."""
+    def _take_into(self, heap: list[_Deadline]) -> bool:
         new = self.take()
         for deadline in new:
             if deadline in self.work:
@@ -167,9 +154,9 @@ class _Timer(Worker):
         if deadline in self.work:
             try:
                 call_contained(deadline.expire)
-            finally:  # again, in case there was no memory
+            finally:  # again, in case there was no memory: the future is another thread's
                 call_contained(deadline.expire)
             self.work.pop(deadline, None)
 
 
-_timer = _Timer()
+_timer = _Timer("torchfut_aio timeouts")
