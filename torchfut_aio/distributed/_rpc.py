@@ -1,11 +1,10 @@
-"""Async functions as RPC handlers, the loop that they run on, and the end of both."""
+"""Async functions as RPC handlers, the loop that they run on, and how both are shut down."""
 
 from __future__ import annotations
 
 import atexit
 import contextvars
 import functools
-import weakref
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager, closing
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -18,7 +17,7 @@ from .._core import Promise
 from .._cpython import calling_module
 from .._devices import devices_in_use
 from .._errors import warn_that_wait_blocks_a_loop
-from .._future import Future
+from .._future import Future, InternalFuture
 from .._pytorch import CALLS_ASYNC_FOR_RPC, CALLS_FOR_RPC, rpc_checked, this_worker
 from .._repr import described
 from .._tasks import run_contained, task_name
@@ -33,7 +32,7 @@ T = TypeVar("T")
 
 
 def async_rpc(func: Callable[P, Awaitable[T]]) -> Callable[P, Future[T]]:
-    """Makes an async function one that ``torch.distributed.rpc`` calls, in any number at once.
+    """Make an async function one that ``torch.distributed.rpc`` calls, in any number at once.
 
     It replaces ``rpc.functions.async_execution``: pass the function to ``rpc_async``,
     ``rpc_sync`` or ``remote`` as any other. The callee runs all calls on one event loop: that of
@@ -78,7 +77,7 @@ def async_rpc(func: Callable[P, Awaitable[T]]) -> Callable[P, Future[T]]:
         arguments.set_result((args, kwargs))
         future: Future[T] = Future(devices=devices_in_use())
         if calling_module(CALLS_ASYNC_FOR_RPC) == CALLS_FOR_RPC:
-            # The caller raises the error. Nobody may look at it here.
+            # The caller raises the error; here it may never be retrieved.
             _core.ignore_error(future)
         _hosts[-1].start_soon(Promise(future, name), _handle, func, arguments)
         return future
@@ -97,17 +96,18 @@ async def _handle(func: Callable[..., Awaitable[T]], arguments: Future[Any]) -> 
 
 
 class _Host:
-    """A loop that the application has handed over to `serve_on`, and the tasks on it."""
+    """A loop that the application has lent by `serve_on`, and the tasks on it."""
 
     def __init__(self, loop: _loops.Loop) -> None:
         self._loop = loop
-        self._open = True
-        self._asked: weakref.ref[Callable[[], None]] | None = None  # to cancel the tasks
         # One for each task. They also keep the tasks, which asyncio does not.
         self._scopes: set[anyio.CancelScope] = set()
+        self._closed: InternalFuture[None] = InternalFuture()
+        # A task cancels the others: Ctrl-C in the loop can lose a call, and never wakes no task.
+        loop.spawn(_nothing, self._cancel_when_closed)
 
     def start_soon(self, promise: Promise, func: Callable[..., Any], *args: object) -> None:
-        """Has the loop run ``func(*args)`` to keep ``promise``; does not wait for the loop."""
+        """Run ``func(*args)`` on the loop to keep ``promise``; does not wait for the loop."""
         # In an empty context, rather than the calling thread's.
         spawn = functools.partial(contextvars.Context().run, self._spawn, promise, func, args)
         self._loop.call_soon(spawn)
@@ -124,46 +124,38 @@ class _Host:
     async def _run(self, promise: Promise, func: Callable[..., Any], args: Any) -> None:
         with anyio.CancelScope() as scope:
             self._scopes.add(scope)
-            if not self._open:
+            if self._closed.done():
                 scope.cancel()
             try:
                 await run_contained(promise, func, args)
             finally:
                 self._scopes.discard(scope)
 
+    async def _cancel_when_closed(self) -> None:
+        await self._closed
+        for scope in [*self._scopes]:
+            scope.cancel()
+
     def close(self) -> None:
-        """Cancels the tasks, and those still to come."""
+        """Cancel the tasks, and those still to come."""
         if self in _hosts:
             _hosts.remove(self)
-        self._open = False
-        self._ask_to_cancel()
+        self._closed.try_set_result(None)
 
-    def _ask_to_cancel(self) -> None:
-        cancel = self._cancel  # a method object that only the loop refers to
-        self._asked = weakref.ref(cancel, self._cancel_lost)
-        if not self._loop.call_soon(cancel):
-            self._asked = None
 
-    def _cancel_lost(self, asked: object) -> None:
-        # Ctrl-C had the loop drop the call. Had it made it, this would be None.
-        if self._asked is asked:
-            self._ask_to_cancel()
-
-    def _cancel(self) -> None:
-        self._asked = None
-        for scope in list(self._scopes):
-            scope.cancel()
+def _nothing() -> None:
+    pass
 
 
 _hosts: list[Any] = [_background_loop]  # the last one runs the calls
 
 
 def serve_on(portal: anyio.from_thread.BlockingPortal) -> AbstractContextManager[object]:
-    """Has the functions of `async_rpc` run on the loop of ``portal``, in this process.
+    """Run the functions of `async_rpc` on the loop of ``portal``, in this process.
 
     For an application whose functions share the state of its own loop, on asyncio, uvloop or
-    trio. It holds from this call until the end of the ``with`` block; then functions that still
-    run are cancelled. Calls before or after run on the background loop: so call it before
+    trio. It is in force until the end of the ``with`` block, which cancels functions that still
+    run. Calls before or after run on the background loop: so call it before
     ``rpc.init_rpc``, and end the block after `shutdown`. Both of those block: on the loop, call
     them by ``anyio.to_thread.run_sync``.
 
@@ -192,40 +184,43 @@ def serve_on(portal: anyio.from_thread.BlockingPortal) -> AbstractContextManager
             f"serve_on() takes a BlockingPortal of anyio.from_thread, not {described(portal)}"
         )
     rpc_checked("serve_on")
-    # RPC's threads call the loop directly: the portal would have them wait for it.
+    # RPC's threads call the loop directly: the portal would make them wait for it.
     try:
-        loop = portal.call(_loops.current)
+        host = portal.call(_host_here)
     except RuntimeError as error:
         if "event loop thread" not in str(error):  # the portal's own, which it refuses
             raise
-        loop = _loops.current()
-    host = _Host(loop)
+        host = _host_here()
     _hosts.append(host)
     return closing(host)
 
 
+def _host_here() -> _Host:
+    return _Host(_loops.current())
+
+
 def shutdown(graceful: bool = True, timeout: float | None = None) -> None:
-    """Shuts RPC down as ``rpc.shutdown`` does, and ends the background loop.
+    """Shut RPC down as ``rpc.shutdown`` does, and end the background loop.
 
     Gracefully, RPCs in flight in any process complete first. Otherwise the running functions of
-    `async_rpc` are cancelled; their callers are told, or lose the connection. Either way, it
-    cancels what runs on the background loop and no process waits for: calls that timed out
+    `async_rpc` are cancelled; their callers get an error, or lose the connection. Either way, it
+    cancels the tasks of the background loop for which no process waits: calls that timed out
     at their callers, and direct calls. It blocks: in async code, call it by
     ``anyio.to_thread.run_sync``.
 
-    ``rpc.shutdown()`` alone does not end that loop. A process that exits while the loop is there
-    is shut down, not gracefully.
+    ``rpc.shutdown()`` alone does not end that loop. At exit, a process in which it still runs is
+    shut down, not gracefully.
 
     Args:
         graceful: Whether to wait for all processes of the group, and for what is in flight.
         timeout: How many seconds to wait for them. None is the default of ``rpc.shutdown``,
-            which waits for ever: give one where a process may have died.
+            which waits for ever: pass one where a process may have died.
 
     Raises:
-        RuntimeError: Others did not get there in time.
+        RuntimeError: Others did not shut down in time.
 
     Warns:
-        BlockingWaitWarning: This thread runs an event loop, which stands still meanwhile.
+        BlockingWaitWarning: This thread runs an event loop, which it blocks.
 
     Example:
         >>> torchfut_aio.distributed.shutdown()  # no RPC here, but perhaps DDP hooks
@@ -252,6 +247,6 @@ def shutdown(graceful: bool = True, timeout: float | None = None) -> None:
 
 @atexit.register
 def _shut_down_at_exit() -> None:
-    # Otherwise RPC's threads would learn of cancelled calls after the interpreter has gone.
+    # Otherwise RPC's threads would call into Python after the interpreter has ended.
     if _background_loop.is_running():
         shutdown(graceful=False)
