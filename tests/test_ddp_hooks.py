@@ -491,7 +491,7 @@ def test_backward_on_the_background_loop_raises():
 @needs_gil("whether another thread is in backward(), no thread can look up safely")
 def test_a_call_raises_if_backward_blocks_the_loop(monkeypatch, nothing_blocks_a_loop):
     nothing_blocks_a_loop.deactivate()
-    monkeypatch.setattr(_ddp, "_PATIENCE", 0.01)
+    monkeypatch.setattr(_ddp, "_CHECK", 0.01)
     raised = []
 
     def call():  # as in PyTorch's thread for an accelerator

@@ -305,7 +305,7 @@ async def values():
 
 @pytest.mark.parametrize("func", [values, values(), len, None], ids=type)
 def test_what_is_no_async_function_is_refused(func):
-    with pytest.raises(TypeError, match=r"takes an async function or a coroutine, not .*; what"):
+    with pytest.raises(TypeError, match=r"takes an async function or a coroutine, not .*; between"):
         task_local_state(func)
 
 

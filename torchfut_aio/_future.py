@@ -606,10 +606,10 @@ class _StreamOrdered:
 def _placeholder(error: BaseException, find: Callable[[], BaseException]) -> object:
     """Return the placeholder of an error for C++. The first failure imports its class."""
     try:
-        from ._rpc_errors import StandIn
+        from ._rpc_errors import ErrorPlaceholder
     except ImportError:  # the interpreter exits, or this is a signal handler within that import
         return None
-    return StandIn.of(error, find)
+    return ErrorPlaceholder.of(error, find)
 
 
 _core.install_placeholder(_placeholder)

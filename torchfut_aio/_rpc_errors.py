@@ -1,7 +1,8 @@
-"""Errors on their way through C++: from a future that failed, and from an RPC that failed.
+"""Errors on their way through C++, which knows a Python error as a text, if at all.
 
-C++ knows a Python error as a text, if at all. A failed future gives C++ a `StandIn`, which knows
-the error itself. RPC delivers texts, which `parse_remote_error` turns into errors again.
+A failed future gives C++ an `ErrorPlaceholder`, which finds the error itself. RPC delivers texts,
+which `parse_remote_error` turns into errors again. (Not in ``distributed/``: the first failure of
+any future imports this.)
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from ._pytorch import EXTRACTS_TENSORS, remote_exception, this_worker
 _RemoteException: Any = remote_exception()
 
 
-class StandIn(_RemoteException):  # type: ignore[misc]
+class ErrorPlaceholder(_RemoteException):  # type: ignore[misc]
     """The value that a failed future has in C++, for PyTorch's own consumers.
 
     RPC sends it to the caller, and raises the error there. DDP expects a tensor, and asks for the
-    class of what it got, in the middle of ``backward()``: that raises the error. For all others
-    it is a plain tuple.
+    class of what it got, in the middle of ``backward()``: that raises the error. All others see
+    a plain tuple.
     """
 
     find: Callable[[], BaseException]
@@ -38,16 +39,16 @@ class StandIn(_RemoteException):  # type: ignore[misc]
     was_made: ClassVar[bool] = False  # whether any was, in this process
 
     @classmethod
-    def of(cls, error: BaseException, find: Callable[[], BaseException]) -> StandIn:
-        """Makes one of an error; ``find`` returns it, or one like it if it has gone."""
+    def of(cls, error: BaseException, find: Callable[[], BaseException]) -> ErrorPlaceholder:
+        """Make one; ``find`` returns the error, or one like it if that has been freed."""
         kind, text = type_and_text(error)
-        self: StandIn = cls(text, _maker_of(kind))
+        self: ErrorPlaceholder = cls(text, _maker_of(kind))
         cls.was_made = True
         self.find = find
         self.text = text.__str__
         worker = this_worker()
         if worker is not None:
-            # The error may be gone when RPC sends it. This keeps its traceback but no frames.
+            # The error may have been freed when RPC sends it. This keeps its traceback, no frames.
             trace = traceback.TracebackException.from_exception(error, lookup_lines=False)
             shown = f"On {worker}:\n{_shown(error)}\n"
             self.text = lambda: shown + "".join(trace.format())
@@ -59,7 +60,7 @@ class StandIn(_RemoteException):  # type: ignore[misc]
         # With no module at all, it is a thread of autograd's.
         if asking is None or asking.startswith("torch.autograd"):
             raise self.find()
-        return StandIn
+        return ErrorPlaceholder
 
     @__class__.setter
     def __class__(self, _: type) -> None: ...
@@ -67,12 +68,11 @@ class StandIn(_RemoteException):  # type: ignore[misc]
     @property
     def msg(self) -> str:
         """The text of the error, and its traceback, as RPC sends them."""
-        # RPC decodes such escapes at the other end.
-        return self.text().encode("unicode_escape").decode("ascii")
+        return self.text().encode("unicode_escape").decode("ascii")  # RPC decodes such escapes
 
     def __reduce_ex__(self, _protocol: object) -> tuple[Any, ...]:
         if calling_module() == EXTRACTS_TENSORS:
-            return str, ()  # that module looks for tensors, and there are none
+            return str, ()  # that module searches it for tensors, and there are none
         return _RemoteException, (self.msg, self.exception_type)
 
 
@@ -92,9 +92,7 @@ def make_at_caller(module: str, name: str, text: str) -> RpcError:
     """Return an `RpcError`, also of the type of that name if it is found in this process."""
     with suppress(Exception):
         importlib.import_module(module)  # as pickle does
-    kind = _imported(f"{module}.{name}")
-    is_exception = isinstance(kind, type) and issubclass(kind, Exception)
-    return rpc_error(kind if is_exception else None, text)
+    return rpc_error(_exception_type(f"{module}.{name}"), text)
 
 
 def _shown(error: BaseException) -> str:
@@ -115,7 +113,7 @@ _RAISED = re.compile(r"^(?P<frame> .*\n)?(?P<path>(?:\w+\.)*\w+)(?::|$)", re.MUL
 
 
 def parse_remote_error(error: BaseException) -> BaseException:
-    """Returns an `RpcError` if the text of ``error`` tells of a failed RPC; else ``error``.
+    """Return an `RpcError` if ``error`` has the text of a failed RPC; else ``error``.
 
     PyTorch delivers a ValueError or a TypeError as such, and any other error as a RuntimeError. Its
     text has the type and the traceback of the remote error.
@@ -123,13 +121,13 @@ def parse_remote_error(error: BaseException) -> BaseException:
     if type(error) in (RuntimeError, ValueError, TypeError) and len(error.args) == 1:
         text = error.args[0]
         if type(text) is str:
-            with suppress(Exception):  # others wrote the text, so anything may be in it
+            with suppress(Exception):  # anything may be in the text
                 return _parse(text) or error
     return error
 
 
 def parse_fetched_error(error: BaseException) -> BaseException:
-    """As `parse_remote_error`, for what ``RRef.to_here`` raises.
+    """Do the same for what ``RRef.to_here`` raises.
 
     That has the type of the remote error, if Python can make one of it, and a text without the
     type. Or it is an `RpcError` already.
@@ -144,18 +142,18 @@ def parse_fetched_error(error: BaseException) -> BaseException:
 
 
 def error_in(value: object) -> BaseException | None:
-    """Returns the error of a failed future whose `StandIn` is in ``value``, if one is there.
+    """Return the error of a failed future whose `ErrorPlaceholder` is in ``value``, if any.
 
-    C++ hands it on as a value: TorchScript alone or in a container, others alone. What is longer
-    than any script returns is not searched: it would take too long on somebody's loop.
+    TorchScript returns it alone or in a container, other C++ code alone. Containers longer than
+    any script returns are not searched: on an event loop that would take too long.
     """
-    if not StandIn.was_made:
+    if not ErrorPlaceholder.was_made:
         return None
     seen: set[int] = set()
     found = [value]
     while found:
         thing: Any = found.pop()
-        if type(thing) is StandIn:
+        if type(thing) is ErrorPlaceholder:
             return thing.find()
         is_container = type(thing) in (dict, list, tuple) and len(thing) <= 1000
         if is_container and id(thing) not in seen:
@@ -191,31 +189,29 @@ def _parse(whole: str) -> BaseException | None:
 
 
 def _kind(name: str, text: str) -> type[Exception] | None:
-    """Returns the type called ``name`` that the traceback in ``text`` ends with."""
+    """Return the type called ``name`` that the traceback in ``text`` ends with."""
     lines = [(bool(match["frame"]), match["path"]) for match in _RAISED.finditer(text)]
     # Prefer the last line below a frame to a line of the error's own text. An error that was
     # never raised has no frames.
     lines.sort(key=lambda line: line[0])
-    for _, path in reversed(lines):
-        if path.rpartition(".")[2] != name:
-            continue
-        kind = _imported(path)
-        if isinstance(kind, type) and issubclass(kind, Exception):
-            return kind
-    return None
+    paths = (path for _, path in reversed(lines) if path.rpartition(".")[2] == name)
+    return next(filter(None, map(_exception_type, paths)), None)
 
 
-def _imported(path: str) -> object:
-    names = path.split(".", 20)
+def _exception_type(path: str) -> type[Exception] | None:
+    found = _imported(path.split(".", 20))
+    return found if isinstance(found, type) and issubclass(found, Exception) else None
+
+
+def _imported(names: list[str]) -> object:
     for end in range(len(names) - 1, 0, -1):
         module = sys.modules.get(".".join(names[:end]))
         if module is not None:
             return _attribute(module, names[end:])
     # A traceback leaves out the module of what is built in, or is in the program itself.
     found = _attribute(builtins, names)
-    if found is None and names[0] == "__mp_main__":
-        names = names[1:]
-    return found or _attribute(sys.modules.get("__main__"), names)
+    main = names[1:] if names[0] == "__mp_main__" else names
+    return found or _attribute(sys.modules.get("__main__"), main)
 
 
 def _attribute(found: object, names: list[str]) -> object:
@@ -224,4 +220,4 @@ def _attribute(found: object, names: list[str]) -> object:
     return found
 
 
-install_placeholder(StandIn.of)
+install_placeholder(ErrorPlaceholder.of)

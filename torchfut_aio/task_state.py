@@ -94,7 +94,7 @@ def task_local_state(func: Any) -> Any:
     if not inspect.iscoroutinefunction(func):
         raise TypeError(
             f"task_local_state() takes an async function or a coroutine, not {described(func)}; "
-            "what an async generator does between two values belongs to whoever iterates"
+            "between two values of an async generator, the code that iterates runs"
         )
 
     @functools.wraps(func)
@@ -318,7 +318,7 @@ def _check(_loop: Loop) -> None:
     if names:
         warn_at_users_line(
             f"this task awaits with another {', '.join(names)} than was there when "
-            "set_task_state_checks() was called, and until it goes on, all tasks of the thread "
+            "set_task_state_checks() was called, and until it resumes, all tasks of the thread "
             "have it: leave the `with` block first, or decorate its function with task_local_state",
             TaskStateWarning,
         )

@@ -23,7 +23,7 @@ from .._threads import LoopThread, WorkerThread, call_contained
 _NAME = "torchfut_aio background loop"
 _TIMEOUT = 10.0  # seconds for cancelled tasks to end
 _BLOCKS_ITSELF = (
-    f"backward() blocks the thread of the {_NAME}, which has to run a DDP hook meanwhile; "
+    f"backward() blocks the thread of the {_NAME}, which has to run a DDP hook; "
     "call it by await anyio.to_thread.run_sync(loss.backward)"
 )
 

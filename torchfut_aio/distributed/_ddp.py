@@ -1,12 +1,12 @@
 """Async functions as communication hooks of DDP.
 
-Every rank has to start the collectives of a process group in the same order. DDP has some of its
-own, and the backward pass of a model may have others; they start in the thread of the backward
-pass, between two calls of the hook. So a collective of the hook has a place among them only if it
-starts before the call returns, as those of PyTorch's own hooks do.
+Every rank has to start the collectives of a process group in the same order. Those of DDP and of
+the model start in the thread of the backward pass, between two calls of the hook. So a collective
+of the hook has a place among them only if it starts before the call returns, as those of PyTorch's
+own hooks do.
 
-A hook runs on the background loop, where asyncio works as everywhere. The call hands it over, and
-returns when the hook's coroutine has taken its first step: when it first suspends, or ends.
+A hook runs on the background loop. The call returns when the hook's coroutine has taken its first
+step: when it first suspends, or ends.
 """
 
 from __future__ import annotations
@@ -42,8 +42,7 @@ if TYPE_CHECKING:
     _TorchHook: TypeAlias = Callable[[Any, GradBucket], Future[torch.Tensor]]
 
 _Resume = Callable[[Any], Any]  # a coroutine's send() or throw()
-_EITHER = inspect.Parameter.POSITIONAL_OR_KEYWORD
-_PATIENCE = 5.0  # seconds between two looks whether the loop can run the hook at all
+_CHECK = 5.0  # seconds after which to check whether the loop can run the hook at all
 
 
 @overload
@@ -51,11 +50,11 @@ def async_comm_hook(hook: _Hook) -> _TorchHook: ...
 @overload
 def async_comm_hook(*, overlap: bool) -> Callable[[_Hook], _TorchHook]: ...
 def async_comm_hook(hook: Any = None, *, overlap: bool = False) -> Any:
-    """Makes ``async def hook(state, bucket)`` a communication hook of DDP.
+    """Make ``async def hook(state, bucket)`` a communication hook of DDP.
 
     For ``ddp.register_comm_hook(state, hook)``. The hook returns the tensor that replaces
-    ``bucket.buffer()``. It runs on the background loop while the backward pass goes on, in a copy
-    of the context of the thread that called it. What the hook raises, ``backward()`` raises.
+    ``bucket.buffer()``. It runs on the background loop while the backward pass continues, in a
+    copy of the context of the thread that called it. What the hook raises, ``backward()`` raises.
 
     In the hook, the current streams are ordered after the kernels that fill the bucket. The
     optimiser's streams are ordered after the kernels that fill the result.
@@ -66,20 +65,20 @@ def async_comm_hook(hook: Any = None, *, overlap: bool = False) -> Any:
     PyTorch's. The first await of a future of this package suspends even if that is done.
 
     What the hook starts later needs a process group of its own: make one with
-    ``dist.new_group()``. There the order is that of the buckets, as the hook goes on for one
+    ``dist.new_group()``. There the order is that of the buckets, as the hook resumes for one
     bucket after the other. NCCL needs one order over all groups, so start everything before the
     first await there.
 
     After an error the hook is not called for later buckets of this backward pass. Calls that had
     already suspended are not resumed. They fail with the same error. If the hook raised on all
-    ranks, training may go on. If it raised on some, let these processes end: the others may wait
-    for them, or match their next collective with the wrong one. If the backward passes of several
-    models overlap, decorate the hook once for each:
+    ranks, training may continue. If it raised on some, let these processes end: the others may
+    wait for them, or match their next collective with the wrong one. If the backward passes of
+    several models overlap, decorate the hook once for each:
     ``register_comm_hook(None, async_comm_hook(hook))``.
 
     Args:
         hook: An async function.
-        overlap: Let the hook go on after its first suspension for any number of buckets at once.
+        overlap: Resume the hook after its first suspension for any number of buckets at once.
             Right only if it starts no collective then.
 
     Raises:
@@ -105,22 +104,23 @@ def async_comm_hook(hook: Any = None, *, overlap: bool = False) -> Any:
         return reduction.start(state, bucket)
 
     # DDP checks annotations, and the hook's are those of an async function.
-    parameters = [inspect.Parameter(name, _EITHER) for name in ("state", "bucket")]
+    either = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter(name, either) for name in ("state", "bucket")]
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return call
 
 
 class _Reduction:
-    """Starts a hook for one bucket after the other."""
+    """Calls a hook for one bucket after the other."""
 
     def __init__(self, hook: _Hook, overlap: bool) -> None:
         self._hook = hook
         self._overlap = overlap
-        # Of the last bucket whose hook has suspended, as long as anything will complete it.
+        # The future of the last bucket whose hook has suspended.
         self._last: weakref.ref[Future[Any]] | None = None
-        # Of the bucket whose hook has raised in its first step, in this backward pass.
+        # In this backward pass, the future of the bucket whose hook has raised in its first step.
         self._raised_at_once: Future[torch.Tensor] | None = None
-        # Of this backward pass. DDP keeps only the C++ side of a future, which keeps no error.
+        # In this backward pass. DDP keeps only the C++ side of a future, which keeps no error.
         self._failed: deque[Future[torch.Tensor]] = deque(maxlen=1000)
 
     def start(self, state: object, bucket: GradBucket) -> Future[torch.Tensor]:
@@ -136,9 +136,9 @@ class _Reduction:
         if not self._overlap:
             self._last = weakref.ref(future)
         call.start(future)
-        # Not whether the future is done, or has failed: on some ranks, the hook may have gone on.
+        # Not whether the future is done or has failed: on some ranks, the hook may have suspended.
         if not call.has_suspended:
-            self._last = before  # for which the hook of the next bucket has to wait as well
+            self._last = before  # the hook of the next bucket waits for it as well
             if future.exception() is not None:
                 self._raised_at_once = future
         return future
@@ -159,8 +159,8 @@ def _keep_if_failed(kept: deque[Future[torch.Tensor]], future: Future[torch.Tens
 class _Call:
     """One call of a hook: `start` in the thread of the backward pass, `_run` on the loop.
 
-    It does not refer to the future of the result: the traceback of an error leads to the call, so
-    the future and its error would be a cycle.
+    It does not refer to the future of the result: with the traceback of an error, which leads
+    here, that would be a cycle.
     """
 
     def __init__(
@@ -170,8 +170,8 @@ class _Call:
         self._hook = hook
         self._state = state
         self._bucket = bucket
-        self._before = before  # what has to be done before the second step; its error is ours
-        # The bucket travels in a future, so that the loop's streams can be ordered after it.
+        self._before = before  # to wait for before the second step; its error is ours
+        # A future, so that the loop's streams can be ordered after the kernels that fill it.
         self._ready: Future[torch.Tensor] = Future()
         self._ready.set_result(bucket.buffer())
         self._context = _context_for_the_loop()
@@ -183,15 +183,13 @@ class _Call:
         # The future is done also when the hook has not run: see Promise.
         future.add_done_callback(lambda _: starter.unblock())
         _background_loop.start_soon(Promise(future, task_name(self._hook)), self._run)
-        # This thread waits for the loop. It is no deadlock, as the loop does not wait for this
-        # thread. If the loop is busy with the hook of another bucket, it starts this one after that
-        # step; a hook that awaits something leaves the loop free. A hook that blocks in its first
-        # step until this thread goes on would never end as one of PyTorch's, which run here. What
-        # does wait for this thread is backward(): called on the loop, it is an error.
-        starter.block(_PATIENCE)
+        # No deadlock: the loop does not wait for this thread. A hook that blocks in its first step
+        # until this thread continues would hang in PyTorch, too, which calls hooks here. backward()
+        # does wait for this thread: called on the loop, it is an error.
+        starter.block(_CHECK)
         while not (self.has_suspended or future.done()):
             _background_loop.check_that_no_backward_blocks_it()
-            starter.block(_PATIENCE)
+            starter.block(_CHECK)
 
     async def _run(self) -> torch.Tensor:
         self._ready.wait()  # orders streams; it is done, and does not block
@@ -216,8 +214,8 @@ class _Call:
         try:
             return (yield from self._each_step(coroutine))
         except BaseException:
-            # It may have been raised between two steps: the hook of the bucket before has failed,
-            # or the task is dropped. If the coroutine has ended, this does nothing.
+            # Between two steps, if the hook of the bucket before has failed, or the task is
+            # dropped. If the coroutine has ended, this does nothing.
             self._context.run(coroutine.close)
             raise
 
@@ -239,8 +237,8 @@ class _Call:
 
     def _first_step(self, resume: _Resume, sent: Any) -> Any:
         loop = _loops.current()
-        # Whether what the hook awaits first is done may differ from rank to rank, and so would the
-        # place of what it does next.
+        # Always suspend: what the hook awaits first may be done on some ranks and not on others,
+        # which would then start the next collective at different places.
         loop.checkpoints_suspend = True
         try:
             yielded = self._context.run(resume, sent)
@@ -254,7 +252,7 @@ class _Call:
     def _resumption(
         self, coroutine: Coroutine[Any, Any, Any], yielded: Any
     ) -> Generator[Any, Any, tuple[_Resume, Any]]:
-        """Suspend the task; return how to resume the coroutine when its turn has come."""
+        """Suspend the task, then wait for the bucket before; return how to resume the coroutine."""
         try:
             how = coroutine.send, (yield yielded)
         except GeneratorExit:  # the task is dropped with its loop
@@ -273,7 +271,7 @@ class _Call:
 
 
 async def _done(future: Future[Any]) -> BaseException | None:
-    """Wait until ``future`` is done; return a cancellation that came meanwhile."""
+    """Wait until ``future`` is done; return a cancellation that came before."""
     done = future.then(lambda _: None)
     del future
     cancellation: BaseException | None = None

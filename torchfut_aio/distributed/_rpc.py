@@ -45,7 +45,7 @@ def async_rpc(func: Callable[P, Awaitable[T]]) -> Callable[P, Future[T]]:
 
     An error reaches the caller as with any RPC, and `torchfut_aio.as_future` makes a
     `torchfut_aio.RpcError` of it, whatever its type. What `shutdown` cancels fails with
-    `torchfut_aio.CancelledError`. If a caller times out, the function goes on.
+    `torchfut_aio.CancelledError`. If a caller times out, the function continues.
 
     It is not for hooks of DDP: use `async_comm_hook` there.
 

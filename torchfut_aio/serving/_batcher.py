@@ -338,7 +338,7 @@ class Batcher(ProcessLocal, Generic[T, R]):
         worker = getattr(self, "_worker", None)  # None if __init__() has raised
         if worker is not None and worker.threads():
             worker.closing = True
-            worker.ring()
+            worker.wake()
         elif worker is not None and worker.owner is not None:
             worker.finish()  # for the task of the loop that waits for it
 
