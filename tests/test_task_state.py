@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from torchfut_aio import (
     Future,
     TaskStateWarning,
+    _tasks,
     task_local_state,
     task_state,
 )
@@ -331,7 +332,7 @@ def test_interrupted_steps_leave_the_state_of_the_thread_as_it_was(ambient):
 
     with ambient():
         inference, before = torch.is_inference_mode_enabled(), state()
-        for strike in strikes(task_state, every=EVERY):
+        for strike in strikes(task_state, _tasks, every=EVERY):
             seen.clear()
             inner = own()
             with strike:
@@ -487,7 +488,7 @@ def test_interrupted_steps_leave_devices_and_streams_as_they_were(accelerator):
             await suspended()
 
     before = seen()
-    for strike in strikes(task_state, every=EVERY):
+    for strike in strikes(task_state, _tasks, every=EVERY):
         inner = own()
         with strike:
             run_in_turns([task_local_state(inner)], [])

@@ -12,7 +12,7 @@ import contextvars
 import functools
 import inspect
 import weakref
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
 
 from . import _loops
@@ -203,3 +203,40 @@ async def _run(
             raise
     else:
         promise.keep(result)
+
+
+_Resume = Callable[[Any], Any]  # a coroutine's send() or throw()
+
+
+def drive(
+    coroutine: Coroutine[Any, Any, Any],
+    call: Callable[[_Resume, Any], Any],
+    how: tuple[_Resume, Any] | None = None,
+) -> Generator[Any, Any, Any]:
+    """Run a coroutine in a task; make each step by ``call(resume, value)``. Begin with ``how``.
+
+    If this raises, the coroutine may be left suspended: close it.
+    """
+    resume, value = how or (coroutine.send, None)
+    del how
+    while True:
+        try:
+            yielded = call(resume, value)
+        except StopIteration as stop:
+            return stop.value
+        finally:
+            del value  # an error's traceback has this frame: the two would be a cycle
+        resume, value = yield from resumption(coroutine, yielded)
+        del yielded  # a future, perhaps of an error
+
+
+def resumption(
+    coroutine: Coroutine[Any, Any, Any], yielded: Any
+) -> Generator[Any, Any, tuple[_Resume, Any]]:
+    """Suspend the task; return how to resume the coroutine."""
+    try:
+        return coroutine.send, (yield yielded)
+    except GeneratorExit:  # the task is dropped with its loop
+        raise
+    except BaseException as error:  # a cancellation, or the error of what was awaited
+        return coroutine.throw, drop_catching_frame(error)

@@ -33,6 +33,7 @@ from ._errors import TaskStateWarning, warn_at_users_line
 from ._loops import Loop
 from ._pytorch import device_exchange, set_stream, thread_state_functions
 from ._repr import described
+from ._tasks import drive
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -116,28 +117,12 @@ def _steps(coroutine: Coroutine[Any, Any, T]) -> Generator[Any, Any, T]:
         coroutine.close()
         raise
     try:
-        result: T = yield from _each_step(own, coroutine)
+        result: T = yield from drive(coroutine, own.call)
         return result
     except BaseException:
         # Ctrl-C may have come between two steps. If the coroutine has ended, this does nothing.
         own.call(coroutine.close)
         raise
-
-
-# A function of its own: see tests/test_backward_jumps.py.
-def _each_step(own: OwnState, coroutine: Coroutine[Any, Any, T]) -> Generator[Any, Any, T]:
-    resume: Callable[..., Any] = coroutine.send
-    sent: Any = None
-    while True:
-        try:
-            yielded = own.call(resume, sent)
-        except StopIteration as stop:
-            result: T = stop.value
-            return result
-        try:
-            sent, resume = (yield yielded), coroutine.send
-        except BaseException as error:  # a cancellation, or the end of the task
-            sent, resume = error, coroutine.throw
 
 
 class OwnState:

@@ -32,7 +32,7 @@ from .._errors import drop_catching_frame
 from .._future import Future
 from .._pytorch import CppFuture
 from .._repr import described
-from .._tasks import task_name
+from .._tasks import drive, resumption, task_name
 from . import _background_loop
 
 if TYPE_CHECKING:
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     _Hook: TypeAlias = Callable[[Any, GradBucket], Coroutine[Any, Any, torch.Tensor]]
     _TorchHook: TypeAlias = Callable[[Any, GradBucket], Future[torch.Tensor]]
 
-_Resume = Callable[[Any], Any]  # a coroutine's send() or throw()
 _CHECK = 5.0  # seconds after which to check whether the loop can run the hook at all
 
 
@@ -212,36 +211,29 @@ class _Call:
     @types.coroutine
     def _drive(self, coroutine: Coroutine[Any, Any, Any]) -> Generator[Any, Any, Any]:
         try:
-            return (yield from self._each_step(coroutine))
+            yielded = self._first_step(coroutine)
+            how = yield from resumption(coroutine, yielded)
+            cancellation = yield from self._wait_for_the_bucket_before()
+            if cancellation is not None:
+                how = coroutine.throw, cancellation
+            rest = drive(coroutine, self._context.run, how)
+            del yielded, how, cancellation  # an error's traceback leads here
+            return (yield from rest)
+        except StopIteration as stop:  # of the first step
+            return stop.value
         except BaseException:
             # Between two steps, if the hook of the bucket before has failed, or the task is
             # dropped. If the coroutine has ended, this does nothing.
             self._context.run(coroutine.close)
             raise
 
-    # A function of its own: see tests/test_backward_jumps.py.
-    def _each_step(self, coroutine: Coroutine[Any, Any, Any]) -> Generator[Any, Any, Any]:
-        step: Callable[[_Resume, Any], Any] = self._first_step
-        resume: _Resume = coroutine.send
-        sent: Any = None
-        while True:
-            try:
-                yielded = step(resume, sent)
-            except StopIteration as stop:
-                return stop.value
-            finally:
-                del sent  # an error's traceback has this frame: the two would be a cycle
-            resume, sent = yield from self._resumption(coroutine, yielded)
-            del yielded  # a future, perhaps of an error
-            step = self._context.run
-
-    def _first_step(self, resume: _Resume, sent: Any) -> Any:
+    def _first_step(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         loop = _loops.current()
         # Always suspend: what the hook awaits first may be done on some ranks and not on others,
         # which would then start the next collective at different places.
         loop.checkpoints_suspend = True
         try:
-            yielded = self._context.run(resume, sent)
+            yielded = self._context.run(coroutine.send, None)
         finally:
             loop.checkpoints_suspend = False
         self.has_suspended = True
@@ -249,25 +241,16 @@ class _Call:
         return yielded
 
     @types.coroutine
-    def _resumption(
-        self, coroutine: Coroutine[Any, Any, Any], yielded: Any
-    ) -> Generator[Any, Any, tuple[_Resume, Any]]:
-        """Suspend the task, then wait for the bucket before; return how to resume the coroutine."""
-        try:
-            how = coroutine.send, (yield yielded)
-        except GeneratorExit:  # the task is dropped with its loop
-            raise
-        except BaseException as error:  # a cancellation, or the error of what was awaited
-            how = coroutine.throw, drop_catching_frame(error)
+    def _wait_for_the_bucket_before(self) -> Generator[Any, Any, BaseException | None]:
         before, self._before = self._before, None
-        if before is None:
-            return how
         try:
-            cancellation = yield from _done(before)
+            if before is None:
+                return None
+            cancellation: BaseException | None = yield from _done(before)
             before.value()
+            return cancellation
         finally:
             del before
-        return how if cancellation is None else (coroutine.throw, cancellation)
 
 
 async def _done(future: Future[Any]) -> BaseException | None:
