@@ -1,23 +1,12 @@
-"""The programs in the README and in ``docs/``, and a process that runs each in a fork of its own.
-
-torch is imported once for all of them: on its own, each program would take seconds to import it.
-"""
+"""The programs in the README and in ``docs/``, each run in a process of its own."""
 
 from __future__ import annotations
 
-import atexit
-import gc
-import json
-import os
 import pathlib
 import re
-import sys
-import tempfile
-import threading
-import traceback
-import types
-import warnings
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from . import forks
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -56,58 +45,14 @@ def blocks(language: str) -> list[Block]:
     return found
 
 
-def serve() -> None:
-    """Runs each program that comes in a line of stdin; writes a line of what became of it."""
-    import anyio  # noqa: F401
-    import torch  # noqa: F401
-    import trio  # noqa: F401
-
-    import torchfut_aio  # noqa: F401
-
-    os.environ.update(GLOO_SOCKET_IFNAME="lo", TP_SOCKET_IFNAME="lo")
-    # What rpc.init_rpc() of PyTorch warns of, about itself.
-    warnings.filterwarnings("ignore", "You are using a Backend", UserWarning)
-    gc.freeze()  # what is here already is not the programs' to collect
-    for line in sys.stdin:
-        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-            child = os.fork()
-            if child == 0:
-                os.dup2(out.fileno(), 1)
-                os.dup2(err.fileno(), 2)
-                _run(json.loads(line))
-            _, status = os.waitpid(child, 0)
-            out.seek(0)
-            err.seek(0)
-            result: dict[str, Any] = {
-                "returncode": os.waitstatus_to_exitcode(status),
-                "stdout": out.read(),
-                # But what some builds of gloo tell of themselves.
-                "stderr": re.sub(r"^\[\./gloo/.* INFO .*\n", "", err.read(), flags=re.MULTILINE),
-            }
-        print(json.dumps(result), flush=True)
+_EXIT = "\n__import__('tests.fork_server').fork_server.exit_without_modules()"
 
 
-def _run(code: str) -> None:
-    """Runs the program and ends the process, as an interpreter does that exits.
-
-    All but the last step of that: to take down all of torch's modules takes longer than all else.
-    """
-    main = types.ModuleType("__main__")
-    sys.modules["__main__"] = main
-    status = 0
-    try:
-        exec(compile(code, "<the page>", "exec"), main.__dict__)
-    except BaseException:
-        traceback.print_exc()
-        status = 1
-    threading._shutdown()
-    atexit._run_exitfuncs()
-    main.__dict__.clear()
-    gc.collect()  # an error that nobody has retrieved is logged
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
-if __name__ == "__main__":
-    serve()
+def run(program: str) -> forks.Done:
+    """Run a program of a page in a process of its own."""
+    return forks.run(
+        program + _EXIT,
+        imported=("torch", "anyio", "trio", "torchfut_aio"),
+        # What rpc.init_rpc() of PyTorch warns of, about itself.
+        filters="error,ignore:You are using a Backend:UserWarning",
+    )

@@ -1,45 +1,115 @@
-"""Cases that each need a fresh interpreter: one imports what is slow, and is forked for each."""
+"""Programs that each need an interpreter of their own, in forks of one that has imported torch.
+
+A new interpreter would take seconds to import torch; a fork of one starts in milliseconds. What a
+program prints, how it exits, and what the interpreter does then is as with ``python -W error``.
+Each takes the memory, modules and hash seed of the server, and shares no state with other forks.
+"""
 
 from __future__ import annotations
 
+import atexit
+import functools
+import json
 import os
+import pathlib
 import subprocess
 import sys
-from typing import TypeVar
+import tempfile
+import textwrap
+import threading
 
 from .threads import PATIENCE_WITH_PROCESSES
 
-K = TypeVar("K")
+ROOT = pathlib.Path(__file__).parents[1]
 
-FORKS = """
-import os, sys
-for case in {cases!r}:
-    sys.stdout.flush()
-    if child := os.fork():
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        print("end", status, flush=True)
+Done = subprocess.CompletedProcess[str]
+
+
+def run(
+    program: str | pathlib.Path,
+    *arguments: str,
+    imported: tuple[str, ...] = ("torch",),
+    filters: str = "error",
+    folder: str | pathlib.Path = ".",
+) -> Done:
+    """Run a program in a fork of an interpreter that has imported some modules.
+
+    Args:
+        program: Its text, or its path.
+        *arguments: What ``sys.argv`` has beside the path.
+        imported: What the program finds imported.
+        filters: What ``-W`` would be given; if more than one, with commas between; or "".
+        folder: Where it runs. It finds the package of this checkout all the same.
+    """
+    if isinstance(program, pathlib.Path):
+        code, arguments = (folder / program).read_text(), (str(program), *arguments)
     else:
-        exec(case)
-        break
-"""
+        code = textwrap.dedent(program)
+    with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
+        request = {
+            "code": code,
+            "arguments": arguments,
+            "folder": str(folder),
+            "filters": filters,
+            "files": [out.name, err.name],
+        }
+        status = _server(imported).exit_code_of(request)
+        return Done(arguments, status, out.read(), err.read())
 
 
-def outputs(before: str, cases: dict[K, str]) -> dict[K, str]:
-    """Run each case in a fork of an interpreter that ran ``before``; return what each printed."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", before + FORKS.format(cases=[*cases.values()])],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_WITH_PROCESSES,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    texts, lines = [], []
-    for line in done.stdout.splitlines():
-        if line.startswith("end "):
-            assert line == "end 0", ([*cases][len(texts)], done.stderr)
-            texts.append("\n".join(lines))
-            lines.clear()
-        else:
-            lines.append(line)
-    return dict(zip(cases, texts, strict=True))
+def output(program: str | pathlib.Path, *arguments: str, **options: object) -> str:
+    """Run a program as `run` does; it must exit with 0, and write nothing to stderr."""
+    done = run(program, *arguments, **options)
+    assert (done.returncode, done.stderr) == (0, ""), done
+    return done.stdout
+
+
+_SERVER = "from tests import fork_server; exec(*fork_server.serve"
+
+
+@functools.cache
+def _server(imported: tuple[str, ...]) -> _Server:
+    return _Server(imported)
+
+
+class _Server:
+    """A process that runs `tests.fork_server`."""
+
+    def __init__(self, imported: tuple[str, ...]) -> None:
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        self._process = subprocess.Popen(
+            [sys.executable, "-W", "error", "-c", f"{_SERVER}(*{imported}))"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env={
+                **os.environ,
+                "PYTHONPATH": path,
+                "PYTHONWARNINGS": "",
+                # Also where the name of the machine leads to no address of it.
+                "GLOO_SOCKET_IFNAME": "lo",
+                "TP_SOCKET_IFNAME": "lo",
+            },
+            start_new_session=True,
+        )
+        atexit.register(self._close)
+
+    def exit_code_of(self, request: dict[str, object]) -> int:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        give_up = threading.Timer(PATIENCE_WITH_PROCESSES, os.killpg, (self._process.pid, 9))
+        give_up.start()
+        try:
+            print(json.dumps(request), file=self._process.stdin, flush=True)
+            answer = self._process.stdout.readline()
+        finally:
+            give_up.cancel()
+            give_up.join()
+        assert answer, "the program hangs, or the server cannot start"
+        return int(answer)
+
+    def _close(self) -> None:
+        with self._process:
+            assert self._process.stdin is not None
+            self._process.stdin.close()

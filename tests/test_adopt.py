@@ -6,8 +6,6 @@ import abc
 import asyncio
 import concurrent.futures
 import gc
-import subprocess
-import sys
 import threading
 import warnings
 import weakref
@@ -31,8 +29,9 @@ from torchfut_aio import (
 )
 from torchfut_aio._adopt import _adopted, once
 
+from . import forks
 from .loops import on_asyncio, on_every_loop
-from .threads import PATIENCE, PATIENCE_WITH_PROCESSES, alongside, running
+from .threads import PATIENCE, alongside, running
 
 
 class Stop(Exception):
@@ -493,9 +492,7 @@ async def main():
     return await fut
 print(anyio.run(main))
 """
-    command = [sys.executable, "-W", "error", "-c", program]
-    told = subprocess.check_output(command, text=True, timeout=PATIENCE_WITH_PROCESSES)
-    assert told == "5\n"
+    assert forks.output(program) == "5\n"
 
 
 def test_a_coroutine_is_refused_with_a_cure():

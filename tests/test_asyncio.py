@@ -9,9 +9,7 @@ import os
 import re
 import resource
 import signal
-import subprocess
 import sys
-import textwrap
 import threading
 import time
 import weakref
@@ -24,8 +22,9 @@ from torchfut_aio import Future
 from torchfut_aio._loops import _asyncio
 from torchfut_aio._loops._asyncio import AsyncioLoop
 
+from . import forks
 from .loops import on_asyncio
-from .threads import PATIENCE, PATIENCE_WITH_PROCESSES, alongside, running, until
+from .threads import PATIENCE, alongside, running, until
 from .waiting import eventually
 
 
@@ -674,14 +673,8 @@ IMPORTS = "import asyncio, threading, time, torchfut_aio"
 @pytest.mark.parametrize("first", ["the monitor", "this package"])
 def test_what_watches_handles_finds_the_task_that_takes_long(first):
     begin = [SLOW_STEP_MONITOR, IMPORTS] if first == "the monitor" else [IMPORTS, SLOW_STEP_MONITOR]
-    done = subprocess.run(
-        [sys.executable, "-c", "\n".join([*begin, SLOW_STEPS])],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_WITH_PROCESSES,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("'1'") >= 2, done.stdout  # more may be slow on a busy machine
+    printed = forks.output("\n".join([*begin, SLOW_STEPS]))
+    assert printed.count("'1'") >= 2, printed  # more may be slow on a busy machine
 
 
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="new in Python 3.12")
@@ -768,10 +761,4 @@ def test_exit_with_tasks_and_daemon_threads_waiting_and_a_thread_completing_is_c
         asyncio.run(main())
         threading.Thread(target=never.wait, daemon=True).start()
     """
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(program)],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_WITH_PROCESSES,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert forks.output(program) == ""

@@ -11,8 +11,6 @@ import functools
 import gc
 import math
 import pickle
-import subprocess
-import sys
 import threading
 import time
 import weakref
@@ -38,12 +36,11 @@ from torchfut_aio import (
 )
 from torchfut_aio.serving import _batch_worker, _batcher, _owner_loop
 
-from . import explorer
+from . import explorer, forks
 from .accelerator import being_filled
-from .forks import outputs
 from .loops import on_asyncio, on_every_loop
 from .meanings import LISTS, NOT_LISTS
-from .threads import PATIENCE, PATIENCE_WITH_PROCESSES, alongside, no_thread_starts, running, until
+from .threads import PATIENCE, alongside, no_thread_starts, running, until
 from .waiting import Reader, eventually, polled
 
 NAME = "torchfut_aio batcher in a test"
@@ -967,19 +964,16 @@ async def main():
 """
 
 
-@pytest.fixture(scope="module")
-def forked():
-    runs = {
-        "asyncio": "asyncio.run(main())",
-        "uvloop": "uvloop.run(main())",
-        "trio": "trio.run(main)",
-    }
-    return outputs(FORKED, runs)
+RUN = {
+    "asyncio": "asyncio.run(main())",
+    "uvloop": "uvloop.run(main())",
+    "trio": "trio.run(main)",
+}
 
 
-@pytest.mark.parametrize("loop", ["asyncio", "uvloop", "trio"])
-def test_a_forked_child_has_to_enter_an_async_batcher_itself(loop, forked):
-    error, result = forked[loop].splitlines()
+@pytest.mark.parametrize("loop", RUN)
+def test_a_forked_child_has_to_enter_an_async_batcher_itself(loop):
+    error, result = forks.output(FORKED + RUN[loop], filters="ignore").splitlines()
     assert "a process that was forked has to enter it again" in error
     assert result == "10"
 
@@ -999,7 +993,7 @@ else:
     batcher.close()
     os._exit(ended.done())
 """
-    assert outputs(program, {"child": "pass"}) == {"child": ""}
+    assert forks.output(program, filters="ignore") == ""
 
 
 def test_close_refuses_to_wait_for_a_loop_of_its_thread(two_loops):
@@ -1253,14 +1247,7 @@ for each in (queued_at_exit, idle_at_exit, forked):
 
 
 def test_an_exit_completes_what_is_queued_and_waits_for_no_idle_thread_and_a_fork_begins_anew():
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", PROGRAM],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_WITH_PROCESSES,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    queued, waited, forked = done.stdout.strip().split("\n\n")
+    queued, waited, forked = forks.output(PROGRAM).strip().split("\n\n")
     assert queued.split() == ["0", "2", "4", "6", "8"]
     assert float(waited) < _batch_worker._LINGER / 2
     assert forked.split() == ["0", "14", "2"]

@@ -7,11 +7,8 @@ import asyncio
 import contextlib
 import gc
 import json
-import os
 import pathlib
 import re
-import subprocess
-import sys
 import threading
 import time
 import weakref
@@ -44,9 +41,10 @@ from torchfut_aio.debug import PendingFuture, PendingStream, Recording, Waiter, 
 from torchfut_aio.serving._stream import state_of
 from torchfut_aio.serving._stream_state import StreamState
 
+from . import forks
 from .explorer import strikes
 from .loops import on_asyncio, on_every_loop
-from .threads import PATIENCE, PATIENCE_WITH_PROCESSES, has_gil, needs_gil, until
+from .threads import PATIENCE, has_gil, needs_gil, until
 from .waiting import eventually
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -977,8 +975,8 @@ print(errors, sorted(found, key=str))
 """
 
 
-def test_listing_what_waits_disturbs_no_other_thread(tmp_path):
-    printed = printed_by("-c", STRESS.replace("ROUNDS", "300"), folder=tmp_path)
+def test_listing_what_waits_disturbs_no_other_thread():
+    printed = forks.output(STRESS.replace("ROUNDS", "300"), filters="")
     errors, _, found = printed.partition(" ")
     assert errors == "[]", printed
     for (place,) in (seen_at("numbers"), seen_at("read")):
@@ -994,24 +992,17 @@ SHOWN = re.findall(
 )
 
 
-def printed_by(*arguments, folder):
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_WITH_PROCESSES,
-    )
+def printed_by(program, *arguments, folder):
+    done = forks.run(program, *arguments, folder=folder)
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return done.stdout  # torch's profiler writes to stderr
 
 
 @shows_places
 @pytest.mark.parametrize(("code", "expected"), SHOWN, ids=range(len(SHOWN)))
 def test_the_guides_examples_print_what_it_says(tmp_path, code, expected):
     (tmp_path / "app.py").write_text(code)
-    printed = printed_by("-W", "error", "app.py", folder=tmp_path)
+    printed = printed_by(pathlib.Path("app.py"), folder=tmp_path)
     assert printed == expected or not expected
 
 

@@ -8,7 +8,6 @@ import contextvars
 import functools
 import gc
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -32,12 +31,12 @@ from torchfut_aio.distributed import (
     shutdown,
 )
 
-from . import explorer, services
+from . import explorer, forks, services
 from .accelerator import FIRST, NEW, being_filled, read_on_current_stream
 from .cluster import LOOPS, Cluster
 from .forks import outputs
 from .loops import on_every_loop
-from .threads import PATIENCE, PATIENCE_WITH_PROCESSES, no_thread_starts, running, until
+from .threads import PATIENCE, no_thread_starts, running, until
 
 every_loop = pytest.mark.parametrize("loop", LOOPS)
 needs_rpc = pytest.mark.usefixtures("tensorpipe")
@@ -310,9 +309,7 @@ print("exits")
 def test_a_process_with_calls_in_flight_may_simply_exit(tmp_path):
     path = tmp_path / "program.py"
     path.write_text(EXITS.replace("FOLDER", str(tmp_path)))
-    done = subprocess.run(
-        [sys.executable, path], capture_output=True, text=True, timeout=PATIENCE_WITH_PROCESSES
-    )
+    done = forks.run(path, filters="")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["exits", "cleaned up", "cleaned up"]
 

@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import pathlib
 import re
-import subprocess
-import sys
 
 import pytest
 
-from .threads import PATIENCE, PATIENCE_WITH_PROCESSES
+from . import forks
+from .threads import PATIENCE
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 
 
 def printed_by(example, *arguments):
     """What an example prints; it has to end well, and without a warning."""
-    done = subprocess.run(
-        [sys.executable, "-W", "error", EXAMPLES / example, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_WITH_PROCESSES,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    return done.stdout
+    return forks.output(EXAMPLES / example, *arguments)
 
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop", "trio"])

@@ -7,8 +7,6 @@ import dataclasses
 import importlib.metadata
 import pathlib
 import pickle
-import subprocess
-import sys
 import typing
 
 import pytest
@@ -16,20 +14,9 @@ import pytest
 import torchfut_aio
 from torchfut_aio import debug, distributed
 
-from .threads import PATIENCE_WITH_PROCESSES
+from . import forks
 
 ROOT = pathlib.Path(__file__).parents[1]
-
-
-def python(program, *options):
-    done = subprocess.run(
-        [sys.executable, "-W", "error", *options, "-c", program],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_WITH_PROCESSES,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_importing_imports_neither_trio_nor_uvloop_nor_rpc():
@@ -49,7 +36,7 @@ assert asyncio.run(main()) == 10
 print([m for m in sys.modules if m.split(".")[0] in ("trio", "uvloop", "anyio", "sniffio")])
 """
     # Not one module beyond torch's own, whatever torch's version imports by itself.
-    assert python(program).split() == ["[]", "[]"]
+    assert forks.output(program).split() == ["[]", "[]"]
 
 
 def test_the_sources_of_a_library_are_imported_when_one_is_adopted():
@@ -69,7 +56,7 @@ imported()
 
 
 def test_importing_and_using_it_never_initialises_an_accelerator():
-    told = python(
+    told = forks.output(
         "import torch, torchfut_aio; fut = torchfut_aio.Future(); fut.set_result(torch.ones(2));"
         "fut.then(lambda f: f.wait()).wait(); print(torch.cuda.is_initialized())"
     )
@@ -77,7 +64,7 @@ def test_importing_and_using_it_never_initialises_an_accelerator():
 
 
 def test_it_works_without_trio_uvloop_and_anyio():
-    told = python(
+    told = forks.output(
         "import sys; sys.modules.update(trio=None, uvloop=None, anyio=None);"
         "import asyncio, torchfut_aio; fut = torchfut_aio.Future(); fut.set_result(5);"
         "print(asyncio.run(asyncio.wait_for(fut, 9)))"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import subprocess
 import sys
 import textwrap
 import threading
@@ -14,10 +13,9 @@ import pytest
 from torchfut_aio import _threads
 from torchfut_aio._threads import BlockingThread, Worker
 
-from . import explorer
+from . import explorer, forks
 from .threads import (
     PATIENCE,
-    PATIENCE_WITH_PROCESSES,
     cannot_start,
     no_thread_starts,
     running,
@@ -344,14 +342,7 @@ def test_an_end_at_any_point_of_a_submission_does_not_hang_and_loses_nothing():
 
 
 def python(program):
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", PRELUDE + textwrap.dedent(program)],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_WITH_PROCESSES,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    return done.stdout
+    return forks.output(PRELUDE + textwrap.dedent(program))
 
 
 PRELUDE = """

@@ -7,9 +7,7 @@ import concurrent.futures
 import gc
 import itertools
 import math
-import subprocess
 import sys
-import textwrap
 import threading
 import time
 import weakref
@@ -30,12 +28,11 @@ from torchfut_aio import (
     with_timeout,
 )
 
-from . import explorer
+from . import explorer, forks
 from .accelerator import NEW, being_filled
 from .loops import on_asyncio, on_every_loop
 from .threads import (
     PATIENCE,
-    PATIENCE_WITH_PROCESSES,
     alongside,
     cannot_start,
     no_thread_starts,
@@ -528,7 +525,7 @@ def test_a_thread_that_runs_out_of_memory_at_any_step_leaves_no_future_pending()
 
 @pytest.mark.parametrize("there_is_a_thread", [False, True])
 def test_a_real_ctrl_c_stops_no_later_timeout(there_is_a_thread):
-    printed = run(f"""
+    printed = forks.output(f"""
         import logging, signal, sys, time
         from torchfut_aio import Future, _timeouts, with_timeout
 
@@ -702,19 +699,8 @@ def test_finalisers_may_complete_sources_and_set_timeouts_in_the_middle_of_anyth
 # -------------------------------------------------------------------------- processes
 
 
-def run(program):
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(program)],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_WITH_PROCESSES,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    return done.stdout
-
-
 def test_the_interpreter_exits_at_once_with_a_timeout_pending():
-    printed = run("""
+    printed = forks.output("""
         import atexit, threading, time
         from torchfut_aio import Future, with_timeout
 
@@ -725,7 +711,7 @@ def test_the_interpreter_exits_at_once_with_a_timeout_pending():
 
 
 def test_a_forked_child_has_timeouts_of_its_own():
-    printed = run("""
+    printed = forks.output("""
         import os, sys, warnings
         from torchfut_aio import Future, with_timeout
 
@@ -745,7 +731,7 @@ def test_a_forked_child_has_timeouts_of_its_own():
 
 
 def test_a_timeout_that_a_forked_child_inherits_fires_there_too():
-    printed = run("""
+    printed = forks.output("""
         import os, warnings
         from torchfut_aio import Future, with_timeout
 

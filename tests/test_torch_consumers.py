@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import pathlib
-import subprocess
-import sys
 import threading
 import weakref
 
@@ -13,7 +11,8 @@ import torch
 
 from torchfut_aio import Future
 
-from .threads import PATIENCE, PATIENCE_WITH_PROCESSES, running, until
+from . import forks
+from .threads import PATIENCE, running, until
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -148,12 +147,6 @@ finally:
 """
     path = tmp_path / "program.py"
     path.write_text(program)
-    done = subprocess.run(
-        [sys.executable, path],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_WITH_PROCESSES,
-        cwd=ROOT,
-    )
+    done = forks.run(path, filters="")
     assert done.returncode == 0, done.stderr
     assert done.stdout.split("\n") == ["raised True", "raised True", ""]

@@ -7,8 +7,6 @@ import concurrent.futures
 import contextlib
 import gc
 import logging
-import subprocess
-import sys
 
 import anyio
 import pytest
@@ -25,8 +23,9 @@ from torchfut_aio import (
     with_timeout,
 )
 
+from . import forks
 from .loops import on_every_loop
-from .threads import PATIENCE, PATIENCE_WITH_PROCESSES
+from .threads import PATIENCE
 
 LOGGER = "torchfut_aio.unretrieved"
 
@@ -235,10 +234,4 @@ def test_a_logger_of_its_own_switches_it_off(logged, caplog):
 
 def test_nothing_is_logged_while_the_interpreter_exits():
     program = "import torchfut_aio; f = torchfut_aio.Future(); f.set_exception(ValueError())"
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", program],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_WITH_PROCESSES,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert forks.output(program) == ""

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import gc
-import os
-import subprocess
 import sys
 import threading
 import time
@@ -24,9 +22,10 @@ from torchfut_aio._devices import RecordedEvent, _watcher, record_event
 from torchfut_aio._devices._watcher import Watcher, watcher_of
 from torchfut_aio._loops import _alarm
 
+from . import forks
 from .accelerator import DEVICE, FIRST, NEW, completed_on
 from .loops import on_asyncio, on_every_loop
-from .threads import PATIENCE, PATIENCE_WITH_PROCESSES, no_thread_starts, running
+from .threads import PATIENCE, no_thread_starts, running
 from .waiting import Reader, eventually, pending, polled
 
 pytestmark = pytest.mark.device
@@ -515,16 +514,7 @@ async def wait(stream):
 
 
 def program_ends(body):
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", PROGRAM.format(body)],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_WITH_PROCESSES,
-        env={**os.environ, "PYTHONWARNINGS": ""},
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    return done.stdout
+    return forks.output(PROGRAM.format(body))
 
 
 @pytest.mark.skipif(DEVICE != "sim", reason="written for the simulated device")
