@@ -52,10 +52,6 @@ def pytest_terminal_summary(
         terminalreporter.write_line(f"to repeat this order: --randomly-seed={seed}")
 
 
-def pytest_collection_finish() -> None:
-    explorer.freeze()
-
-
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Fails a run that was to be without the GIL, if anything has turned it on."""
     has_none = sysconfig.get_config_var("Py_GIL_DISABLED") and os.environ.get("PYTHON_GIL") == "0"
@@ -63,18 +59,30 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         pytest.exit("the GIL is on, so these tests have not run without it", returncode=1)
 
 
-@pytest.fixture(autouse=True)
-def nothing_blocks_a_loop() -> Iterator[BlockBuster]:
-    """Raises in whatever makes a blocking call while an asyncio or uvloop loop runs."""
+@pytest.fixture(scope="module", autouse=True)
+def collections_are_quick() -> None:
+    """Spares the garbage collector what earlier tests have imported and cached."""
+    explorer.freeze()
+
+
+@pytest.fixture(scope="session")
+def block_buster() -> Iterator[BlockBuster]:
+    """One for all tests: it takes longer to activate it than many a test."""
     buster = BlockBuster()
     # pytest itself looks for source files while it rewrites assertions.
     buster.functions["os.stat"].can_block_in("_pytest/assertion/rewrite.py", {"exec_module"})
     # A pool that has become garbage takes leave of its tracker in whatever thread collects it.
     tracker = "multiprocessing/resource_tracker.py"
     buster.functions["os.write"].can_block_in(tracker, {"_send", "_write"})
-    buster.activate()
     yield buster
     buster.deactivate()
+
+
+@pytest.fixture(autouse=True)
+def nothing_blocks_a_loop(block_buster: BlockBuster) -> BlockBuster:
+    """Raises in whatever makes a blocking call while an asyncio or uvloop loop runs."""
+    block_buster.activate()  # unless it is active, as most tests leave it
+    return block_buster
 
 
 @pytest.fixture(autouse=True)

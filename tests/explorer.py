@@ -22,6 +22,7 @@ import os
 import sys
 import threading
 import traceback
+import weakref
 from collections.abc import Callable, Iterator
 from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import Any
@@ -98,7 +99,7 @@ class Strike:
         self._do = do
         self._points = {"signals": _signal_points, "calls": _calls, "instructions": _all}[at]
         self._tracer = (_Settrace if sys.version_info < (3, 12) else _Monitoring)(self)
-        self._last: dict[FrameType, int] = {}  # the last instruction of each frame
+        self._frames: dict[FrameType, _PointsOfFrame] = {}
 
     def __repr__(self) -> str:
         return f"<{self.error!r} at {self.where}>"
@@ -115,30 +116,31 @@ class Strike:
         self._tracer.stop()
         if self._collects:
             gc.enable()
-        self._last.clear()
+        self._frames.clear()
         self._outside.clear()
         self.raised = error is self.error
         return self.raised
 
-    def concerns(self, code: CodeType) -> bool:
-        """Tells whether to call `step` in this code, as far as is known from the outside."""
-        return self.where is None and code.co_filename.startswith(self.files)
+    def points_of(self, frame: FrameType) -> _PointsOfFrame | None:
+        """Return what counts the points of a frame; None if it is not to be struck."""
+        if self.where is not None or not frame.f_code.co_filename.startswith(self.files):
+            return None
+        if frame in self._outside or not self._is_thread_to_strike():
+            return None
+        points = self._frames.get(frame)
+        if points is None:
+            points = self._frames[frame] = _PointsOfFrame(self, *self._points(frame.f_code))
+        return points
 
-    def step(self, frame: FrameType) -> None:
-        """Is called before each instruction."""
-        if self.where is not None or frame in self._outside:
-            return
+    def _is_thread_to_strike(self) -> bool:
         if self.thread is None:
-            if threading.get_ident() != self._entered_by:
-                return
-        elif threading.current_thread().name != self.thread:
-            return
-        last, now = self._last.get(frame, -1), frame.f_lasti
-        self._last[frame] = now
-        if not self._points(frame.f_code)(last, now):
-            return
-        if self._left > 0:
-            self._left -= 1
+            return threading.get_ident() == self._entered_by
+        return threading.current_thread().name == self.thread
+
+    def pass_point(self, frame: FrameType) -> None:
+        """Strike at this point, or count it."""
+        self._left -= 1
+        if self._left != -1:
             return
         code = frame.f_code
         name = getattr(code, "co_qualname", code.co_name)
@@ -146,6 +148,30 @@ class Strike:
         if self._do is None:
             raise self.error
         self._do()
+
+
+class _PointsOfFrame:
+    """Which instructions of a frame are points; refers to no frame, which would make a cycle."""
+
+    __slots__ = ("after", "at", "handlers", "last", "strike")
+
+    def __init__(
+        self, strike: Strike, at: frozenset[int], after: frozenset[int], handlers: frozenset[int]
+    ) -> None:
+        self.strike, self.at, self.after, self.handlers = strike, at, after, handlers
+        self.last = -1
+
+    def step(self, frame: FrameType) -> None:
+        """Be called before each instruction, which is what takes the time of a series."""
+        last = self.last
+        self.last = now = frame.f_lasti
+        if now in self.at or (last in self.after and now not in self.handlers):
+            self.strike.pass_point(frame)
+
+    def trace(self, frame: FrameType, event: str, arg: object) -> Any:
+        if event == "opcode":
+            self.step(frame)
+        return self.trace
 
 
 class _Settrace:
@@ -165,15 +191,11 @@ class _Settrace:
         threading.settrace(self._before[1])  # type: ignore[arg-type]
 
     def _enter_frame(self, frame: FrameType, event: str, arg: object) -> Any:
-        if not self._strike.concerns(frame.f_code):
+        points = self._strike.points_of(frame)
+        if points is None:
             return None
         frame.f_trace_opcodes = True
-        return self._step
-
-    def _step(self, frame: FrameType, event: str, arg: object) -> Any:
-        if event == "opcode":
-            self._strike.step(frame)
-        return self._step
+        return points.trace
 
 
 class _Monitoring:
@@ -190,7 +212,10 @@ class _Monitoring:
         _monitoring.register_callback(_TOOL, _monitoring.events.INSTRUCTION, None)
 
     def _step(self, code: CodeType, offset: int) -> None:
-        self._strike.step(sys._getframe(1))
+        frame = sys._getframe(1)
+        points = self._strike.points_of(frame)
+        if points is not None:
+            points.step(frame)
 
 
 _TOOL = 4
@@ -218,7 +243,7 @@ def _watch(files: tuple[str, ...]) -> None:
             _monitoring.set_local_events(_TOOL, code, _monitoring.events.INSTRUCTION)
 
 
-_frozen: list[FunctionType] = []
+_frozen: weakref.WeakSet[FunctionType] = weakref.WeakSet()
 
 
 def freeze() -> None:
@@ -228,7 +253,7 @@ def freeze() -> None:
     test asks for, and each series of strikes, would take a tenth of a second for them.
     """
     gc.collect()
-    _frozen.extend(thing for thing in gc.get_objects() if type(thing) is FunctionType)
+    _frozen.update(thing for thing in gc.get_objects() if type(thing) is FunctionType)
     gc.freeze()
 
 
@@ -250,7 +275,9 @@ def _with_nested(code: CodeType) -> Iterator[CodeType]:
             yield from _with_nested(constant)
 
 
-_Points = Callable[[int, int], bool]
+# The offsets of instructions: a point is at one of the first, or follows one of the second in the
+# order of execution, unless it is one of the third.
+_Points = tuple[frozenset[int], frozenset[int], frozenset[int]]
 
 
 @functools.cache
@@ -271,25 +298,24 @@ def _signal_points(code: CodeType) -> _Points:
         if instructions[last].opname == "RESUME" and (instructions[last].arg or 0) & 3 < 2
     }
     # A call that raised leads to a handler, and signals are not looked for on the way there.
-    handlers = {entry.target for entry in dis._parse_exception_table(code)}
-    return lambda last, now: (
-        now not in handlers and (last in called or now in entries or now in backward)
-    )
+    handlers = frozenset(entry.target for entry in dis._parse_exception_table(code))
+    return frozenset(entries | backward) - handlers, frozenset(called), handlers
 
 
 @functools.cache
 def _calls(code: CodeType) -> _Points:
     instructions = [i for i in dis.get_instructions(code) if i.opname != "PRECALL"]
-    called = {
+    called = frozenset(
         i.offset
         for n, i in enumerate(instructions)
         if _is_call(i) and not _ends_with(instructions[n - 3 : n])
-    }
-    return lambda _last, now: now in called
+    )
+    return called, frozenset(), frozenset()
 
 
-def _all(_code: CodeType) -> _Points:
-    return lambda _last, _now: True
+@functools.cache
+def _all(code: CodeType) -> _Points:
+    return frozenset(range(0, len(code.co_code), 2)), frozenset(), frozenset()
 
 
 def _ends_with(before: list[dis.Instruction]) -> bool:
