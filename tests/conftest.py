@@ -52,11 +52,13 @@ def pytest_terminal_summary(
         terminalreporter.write_line(f"to repeat this order: --randomly-seed={seed}")
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
+@pytest.fixture(scope="session", autouse=True)
+def nothing_turns_the_gil_on() -> Iterator[None]:
     """Fails a run that was to be without the GIL, if anything has turned it on."""
+    yield
     has_none = sysconfig.get_config_var("Py_GIL_DISABLED") and os.environ.get("PYTHON_GIL") == "0"
     if has_none and sys._is_gil_enabled():
-        pytest.exit("the GIL is on, so these tests have not run without it", returncode=1)
+        pytest.fail("the GIL is on, so these tests have not run without it")
 
 
 @pytest.fixture(scope="module", autouse=True)
