@@ -45,14 +45,12 @@ def blocks(language: str) -> list[Block]:
     return found
 
 
-_EXIT = "\n__import__('tests.fork_server').fork_server.exit_without_modules()"
-
-
 def run(program: str) -> forks.Done:
     """Run a program of a page in a process of its own."""
     return forks.run(
-        program + _EXIT,
+        program,
         imported=("torch", "anyio", "trio", "torchfut_aio"),
         # What rpc.init_rpc() of PyTorch warns of, about itself.
         filters="error,ignore:You are using a Backend:UserWarning",
+        finalizes=False,
     )

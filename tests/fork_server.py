@@ -68,7 +68,7 @@ def _program(
 
 
 def exit_without_modules() -> None:
-    """Exit as the interpreter does, but leave the modules: torch's take longer than all else."""
+    """Exit as the interpreter does, but take down no module except the main one."""
     threading._shutdown()
     atexit._run_exitfuncs()
     sys.modules["__main__"].__dict__.clear()

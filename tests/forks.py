@@ -30,6 +30,7 @@ def run(
     *arguments: str,
     imported: tuple[str, ...] = ("torch",),
     filters: str = "error",
+    finalizes: bool = True,
     folder: str | pathlib.Path = ".",
 ) -> Done:
     """Run a program in a fork of an interpreter that has imported some modules.
@@ -39,12 +40,16 @@ def run(
         *arguments: What ``sys.argv`` has beside the path.
         imported: What the program finds imported.
         filters: What ``-W`` would be given; if more than one, with commas between; or "".
+        finalizes: Whether the interpreter takes down its modules at the end. For torch's, that
+            takes longer than most programs.
         folder: Where it runs. It finds the package of this checkout all the same.
     """
     if isinstance(program, pathlib.Path):
         code, arguments = (folder / program).read_text(), (str(program), *arguments)
     else:
         code = textwrap.dedent(program)
+    if not finalizes:
+        code += "\n__import__('tests.fork_server').fork_server.exit_without_modules()"
     with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
         request = {
             "code": code,
