@@ -20,9 +20,12 @@ import anyio
 
 from .threads import PATIENCE, PATIENCE_WITH_PROCESSES
 
-# A process that is forked from one that has imported PyTorch starts at once.
-_processes = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
-_processes.set_forkserver_preload(["torch.distributed._functional_collectives", "tests.services"])
+# A process that is forked from one that has imported what it needs starts at once. There is one
+# such server for all; it ignores what is not installed.
+PROCESSES = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+PROCESSES.set_forkserver_preload(
+    ["torch.distributed._functional_collectives", "tests.services", "tests.http_service"]
+)
 
 LOOPS = {
     "asyncio": {"backend": "asyncio"},
@@ -44,8 +47,8 @@ class Cluster:
         self._pipes = []
         self.processes = []
         for rank in range(size):
-            ours, theirs = _processes.Pipe()
-            process = _processes.Process(
+            ours, theirs = PROCESSES.Pipe()
+            process = PROCESSES.Process(
                 target=_work,
                 args=(theirs, rank, size, self._folder.name, uvloop, rpc),
                 name=f"worker{rank}",

@@ -54,7 +54,7 @@ def pytest_terminal_summary(
 
 @pytest.fixture(scope="session", autouse=True)
 def nothing_turns_the_gil_on() -> Iterator[None]:
-    """Fails a run that was to be without the GIL, if anything has turned it on."""
+    """Fail a run that was to be without the GIL, if anything has turned it on."""
     yield
     has_none = sysconfig.get_config_var("Py_GIL_DISABLED") and os.environ.get("PYTHON_GIL") == "0"
     if has_none and sys._is_gil_enabled():
@@ -63,13 +63,13 @@ def nothing_turns_the_gil_on() -> Iterator[None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def collections_are_quick() -> None:
-    """Spares the garbage collector what earlier tests have imported and cached."""
+    """Spare the garbage collector what earlier tests have imported and cached."""
     explorer.freeze()
 
 
 @pytest.fixture(scope="session")
 def block_buster() -> Iterator[BlockBuster]:
-    """One for all tests: it takes longer to activate it than many a test."""
+    """Patch blocking calls for all tests, as that takes longer than many a test."""
     buster = BlockBuster()
     # pytest itself looks for source files while it rewrites assertions.
     buster.functions["os.stat"].can_block_in("_pytest/assertion/rewrite.py", {"exec_module"})
@@ -82,7 +82,7 @@ def block_buster() -> Iterator[BlockBuster]:
 
 @pytest.fixture(autouse=True)
 def nothing_blocks_a_loop(block_buster: BlockBuster) -> BlockBuster:
-    """Raises in whatever makes a blocking call while an asyncio or uvloop loop runs."""
+    """Raise an error in code that blocks while an asyncio or uvloop loop runs."""
     block_buster.activate()  # unless it is active, as most tests leave it
     return block_buster
 

@@ -151,7 +151,10 @@ class Strike:
 
 
 class _PointsOfFrame:
-    """Which instructions of a frame are points; refers to no frame, which would make a cycle."""
+    """The points of a frame, and its last instruction.
+
+    It keeps no reference to the frame: that would be a cycle, which only the collector breaks.
+    """
 
     __slots__ = ("after", "at", "handlers", "last", "strike")
 
@@ -162,7 +165,7 @@ class _PointsOfFrame:
         self.last = -1
 
     def step(self, frame: FrameType) -> None:
-        """Be called before each instruction, which is what takes the time of a series."""
+        """Strike before this instruction, or count it; a series spends most of its time here."""
         last = self.last
         self.last = now = frame.f_lasti
         if now in self.at or (last in self.after and now not in self.handlers):
@@ -275,8 +278,8 @@ def _with_nested(code: CodeType) -> Iterator[CodeType]:
             yield from _with_nested(constant)
 
 
-# The offsets of instructions: a point is at one of the first, or follows one of the second in the
-# order of execution, unless it is one of the third.
+# Three sets of offsets. A point is at an offset of the first set, or directly after one of the
+# second, unless it is in the third.
 _Points = tuple[frozenset[int], frozenset[int], frozenset[int]]
 
 

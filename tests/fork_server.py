@@ -1,7 +1,7 @@
 """An interpreter that forks itself for each program: see `tests.forks`.
 
-It imports what it is asked to, and else only what the interpreter itself has imported or torch
-does: some programs look at what is imported.
+It imports nothing that torch does not import, except for the modules that it is asked for: some
+programs check what is imported.
 """
 
 import atexit
@@ -31,8 +31,8 @@ def serve(*modules: str) -> tuple[CodeType, dict[str, Any]]:
     os.dup2(nothing, 1)
     os.close(nothing)
     gc.collect()
-    # A collection in a fork would copy all of this memory. So what is imported by now is never
-    # collected, also not at exit: a program that looks at that has to import the rest itself.
+    # A collection in a fork would copy all of this memory. What is frozen is not collected at exit
+    # either, so a program that tests the exit must import the package after the fork.
     gc.freeze()
     for line in requests:
         child = os.fork()

@@ -1,8 +1,7 @@
 """Programs that each need an interpreter of their own, in forks of one that has imported torch.
 
-A new interpreter would take seconds to import torch; a fork of one starts in milliseconds. What a
-program prints, how it exits, and what the interpreter does then is as with ``python -W error``.
-Each takes the memory, modules and hash seed of the server, and shares no state with other forks.
+A new interpreter takes seconds to import torch, and a fork starts in milliseconds. A program runs
+and exits as with ``python -W error``. `tests.cluster` has processes that serve several requests.
 """
 
 from __future__ import annotations
@@ -38,11 +37,11 @@ def run(
     Args:
         program: Its text, or its path.
         *arguments: What ``sys.argv`` has beside the path.
-        imported: What the program finds imported.
-        filters: What ``-W`` would be given; if more than one, with commas between; or "".
+        imported: The modules that are imported before the fork.
+        filters: The value of ``PYTHONWARNINGS`` to emulate.
         finalizes: Whether the interpreter takes down its modules at the end. For torch's, that
             takes longer than most programs.
-        folder: Where it runs. It finds the package of this checkout all the same.
+        folder: The working directory. The package of this checkout can be imported anyway.
     """
     if isinstance(program, pathlib.Path):
         code, arguments = (folder / program).read_text(), (str(program), *arguments)

@@ -6,7 +6,6 @@ import asyncio
 import importlib
 import json
 import math
-import multiprocessing
 import os
 import pathlib
 import random
@@ -21,6 +20,7 @@ from typing import ClassVar
 
 import pytest
 
+from .cluster import PROCESSES
 from .threads import PATIENCE, PATIENCE_WITH_PROCESSES, until
 
 datasets = pytest.importorskip("sklearn.datasets", reason="the classifier learns from its digits")
@@ -29,10 +29,6 @@ for module in ("starlette", "uvicorn"):
 http_service = importlib.import_module("tests.http_service")  # which needs all of these
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
-
-# They are forked from one that has imported all, which takes seconds.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["tests.http_service"])
 
 
 class Served:
