@@ -110,7 +110,9 @@ class _Server:
         finally:
             give_up.cancel()
             give_up.join()
-        assert answer, "the program hangs, or the server cannot start"
+        if not answer:
+            _server.cache_clear()  # the next program needs another
+            raise AssertionError("the program hangs, or the server cannot start")
         return int(answer)
 
     def _close(self) -> None:
