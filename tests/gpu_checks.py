@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from torchfut_aio import Future, PollPolicy, as_future, set_poll_policy, synchronize, to_host
-from torchfut_aio._devices import _capture, record_event
+from torchfut_aio._devices import _streams, record_event
 
 from .accelerator import DEVICE, FIRST, NEW, SECOND, being_filled, current_stream, write_zeros
 from .threads import PATIENCE, running
@@ -127,7 +127,7 @@ def capture(accelerator: Any) -> None:
         torch.cuda.synchronize()
         assert captured.item() == 2
 
-    assert _capture.mode_exchange("cuda") is not None, "the driver's function was not found"
+    assert _streams.mode_exchange("cuda") is not None, "the driver's function was not found"
 
     def await_then_end() -> None:
         try:

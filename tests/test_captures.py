@@ -27,7 +27,7 @@ from torchfut_aio import (
     wait_all,
     with_timeout,
 )
-from torchfut_aio._devices import _capture
+from torchfut_aio._devices import _streams
 
 from .accelerator import DEVICE, FIRST, NEW, being_filled, completed_on
 from .loops import on_every_loop
@@ -110,7 +110,7 @@ async def test_where_a_thread_has_no_mode_for_it_the_question_is_put_again(
     accelerator, producer, either_policy, monkeypatch, nothing_blocks_a_loop
 ):
     nothing_blocks_a_loop.deactivate()  # threads are started and joined below
-    monkeypatch.setattr(_capture, "mode_exchange", lambda kind: None)
+    monkeypatch.setattr(_streams, "mode_exchange", lambda kind: None)
     own = torch.Event(DEVICE)
     async with anyio.create_task_group() as tg:
         with capturing(accelerator, "global") as errors:

@@ -149,7 +149,7 @@ class _AsCompletedState(_core.DoneCallback):
             future = self.running.get(key)
             readiness = None if future is None else _readiness(future)
             if readiness is not None:
-                readiness.notify_when_ready(loop, partial(_arrive, arrive, key), lambda _: None)
+                readiness.notify_when_ready(loop, partial(_arrive, arrive, key))
             self.watched[loop] = n + 1
 
     def arrive(self, key: int) -> None:

@@ -100,9 +100,9 @@ def copy_when_ready(source: Future[T], target: asyncio.Future[T]) -> None:
     assert loop is not None
     notify = partial(_complete_asyncio, target, outcome)
     try:
-        outcome.readiness.notify_when_ready(loop, notify, target.add_done_callback)
+        target.add_done_callback(outcome.readiness.notify_when_ready(loop, notify))
     except BaseException:
-        target.cancel()  # which ends the wait, if it has begun
+        target.cancel()  # interrupted: nothing else would complete it
         raise
 
 
@@ -111,9 +111,12 @@ def _complete_asyncio(
 ) -> None:
     if target.done():
         return
-    if error is None:
-        if outcome.readiness is not None:
+    if error is None and outcome.readiness is not None:
+        try:
             outcome.readiness.wait()
+        except Exception as exception:
+            error = exception
+    if error is None:
         target.set_result(outcome.value)
     elif isinstance(error, asyncio.CancelledError):
         target.cancel(*error.args[:1])

@@ -1,17 +1,14 @@
 """Accelerators: when is the work of a device done that fills a value?
 
-``_readiness.py`` keeps what a future has to know about that: the tensors in its value
-(``_tensors.py``), and events (``_events.py``, ``_capture.py``) that are recorded on streams
-(``_streams.py``). ``_watcher.py`` tells the tasks of a loop when events are reached:
-``_stream_queue.py`` knows how few to query, ``_schedule.py`` when, ``_policy.py`` what the program
-has set. A `BlockingThread` blocks instead, and ``_background.py``, imported where it is
-used, serves where no loop runs.
+``_readiness.py`` is what a future keeps about that: the tensors in its value (``_tensors.py``), and
+events (``_events.py``) that are recorded on streams (``_streams.py``). ``_watcher.py`` wakes the
+tasks of a loop when events are reached: ``_stream_queue.py`` chooses what to query, and
+``_schedule.py`` when. ``_background.py``, which is imported on demand, does so where no loop runs.
 
-Nothing here knows what a future of this package is.
+Nothing here depends on the futures of this package.
 """
 
 from ._events import RecordedEvent, record_event, says_no_events
-from ._policy import PollPolicy, get_poll_policy, set_poll_policy
 from ._readiness import (
     Moment,
     Readiness,
@@ -19,11 +16,11 @@ from ._readiness import (
     found_readiness,
     joint_readiness,
 )
-from ._statistics import PollStatistics
+from ._schedule import PollPolicy, get_poll_policy, set_poll_policy
 from ._streams import devices_in_use, finish_current_streams, finish_devices
 from ._synchronize import synchronize, to_host
 from ._tensors import HOST_ONLY
-from ._watcher import poll_statistics
+from ._watcher import PollStatistics, poll_statistics
 
 __all__ = [
     "HOST_ONLY",

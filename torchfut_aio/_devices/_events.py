@@ -1,11 +1,11 @@
 """Events that are recorded on streams of the accelerator.
 
-Creating and destroying an event of a device can block, so events are taken from a pool. An event
-goes back when nothing refers to its `RecordedEvent` any more, so that nobody who waits for one
-recording sees the next; and only if it is known to be reached. A pending event that is recorded
-again tells of the later recording on CUDA, but is done at the first on other devices. So an event
-that was given up, or that nobody has asked about, is destroyed: only a query could tell whether
-it is reached, and a query can invalidate another thread's capture of a CUDA graph.
+Creating or destroying an event can block, so events come from a pool. An event returns to the pool
+when its `RecordedEvent` is garbage-collected, so that nothing that waits for one recording sees the
+next. It returns only if it is known to be reached: a pending event that is recorded again reports
+the later recording on CUDA, but the first one on other devices. Any other event is destroyed. A
+query could tell whether it is reached, but a query can invalidate another thread's capture of a
+CUDA graph.
 """
 
 from __future__ import annotations
@@ -18,26 +18,24 @@ from typing import Any
 
 import torch
 
-from ._capture import call_beside_captures, is_of_a_capture
-from ._policy import get_poll_policy
-from ._streams import call_with_current
+from ._schedule import get_poll_policy
+from ._streams import call_beside_captures, call_with_current, is_of_a_capture
 
-# By device, and whether a thread that waits for them blocks rather than spins. To append to a
-# deque and to pop from it are atomic: no lock is needed, and a finaliser may append.
+# By device, and by whether synchronize() blocks rather than spins. append() and pop() of a deque
+# are atomic, so no lock is needed, and a finaliser may append.
 _pools: defaultdict[tuple[torch.device, bool], deque[torch.Event]] = defaultdict(deque)
 
 _ticks = itertools.count()
 
-# A thread that a capture keeps from blocking for an event tries again after so many seconds.
-_CAPTURE = 0.005
+_RETRY = 0.005  # seconds between two calls of synchronize() that a capture refuses
 
 
 class RecordedEvent:
-    """An event, and where in the work of a stream it was recorded, as far as is known.
+    """An event, and its place among the events of its stream.
 
-    A stream reaches its events in the order in which they were recorded, whatever the threads.
-    This one was recorded between the ticks ``begun`` and ``ended``, so the order of two events
-    is known if one ended before the other began.
+    A stream reaches its events in the order in which they were recorded, by any threads. This event
+    was recorded between the ticks ``begun`` and ``ended``. So it comes before another event if it
+    ended before the other one began.
     """
 
     __slots__ = ("_pool", "begun", "ended", "event", "is_reached", "recorded_at", "stream")
@@ -50,8 +48,8 @@ class RecordedEvent:
     ) -> None:
         self.event: Any = event
         self._pool = pool
-        # None where nothing can be told from other events: the program has recorded this one
-        # itself, or the stream is external.
+        # None if other events say nothing about this one: the program has recorded it, or the
+        # stream is external.
         self.stream: tuple[torch.device, int] | None = None
         if stream is not None and not _is_external(stream):
             self.stream = stream.device, stream.stream_id
@@ -60,48 +58,46 @@ class RecordedEvent:
             call_with_current(stream.device, event.record, stream)
         self.ended = next(_ticks)
         self.recorded_at = monotonic()
-        self.is_reached = False  # as far as anybody has found out
+        self.is_reached = False  # as far as is known
 
     def query(self) -> bool:
-        """Tells whether the event is known to be reached; False if a capture forbids to ask."""
-        device = getattr(self.event, "device", None)
-        ask = self.event.query
+        """Return True if the event is known to be reached; False if a capture forbids the query."""
+        event = self.event
         try:
-            self.is_reached = call_with_current(device, call_beside_captures, device, ask)
+            self.is_reached = call_beside_captures(event.device, event.query)
         except RuntimeError as error:
             if not is_of_a_capture(error):
                 raise
         return self.is_reached
 
     def synchronize(self) -> None:
-        """Blocks the thread until the event is reached."""
-        device = self.event.device
-        block = self.event.synchronize
+        """Block the thread until the event is reached."""
+        event = self.event
         while not self.is_reached:
             try:
-                call_with_current(device, call_beside_captures, device, block)
+                call_beside_captures(event.device, event.synchronize)
                 self.is_reached = True
             except RuntimeError as error:
                 if not is_of_a_capture(error):
                     raise
-                sleep(_CAPTURE)
+                sleep(_RETRY)
 
     def order(self, stream: torch.Stream) -> None:
-        """Order ``stream``, which is current on the event's device, after it."""
+        """Order ``stream``, which is current on the event's device, after the event."""
         if self.stream == (stream.device, stream.stream_id):
-            return  # it is in order
+            return  # a stream is in order with itself
         if type(self.event) is not torch.Event:
             stream = _of_own_class(stream)
         call_with_current(stream.device, self.event.wait, stream)
 
     def __del__(self) -> None:
-        # It may have been interrupted before the attributes were set.
+        # __init__ may have raised before these were set.
         if getattr(self, "is_reached", False) and self._pool is not None:
             self._pool.append(self.event)
 
 
 class StreamEnd:
-    """In the place of an event on a device that has none: reached once its stream is idle."""
+    """In place of an event, on a device that has none. It is reached when its stream is idle."""
 
     def record(self, stream: torch.Stream) -> None:
         self.device = stream.device
@@ -112,12 +108,12 @@ class StreamEnd:
 
 
 def _is_external(stream: torch.Stream) -> bool:
-    """Tells whether the stream's id is a pointer, or 2, which is another stream in each thread."""
+    """Return True if the stream's id is a pointer, or 2, a different stream in each thread."""
     return stream.stream_id == 2 or (stream.stream_id > 0xFFFF and stream.stream_id % 2 == 0)
 
 
 def record_event(stream: torch.Stream) -> RecordedEvent:
-    """Records an event at the end of what is enqueued on ``stream`` so far."""
+    """Record an event after the work that is enqueued on ``stream`` so far."""
     device, blocking = stream.device, get_poll_policy().blocking
     pool = _pools[device, blocking]
     try:
@@ -133,14 +129,16 @@ def record_event(stream: torch.Stream) -> RecordedEvent:
 
 
 def says_no_events(error: BaseException) -> bool:
-    """Tells whether ``error`` is what a device says that has no events at all."""
+    """Return True if ``error`` says that the device has no events at all."""
     return issubclass(type(error), RuntimeError) and "doesn't support events" in str(error)
 
 
 def _new_event(device: torch.device, blocking: bool) -> torch.Event:
-    """Returns an event, for which a thread that blocks does not spin if the device has such."""
-    # torch.Event accepts the argument and ignores it. The class of CUDA does not; that of XPU
-    # does not know it; and that of MPS can be recorded on no stream but the default one.
+    """Return a new event; if ``blocking``, one whose synchronize() does not spin, if possible.
+
+    Only CUDA's event class has that option: ``torch.Event`` ignores it, XPU's class raises
+    TypeError, and events of MPS's class can be recorded on the default stream only.
+    """
     kind = getattr(torch.get_device_module(device), "Event", None)
     if blocking and isinstance(kind, type) and issubclass(kind, torch.Event):
         with suppress(TypeError):
@@ -149,8 +147,8 @@ def _new_event(device: torch.device, blocking: bool) -> torch.Event:
 
 
 def _of_own_class(stream: torch.Stream) -> torch.Stream:
-    """Returns ``stream`` as one of the device's own class, where events take no other."""
-    # Those of CUDA took any stream for one of theirs, unchecked, until PyTorch's change 173908.
+    """Return ``stream`` as an instance of the device's own class, for events of such a class."""
+    # CUDA's events took any stream for a CUDA stream, unchecked, until PyTorch's change 173908.
     kind = getattr(torch.get_device_module(stream.device), "Stream", None)
     if kind is None or isinstance(stream, kind):
         return stream

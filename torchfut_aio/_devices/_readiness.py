@@ -33,7 +33,7 @@ from ._streams import (
     on_streams,
 )
 from ._tensors import devices_of, keep_memory, search, tensors
-from ._watcher import Attach, until_reached, watcher_of
+from ._watcher import until_reached, watcher_of
 
 # A value of more parts is not searched to the end, but taken for one that holds tensors.
 _MOST_PARTS = 1000
@@ -78,9 +78,9 @@ class Readiness:
             yield from until_reached(self.events)
             self.events = ()  # so that they go back to the pool
 
-    def notify_when_ready(self, loop: Loop, notify: Notify, attach: Attach) -> None:
-        """Does what `Watcher.notify_when_reached` does, on ``loop``, which runs in this thread."""
-        watcher_of(loop).notify_when_reached(self.events, notify, attach)
+    def notify_when_ready(self, loop: Loop, notify: Notify) -> Callable[[object], None]:
+        """Do what `Watcher.notify_when_reached` does, on ``loop``, which runs in this thread."""
+        return watcher_of(loop).notify_when_reached(self.events, notify)
 
     def notify_in_background(self, notify: Notify) -> None:
         """Calls ``notify(error or None)`` when the kernels have finished: in a thread, or now."""

@@ -1,27 +1,96 @@
-"""When to poll a stream again, and what its last waits tell about the next.
+"""When to poll a stream: the policy that the program sets, and what is learned from past waits.
 
-A poll costs some tens of microseconds of the loop's time: polling often wastes it, polling
-seldom wakes late. Waits on a stream resemble the waits before them. So the shortest and the
-longest of the last few, but for an outlier on either side, tell when to poll: hardly at all
-before the shortest; then, if the two are close together, a few times between them; if they are
-not, at intervals that grow with the time already waited.
+A poll takes some tens of microseconds of the loop's time. Frequent polls waste it, and rare polls
+wake tasks late. Waits on a stream resemble the waits before them. So the schedule keeps the last
+few, drops an outlier on either side, and polls hardly at all before the shortest. If shortest and
+longest are close together, it polls a few times between them. Otherwise it polls at intervals that
+grow with the time already waited.
 
-To try another schedule, write a class that has what `Schedule` has, and give it to `Watcher`.
+To try another schedule, write a class with the methods of `Schedule`, and pass it to `Watcher`.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from ._policy import get_poll_policy
+from .._arguments import check_number_of_seconds
+from .._repr import short
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PollPolicy:
+    """How event loops watch streams. The defaults serve; measure before changing them.
+
+    Attributes:
+        min_interval: The shortest time between two polls of a stream, in seconds. Wake-ups are late
+            by about this much where waits on the stream resemble each other.
+        max_interval: The longest time between two polls, in seconds. A wait that is much
+            shorter than those before it may be noticed this late.
+        blocking: Do not poll. For each stream with pending events a helper thread blocks in
+            ``event.synchronize()``, and then wakes the loop. That costs a thread switch, and
+            one poll a second in case the wake-up was lost. The thread ends soon after its last
+            event, and an interpreter that exits waits for it. The loop still polls events that
+            the program has recorded itself, as their streams are not known, and streams for
+            which no thread can be started.
+
+    Raises:
+        TypeError, ValueError: Not numbers; not ``0 < min_interval <= max_interval``.
+
+    Example:
+        >>> torchfut_aio.set_poll_policy(torchfut_aio.PollPolicy(max_interval=0.002))
+        PollPolicy(min_interval=5e-05, max_interval=0.01, blocking=False)
+        >>> torchfut_aio.set_poll_policy(torchfut_aio.PollPolicy())
+        PollPolicy(min_interval=5e-05, max_interval=0.002, blocking=False)
+    """
+
+    min_interval: float = 50e-6
+    max_interval: float = 10e-3
+    blocking: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("min_interval", "max_interval"):
+            check_number_of_seconds(getattr(self, name), f"{name} must be a number of seconds")
+        if not 0 < self.min_interval <= self.max_interval < float("inf"):
+            raise ValueError(
+                "intervals are seconds, with 0 < min_interval <= max_interval, and finite; not "
+                f"min_interval={short(self.min_interval)}, max_interval={short(self.max_interval)}"
+            )
+
+
+_policy = PollPolicy()
+
+
+def get_poll_policy() -> PollPolicy:
+    """Return the policy in force."""
+    return _policy
+
+
+def set_poll_policy(policy: PollPolicy) -> PollPolicy:
+    """Set how all event loops of the process watch streams, from their next poll on.
+
+    Returns:
+        The policy that was in force before.
+
+    Raises:
+        TypeError: ``policy`` is not a `PollPolicy`.
+    """
+    global _policy
+    if not isinstance(policy, PollPolicy):
+        raise TypeError(
+            "set_poll_policy() takes a PollPolicy, such as PollPolicy(max_interval=0.001), "
+            f"not {short(policy)}"
+        )
+    before, _policy = _policy, policy
+    return before
 
 
 class Poll(NamedTuple):
-    """A poll of a stream. All times are seconds since the stream began the awaited work.
+    """A poll of a stream. Times are seconds since the stream began the awaited work.
 
-    That was when its last awaited event was reached, or this one recorded, whichever is later.
-    ``at`` may be before ``due``.
+    That was when its last awaited event was reached, or when this one was recorded, whichever is
+    later. ``at`` may be before ``due``.
     """
 
     before: float  # when the work was last known to be pending: at the last poll, or the start
@@ -31,57 +100,54 @@ class Poll(NamedTuple):
 
 
 class Schedule(Protocol):
-    """Tells when to poll one stream.
-
-    Times count as in `Poll`. A schedule keeps within the policy itself.
-    """
+    """Decides when to poll one stream, within the limits of the policy. Times are as in `Poll`."""
 
     @property
     def interval(self) -> float:
         """How long the last waits took, in seconds; 0 while nothing has been learned."""
 
     def next_poll(self, waited: float) -> float:
-        """Returns when to poll next if the work is pending ``waited`` seconds into the wait.
+        """Return when to poll next, if the work is still pending ``waited`` seconds into the wait.
 
-        Later than ``waited``. Changes nothing.
+        The result is later than ``waited``. The call changes nothing.
         """
 
     def observe(self, poll: Poll) -> None:
-        """Learns from a poll. Is called after each."""
+        """Learn from a poll. Called after each."""
 
 
 class LearnedSchedule:
-    """Polls when the waits before this one ended, within what the policy allows."""
+    """Polls when the waits before this one ended."""
 
     __slots__ = ("_high", "_late", "_least", "_low", "_regular", "_slept_through", "_waits")
 
     def __init__(self) -> None:
         self._waits: deque[float] = deque(maxlen=16)
         self._late = 0.0  # how late wake-ups after a long pause are, on average
-        self._least = self._low = self._high = 0.0
-        self._regular = False
-        self._slept_through = 0  # the last so many waits were over at their first poll
+        self._least = self._low = self._high = 0.0  # of the waits; _low and _high of most of them
+        self._regular = False  # whether these two are close together
+        self._slept_through = 0  # so many waits in a row were over at their first poll
 
     @property
     def interval(self) -> float:
         return (self._low + self._high) / 2
 
     def next_poll(self, waited: float) -> float:
-        policy = get_poll_policy()
+        policy = _policy
         first = self._first_poll(waited)
         if waited < first:
             pause = first - waited
+        elif self._regular and waited < 2 * self._high - self._low:
+            pause = (self._high - self._low) / 8
         elif self._regular:
-            spread = self._high - self._low
-            near_the_end = waited < self._high + spread
-            pause = spread / 8 if near_the_end else min(waited / 4, _longest_pause(waited))
+            pause = min(waited / 4, _longest_pause(waited))
         else:
             pause = min(max(waited, self.interval) / 2, _longest_pause(waited))
         return waited + min(max(pause, policy.min_interval), policy.max_interval)
 
     def observe(self, poll: Poll) -> None:
         slept = poll.reached and poll.before < self._first_poll(poll.before)
-        late, shortest = poll.at - poll.due, get_poll_policy().min_interval
+        late, shortest = poll.at - poll.due, _policy.min_interval
         # After a long sleep, a machine takes longer to wake up.
         if late > 0 and poll.due - poll.before > 16 * shortest:
             self._late += (min(late, 16 * shortest) - self._late) / 4
@@ -89,22 +155,22 @@ class LearnedSchedule:
             self._learn((poll.before + poll.at) / 2, poll.at, slept)
 
     def _first_poll(self, waited: float) -> float:
-        """Returns until when none of the last waits was over."""
+        """Return the time before which none of the last waits was over."""
         if not self._regular:
             return min(self._least - self._late, waited + 4 * _longest_pause(waited))
         # Poll earlier to make up for late wake-ups, and more so where they are very late:
-        # the longer a machine sleeps, the less it keeps to a time.
-        shortest = get_poll_policy().min_interval
+        # the longer a machine sleeps, the less punctual it is.
+        shortest = _policy.min_interval
         late = self._late + 2 * max(self._late - shortest, 0)
         return self._low + min((self._high - self._low) / 2, shortest) - late
 
     def _learn(self, wait: float, longest: float, slept: bool) -> None:
         if slept:
-            # It was over before the first poll, perhaps long before. If it counted as
-            # ``longest``, the next poll would come no earlier, and so for ever. The more
-            # waits in a row were slept through, the earlier the next poll.
+            # The wait was over before the first poll, perhaps long before. If it counted as
+            # ``longest``, the next first poll would be no earlier, and so on for ever. So each
+            # such wait in a row makes it earlier.
             self._slept_through += 1
-            wait = max(wait, longest - 2**self._slept_through * get_poll_policy().min_interval)
+            wait = max(wait, longest - 2**self._slept_through * _policy.min_interval)
         else:
             self._slept_through = 0
         self._waits.append(wait)
@@ -115,5 +181,5 @@ class LearnedSchedule:
 
 
 def _longest_pause(waited: float) -> float:
-    # About half of what asyncio.sleep(0.001) takes, as long as that is little.
-    return max(9 * get_poll_policy().min_interval, waited / 1024)
+    # About half of what asyncio.sleep(0.001) takes, for the first half second.
+    return max(9 * _policy.min_interval, waited / 1024)

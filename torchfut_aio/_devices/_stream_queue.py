@@ -1,33 +1,48 @@
-"""The events of one stream that somebody waits for, and which of them have been reached.
+"""The awaited events of one stream, and the poll that finds out which of them are reached.
 
 A stream reaches its events in order. So its queue keeps them in that order, and a poll is one
-query, of the oldest; more only when that is reached, and then as few as it takes to find how
-many are.
+query, of the oldest. Only if that is reached does it query more, and then as few as it takes to
+find how many are.
 
-Only the watcher knows which waits are pending. Events of waits that are over, or were given up,
-stay in the queue until they come to the front, or there are many of them.
+A KeyboardInterrupt may come at any call. It loses nothing, because the next poll repeats what is
+not done yet: a queue drops an event only after its wait has been notified or given up. A finaliser
+may give up waits in the middle of any step, when it closes a coroutine.
 """
 
 from __future__ import annotations
 
+import logging
 from bisect import insort
-from collections.abc import Callable, Container, Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
+from .._errors import own_copy
+from .._repr import function_name
 from .._threads import BlockingThread, Notify
 from ._events import RecordedEvent
-from ._schedule import Schedule
+from ._schedule import Poll, Schedule
+
+_logger = logging.getLogger("torchfut_aio")
 
 
+@dataclass(eq=False, slots=True)
 class Wait:
-    """One wait for some events."""
+    """A wait for all of some events."""
 
-    __slots__ = ("error", "missing", "notify")
+    notify: Notify
+    missing: set[RecordedEvent]  # those not known to be reached; the last one stays
+    error: Exception | None = None
 
-    def __init__(self, events: Sequence[RecordedEvent], notify: Notify) -> None:
-        self.notify = notify
-        self.missing = set(events)  # those that are not known to be reached
-        self.error: Exception | None = None
+
+@dataclass(eq=False, slots=True)
+class Waits:
+    """The waits of one loop, which its queues share, and what they count."""
+
+    # The wait is given up by deleting its key. That takes no call, so it cannot be interrupted.
+    pending: dict[Wait, None]
+    queries: int = 0
+    hits: int = 0
 
 
 class AwaitedEvent(NamedTuple):
@@ -40,60 +55,154 @@ class AwaitedEvent(NamedTuple):
 class StreamQueue:
     """The awaited events of one stream, in the order in which they will be reached."""
 
-    def __init__(self, key: Hashable, schedule: Schedule) -> None:
+    def __init__(self, key: Hashable, schedule: Schedule, waits: Waits) -> None:
         self.key = key
         self.schedule = schedule
         self.events: list[AwaitedEvent] = []
-        self._tidy_at = 16
-        self.reached = -1  # all events that ended before this tick are reached
-        self.since = 0.0  # when, as far as is known, the stream began what it does now
-        self.polled_at = 0.0  # when it was last known not to be done
+        self.polled_at = 0.0  # when the oldest event was last known to be pending
         self.next_poll = 0.0
-        self.scheduled = True  # whether ``next_poll`` is the schedule's
-        self.blocker: BlockingThread | None = (
-            None  # it has work while it blocks for the oldest event
-        )
+        self.scheduled = True  # whether the schedule chose ``next_poll``
+        self.blocker: BlockingThread | None = None  # it has work while it blocks for an event
+        self._waits = waits
+        self._tidy_at = 16
+        self._reached = -1  # all events that ended before this tick are reached
+        self._since = 0.0  # when the stream began its present work, as far as is known
 
-    def oldest(self, pending: Container[Wait]) -> RecordedEvent | None:
-        """Returns the oldest event that one of the ``pending`` waits is for."""
-        events = self.events
+    def oldest(self) -> RecordedEvent | None:
+        """Return the oldest event that a pending wait is for; drop those before it."""
+        events, pending = self.events, self._waits.pending
         stale = 0
-        while stale < len(events) and events[stale].wait not in pending:
+        for event, wait in events:
+            if wait in pending and event in wait.missing:
+                break
             stale += 1
         if stale:
             del events[:stale]
         return events[0].event if events else None
 
-    def add(self, awaited: AwaitedEvent, pending: Container[Wait]) -> None:
+    def is_reached(self, event: RecordedEvent) -> bool:
+        """Return True if ``event`` is reached. Query it, unless other events answer that."""
+        if event.ended < self._reached:
+            event.is_reached = True
+            return True
+        oldest = self.oldest()
+        if oldest is not None and oldest.ended < event.begun:
+            return False
+        self._waits.queries += 1
+        if not event.query():
+            return False
+        self._waits.hits += 1
+        self._reached = max(self._reached, event.begun)
+        return True
+
+    def add(self, event: RecordedEvent, wait: Wait, now: float) -> None:
+        """Add an event that ``wait``, which is pending, is for."""
+        if self.oldest() is None:
+            self._since = max(self._since, event.recorded_at)
+            self.polled_at, self.scheduled = now, True
+            self.next_poll = self._since + self.schedule.next_poll(now - self._since)
         events = self.events
         if len(events) >= self._tidy_at:
-            events[:] = [other for other in events if other.wait in pending]
+            # Drop what was given up behind the oldest, too.
+            pending = self._waits.pending
+            events[:] = [awaited for awaited in events if awaited.wait in pending]
             self._tidy_at = 2 * len(events) + 16
-        # Nearly always it is the last: tasks mostly come in the order of the work.
-        if not events or events[-1].event.begun <= awaited.event.begun:
-            events.append(awaited)
+        # Tasks mostly wait in the order of the work, so it is nearly always the last.
+        if not events or events[-1].event.begun <= event.begun:
+            events.append(AwaitedEvent(event, wait))
         else:
-            insort(events, awaited, key=lambda other: other.event.begun)
+            insort(events, AwaitedEvent(event, wait), key=lambda other: other.event.begun)
 
+    def poll(self, now: float, early: float) -> RecordedEvent | None:
+        """If a poll is due, notify the waits that are over, and schedule the next poll.
 
-def search(
-    events: Sequence[AwaitedEvent], query: Callable[[RecordedEvent], bool]
-) -> tuple[int, int, Exception | None]:
-    """Returns how many events are reached, from which on they have failed, and the error."""
-    reached, unreached = 0, len(events)  # those in between are to be found out about
-    failed, error = unreached, None
-    at, step = 0, 1
-    while reached < unreached:
+        A poll is due once half of the pause before it is over, but at most ``early`` / 2 seconds
+        before its time: the loop is awake now, so that may save a wake-up.
+
+        Returns:
+            The oldest event that is still awaited.
+        """
+        oldest = self.oldest()
+        if oldest is None or now < self.next_poll - min(self.next_poll - self.polled_at, early) / 2:
+            return oldest
+        since, waited, due = self._since, now - self._since, self.next_poll - self._since
+        reached, failed, error = self._search()
+        if reached or failed:
+            self._end(reached, failed, error)
+            oldest = self.oldest()
+        if self.scheduled:
+            self.schedule.observe(Poll(self.polled_at - since, due, waited, bool(reached)))
+        elif reached:  # the blocking thread has reported it at once
+            self.schedule.observe(Poll(waited, waited, waited, reached=True))
+        if reached:
+            self._since = now
+        if oldest is not None:
+            self.polled_at, self.scheduled = now, True
+            self.next_poll = self._since + self.schedule.next_poll(now - self._since)
+        return oldest
+
+    def _search(self) -> tuple[list[AwaitedEvent], list[AwaitedEvent], Exception | None]:
+        """Return the events that are reached, those that have failed, and the error of these."""
+        events = self.events
+        reached, unreached = 0, len(events)  # those in between are unknown
+        failed, error = unreached, None
+        at, step = 0, 1
+        while reached < unreached:
+            self._waits.queries += 1
+            try:
+                hit = events[at].event.query()
+            except Exception as exception:
+                hit, failed, error = False, at, exception
+            if hit:
+                self._waits.hits += 1
+                reached = at + 1
+                step *= 2
+            else:
+                unreached = at
+            # While every query is a hit, in steps that double; then by halves.
+            galloping = unreached == len(events)
+            at = min(reached + step, unreached) - 1 if galloping else (reached + unreached) // 2
+        return events[:reached], events[failed:], error
+
+    def _end(
+        self,
+        reached: Sequence[AwaitedEvent],
+        failed: Sequence[AwaitedEvent],
+        error: Exception | None,
+    ) -> None:
+        # Two threads may record at the same time. Then the ticks do not say which event is earlier.
+        if reached:
+            newest = reached[-1].event
+            self._reached = max(self._reached, newest.begun)
+            for event, wait in reached:
+                if event is newest or event.ended < newest.begun:
+                    event.is_reached = True
+                    if len(wait.missing) > 1:
+                        wait.missing.discard(event)
+                    elif event in wait.missing:
+                        self._notify(wait, None)
+            pending = self._waits.pending
+            self.events[: len(reached)] = [
+                e for e in reached if e.wait in pending and e.event in e.wait.missing
+            ]
+        if error is not None:
+            first = failed[0].event
+            self.fail([e for e in failed if e.event is first or e.event.begun > first.ended], error)
+
+    def fail(self, events: Iterable[AwaitedEvent], error: Exception) -> None:
+        """End the waits for ``events`` with an error."""
+        for awaited in events:
+            self._notify(awaited.wait, error)
+
+    def _notify(self, wait: Wait, error: Exception | None) -> None:
+        if wait not in self._waits.pending:
+            return
+        wait.error = None if error is None else own_copy(error)  # every wait raises its own
         try:
-            hit = query(events[at].event)
-        except Exception as exception:
-            hit, failed, error = False, at, exception
-        if hit:
-            reached = at + 1
-            step *= 2
-        else:
-            unreached = at
-        # As long as every query was a hit, ever further; then halfway.
-        galloping = unreached == len(events)
-        at = min(reached + step, unreached) - 1 if galloping else (reached + unreached) // 2
-    return reached, failed, error
+            wait.notify(wait.error)
+        except Exception:
+            _logger.exception(
+                "Got the following error when calling %s:", function_name(wait.notify)
+            )
+        # After the call. If it is interrupted, the next poll finds the wait pending and repeats it.
+        self._waits.pending.pop(wait, None)

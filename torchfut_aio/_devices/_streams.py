@@ -1,15 +1,18 @@
 """Devices and streams of the accelerator: which are in use, which are current.
 
-To make a device current gives it a context, which on CUDA takes half a gigabyte; and a thread has
-the first device current when it starts. So what asks a device makes that one current, and what was
-current before is made so again in such a way that no context comes of it.
+A call to a device affects more than that device. Making a device current creates its context, which
+takes half a gigabyte on CUDA, and a new thread starts with the first device current. So a call to a
+device makes that device current and restores the one before without creating a context. And while
+any thread captures a CUDA graph in "global" mode, the default, a query from any other thread fails
+and invalidates the capture. A thread that captures nothing itself may query in "thread-local" mode.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -26,19 +29,21 @@ from .._pytorch import (
 
 T = TypeVar("T")
 
+_THREAD_LOCAL = 1  # cudaStreamCaptureModeThreadLocal
+
 
 def accelerator_in_use() -> torch.device | None:
-    """Returns the accelerator of this process, without an index, if it has been initialised."""
+    """Return the accelerator of this process, without an index, if it is initialised."""
     accelerator = current_accelerator()
     if accelerator is None:
         return None
-    # Asking must not initialise it. One that cannot be asked counts as in use.
+    # This must not initialise it. A backend without is_initialized() counts as in use.
     module = torch.get_device_module(accelerator)
     return accelerator if getattr(module, "is_initialized", lambda: True)() else None
 
 
 def devices_in_use() -> list[torch.device]:
-    """Returns the devices of the accelerator that have a context, as far as anybody can tell."""
+    """Return the devices that have a context; all devices, if the backend cannot say."""
     accelerator = accelerator_in_use()
     if accelerator is None:
         return []
@@ -47,12 +52,24 @@ def devices_in_use() -> list[torch.device]:
     return [torch.device(accelerator.type, n) for n in range(count) if has_context(n)]
 
 
-def call_with_current(device: torch.device | None, function: Callable[..., T], *args: Any) -> T:
-    """Returns ``function(*args)``, called while ``device`` is current."""
-    if device is None or not _is_accelerators(device):
+@functools.cache
+def kind_of(device: torch.device) -> str:
+    """Return the type of ``device``. The attribute itself is slower than the current stream."""
+    return device.type
+
+
+@functools.cache
+def _is_accelerators(device: torch.device) -> bool:
+    accelerator = current_accelerator()
+    return accelerator is not None and kind_of(accelerator) == kind_of(device)
+
+
+def call_with_current(device: torch.device, function: Callable[..., T], *args: Any) -> T:
+    """Return ``function(*args)``, called while ``device`` is current."""
+    if not _is_accelerators(device):
         return function(*args)
     before = device_index()
-    # Other backends than CUDA and XPU could not undo it: see device_exchange.
+    # On backends other than CUDA and XPU, restoring the device before could create its context.
     if device.index in (before, None) or not can_exchange(device):
         return function(*args)
     torch.accelerator.set_device_index(device)
@@ -63,24 +80,55 @@ def call_with_current(device: torch.device | None, function: Callable[..., T], *
 
 
 def _restore_current(device: torch.device, index: int) -> None:
-    """Makes the device of the same kind current that was so before, without giving it a context."""
+    """Make the device of the same kind with this index current; create no context on it."""
     if index != device_index():
         device_exchange(device.type)(index)
 
 
+def call_beside_captures(device: torch.device | None, function: Callable[[], T]) -> T:
+    """Return ``function()``, called while ``device`` is current, without disturbing a capture."""
+    if device is None:
+        return function()
+    exchange = mode_exchange(kind_of(device))
+    if exchange is None:
+        return call_with_current(device, function)
+    before = exchange(_THREAD_LOCAL)
+    try:
+        return call_with_current(device, function)
+    finally:
+        exchange(before)
+
+
 @functools.cache
-def kind_of(device: torch.device) -> str:
-    """Returns the type of ``device``, which takes longer to ask for than its current stream."""
-    return device.type
+def mode_exchange(kind: str) -> Callable[[int], int] | None:
+    """Return the function that sets the capture mode of this thread and returns the one before.
+
+    It is CUDA's or ROCm's, which PyTorch has loaded. Without it, a refused query is repeated later.
+    """
+    if kind != "cuda":
+        return None
+    platform = "hip" if torch.version.hip else "cuda"
+    with suppress(Exception):
+        exchange = getattr(ctypes.PyDLL(None), f"{platform}ThreadExchangeStreamCaptureMode")
+
+        def exchange_mode(mode: int) -> int:
+            both = ctypes.c_int(mode)
+            exchange(ctypes.byref(both))
+            return both.value
+
+        return exchange_mode
+    return None
 
 
-def _is_accelerators(device: torch.device) -> bool:
-    accelerator = current_accelerator()
-    return accelerator is not None and kind_of(accelerator) == kind_of(device)
+def is_of_a_capture(error: Exception) -> bool:
+    """Return True if a device refused a query only because a graph is being captured."""
+    # An event that was recorded within a capture fails permanently, with another text.
+    text = str(error)
+    return "stream is capturing" in text or "StreamCaptureUnsupported" in text
 
 
 def current_stream(device: torch.device) -> torch.Stream:
-    """Returns the stream of ``device`` that is current in this thread."""
+    """Return the stream of ``device`` that is current in this thread."""
     if _is_accelerators(device):
         return stream_of_index(device_index() if device.index is None else device.index)
     stream: torch.Stream = torch.get_device_module(device).current_stream(device)
@@ -88,28 +136,28 @@ def current_stream(device: torch.device) -> torch.Stream:
 
 
 def finish_current_streams() -> None:
-    """Blocks until the work on the streams that are current in this thread is done."""
+    """Block until the work on the current streams of this thread is done."""
     for device in devices_in_use():
         current_stream(device).synchronize()
 
 
 def finish_devices() -> None:
-    """Blocks until the devices that are in use have done all their work."""
+    """Block until all devices in use are idle."""
     for device in devices_in_use():
         finish_device(device)
 
 
 def finish_device(device: torch.device) -> None:
-    """Blocks until ``device`` has done all its work."""
+    """Block until ``device`` is idle."""
     call_with_current(device, torch.accelerator.synchronize, device)
 
 
 def new_stream(device: torch.device) -> torch.Stream:
-    """Returns a stream for callbacks or copies; the current one, where the device makes none.
+    """Return a stream for callbacks or copies; the current one, if the device makes no streams.
 
-    The streams of a device take turns, so it is at times one that was returned before. But those
-    of the program have another priority, and so take turns among themselves. Among these is the
-    one on which ``torch.cuda.graph`` captures, which must not be ordered after anything.
+    The streams of a device take turns, so the same one is returned again at times. The program's
+    streams have another priority and so take turns separately. ``torch.cuda.graph`` captures on one
+    of those, and a stream that captures must not be ordered after anything.
     """
     try:
         return torch.Stream(device, priority=-1)
@@ -121,21 +169,21 @@ def new_stream(device: torch.device) -> torch.Stream:
 
 @functools.cache
 def side_stream(device: torch.device) -> torch.Stream:
-    """Returns the stream of ``device`` for copies, and for nothing else."""
+    """Return the stream of ``device`` that is used for copies only."""
     return new_stream(device)
 
 
 def dedicated_stream(device: torch.device) -> torch.Stream:
-    """Returns a stream for a callback, which holds up no copy."""
+    """Return a stream for a callback, other than that for copies: the callback may be slow."""
     stream = new_stream(device)
     return new_stream(device) if stream == side_stream(device) else stream
 
 
 @contextmanager
 def on_streams(streams: Sequence[torch.Stream]) -> Iterator[None]:
-    """Makes streams current, one of each device. The current device stays so.
+    """Make streams current, one of each device. The current device stays the same.
 
-    A stream is a context manager itself, but not one that two threads may enter.
+    A `torch.Stream` is a context manager itself, but two threads must not enter the same one.
     """
     device = device_index()
     before = [current_stream(stream.device) for stream in streams]
@@ -145,7 +193,7 @@ def on_streams(streams: Sequence[torch.Stream]) -> Iterator[None]:
     finally:
         try:
             _make_all_current(before, device)
-        except BaseException:  # an interrupt: once more
+        except BaseException:  # interrupted: the thread must not keep these streams
             _make_all_current(before, device)
             raise
 

@@ -12,9 +12,8 @@ import torch
 from .._loops import current
 from .._repr import described
 from .._threads import BlockingThread
-from ._capture import call_beside_captures
 from ._events import RecordedEvent, record_event
-from ._streams import current_stream, finish_device, on_streams, side_stream
+from ._streams import call_beside_captures, current_stream, finish_device, on_streams, side_stream
 from ._tensors import PLAIN, device_of, devices_of, replaced, tensors
 from ._watcher import BLOCKER, reached
 
