@@ -44,22 +44,21 @@ _pytree.register_pytree_node(
 )
 
 
-searched = pytest.mark.parametrize(
-    ("pack", "unpack"),
-    [
-        (lambda t: [t], lambda v: v[0]),
-        (lambda t: (t,), lambda v: v[0]),
-        (lambda t: {"a": t}, lambda v: v["a"]),
-        (lambda t: {t}, lambda v: next(iter(v))),
-        (lambda t: collections.deque([t]), lambda v: v[0]),
-        (lambda t: collections.OrderedDict(a=t), lambda v: v["a"]),
-        (lambda t: torch.return_types.max((t, t)), lambda v: v[0]),
-        (Data, lambda v: v.tensor),
-        (Registered, lambda v: v.read()),
-        (Plain, lambda v: v.tensor),
-        (lambda t: Plain(Data([{"a": t}])), lambda v: v.tensor.tensor[0]["a"]),
-    ],
-)
+containers = [
+    (lambda t: [t], lambda v: v[0]),
+    (lambda t: (t,), lambda v: v[0]),
+    (lambda t: {"a": t}, lambda v: v["a"]),
+    (lambda t: collections.deque([t]), lambda v: v[0]),
+    (lambda t: collections.OrderedDict(a=t), lambda v: v["a"]),
+    (lambda t: torch.return_types.max((t, t)), lambda v: v[0]),
+    (Data, lambda v: v.tensor),
+    (Registered, lambda v: v.read()),
+]
+others = [
+    (lambda t: {t}, lambda v: next(iter(v))),
+    (Plain, lambda v: v.tensor),
+    (lambda t: Plain(Data([{"a": t}])), lambda v: v.tensor.tensor[0]["a"]),
+]
 
 
 def is_ordered():
@@ -69,7 +68,7 @@ def is_ordered():
     return not late.query()
 
 
-@searched
+@pytest.mark.parametrize(("pack", "unpack"), containers + others)
 def test_what_is_searched_orders_streams(accelerator, producer, consumer, pack, unpack):
     fut = Future()
     with producer:
@@ -82,8 +81,8 @@ def test_what_is_searched_orders_streams(accelerator, producer, consumer, pack, 
 
 
 @on_every_loop
-@searched
-async def test_to_host_moves_what_is_searched(accelerator, pack, unpack):
+@pytest.mark.parametrize(("pack", "unpack"), containers)
+async def test_to_host_copies_containers_and_dataclasses(accelerator, pack, unpack):
     value = pack(torch.full((2,), 7.0, device=FIRST))
     copy = await to_host(value)
     assert type(copy) is type(value)
@@ -172,7 +171,7 @@ without_collector = pytest.mark.usefixtures("no_collector")
 
 @on_every_loop
 @without_collector
-@pytest.mark.parametrize("pack", [lambda t: t, lambda t: {"a": [t]}, lambda t: (t, Plain(t))])
+@pytest.mark.parametrize("pack", [lambda t: t, lambda t: {"a": [t]}, lambda t: (t, Data(t))])
 async def test_to_host_keeps_neither_value_nor_copy(accelerator, pack):
     tensor = torch.full((2,), 7.0, device=FIRST)
     value = pack(tensor)

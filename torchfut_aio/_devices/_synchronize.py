@@ -1,4 +1,4 @@
-"""What a program awaits of a device: the async ``synchronize()`` and ``.cpu()``."""
+"""The async counterparts of ``synchronize()`` and ``tensor.cpu()``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .._repr import described
 from .._threads import BlockingThread
 from ._events import RecordedEvent, record_event
 from ._streams import call_beside_captures, current_stream, finish_device, on_streams, side_stream
-from ._tensors import PLAIN, device_of, devices_of, replaced, tensors
+from ._tensors import PLAIN, device_of, devices_of, map_tensors
 from ._watcher import BLOCKER, reached
 
 T = TypeVar("T")
@@ -23,19 +23,19 @@ T = TypeVar("T")
 def synchronize(
     target: torch.Event | torch.Stream | torch.device | str | int | None = None,
 ) -> Coroutine[Any, Any, None]:
-    """Waits until a device has done its work, while the event loop runs; for ``await``.
+    """Wait until a device has done its work, while the event loop runs; for ``await``.
 
     The async counterpart of ``torch.accelerator.synchronize``, ``stream.synchronize()`` and
     ``event.synchronize()``. Waits for the work that is enqueued when this is called (on a whole
-    device: when it is awaited). If the task is cancelled, the work goes on.
+    device: when it is awaited). If the task is cancelled, the work continues.
 
     Args:
-        target: An event that has been recorded (one that has not been is done; one that
-            is recorded again meanwhile is waited for as it is then); a stream;
-            a device, as ``torch.device``, string or index, for all of its streams; or
-            None, for the current stream of the current device. For a device, one helper
-            thread blocks for all tasks, until the device is idle even if these are
-            cancelled, and an interpreter that exits waits for it.
+        target: A recorded event, a stream, a device or None. An event that was never recorded
+            counts as reached; if it is recorded again, the latest recording is awaited. A device
+            is a ``torch.device``, string or index, and stands for all of its streams: one helper
+            thread blocks for all tasks until the device is idle, even if they are cancelled, and
+            an interpreter that exits waits for it. None is the current stream of the current
+            device.
 
     Raises:
         TypeError: ``target`` is none of these.
@@ -76,12 +76,12 @@ async def _synchronize(events: list[RecordedEvent]) -> None:
     await reached(events)
 
 
-# One for each device, so that any number of tasks cost one thread; and what that calls.
+# The thread for each device, and the function that it calls: any number of tasks share them.
 _blockers: dict[torch.device, tuple[BlockingThread, Callable[[], None]]] = {}
 
 
 async def _synchronize_device(device: torch.device) -> None:
-    await reached([])  # a checkpoint, also if it is idle
+    await reached([])  # a checkpoint, even if the device is idle
     call = _blockers.get(device)
     if call is None:
         thread = BlockingThread(BLOCKER, daemon=False)
@@ -91,7 +91,7 @@ async def _synchronize_device(device: torch.device) -> None:
 
 @types.coroutine
 def _called(blocker: BlockingThread, function: Callable[[], object]) -> Generator[Any, Any, None]:
-    """Waits until the thread of ``blocker`` has called ``function``; raises what that raised."""
+    """Wait until the thread of ``blocker`` has called ``function``; raise what that raised."""
     loop = current()
     waiter = loop.waiter()
     errors: list[Exception | None] = []
@@ -110,30 +110,29 @@ def _called(blocker: BlockingThread, function: Callable[[], object]) -> Generato
         try:
             raise error.with_traceback(None)
         finally:
-            del error  # it has this frame
+            del error  # its traceback refers to this frame
 
 
 def to_host(value: T) -> Coroutine[Any, Any, T]:
-    """Copies tensors of the accelerator to the host, while the event loop runs; for ``await``.
+    """Copy tensors of the accelerator to the host, while the event loop runs; for ``await``.
 
-    The async counterpart of ``tensor.cpu()``. The tensors may be in containers that torch's pytree
-    knows, in dataclasses, and in the attributes of plain objects, but not of a module, however
-    nested. They are copied to pinned memory on
-    a side stream, once the kernels are done that are enqueued on the current streams when
-    this is called; later kernels on these do not wait for the copies. (The first calls, which
+    The async counterpart of ``tensor.cpu()``. The tensors may be nested in containers that torch's
+    pytree knows, such as lists, tuples and dicts, and in dataclasses. They are copied to pinned
+    memory on a side stream, after the kernels that are enqueued on the current streams when this is
+    called; later kernels on these streams do not wait for the copies. (The first calls, which
     allocate the pinned memory, may take milliseconds.)
 
     Args:
-        value: Any object. Leave its tensors as they are until the copy has been awaited.
+        value: A tensor, a container, a dataclass, or any other object. Do not change its tensors
+            until the copy has been awaited.
 
     Returns:
-        ``value`` with host tensors in the place of those of the accelerator. What holds one
-        of them is copied, shallowly; all else is the very same object.
+        ``value`` with host tensors in place of those of the accelerator. Containers and dataclasses
+        with such a tensor are copied. Other objects stay as they are, with the tensors that they
+        hold.
 
     Raises:
         RuntimeError: A kernel or a copy failed: the device's own error.
-        TypeError: An object that holds a tensor cannot be copied with ``copy.copy``, or
-            its attribute cannot be set.
 
     Example:
         >>> import asyncio, torch
@@ -145,14 +144,21 @@ def to_host(value: T) -> Coroutine[Any, Any, T]:
         {'name': 'first', 'scores': [tensor([1., 1.])]}
     """
     accelerator = torch.accelerator.current_accelerator()
-    found = [t for t in tensors(value) if accelerator and device_of(t).type == accelerator.type]
+    found: list[torch.Tensor] = []
+
+    def collect(tensor: torch.Tensor) -> torch.Tensor:
+        if accelerator is not None and device_of(tensor).type == accelerator.type:
+            found.append(tensor)
+        return tensor
+
+    map_tensors(collect, value)
     starts = [record_event(current_stream(device)) for device in devices_of(found)]
     return _to_host(value, found, starts)
 
 
 async def _to_host(value: T, found: list[torch.Tensor], starts: list[RecordedEvent]) -> T:
-    # The copies could wait on the side stream instead. But then those of one slow stream
-    # would hold up all others, even when nobody wants them any more.
+    # Wait here, rather than order the side stream after the kernels: there, the copies that wait
+    # for one slow stream would hold up all others, even after they were cancelled.
     await reached(starts)
     copies: dict[int, torch.Tensor] = {}
     for tensor in found:
@@ -160,19 +166,19 @@ async def _to_host(value: T, found: list[torch.Tensor], starts: list[RecordedEve
             with on_streams([side_stream(tensor.device)]):
                 copies[id(tensor)] = host.copy_(tensor, non_blocking=True)
         else:
-            from anyio.to_thread import run_sync  # as only this needs it
+            from anyio.to_thread import run_sync  # only this needs it
 
             copy = functools.partial(call_beside_captures, device_of(tensor), tensor.cpu)
             copies[id(tensor)] = await run_sync(copy, abandon_on_cancel=True)
     sides = [side_stream(device) for device in devices_of(found)]
     await reached([record_event(side) for side in sides])
-    copied: T = replaced(value, copies)
+    copied: T = map_tensors(lambda tensor: copies.get(id(tensor), tensor), value)
     return copied
 
 
 def _pinned_like(tensor: torch.Tensor) -> torch.Tensor | None:
-    """Returns pinned memory for a copy; None if the copy has to block, and needs a thread."""
-    # Sparse tensors and subclasses take several steps, of which some block.
+    """Return pinned memory for a copy; None if the copy blocks, and so needs a thread."""
+    # The copy of a sparse tensor, or of a subclass, takes several steps. Some of them block.
     if type(tensor) not in PLAIN or tensor.layout != torch.strided:
         return None
     allocate = functools.partial(torch.empty_like, tensor, device="cpu", pin_memory=True)

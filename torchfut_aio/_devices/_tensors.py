@@ -1,56 +1,56 @@
 """Tensors in values: in containers, in dataclasses, and in the attributes of plain objects.
 
 Containers are those of Python that can be read twice, and those that torch's pytree knows. A
-module is none of these: what it holds is not the value's. Nor is what only iterates, such as a
-``zip``, as a search would use it up.
+module's tensors are not the value's. A search does not read what only iterates, such as a ``zip``,
+because that would use it up.
 
-A value may be any object, and what it says of itself may raise: a proxy has a ``__class__`` of
-its own, an object a ``__getattribute__``, a tensor a ``__torch_function__``. So its true type
-decides where that will do; where the value's own code has to run and raises, nothing is found.
+A value may be any object, and its own code may raise: the ``__class__`` of a proxy, the
+``__getattribute__`` of an object, the ``__torch_function__`` of a tensor. So a search asks for the
+true type where that will do. Where the value's code has to run and raises, nothing is found.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import types
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from functools import partial
 from itertools import islice
+from operator import is_not
 from typing import Any
 
 import torch
 
 from .._pytorch import CppFuture, has_record_stream, no_torch_function, pytree_node
-from .._repr import described
 from ._events import says_no_events
 from ._streams import call_with_current, current_stream, kind_of
 
-# Types whose instances hold no tensor: most results, told by a glance.
+# Types whose instances hold no tensor. Most results are of these, so it is checked first.
 HOST_ONLY = frozenset({type(None), bool, int, float, complex, str, bytes})
 
-# What leads to tensors that are no part of the value.
+# Their tensors are not part of a value that refers to them.
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType)
 _OPAQUE = (CppFuture, type, types.ModuleType, torch.nn.Module, *_FUNCTIONS)
 
-# Those of these very types have no attributes.
+# Instances of exactly these types have no attributes.
 _BARE = frozenset({list, tuple, dict, set, frozenset, deque})
 
-# Tensors that are nothing but their memory.
+# Tensors that are nothing but their memory, unlike those of other subclasses.
 PLAIN = (torch.Tensor, torch.nn.Parameter)
-
-_FILLED = (Mapping, list, set, deque)
 
 
 def tensors(value: object) -> Iterator[torch.Tensor]:
-    """Yields the tensors in ``value``, once each."""
+    """Yield the tensors in ``value``, once each."""
     return (thing for thing, _ in _walk(value) if _is(thing, torch.Tensor))
 
 
 def search(value: object, kind: str, most: int) -> tuple[list[torch.Tensor], bool]:
-    """Returns the tensors on devices of this kind among the first ``most`` parts of ``value``.
+    """Return the tensors on devices of this kind among the first ``most`` parts of ``value``.
 
-    And whether these were all parts.
+    Also return whether these were all of its parts.
     """
     if type(value) is torch.Tensor:
         return [value] if kind_of(value.device) == kind else [], True
@@ -63,7 +63,7 @@ def search(value: object, kind: str, most: int) -> tuple[list[torch.Tensor], boo
 
 
 def device_of(tensor: torch.Tensor) -> torch.device:
-    """Returns the device of ``tensor``; the host if the tensor does not tell."""
+    """Return the device of ``tensor``; the host if the tensor's own code raises."""
     if type(tensor) is torch.Tensor:
         return tensor.device
     try:
@@ -74,19 +74,19 @@ def device_of(tensor: torch.Tensor) -> torch.device:
 
 
 def devices_of(found: Iterable[torch.Tensor]) -> set[torch.device]:
-    """Returns the devices of tensors, but for the host."""
+    """Return the devices of tensors, without the host."""
     return {device for tensor in found if kind_of(device := device_of(tensor)) != "cpu"}
 
 
 def _is(thing: object, kind: type | tuple[type, ...]) -> bool:
-    """As ``isinstance``, but does not ask the thing itself, which may be a proxy."""
+    """Do what ``isinstance`` does, without ``__class__``, which may be a proxy's."""
     return issubclass(type(thing), kind)
 
 
 def keep_memory(found: Iterable[torch.Tensor], streams: dict[torch.device, torch.Stream]) -> None:
-    """Keep the memory of tensors, should these go, until the current streams are done with it.
+    """Keep the memory of tensors that are freed until the current streams are done with it.
 
-    ``streams`` has those of the current streams that are known.
+    ``streams`` is a cache of the current streams.
     """
     rest = []
     for tensor in found:
@@ -110,11 +110,11 @@ def keep_memory(found: Iterable[torch.Tensor], streams: dict[torch.device, torch
 
 
 def _walk(value: object, most: int | None = None) -> Iterator[tuple[Any, list[Any]]]:
-    """Yields all that ``value`` leads to, once each, and what each directly holds.
+    """Yield ``value`` and its parts, breadth first, once each, with the parts of each.
 
-    What is nested least comes first, and it ends with the first ``most`` parts.
+    Stop after the first ``most`` parts.
     """
-    seen: dict[int, object] = {}  # kept, so that no id is used again meanwhile
+    seen: dict[int, object] = {}  # with the objects, so that no id is used again
     found = deque([value])
     while found:
         thing = found.popleft()
@@ -132,7 +132,7 @@ def _parts(thing: Any, most: int | None) -> list[Any]:
     parts: list[Any] = []
     if most == 0:
         return parts
-    # What cannot be read, such as a mapping whose file is closed, holds nothing.
+    # What cannot be read, such as a mapping whose file is closed, counts as empty.
     with suppress(Exception):
         parts += islice(_items(thing), most)
     with suppress(Exception):
@@ -162,87 +162,53 @@ def _attributes(thing: object) -> Iterator[tuple[str, object]]:
                     yield name, slot.__get__(thing)
 
 
-def replaced(value: Any, substitutes: Mapping[int, torch.Tensor]) -> Any:
-    """Returns ``value`` with tensors replaced, by id.
+def map_tensors(
+    function: Callable[[torch.Tensor], torch.Tensor],
+    value: Any,
+    done: dict[int, tuple[Any, Any]] | None = None,
+) -> Any:
+    """Return ``value`` with ``function(tensor)`` in place of each tensor in it.
 
-    What holds none of these tensors is kept as it is; what does is copied, shallowly, once
-    each, so that what was shared still is.
+    Containers and dataclasses are copied if something in them is replaced. All other objects,
+    those that hold tensors included, stay the same.
     """
-    return _Copies(_holders(value, substitutes), substitutes).of(value)
+    if type(value) in HOST_ONLY:
+        return value
+    # By id, with the original, so that no id is used again.
+    done = {} if done is None else done
+    if id(value) not in done:
+        new = value
+        if _is(value, torch.Tensor):
+            new = function(value)
+        elif (taken := _taken_apart(value)) is not None:
+            parts, make = taken
+            fresh = [map_tensors(function, part, done) for part in parts]
+            if any(map(is_not, fresh, parts)):
+                new = make(fresh)
+        done[id(value)] = value, new
+    return done[id(value)][1]
 
 
-class _Copies:
-    """Copies of what holds tensors, by id, and of the tensors themselves."""
-
-    def __init__(self, holders: dict[int, Any], substitutes: Mapping[int, torch.Tensor]) -> None:
-        self._holders = holders
-        self._copies: dict[int, Any] = dict(substitutes)
-        # All are there before they are filled, as what they hold may lead back; but for those
-        # that are made of what they hold.
-        for key, thing in holders.items():
-            if _maker(thing) is None:
-                self._copies[key] = copy.copy(thing)
-                if self._copies[key] is thing:
-                    name = described(thing)
-                    raise TypeError(f"{name} holds a tensor, and copies of it are itself")
-        for thing in holders.values():
-            _fill(self.of(thing), thing, self.of)
-
-    def of(self, thing: Any) -> Any:
-        """Return the copy of ``thing``, or itself if it holds none of the tensors."""
-        if id(thing) in self._holders and id(thing) not in self._copies:
-            make = _maker(thing)
-            assert make is not None
-            self._copies.setdefault(id(thing), make([self.of(part) for part in _items(thing)]))
-        return self._copies.get(id(thing), thing)
+def _taken_apart(thing: Any) -> tuple[list[Any], Callable[[list[Any]], Any]] | None:
+    """Return the parts of a container or dataclass, and what makes one like it of other parts."""
+    kind = type(thing)
+    if kind is list:
+        return thing, list
+    if kind is dict:
+        return [*thing.values()], lambda parts: dict(zip(thing, parts, strict=True))
+    if (node := pytree_node(kind)) is not None:
+        parts, context = node.flatten_fn(thing)
+        return [*parts], lambda parts: node.unflatten_fn(parts, context)
+    if issubclass(kind, tuple):
+        return [*thing], getattr(kind, "_make", kind)
+    if dataclasses.is_dataclass(kind):
+        names = [field.name for field in dataclasses.fields(kind) if hasattr(thing, field.name)]
+        return [getattr(thing, name) for name in names], partial(_with_fields, thing, names)
+    return None
 
 
-def _maker(thing: Any) -> Callable[[list[Any]], Any] | None:
-    """Return what makes a thing like this of the parts of it, or None if a copy is to be filled."""
-    if _is(thing, (tuple, frozenset)):
-        make: Callable[[list[Any]], Any] = getattr(type(thing), "_make", type(thing))
-        return make
-    node = None if _is(thing, _FILLED) else pytree_node(type(thing))
-    if node is None:
-        return None
-    unflatten, context = node.unflatten_fn, node.flatten_fn(thing)[1]
-    return lambda parts: unflatten(parts, context)
-
-
-def _holders(value: object, tensor_ids: Mapping[int, object]) -> dict[int, Any]:
-    """Returns all things that lead to one of the tensors, by id."""
-    seen: dict[int, object] = {}
-    parents: defaultdict[int, list[int]] = defaultdict(list)
-    for thing, parts in _walk(value):
-        seen[id(thing)] = thing
-        for part in parts:
-            parents[id(part)].append(id(thing))
-    holders: dict[int, Any] = {}
-    upward = list(tensor_ids)
-    while upward:
-        for parent in parents[upward.pop()]:
-            if parent not in holders:
-                holders[parent] = seen[parent]
-                upward.append(parent)
-    return holders
-
-
-def _fill(copy_of: Any, thing: Any, new: Callable[[Any], Any]) -> None:
-    """Puts ``new(part)`` in the place of each part of ``thing``, in a shallow copy of it."""
-    if _is(thing, Mapping):
-        for key, part in thing.items():
-            copy_of[key] = new(part)
-    elif _is(thing, (list, deque, set)):
-        parts = [new(part) for part in thing]
-        copy_of.clear()
-        (copy_of.update if _is(thing, set) else copy_of.extend)(parts)
-    for name, part in list(_attributes(thing)):
-        fresh = new(part)
-        if fresh is part or getattr(copy_of, name, None) is fresh:
-            continue
-        try:
-            object.__setattr__(copy_of, name, fresh)
-        except AttributeError:
-            raise TypeError(
-                f"{name!r} of {described(thing)} holds a tensor, and cannot be set"
-            ) from None
+def _with_fields(thing: Any, names: list[str], values: list[Any]) -> Any:
+    copied = copy.copy(thing)
+    for name, value in zip(names, values, strict=True):
+        object.__setattr__(copied, name, value)  # as the dataclass may be frozen
+    return copied
