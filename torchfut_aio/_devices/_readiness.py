@@ -1,13 +1,12 @@
 """What a future knows of the kernels that still fill its value.
 
-A future hands out tensors of an accelerator while kernels still write to them. Its *readiness*
-makes that safe. It is made when the future is completed: while the streams are current on which
-the kernels were enqueued, and before anything can see that the future is complete. Values that are
-set at the same moment share the events that it records.
+A future returns tensors while kernels still write to them. Its *readiness* makes that safe. It is
+made when the future is completed, for two reasons: the streams on which the kernels were enqueued
+are current then, and nothing sees the future as done yet. Values that are set at the same moment
+share the events that it records.
 
-On devices that the program has declared, torch finds the tensors, by pickling. For a future
-without ``devices``, `found_readiness` looks for them; torch's own would hand them out with no
-synchronisation at all. A process that uses no accelerator pays a glance at the result's type.
+On devices that the program has declared, torch finds the tensors, by pickling the value. Without
+``devices``, torch would synchronise nothing at all, so `found_readiness` searches the value.
 """
 
 from __future__ import annotations
@@ -35,12 +34,12 @@ from ._streams import (
 from ._tensors import devices_of, keep_memory, search, tensors
 from ._watcher import until_reached, watcher_of
 
-# A value of more parts is not searched to the end, but taken for one that holds tensors.
+# A value with more parts is not searched further: it counts as one that holds tensors.
 _MOST_PARTS = 1000
 
 
 class Moment:
-    """The end of what is enqueued now on the current streams, for all values that are set now."""
+    """The end of the work that is enqueued now on the current streams."""
 
     def __init__(self) -> None:
         self._events: dict[torch.device, RecordedEvent] = {}
@@ -60,36 +59,30 @@ class Moment:
 
 @dataclass(eq=False, slots=True)
 class Readiness:
-    """When the kernels that fill a value have finished, and how to order streams after them.
+    """When the kernels that fill a value have finished, and how to order streams after them."""
 
-    Attributes:
-        tensors: The tensors in the value.
-        events: What the kernels end with; those that are known to be reached may be missing.
-        devices: The devices on which a callback gets streams.
-    """
-
-    tensors: list[torch.Tensor]
-    events: Sequence[RecordedEvent]
-    devices: Iterable[torch.device]
+    tensors: list[torch.Tensor]  # those in the value
+    events: Sequence[RecordedEvent]  # recorded after the kernels; those reached may be missing
+    devices: Iterable[torch.device]  # those on which a callback gets streams
 
     def ready(self) -> Generator[Any, Any, None]:
-        """Suspends the current task until the kernels have finished, or one has failed."""
+        """Suspend the current task until the kernels have finished, or one has failed."""
         if self.events:
             yield from until_reached(self.events)
-            self.events = ()  # so that they go back to the pool
+            self.events = ()  # return them to the pool
 
     def notify_when_ready(self, loop: Loop, notify: Notify) -> Callable[[object], None]:
         """Do what `Watcher.notify_when_reached` does, on ``loop``, which runs in this thread."""
         return watcher_of(loop).notify_when_reached(self.events, notify)
 
     def notify_in_background(self, notify: Notify) -> None:
-        """Calls ``notify(error or None)`` when the kernels have finished: in a thread, or now."""
+        """Call ``notify(error or None)`` when the kernels have finished: in a thread, or now."""
         from ._background import when_reached
 
         when_reached(self.events, notify)
 
     def wait(self) -> None:
-        """Orders the current streams after the kernels; raises the device's error if it cannot."""
+        """Order the current streams after the kernels; raise the device's error if it cannot."""
         current: dict[torch.device, torch.Stream] = {}
         for event in self.events:
             device = event.event.device
@@ -98,17 +91,16 @@ class Readiness:
         keep_memory(self.tensors, current)
 
     def run(self, callback: Callable[[], object]) -> None:
-        """Calls ``callback``, once, on dedicated streams that are ordered after the kernels.
+        """Call ``callback`` once, on dedicated streams that are ordered after the kernels.
 
-        On the current streams, where the device has no others. If nothing can be ordered, as
-        after a kernel's error, it is called all the same. Raises what the callback raised, or an
-        interrupt that came before the callback was called.
+        Call it even if nothing can be ordered, as after a kernel's error, or if an interrupt comes
+        first: the callback may be another thread's. Then raise the interrupt.
         """
         begun = False
         try:
             with on_streams([dedicated_stream(device) for device in self.devices]):
                 self.wait()
-                begun = True  # no call comes before the next, so no interrupt does
+                begun = True  # next to the call, so that no interrupt comes in between
                 callback()
         except BaseException as error:
             if begun:
@@ -123,15 +115,15 @@ class Readiness:
 def declared_readiness(
     devices: Sequence[torch.device], value: object, moment: Moment
 ) -> tuple[Readiness | None, Exception | None]:
-    """Returns the readiness of a value on ``devices``, and the error it is to fail with, if any."""
+    """Return the readiness of a value on ``devices``; and the error that it fails with, if any."""
     try:
-        # C++ would call the same, and keep what it finds to itself.
+        # As C++ does, which does not return what it finds.
         found = [*tensors(value)] if extract_tensors is None else extract_tensors(value)
         used = devices_of(found)
         if not used <= {*devices}:
             _refuse(devices, found)
         return Readiness(found, moment.events(used), devices), None
-    except Exception as error:  # not to be pickled; on other devices; or these take no more events
+    except Exception as error:  # it cannot be pickled, or is elsewhere, or the device has failed
         return Readiness([], (), devices), error.with_traceback(None)
 
 
@@ -143,7 +135,7 @@ def _refuse(devices: Sequence[torch.device], found: list[torch.Tensor]) -> None:
 
 
 def found_readiness(value: object, moment: Moment) -> tuple[Readiness | None, Exception | None]:
-    """Returns the readiness of a value that holds something on an accelerator; or the error."""
+    """Return the readiness of a value with tensors on an accelerator, or the error of that."""
     if type(value) is torch.Tensor and value.is_cpu:
         return None, None
     accelerator = moment.accelerator
@@ -151,17 +143,17 @@ def found_readiness(value: object, moment: Moment) -> tuple[Readiness | None, Ex
         return None, None
     try:
         found, is_all = search(value, kind_of(accelerator), _MOST_PARTS)
-    except Exception:  # it cannot be searched, so it counts as one that holds nothing
+    except Exception:  # it cannot be searched, so it counts as empty
         return None, None
     try:
         used = devices_of(found) if is_all else devices_in_use()
         return (Readiness(found, moment.events(used), used) if used else None), None
-    except Exception as error:  # after a failed kernel, the accelerator takes no more events
+    except Exception as error:  # after a failed kernel, no event can be recorded
         return None, error.with_traceback(None)
 
 
 def joint_readiness(parts: Iterable[Readiness | None]) -> Readiness | None:
-    """Returns the readiness of several values together, if one of them has one."""
+    """Return the readiness of several values together; None if none of them has one."""
     some = [part for part in dict.fromkeys(parts) if part is not None]
     if len(some) < 2:
         return some[0] if some else None
