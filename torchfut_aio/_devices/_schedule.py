@@ -134,19 +134,21 @@ class LearnedSchedule:
 
     def next_poll(self, waited: float) -> float:
         policy = _policy
-        first = self._first_poll(waited)
+        first, spread = self._first_poll(), self._high - self._low
+        # About half of what asyncio.sleep(0.001) takes, for the first half second.
+        longest = max(9 * policy.min_interval, waited / 1024)
         if waited < first:
-            pause = first - waited
-        elif self._regular and waited < 2 * self._high - self._low:
-            pause = (self._high - self._low) / 8
-        elif self._regular:
-            pause = min(waited / 4, _longest_pause(waited))
+            pause = first - waited if self._regular else min(first - waited, 4 * longest)
+        elif not self._regular:
+            pause = min(max(waited, self.interval) / 2, longest)
+        elif waited < self._high + spread:
+            pause = spread / 8
         else:
-            pause = min(max(waited, self.interval) / 2, _longest_pause(waited))
+            pause = min(waited / 4, longest)
         return waited + min(max(pause, policy.min_interval), policy.max_interval)
 
     def observe(self, poll: Poll) -> None:
-        slept = poll.reached and poll.before < self._first_poll(poll.before)
+        slept = poll.reached and poll.before < self._first_poll()
         late, shortest = poll.at - poll.due, _policy.min_interval
         # After a long sleep, a machine takes longer to wake up.
         if late > 0 and poll.due - poll.before > 16 * shortest:
@@ -154,10 +156,10 @@ class LearnedSchedule:
         if poll.reached:
             self._learn((poll.before + poll.at) / 2, poll.at, slept)
 
-    def _first_poll(self, waited: float) -> float:
+    def _first_poll(self) -> float:
         """Return the time before which none of the last waits was over."""
         if not self._regular:
-            return min(self._least - self._late, waited + 4 * _longest_pause(waited))
+            return self._least - self._late
         # Poll earlier to make up for late wake-ups, and more so where they are very late:
         # the longer a machine sleeps, the less punctual it is.
         shortest = _policy.min_interval
@@ -178,8 +180,3 @@ class LearnedSchedule:
         outliers = len(waits) // 8
         self._least, self._low, self._high = waits[0], waits[outliers], waits[-1 - outliers]
         self._regular = len(waits) >= 4 and self._high - self._low <= self._low / 4
-
-
-def _longest_pause(waited: float) -> float:
-    # About half of what asyncio.sleep(0.001) takes, for the first half second.
-    return max(9 * _policy.min_interval, waited / 1024)
