@@ -31,7 +31,7 @@ from ._streams import (
     kind_of,
     on_streams,
 )
-from ._tensors import devices_of, keep_memory, search, tensors
+from ._tensors import devices_of, keep_memory, search
 from ._watcher import until_reached, watcher_of
 
 # A value with more parts is not searched further: it counts as one that holds tensors.
@@ -118,7 +118,7 @@ def declared_readiness(
     """Return the readiness of a value on ``devices``; and the error that it fails with, if any."""
     try:
         # As C++ does, which does not return what it finds.
-        found = [*tensors(value)] if extract_tensors is None else extract_tensors(value)
+        found = search(value)[0] if extract_tensors is None else extract_tensors(value)
         used = devices_of(found)
         if not used <= {*devices}:
             _refuse(devices, found)

@@ -119,8 +119,6 @@ class Schedule(Protocol):
 class LearnedSchedule:
     """Polls when the waits before this one ended."""
 
-    __slots__ = ("_high", "_late", "_least", "_low", "_regular", "_slept_through", "_waits")
-
     def __init__(self) -> None:
         self._waits: deque[float] = deque(maxlen=16)
         self._late = 0.0  # how late wake-ups after a long pause are, on average

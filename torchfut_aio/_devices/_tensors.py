@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import sys
 import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -42,23 +43,29 @@ _BARE = frozenset({list, tuple, dict, set, frozenset, deque})
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-def tensors(value: object) -> Iterator[torch.Tensor]:
-    """Yield the tensors in ``value``, once each."""
-    return (thing for thing, _ in _walk(value) if _is(thing, torch.Tensor))
+def search(
+    value: object, kind: str | None = None, most: int = sys.maxsize
+) -> tuple[list[torch.Tensor], bool]:
+    """Return the tensors in ``value``, on devices of this kind or, by default, on all.
 
-
-def search(value: object, kind: str, most: int) -> tuple[list[torch.Tensor], bool]:
-    """Return the tensors on devices of this kind among the first ``most`` parts of ``value``.
-
-    Also return whether these were all of its parts.
+    Only the first ``most`` parts are searched, breadth first. Also return whether these were all.
     """
     if type(value) is torch.Tensor:
-        return [value] if kind_of(value.device) == kind else [], True
+        return [value] if kind in (None, kind_of(value.device)) else [], True
     found: list[torch.Tensor] = []
-    for thing, parts in _walk(value, most):
-        if _is(thing, torch.Tensor) and kind_of(device_of(thing)) == kind:
+    seen: dict[int, object] = {}  # with the objects, so that no id is used again
+    left: deque[Any] = deque([value])
+    while left:
+        thing = left.popleft()
+        if type(thing) in HOST_ONLY or id(thing) in seen:
+            continue
+        seen[id(thing)] = thing
+        if not _is(thing, torch.Tensor):
+            parts = _parts(thing, most)
+            most -= len(parts)
+            left.extend(parts)
+        elif kind in (None, kind_of(device_of(thing))):
             found.append(thing)
-        most -= len(parts)
     return found, most > 0
 
 
@@ -109,35 +116,16 @@ def keep_memory(found: Iterable[torch.Tensor], streams: dict[torch.device, torch
             call_with_current(next(iter(devices)), future.wait)
 
 
-def _walk(value: object, most: int | None = None) -> Iterator[tuple[Any, list[Any]]]:
-    """Yield ``value`` and its parts, breadth first, once each, with the parts of each.
-
-    Stop after the first ``most`` parts.
-    """
-    seen: dict[int, object] = {}  # with the objects, so that no id is used again
-    found = deque([value])
-    while found:
-        thing = found.popleft()
-        if type(thing) in HOST_ONLY or id(thing) in seen:
-            continue
-        seen[id(thing)] = thing
-        parts = [] if _is(thing, torch.Tensor) else _parts(thing, most)
-        if most is not None:
-            most -= len(parts)
-        yield thing, parts
-        found.extend(parts)
-
-
-def _parts(thing: Any, most: int | None) -> list[Any]:
+def _parts(thing: Any, most: int) -> list[Any]:
+    """Return what ``thing`` holds directly: the first ``most`` of its items and attributes."""
     parts: list[Any] = []
-    if most == 0:
+    if not most:
         return parts
     # What cannot be read, such as a mapping whose file is closed, counts as empty.
     with suppress(Exception):
         parts += islice(_items(thing), most)
     with suppress(Exception):
-        left = None if most is None else most - len(parts)
-        parts += islice((part for _, part in _attributes(thing)), left)
+        parts += islice(_attributes(thing), most - len(parts))
     return parts
 
 
@@ -150,16 +138,16 @@ def _items(thing: Any) -> Iterator[Any]:
     return iter(() if node is None else node.flatten_fn(thing)[0])
 
 
-def _attributes(thing: object) -> Iterator[tuple[str, object]]:
+def _attributes(thing: object) -> Iterator[object]:
     if type(thing) in _BARE or _is(thing, _OPAQUE):
         return
     with suppress(AttributeError):
-        yield from list(object.__getattribute__(thing, "__dict__").items())
+        yield from list(object.__getattribute__(thing, "__dict__").values())
     for kind in type(thing).__mro__:
         for name, slot in list(vars(kind).items()):
             if type(slot) is types.MemberDescriptorType and name != "__dict__":
                 with suppress(AttributeError):  # not set
-                    yield name, slot.__get__(thing)
+                    yield slot.__get__(thing)
 
 
 def map_tensors(

@@ -59,18 +59,15 @@ class PollStatistics:
     intervals: Mapping[tuple[torch.device, int], float] = field(default_factory=dict)
 
 
-def total(parts: Iterable[PollStatistics]) -> PollStatistics:
+def total(parts: Sequence[PollStatistics]) -> PollStatistics:
     """Return the sums, and the intervals of all."""
-    result = PollStatistics()
-    for part in parts:
-        result = PollStatistics(
-            pending=result.pending + part.pending,
-            polls=result.polls + part.polls,
-            queries=result.queries + part.queries,
-            hits=result.hits + part.hits,
-            intervals={**result.intervals, **part.intervals},
-        )
-    return result
+    return PollStatistics(
+        pending=sum(part.pending for part in parts),
+        polls=sum(part.polls for part in parts),
+        queries=sum(part.queries for part in parts),
+        hits=sum(part.hits for part in parts),
+        intervals={stream: seconds for part in parts for stream, seconds in part.intervals.items()},
+    )
 
 
 class Watcher:
@@ -107,9 +104,8 @@ class Watcher:
         Return False, and do not notify it, if all are reached now. If the caller loses interest, or
         this raises, delete the wait from ``waits.pending``.
         """
-        missing = [
-            (e, queue) for e in wait.missing if not (queue := self._queue_of(e)).is_reached(e)
-        ]
+        queues = [(event, self._queue_of(event)) for event in wait.missing]
+        missing = [(event, queue) for event, queue in queues if not queue.is_reached(event)]
         if not missing:
             return False
         wait.missing = {event for event, _ in missing}
