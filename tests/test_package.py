@@ -52,7 +52,7 @@ with ThreadPool(1) as pool:
     assert torchfut_aio.as_future(pool.apply_async(abs, [-1])).wait() == 1
 imported()
 """
-    assert python(program).splitlines() == ["[]", "['torchfut_aio.contrib._pool']"]
+    assert forks.output(program).splitlines() == ["[]", "['torchfut_aio.contrib._pool']"]
 
 
 def test_importing_and_using_it_never_initialises_an_accelerator():
