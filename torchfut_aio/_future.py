@@ -361,7 +361,7 @@ class Future(torch.futures.Future[T]):
 
         If ``_ready``, wait until the kernels that fill it have finished.
         """
-        loop = _loops.running() or _loops.current()  # which raises
+        loop = _loops.running() or _loops.current()
         state = self._state
         if OUTCOME in state:
             yield from loop.checkpoint()

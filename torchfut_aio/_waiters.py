@@ -187,7 +187,7 @@ class Waiters:
     @types.coroutine
     def wait(self, is_over: Callable[[], bool]) -> Generator[Any, Any, None]:
         """Suspend the current task until it is woken, or ``is_over()``; for ``await``."""
-        loop = _loops.current()
+        loop = _loops.running() or _loops.current()
         waiting, waiter = self.waiting, loop.waiter()
         try:
             waiting[waiter] = loop

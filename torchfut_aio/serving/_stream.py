@@ -481,7 +481,7 @@ class _Reader(AsyncIterator[T], Iterator[T]):
                         state.check_end(StopAsyncIteration)
                         continue
                     # As in Waiters.wait(), without its calls: see benchmarks/NOTES.md.
-                    loop = _loops.current()
+                    loop = _loops.running() or _loops.current()
                     waiter = loop.waiter()
                     waiting = state.readers.waiting
                     try:
