@@ -42,7 +42,7 @@ SOURCES = [torch.futures.Future, concurrent.futures.Future]
 sources = pytest.mark.parametrize("source_type", SOURCES)
 
 
-def test_ours_is_returned_as_it_is():
+def test_our_future_is_returned_unchanged():
     fut = Future()
     assert as_future(fut) is fut
 
@@ -50,7 +50,7 @@ def test_ours_is_returned_as_it_is():
 @sources
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("outcome", ["result", "exception"])
-def test_an_adopted_future_completes_as_its_source(source_type, when, outcome):
+def test_adopted_future_takes_the_outcome_of_its_source(source_type, when, outcome):
     source = source_type()
     value = Stop("foo") if outcome == "exception" else ["a", "value"]
     if when == "before":
@@ -66,7 +66,7 @@ def test_an_adopted_future_completes_as_its_source(source_type, when, outcome):
         assert fut.exception() is value
 
 
-def test_an_error_in_torchs_then_arrives_as_torchs_runtime_error():
+def test_error_in_torch_then_arrives_as_torch_runtime_error():
     source = torch.futures.Future()
     source.set_result(1)
     fut = as_future(source.then(lambda fut: {}["missing"]))
@@ -83,7 +83,7 @@ async def test_an_adopted_future_can_be_awaited(source_type):
             assert await as_future(source) == 5
 
 
-def test_a_cancelled_concurrent_future_arrives_as_cancelled():
+def test_cancelled_concurrent_future_cancels_its_adopted_future():
     source = concurrent.futures.Future()
     fut = as_future(source)
     source.cancel()
@@ -91,7 +91,7 @@ def test_a_cancelled_concurrent_future_arrives_as_cancelled():
     assert not isinstance(fut.exception(), asyncio.CancelledError)
 
 
-def test_a_cancellation_of_a_librarys_own_kind_arrives_as_cancelled():
+def test_library_cancelled_error_is_adopted_as_cancellation():
     class OfALibrary(concurrent.futures.CancelledError):  # as that of dask
         pass
 
@@ -121,7 +121,7 @@ async def test_asyncio_futures_and_tasks_are_adopted():
 
 
 @on_asyncio
-async def test_a_cancelled_task_arrives_as_cancelled():
+async def test_cancelled_task_cancels_its_adopted_future():
     task = asyncio.ensure_future(asyncio.sleep(PATIENCE))
     fut = as_future(task)
     task.cancel("by me")
@@ -142,7 +142,7 @@ async def test_an_asyncio_future_is_adopted_from_another_thread():
     assert got == [5]
 
 
-def test_an_asyncio_future_of_a_closed_loop_is_read_if_done_and_refused_if_pending():
+def test_asyncio_future_of_closed_loop_must_be_done():
     loop = asyncio.new_event_loop()
     done, pending = loop.create_future(), loop.create_future()
     done.set_result(5)
@@ -152,7 +152,7 @@ def test_an_asyncio_future_of_a_closed_loop_is_read_if_done_and_refused_if_pendi
         as_future(pending)
 
 
-def test_a_work_of_torch_distributed_is_adopted(group_of_one):
+def test_distributed_work_is_adopted(group_of_one):
     tensor = torch.ones(3)
     work = dist.all_reduce(tensor, async_op=True)
     fut = as_future(work)
@@ -166,7 +166,7 @@ def test_a_work_of_torch_distributed_is_adopted(group_of_one):
     assert len(asyncio.run(main())) == 1
 
 
-def test_an_error_that_a_work_carries_as_a_value_is_an_error():
+def test_error_stored_as_value_of_a_work_fails_the_future():
     fut = Future()
     works = [_create_work_from_future(fut) for _ in range(2)]
     early = as_future(works[0]), as_future(works[0].get_future())
@@ -191,7 +191,7 @@ def script():
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_an_error_that_a_script_returns_as_a_value_is_an_error(when, script):
+def test_error_returned_by_a_script_fails_the_future(when, script):
     fut = Future()
     if when == "before":
         fut.set_exception(Stop("foo"))
@@ -202,7 +202,7 @@ def test_an_error_that_a_script_returns_as_a_value_is_an_error(when, script):
         adopted.wait(PATIENCE)
 
 
-def test_an_error_within_what_a_script_returns_is_an_error(script):
+def test_error_nested_in_a_script_result_fails_the_future(script):
     failed = Future()
     failed.set_exception(Stop("foo"))
     stand_in = script(waits)(failed)  # torch's own future gives the error itself, as a value
@@ -219,7 +219,7 @@ def test_an_error_within_what_a_script_returns_is_an_error(script):
 
 @pytest.mark.parametrize("source_type", [*SOURCES, AsyncResult])
 @pytest.mark.parametrize("outcome", ["result", "exception"])
-def test_a_source_that_completes_too_late_is_silent(source_type, outcome, caplog, capfd):
+def test_source_that_completes_too_late_is_ignored(source_type, outcome, caplog, capfd):
     if source_type is AsyncResult:
         release = threading.Event()
         with ThreadPool(1) as pool:
@@ -238,7 +238,7 @@ def test_a_source_that_completes_too_late_is_silent(source_type, outcome, caplog
 
 
 @on_asyncio
-async def test_a_task_that_completes_too_late_is_silent(caplog):
+async def test_task_that_completes_too_late_is_ignored(caplog):
     task = asyncio.ensure_future(asyncio.sleep(0.001))
     as_future(task).set_result("mine")
     await task
@@ -246,7 +246,7 @@ async def test_a_task_that_completes_too_late_is_silent(caplog):
 
 
 @on_every_loop
-async def test_results_of_a_pool_are_awaited(nothing_blocks_a_loop):
+async def test_results_of_a_pool_can_be_awaited(nothing_blocks_a_loop):
     release = threading.Event()
     pool = await anyio.to_thread.run_sync(ThreadPool, 2)  # which may start a process, and block
     try:
@@ -266,7 +266,7 @@ async def test_results_of_a_pool_are_awaited(nothing_blocks_a_loop):
         await anyio.to_thread.run_sync(pool.join)
 
 
-def test_an_event_of_mps_is_adopted_though_it_is_no_event_of_torchs(monkeypatch):
+def test_mps_event_is_adopted_without_deriving_from_torch_event(monkeypatch):
     assert not issubclass(torch.mps.Event, torch.Event)
     reached = threading.Event()
 
@@ -282,7 +282,7 @@ def test_an_event_of_mps_is_adopted_though_it_is_no_event_of_torchs(monkeypatch)
     assert as_future(Event()).done()
 
 
-def test_a_checkpoint_is_saved_when_it_has_been_uploaded():
+def test_async_save_completes_once_it_is_uploaded():
     if not hasattr(state_dict_saver, "AsyncSaveResponse"):
         pytest.skip("this torch has no saves that are staged")
     staging, upload = concurrent.futures.Future(), concurrent.futures.Future()
@@ -295,7 +295,7 @@ def test_a_checkpoint_is_saved_when_it_has_been_uploaded():
     assert fut.wait() == "metadata"
 
 
-def test_an_adopted_future_outlives_every_other_reference_to_it():
+def test_adopted_future_survives_without_other_references():
     source = torch.futures.Future()
     got = []
     as_future(source).then(lambda fut: got.append(fut.value()))
@@ -305,7 +305,7 @@ def test_an_adopted_future_outlives_every_other_reference_to_it():
 
 
 @sources
-def test_a_pending_source_is_adopted_once_however_often_it_is_asked_for(source_type):
+def test_pending_source_is_adopted_only_once(source_type):
     source = source_type()
     fut = as_future(source)
     assert all(as_future(source) is fut for _ in range(1000))
@@ -348,14 +348,14 @@ def test_a_source_that_is_done_has_time_to_complete_its_future():
     assert fut.wait() == "given"
 
 
-def test_a_pending_source_is_adopted_once_for_each_set_of_devices():
+def test_pending_source_is_adopted_once_per_set_of_devices():
     source = torch.futures.Future()
     plain, other = as_future(source), as_future(source, devices=[DEVICE])
     assert plain is not other
     assert as_future(source, devices=[torch.device(DEVICE)]) is other
 
 
-def test_one_device_that_is_no_list_is_refused_when_adopting_too():
+def test_as_future_refuses_a_single_device_without_a_list():
     with pytest.raises(TypeError, match="devices must be a list of devices"):
         as_future(torch.futures.Future(), devices="cpu:0")
 
@@ -364,7 +364,7 @@ DEVICE = "cpu:0"  # a device like any other, to the C++ future
 
 
 @sources
-def test_threads_that_adopt_one_source_all_see_it_complete(source_type):
+def test_threads_adopting_the_same_source_all_see_it_complete(source_type):
     for _ in range(50):
         source = source_type()
         got = []
@@ -376,7 +376,7 @@ def test_threads_that_adopt_one_source_all_see_it_complete(source_type):
         assert got == [5] * 3
 
 
-def test_devices_make_a_future_of_its_own():
+def test_as_future_with_devices_makes_a_new_future():
     fut = Future()
     made = as_future(fut, devices=[])
     assert made is not fut
@@ -384,7 +384,7 @@ def test_devices_make_a_future_of_its_own():
     assert made.wait() == 5
 
 
-def test_what_cannot_be_adopted_is_a_type_error_that_lists_what_can():
+def test_unadoptable_object_raises_type_error_listing_sources():
     with pytest.raises(TypeError) as caught:
         as_future("text")
     assert isinstance(caught.value, NotAFutureError)
@@ -421,7 +421,7 @@ def registered():
         return fut
 
 
-def test_other_libraries_register_their_own_sources(registered):
+def test_other_libraries_can_register_source_types(registered):
     handle = SpecialHandle()
     assert as_future(handle).wait() is as_future(handle, devices=[]).wait() is handle
     with pytest.raises(TypeError, match=r"test_adopt\.Handle"):
@@ -470,7 +470,7 @@ def test_a_function_registers_for_each_type_of_a_union():
     assert as_future(One()) is as_future(Other()) is fut
 
 
-def test_what_is_registered_must_return_ours():
+def test_registered_function_must_return_our_future():
     class Careless:
         pass
 
@@ -480,7 +480,7 @@ def test_what_is_registered_must_return_ours():
             use(Careless())
 
 
-def test_a_library_that_is_imported_later_is_known():
+def test_library_imported_later_is_recognised():
     program = """
 import sys, torchfut_aio
 assert "anyio" not in sys.modules
@@ -495,7 +495,7 @@ print(anyio.run(main))
     assert forks.output(program) == "5\n"
 
 
-def test_a_coroutine_is_refused_with_a_cure():
+def test_as_future_refuses_a_coroutine_and_suggests_a_fix():
     async def coroutine():
         pass
 
@@ -519,7 +519,7 @@ def test_registering_by_annotation_works_as_with_singledispatch():
     assert as_future(Annotated()).wait() == "annotated"
 
 
-def test_annotations_that_were_assigned_are_annotations():
+def test_register_reads_assigned_annotations():
     class Other:
         pass
 
@@ -541,7 +541,7 @@ def test_a_function_without_annotations_registers_nothing():
         as_future.register(adopt)
 
 
-def test_equal_sources_are_adopted_apart_and_none_is_kept():
+def test_equal_sources_are_adopted_separately_and_collected():
     class Equal(concurrent.futures.Future):
         def __eq__(self, other):
             return True

@@ -36,7 +36,7 @@ async def returns(value):
 
 
 @every_kind_of_loop
-def test_what_is_pending_when_its_loop_closes_fails(new_loop):
+def test_pending_adopted_future_fails_when_its_loop_closes(new_loop):
     loop = new_loop()
     fut, source = loop.run_until_complete(adopt_pending())
     other = as_future(loop.create_future())  # before the loop gets to it
@@ -51,7 +51,7 @@ def test_what_is_pending_when_its_loop_closes_fails(new_loop):
 
 
 @every_kind_of_loop
-def test_a_loop_that_closes_fails_what_other_threads_wait_for(new_loop):
+def test_closing_a_loop_fails_futures_awaited_by_other_threads(new_loop):
     loop = new_loop()
     _, source = loop.run_until_complete(adopt_pending())
     adopted, waited = threading.Event(), threading.Event()
@@ -81,7 +81,7 @@ class ClosesWithinACall(asyncio.SelectorEventLoop):
 
 
 @pytest.mark.parametrize("source_is_done", [False, True])
-def test_a_loop_that_closes_while_its_future_is_adopted_fails_it_or_gives_its_value(source_is_done):
+def test_loop_closed_during_adoption_completes_the_future(source_is_done):
     loop = ClosesWithinACall()
     source = loop.create_future()
     if source_is_done:
@@ -99,7 +99,7 @@ def test_a_loop_that_closes_while_its_future_is_adopted_fails_it_or_gives_its_va
 
 @every_kind_of_loop
 @pytest.mark.parametrize("outcome", [5, KeyError("foo")], ids=type)
-def test_what_is_done_when_its_loop_stops_for_good_is_not_lost(new_loop, outcome):
+def test_outcome_set_in_the_last_turn_of_a_loop_is_kept(new_loop, outcome):
     loop = new_loop()
 
     async def ends_in_the_last_turn():
@@ -122,7 +122,7 @@ def test_what_is_done_when_its_loop_stops_for_good_is_not_lost(new_loop, outcome
 
 
 @pytest.mark.filterwarnings("ignore:unclosed event loop", "ignore:unclosed <socket")
-def test_a_future_that_is_kept_keeps_no_loop_that_all_forget(collected, caplog):
+def test_adopted_future_does_not_keep_an_abandoned_loop(collected, caplog):
     async def main():
         woken = asyncio.Event()
         asyncio.get_running_loop().call_later(10 * PATIENCE, woken.set)
@@ -140,7 +140,7 @@ def test_a_future_that_is_kept_keeps_no_loop_that_all_forget(collected, caplog):
 
 
 @every_kind_of_loop
-def test_a_task_that_never_ends_fails_its_future_with_the_loop(new_loop):
+def test_unfinished_task_fails_its_future_when_the_loop_ends(new_loop):
     loop = new_loop()
 
     async def main():
@@ -161,14 +161,14 @@ def test_a_task_that_never_ends_fails_its_future_with_the_loop(new_loop):
 
 
 @on_asyncio
-async def test_what_nobody_can_complete_any_more_fails():
+async def test_collected_asyncio_future_fails_its_adopted_future():
     fut = as_future(asyncio.get_running_loop().create_future())
     gc.collect()
     with pytest.raises(concurrent.futures.CancelledError, match="garbage-collected"):
         await asyncio.wait_for(fut, PATIENCE)
 
 
-def test_a_concurrent_future_that_nobody_can_complete_any_more_fails():
+def test_collected_concurrent_future_fails_its_adopted_future():
     fut = as_future(concurrent.futures.Future())
     gc.collect()
     with pytest.raises(concurrent.futures.CancelledError, match="garbage-collected"):
@@ -177,7 +177,7 @@ def test_a_concurrent_future_that_nobody_can_complete_any_more_fails():
 
 @every_kind_of_loop
 @pytest.mark.parametrize("runs_before", [False, True])
-def test_what_another_loop_of_this_thread_has_to_complete_is_refused(new_loop, runs_before):
+def test_source_of_another_loop_of_this_thread_is_refused(new_loop, runs_before):
     loop = new_loop()
     source = loop.create_task(returns(5))
     if runs_before:
@@ -217,7 +217,7 @@ def test_what_another_loop_of_this_thread_has_to_complete_is_refused(new_loop, r
 
 
 @every_kind_of_loop
-def test_a_full_stack_is_taken_for_no_closed_loop(new_loop):
+def test_full_stack_is_not_mistaken_for_a_closed_loop(new_loop):
     loop = new_loop()
     raised = 0
     for strike in strikes(_asyncio, error=RecursionError, at="calls"):
@@ -229,7 +229,7 @@ def test_a_full_stack_is_taken_for_no_closed_loop(new_loop):
 
 
 @on_asyncio
-async def test_a_loop_that_runs_in_another_thread_completes_what_is_awaited_here():
+async def test_loop_in_another_thread_completes_an_awaited_future():
     loop, started = asyncio.new_event_loop(), Future()
     loop.call_soon(started.set_result, None)
     source = loop.create_future()
@@ -243,7 +243,7 @@ async def test_a_loop_that_runs_in_another_thread_completes_what_is_awaited_here
 
 
 @on_asyncio
-async def test_a_loop_keeps_nothing_of_what_was_adopted(collected):
+async def test_loop_keeps_no_reference_to_a_completed_adoption(collected):
     fut, source = await adopt_pending()
     source.set_result(5)
     assert await fut == 5

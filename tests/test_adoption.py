@@ -80,7 +80,7 @@ def test_a_full_stack_leaves_no_adopted_future_pending(source_type, left, short_
 
 
 @on_every_loop
-async def test_a_future_that_a_full_stack_left_recovers_when_awaited(
+async def test_await_completes_a_future_left_behind_by_a_full_stack(
     short_stack, nothing_blocks_a_loop
 ):
     nothing_blocks_a_loop.deactivate()  # to join the thread
@@ -113,7 +113,7 @@ def test_an_interrupted_source_leaves_no_adopted_future_pending(source_type, err
         assert waited == [5], strike
 
 
-def test_a_source_that_calls_back_in_a_moment_is_waited_for():
+def test_adopted_future_waits_for_a_late_callback_of_its_source():
     source, may_call = concurrent.futures.Future(), threading.Event()
     source.add_done_callback(lambda _: may_call.wait(PATIENCE))
     fut = adopt(source)
@@ -125,7 +125,7 @@ def test_a_source_that_calls_back_in_a_moment_is_waited_for():
 
 
 @pytest.mark.parametrize("source_type", [concurrent.futures.Future])
-def test_a_source_that_is_dropped_fails_the_adopted_future(source_type, no_collector):
+def test_collected_source_fails_the_adopted_future(source_type, no_collector):
     source = source_type()
     fut = adopt(source)
     del source
@@ -133,7 +133,7 @@ def test_a_source_that_is_dropped_fails_the_adopted_future(source_type, no_colle
         fut.wait(0)
 
 
-def test_a_source_that_breaks_its_word_fails_the_adopted_future(caplog):
+def test_source_with_a_raising_result_fails_the_adopted_future(caplog):
     class Broken(concurrent.futures.Future):
         def result(self, timeout=None):
             raise OSError("foo")
@@ -145,7 +145,7 @@ def test_a_source_that_breaks_its_word_fails_the_adopted_future(caplog):
         fut.wait(PATIENCE)
 
 
-def test_a_done_source_keeps_no_adopted_future(no_collector):
+def test_done_source_does_not_keep_its_adopted_future(no_collector):
     source = concurrent.futures.Future()
     fut = adopt(source)
     source.set_result(5)
@@ -155,7 +155,7 @@ def test_a_done_source_keeps_no_adopted_future(no_collector):
     assert ref() is None
 
 
-def test_an_adopted_future_keeps_no_source():
+def test_adopted_future_does_not_keep_a_done_source():
     source = concurrent.futures.Future()
     fut = adopt(source)
     source.set_result(5)
@@ -166,7 +166,7 @@ def test_an_adopted_future_keeps_no_source():
     assert fut.value() == 5
 
 
-def test_the_outcome_of_a_loop_that_was_closed_arrives():
+def test_outcome_of_a_future_survives_its_closed_loop():
     loop = asyncio.new_event_loop()
     source = loop.create_future()
     fut = loop.run_until_complete(adopted(source))

@@ -17,7 +17,7 @@ from torchfut_aio import Future
 T = TypeVar("T")
 
 
-def test_ddp_takes_a_hook_whose_annotation_is_ours(group_of_one):
+def test_ddp_accepts_a_hook_annotated_with_our_future(group_of_one):
     def hook(state, bucket):
         fut = Future()
         fut.set_result(bucket.buffer())
@@ -59,18 +59,18 @@ use.__annotations__["return"] = torch.Tensor
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is:FutureWarning")
-def test_torchscript_takes_a_function_whose_annotation_is_ours():
+def test_torchscript_accepts_functions_annotated_with_our_future():
     assert torch.jit.script(use)().tolist() == [1]
 
 
-def test_it_stays_pytorchs_where_a_program_puts_our_class_in_the_place_of_pytorchs(monkeypatch):
+def test_annotation_survives_patching_torch_futures_future(monkeypatch):
     theirs = torch.futures.Future
     monkeypatch.setattr(torch.futures, "Future", Future)
     assert Future[int] == theirs[int]
     assert torch._jit_internal.is_future(Future[int])  # as TorchScript asks
 
 
-def test_it_is_equal_to_pytorchs_and_to_no_other():
+def test_annotation_equals_only_the_annotation_of_pytorch():
     for args in (int, torch.Tensor, int | None, "forward", None):
         assert Future[args] == Future[args]
         assert Future[args] == torch.futures.Future[args]
@@ -82,18 +82,18 @@ def test_it_is_equal_to_pytorchs_and_to_no_other():
         assert other != Future[int]
 
 
-def test_calling_it_makes_our_future():
+def test_calling_the_annotation_makes_our_future():
     fut = Future[int](devices=[])
     assert type(fut) is Future
 
 
-def test_it_is_no_class():
+def test_annotation_is_not_a_class():
     assert not isinstance(Future[int], type)
     with pytest.raises(TypeError):
         isinstance(Future(), Future[int])
 
 
-def test_classes_derive_from_it():
+def test_classes_can_derive_from_the_annotation():
     class Numbers(Future[int]):
         pass
 
@@ -112,7 +112,7 @@ def test_classes_derive_from_it():
         Numbers[str]
 
 
-def test_typing_reads_it():
+def test_typing_reads_the_annotation():
     def function(fut: Future[int], other: Future[T] | None = None) -> str: ...
 
     hints = typing.get_type_hints(function, localns={"T": T})
@@ -127,7 +127,7 @@ def test_typing_reads_it():
         Future[int, str]
 
 
-def test_it_is_copied_and_pickled():
+def test_annotation_can_be_copied_and_pickled():
     for copied in (copy.copy(Future[int]), copy.deepcopy(Future[int])):
         assert copied == Future[int]
     again = pickle.loads(pickle.dumps(Future[int]))

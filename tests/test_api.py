@@ -100,7 +100,7 @@ def api():
             yield from described(name, getattr(module, name))
 
 
-def test_public_names_and_signatures_are_those_promised():
+def test_public_names_and_signatures_match_the_promised_api():
     assert [*api()] == PROMISED.read_text().splitlines(), __doc__
 
 

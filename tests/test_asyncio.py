@@ -42,7 +42,7 @@ async def pending(n=1):
 
 
 @on_asyncio
-async def test_a_done_future_resumes_at_once_as_an_asyncio_future_does():
+async def test_await_of_a_done_future_does_not_suspend():
     fut = Future()
     fut.set_result(5)
     others = []
@@ -52,13 +52,13 @@ async def test_a_done_future_resumes_at_once_as_an_asyncio_future_does():
 
 
 @on_asyncio
-async def test_gather():
+async def test_asyncio_gather_accepts_futures():
     futures = await pending(3)
     assert await asyncio.gather(*futures) == [0, 1, 2]
 
 
 @on_asyncio
-async def test_wait_for():
+async def test_asyncio_wait_for_accepts_futures():
     [fut] = await pending()
     assert await asyncio.wait_for(fut, PATIENCE) == 0
     never = Future()
@@ -68,7 +68,7 @@ async def test_wait_for():
 
 
 @on_asyncio
-async def test_shield():
+async def test_asyncio_shield_accepts_futures():
     fut = Future()
     task = asyncio.ensure_future(asyncio.shield(fut))
     await asyncio.sleep(0)
@@ -80,7 +80,7 @@ async def test_shield():
 
 
 @on_asyncio
-async def test_timeout_and_task_group():
+async def test_asyncio_timeout_and_task_group_work_with_futures():
     never = Future()
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.001):
@@ -93,13 +93,13 @@ async def test_timeout_and_task_group():
 
 
 @on_asyncio
-async def test_as_completed():
+async def test_asyncio_as_completed_accepts_futures():
     futures = await pending(3)
     assert {await fut for fut in asyncio.as_completed(futures)} == {0, 1, 2}
 
 
 @on_asyncio
-async def test_anyio_gather():
+async def test_anyio_gather_accepts_futures():
     gather = pytest.importorskip("anyio").gather
     futures = await pending(3)
     assert await gather(*map(value_of, futures)) == (0, 1, 2)
@@ -109,7 +109,7 @@ async def test_anyio_gather():
 
 
 @on_asyncio
-async def test_as_asyncio_serves_asyncio_wait():
+async def test_asyncio_wait_accepts_as_asyncio():
     futures = await pending(3)
     ours = [fut.as_asyncio() for fut in futures]
     assert all(asyncio.isfuture(fut) for fut in ours)
@@ -119,7 +119,7 @@ async def test_as_asyncio_serves_asyncio_wait():
 
 
 @on_asyncio
-async def test_asyncio_wait_refuses_what_it_would_hang_on():
+async def test_asyncio_wait_refuses_a_plain_future():
     fut = Future()
     with pytest.raises(TypeError, match=r"fut\.as_asyncio\(\)"):
         await asyncio.wait([fut])
@@ -152,7 +152,7 @@ async def test_as_asyncio_carries_an_error():
 
 
 @on_asyncio
-async def test_asyncio_looks_at_a_future_without_waiting_through_as_asyncio():
+async def test_wait_for_zero_seconds_polls_as_asyncio():
     fut = Future()
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(fut.as_asyncio(), 0)
@@ -161,7 +161,7 @@ async def test_asyncio_looks_at_a_future_without_waiting_through_as_asyncio():
 
 
 @on_asyncio
-async def test_as_asyncio_under_shield_leaves_nothing_behind():
+async def test_shielded_as_asyncio_leaves_no_waiter_behind():
     fut = Future()
     for _ in range(20):
         with pytest.raises(TimeoutError):
@@ -174,7 +174,7 @@ async def test_as_asyncio_under_shield_leaves_nothing_behind():
 
 
 @on_asyncio
-async def test_as_asyncio_completes_for_whoever_waits_although_nobody_refers_to_it():
+async def test_as_asyncio_completes_without_other_references():
     fut, called = Future(), []
     fut.as_asyncio().add_done_callback(lambda copy: called.append(copy.result()))
     tasks = [asyncio.create_task(value_of(fut.as_asyncio())) for _ in range(3)]
@@ -188,7 +188,7 @@ async def test_as_asyncio_completes_for_whoever_waits_although_nobody_refers_to_
 
 
 @on_asyncio
-async def test_a_copy_that_is_done_goes_without_the_collector():
+async def test_done_as_asyncio_is_freed_without_the_collector():
     fut = Future()
     copy = fut.as_asyncio()
     copy.add_done_callback(lambda _: None)
@@ -205,7 +205,7 @@ async def test_a_copy_that_is_done_goes_without_the_collector():
 
 
 @on_asyncio
-async def test_cancelling_as_asyncio_leaves_the_future_and_nothing_behind():
+async def test_cancelling_as_asyncio_leaves_the_future_unchanged():
     fut = Future()
     ours = fut.as_asyncio()
     assert "waiters=1" in repr(fut)
@@ -235,7 +235,7 @@ class Pipe:
 
 
 @on_asyncio
-async def test_a_completion_on_the_loops_own_thread_does_not_go_through_the_pipe(monkeypatch):
+async def test_completion_in_the_loop_thread_does_not_write_the_pipe(monkeypatch):
     pipe = Pipe(monkeypatch)
     futures = [Future() for _ in range(100)]
     tasks = [asyncio.ensure_future(value_of(fut)) for fut in futures]
@@ -247,7 +247,7 @@ async def test_a_completion_on_the_loops_own_thread_does_not_go_through_the_pipe
 
 
 @on_asyncio
-async def test_a_completion_in_a_callback_of_the_loop_does_not_go_through_the_pipe(monkeypatch):
+async def test_completion_in_a_loop_callback_does_not_write_the_pipe(monkeypatch):
     pipe = Pipe(monkeypatch)
     futures = [Future() for _ in range(2)]
     tasks = [asyncio.ensure_future(value_of(fut)) for fut in futures]
@@ -260,7 +260,7 @@ async def test_a_completion_in_a_callback_of_the_loop_does_not_go_through_the_pi
 
 
 @pytest.mark.parametrize("runner", [asyncio.run, uvloop.run])
-def test_a_signal_handler_wakes_a_loop_that_sleeps(runner):
+def test_signal_handler_wakes_a_sleeping_loop(runner):
     fut = Future()
     before = signal.signal(signal.SIGUSR1, lambda *args: fut.set_result("signal"))
 
@@ -279,7 +279,7 @@ def test_a_signal_handler_wakes_a_loop_that_sleeps(runner):
         signal.signal(signal.SIGUSR1, before)
 
 
-def test_what_runs_while_asyncios_loop_goes_to_sleep_wakes_it(monkeypatch):
+def test_completion_just_before_the_select_wakes_asyncio(monkeypatch):
     async def main():
         fut = Future()
         selector = asyncio.get_running_loop()._selector
@@ -298,7 +298,7 @@ def test_what_runs_while_asyncios_loop_goes_to_sleep_wakes_it(monkeypatch):
 
 
 @on_asyncio
-async def test_any_number_of_completions_are_one_wake_up(monkeypatch, nothing_blocks_a_loop):
+async def test_many_completions_cause_one_wake_up(monkeypatch, nothing_blocks_a_loop):
     nothing_blocks_a_loop.deactivate()
     pipe = Pipe(monkeypatch)
     futures = [Future() for _ in range(1000)]
@@ -331,7 +331,7 @@ def next_look(monkeypatch):
 
 
 @on_asyncio
-async def test_in_a_burst_the_loop_looks_again_without_being_woken(
+async def test_loop_polls_during_a_burst_without_being_woken(
     monkeypatch, nothing_blocks_a_loop, next_look
 ):
     nothing_blocks_a_loop.deactivate()
@@ -350,7 +350,7 @@ async def test_in_a_burst_the_loop_looks_again_without_being_woken(
 
 
 @on_asyncio
-async def test_in_a_burst_the_loops_own_completions_do_not_wait(
+async def test_loop_completions_are_not_delayed_during_a_burst(
     monkeypatch, nothing_blocks_a_loop, next_look
 ):
     nothing_blocks_a_loop.deactivate()
@@ -369,7 +369,7 @@ async def test_in_a_burst_the_loops_own_completions_do_not_wait(
 
 
 @on_asyncio
-async def test_after_a_burst_the_loop_looks_no_more(monkeypatch, nothing_blocks_a_loop):
+async def test_loop_stops_polling_after_a_burst(monkeypatch, nothing_blocks_a_loop):
     nothing_blocks_a_loop.deactivate()
     looks = 0
     real = AsyncioLoop.run_wake_up
@@ -389,7 +389,7 @@ async def test_after_a_burst_the_loop_looks_no_more(monkeypatch, nothing_blocks_
 
 
 @on_asyncio
-async def test_a_burst_is_served_when_no_more_files_can_be_opened(nothing_blocks_a_loop):
+async def test_burst_completes_when_no_files_can_be_opened(nothing_blocks_a_loop):
     nothing_blocks_a_loop.deactivate()
     await pending(1)  # which opens what it needs
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -404,7 +404,7 @@ async def test_a_burst_is_served_when_no_more_files_can_be_opened(nothing_blocks
 
 
 @pytest.mark.parametrize("runner", [asyncio.run, uvloop.run])
-def test_loops_that_have_seen_bursts_leave_no_files_open(runner, nothing_blocks_a_loop):
+def test_loops_leave_no_files_open_after_bursts(runner, nothing_blocks_a_loop):
     nothing_blocks_a_loop.deactivate()
 
     async def main():
@@ -464,7 +464,7 @@ async def test_each_task_resumes_in_its_own_context(nothing_blocks_a_loop):
 
 @on_asyncio
 @pytest.mark.parametrize("messages", [[], ["by me"], ["by me", "again"]])
-async def test_a_cancelled_await_says_what_that_of_an_asyncio_future_says(messages):
+async def test_cancelled_await_has_the_message_of_asyncio(messages):
     fut, said = Future(), []
     for awaited in (fut, asyncio.get_running_loop().create_future()):
         task = asyncio.ensure_future(value_of(awaited))
@@ -478,7 +478,7 @@ async def test_a_cancelled_await_says_what_that_of_an_asyncio_future_says(messag
 
 
 @on_asyncio
-async def test_tasks_written_in_python_await_and_are_cancelled_as_those_in_c():
+async def test_python_tasks_await_and_cancel_like_c_tasks():
     loop = asyncio.get_running_loop()
     futures = await pending(3)
     tasks = [asyncio.tasks._PyTask(value_of(fut), loop=loop) for fut in futures]
@@ -494,7 +494,7 @@ async def test_tasks_written_in_python_await_and_are_cancelled_as_those_in_c():
 
 
 @on_asyncio
-async def test_anyio_sees_that_a_task_waits():
+async def test_anyio_sees_a_waiting_task_as_blocked():
     fut = Future()
     async with anyio.create_task_group() as group:
         group.start_soon(value_of, fut)
@@ -506,9 +506,7 @@ async def test_anyio_sees_that_a_task_waits():
 
 @pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
-def test_a_task_that_ends_the_loop_leaves_the_others_to_its_next_run(
-    new_loop, kind, nothing_blocks_a_loop
-):
+def test_task_ending_the_loop_leaves_others_for_its_next_run(new_loop, kind, nothing_blocks_a_loop):
     nothing_blocks_a_loop.deactivate()
 
     async def stop(fut):
@@ -534,7 +532,7 @@ def test_a_task_that_ends_the_loop_leaves_the_others_to_its_next_run(
 
 
 @pytest.mark.parametrize("kind", [asyncio.Task, asyncio.tasks._PyTask])
-def test_a_task_may_run_its_loop_within_a_look_that_found_more(kind, nothing_blocks_a_loop):
+def test_task_can_run_its_loop_while_others_are_to_resume(kind, nothing_blocks_a_loop):
     # From Python 3.14 on, tasks written in C and in Python are kept in different places.
     prefix = "_c" if kind is asyncio.Task else "_py"
     leave_task, enter_task = (
@@ -567,7 +565,7 @@ def test_a_task_may_run_its_loop_within_a_look_that_found_more(kind, nothing_blo
 
 
 @on_asyncio
-async def test_a_cancelled_await_goes_without_the_collector():
+async def test_cancelled_await_is_freed_without_the_collector():
     gone = []
     gc.disable()
     try:
@@ -585,7 +583,7 @@ async def test_a_cancelled_await_goes_without_the_collector():
 
 
 @on_asyncio
-async def test_anyio_sees_that_a_task_is_about_to_be_cancelled():
+async def test_anyio_sees_the_pending_cancellation_of_a_task():
     task = asyncio.ensure_future(value_of(Future()))
     await asyncio.sleep(0)
     [info] = [info for info in anyio.get_running_tasks() if info.id == id(task)]
@@ -599,7 +597,7 @@ async def test_anyio_sees_that_a_task_is_about_to_be_cancelled():
 
 
 @on_asyncio
-async def test_debug_mode():
+async def test_debug_mode_of_a_loop_accepts_awaits():
     asyncio.get_running_loop().set_debug(True)
     futures = await pending(20)
     assert await asyncio.gather(*futures) == list(range(20))
@@ -609,7 +607,7 @@ async def test_debug_mode():
 
 @on_asyncio
 @pytest.mark.parametrize("thread", ["of the loop", "another"])
-async def test_debug_mode_tells_which_task_takes_long(caplog, nothing_blocks_a_loop, thread):
+async def test_debug_mode_logs_the_slow_task(caplog, nothing_blocks_a_loop, thread):
     nothing_blocks_a_loop.deactivate()
     loop = asyncio.get_running_loop()
     loop.set_debug(True)
@@ -671,7 +669,7 @@ IMPORTS = "import asyncio, threading, time, torchfut_aio"
 
 
 @pytest.mark.parametrize("first", ["the monitor", "this package"])
-def test_what_watches_handles_finds_the_task_that_takes_long(first):
+def test_handle_monitor_finds_the_slow_task(first):
     begin = [SLOW_STEP_MONITOR, IMPORTS] if first == "the monitor" else [IMPORTS, SLOW_STEP_MONITOR]
     printed = forks.output("\n".join([*begin, SLOW_STEPS]))
     assert printed.count("'1'") >= 2, printed  # more may be slow on a busy machine
@@ -679,7 +677,7 @@ def test_what_watches_handles_finds_the_task_that_takes_long(first):
 
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="new in Python 3.12")
 @on_asyncio
-async def test_eager_tasks():
+async def test_eager_tasks_await_futures():
     def start_eagerly(loop, coro, **options):
         # uvloop 0.23 passes eager_start=None, which makes asyncio's own factory start none.
         return asyncio.Task(coro, loop=loop, eager_start=True)
@@ -693,7 +691,7 @@ async def test_eager_tasks():
 
 
 @pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
-def test_a_closed_loop_is_not_kept_alive_by_this_package(new_loop):
+def test_package_does_not_keep_a_closed_loop(new_loop):
     loop = new_loop()
     fut = Future()
     loop.call_soon(fut.set_result, 5)
@@ -706,7 +704,7 @@ def test_a_closed_loop_is_not_kept_alive_by_this_package(new_loop):
 
 
 @pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
-def test_a_done_future_does_not_keep_the_loop_where_it_was_awaited(new_loop):
+def test_done_future_does_not_keep_the_loop_that_awaited_it(new_loop):
     loop = new_loop()
     fut = Future()
     task = loop.create_task(value_of(fut))
@@ -721,7 +719,7 @@ def test_a_done_future_does_not_keep_the_loop_where_it_was_awaited(new_loop):
     assert gone() is None
 
 
-def test_loops_that_close_before_they_see_a_completion_are_not_kept():
+def test_loops_closed_before_a_completion_are_not_kept():
     refs = []
     for _ in range(20):
         loop = asyncio.new_event_loop()
@@ -738,7 +736,7 @@ def test_loops_that_close_before_they_see_a_completion_are_not_kept():
     assert sum(ref() is not None for ref in refs) <= 1
 
 
-def test_exit_with_tasks_and_daemon_threads_waiting_and_a_thread_completing_is_clean():
+def test_exit_with_waiting_tasks_and_daemon_threads_is_clean():
     program = """
         import asyncio, threading
         from torchfut_aio import Future

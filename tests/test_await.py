@@ -23,7 +23,7 @@ async def waits_for(fut, into):
 
 
 @on_every_loop
-async def test_await_gives_the_value_that_another_thread_sets():
+async def test_await_returns_the_value_another_thread_sets():
     fut = Future()
     got = []
     async with anyio.create_task_group() as tg:
@@ -34,7 +34,7 @@ async def test_await_gives_the_value_that_another_thread_sets():
 
 
 @on_every_loop
-async def test_await_gives_the_value_that_the_loops_own_thread_sets():
+async def test_await_returns_the_value_its_loop_thread_sets():
     fut = Future()
     got = []
     async with anyio.create_task_group() as tg:
@@ -45,14 +45,14 @@ async def test_await_gives_the_value_that_the_loops_own_thread_sets():
 
 
 @on_every_loop
-async def test_await_on_a_done_future_gives_its_value():
+async def test_await_of_a_done_future_returns_its_value():
     fut = Future()
     fut.set_result(5)
     assert await fut == await fut == 5
 
 
 @on_every_loop
-async def test_await_raises_the_very_error():
+async def test_await_raises_the_same_error_object():
     error = ValueError("foo")
     fut, done = Future(), Future()
     done.set_exception(error)
@@ -78,7 +78,7 @@ async def test_await_of_a_failed_child_raises_its_callback_error():
 
 
 @on_every_loop
-async def test_stop_iteration_leaves_await_as_it_leaves_a_coroutine():
+async def test_await_raises_stop_iteration_as_runtime_error():
     fut = Future()
     fut.set_exception(StopIteration(3))
     with pytest.raises(RuntimeError, match="StopIteration"):
@@ -99,7 +99,7 @@ async def test_any_number_of_tasks_await_one_future():
 
 
 @on_every_loop
-async def test_a_cancelled_task_leaves_the_future_and_the_other_waiters_as_they_were():
+async def test_cancelled_task_leaves_future_and_other_waiters_alone():
     fut = Future()
     got = []
     async with anyio.create_task_group() as tg:
@@ -117,7 +117,7 @@ async def test_a_cancelled_task_leaves_the_future_and_the_other_waiters_as_they_
 
 
 @on_every_loop
-async def test_a_timed_out_await_leaves_nothing_behind():
+async def test_await_that_times_out_leaves_no_waiter_behind():
     fut = Future()
     with pytest.raises(TimeoutError):
         with anyio.fail_after(0.001):
@@ -129,7 +129,7 @@ async def test_a_timed_out_await_leaves_nothing_behind():
 
 
 @on_every_loop
-async def test_a_value_that_has_come_is_not_lost_to_a_scope_that_is_cancelled_then():
+async def test_value_is_not_lost_to_a_scope_cancelled_afterwards():
     fut, got = Future(), []
     with anyio.CancelScope() as scope:
         async with anyio.create_task_group() as tg:
@@ -141,7 +141,7 @@ async def test_a_value_that_has_come_is_not_lost_to_a_scope_that_is_cancelled_th
 
 
 @on_every_loop
-async def test_a_task_cancelled_between_completion_and_wake_up_is_cancelled_once():
+async def test_task_cancelled_after_completion_is_cancelled_once():
     for _ in range(200):
         fut = Future()
         with anyio.CancelScope() as scope:
@@ -184,7 +184,7 @@ async def test_a_future_completed_from_a_finaliser_wakes_its_tasks():
 
 
 @on_every_loop
-async def test_a_future_that_completes_while_it_is_being_awaited_is_never_missed():
+async def test_await_never_misses_a_concurrent_completion():
     for _ in range(100):
         futures = [Future() for _ in range(50)]
         async with alongside(lambda futures=futures: [fut.set_result(5) for fut in futures]):
@@ -222,7 +222,7 @@ def test_loops_of_all_kinds_in_several_threads_await_one_future():
     assert got == [5] * 100
 
 
-def test_awaiting_outside_any_loop_is_a_clear_error():
+def test_await_outside_any_loop_raises_a_clear_error():
     for fut in (Future(), done := Future()):
         if fut is done:
             fut.set_result(5)
@@ -235,7 +235,7 @@ def test_awaiting_outside_any_loop_is_a_clear_error():
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_a_loop_that_ended_before_completion_harms_nobody(backend):
+def test_completion_after_a_loop_ended_reaches_other_waiters(backend):
     fut = Future()
     got = []
 
@@ -269,7 +269,7 @@ def test_a_loop_that_ended_before_completion_harms_nobody(backend):
     task._log_destroy_pending = False
 
 
-def test_a_loop_that_closes_while_completions_are_on_their_way_harms_nobody():
+def test_loop_closed_during_completions_loses_no_completion():
     for _ in range(30):
         futures = [Future() for _ in range(200)]
 

@@ -69,7 +69,7 @@ def blocking_policy():
 
 
 @told_or_not
-def test_without_events_a_value_is_handed_out_as_it_is(accelerator, producer, devices):
+def test_value_is_returned_unchanged_without_events(accelerator, producer, devices):
     accelerator.take_events_away()
     fut, seen = Future(devices=devices), []
     fut.add_done_callback(seen.append)
@@ -83,9 +83,7 @@ def test_without_events_a_value_is_handed_out_as_it_is(accelerator, producer, de
 
 @on_every_loop
 @told_or_not
-async def test_without_events_an_await_waits_for_the_kernels_and_the_loop_runs_meanwhile(
-    accelerator, producer, devices
-):
+async def test_await_without_events_waits_without_blocking_the_loop(accelerator, producer, devices):
     accelerator.take_events_away()
     fut = completed_on(producer, accelerator, devices)
     reader, copy = Reader(fut), Reader(to_host(fut.value()))
@@ -105,7 +103,7 @@ async def test_without_events_an_await_waits_for_the_kernels_and_the_loop_runs_m
 
 
 @on_every_loop
-async def test_without_events_a_failed_kernel_reaches_those_who_await_it(accelerator, producer):
+async def test_failed_kernel_fails_its_await_without_events(accelerator, producer):
     accelerator.take_events_away()
     with producer:
         accelerator.fail("the kernel failed")
@@ -116,7 +114,7 @@ async def test_without_events_a_failed_kernel_reaches_those_who_await_it(acceler
 
 
 @on_every_loop
-async def test_without_streams_of_its_own_values_are_copied_and_combined(accelerator):
+async def test_values_are_copied_and_combined_without_new_streams(accelerator):
     accelerator.take_new_streams_away()
     futs = [completed_on(current_stream(), accelerator, None) for _ in range(2)]
     accelerator.wake()
@@ -129,9 +127,7 @@ async def test_without_streams_of_its_own_values_are_copied_and_combined(acceler
 
 @on_every_loop
 @told_or_not
-async def test_a_done_torch_future_that_no_stream_can_be_ordered_after_fails_its_adopted_one(
-    accelerator, producer, devices
-):
+async def test_unorderable_torch_future_fails_its_adopted_future(accelerator, producer, devices):
     source = torch.futures.Future(devices=devices)
     with producer:
         source.set_result(torch.ones(1, device=FIRST))
@@ -147,7 +143,7 @@ async def test_a_done_torch_future_that_no_stream_can_be_ordered_after_fails_its
 @on_every_loop
 @pytest.mark.parametrize("backend", ["xpu", "mps", "cuda before 2026"])
 @told_or_not
-async def test_the_blocking_policy_loses_no_value_whatever_the_device_s_event_class_takes(
+async def test_blocking_policy_supports_any_event_class(
     accelerator, producer, blocking_policy, devices, backend
 ):
     accelerator.take_event_class_of(backend)
@@ -161,9 +157,7 @@ async def test_the_blocking_policy_loses_no_value_whatever_the_device_s_event_cl
     assert reader.outcome.tolist() == NEW
 
 
-def test_the_blocking_policy_records_the_device_s_own_events_on_its_own_streams(
-    accelerator, blocking_policy
-):
+def test_blocking_policy_records_device_events_on_device_streams(accelerator, blocking_policy):
     accelerator.take_event_class_of("cuda before 2026")
     recorded = record_event(torch.Stream(SECOND))
     assert type(recorded.event) is accelerator.Event
@@ -189,9 +183,7 @@ def either_policy(request):
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_a_loop_in_a_thread_gives_no_context_to_a_device_that_the_program_does_not_use(
-    accelerator, either_policy, backend
-):
+def test_loop_in_a_thread_creates_no_context_on_unused_devices(accelerator, either_policy, backend):
     stream, own = torch.Stream(SECOND), torch.Event(DEVICE)
     with stream:
         fut = Future()

@@ -98,7 +98,7 @@ def test_an_interrupt_at_the_end_of_a_loop_skips_no_handler(path):
     assert unguarded_jumps(path.read_text()) == []
 
 
-def test_the_scan_finds_what_this_compiler_leaves_uncovered():
+def test_scan_finds_jumps_the_compiler_leaves_unguarded():
     source = """
 def loop(items, last):
     try:

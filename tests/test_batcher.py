@@ -118,7 +118,7 @@ def running_batcher(gated, **options):
 
 @on_every_loop
 @pytest.mark.parametrize("function", [double, double_soon])
-async def test_each_item_gets_its_own_result_whatever_batch_it_is_in(function):
+async def test_item_gets_its_own_result_in_any_batch(function):
     with anyio.fail_after(PATIENCE):
         async with batcher_of(function, max_batch_size=7) as batcher:
             futures = [batcher.submit(n) for n in range(100)]
@@ -148,7 +148,7 @@ async def test_many_tasks_and_threads_submit_to_one_batcher():
             assert batcher.statistics().items == 600
 
 
-def test_a_batch_begins_as_soon_as_it_is_full():
+def test_batch_starts_as_soon_as_it_is_full():
     with batcher_of(max_batch_size=3, max_wait=math.inf) as batcher:
         futures = [batcher.submit(n) for n in range(3)]
         assert [fut.wait(PATIENCE) for fut in futures] == [0, 2, 4]
@@ -160,7 +160,7 @@ def test_a_batch_begins_as_soon_as_it_is_full():
     assert batcher.statistics().batches == 4
 
 
-def test_a_batch_that_is_not_full_begins_when_its_first_item_has_waited_for_max_wait():
+def test_partial_batch_starts_after_max_wait():
     with batcher_of(max_wait=0.05) as batcher:
         start = time.monotonic()
         assert batcher.submit(1).wait(PATIENCE) == 2
@@ -170,7 +170,7 @@ def test_a_batch_that_is_not_full_begins_when_its_first_item_has_waited_for_max_
     assert statistics.wait_time >= 0.05
 
 
-def test_what_comes_while_a_batch_runs_is_the_next_batch(gated):
+def test_items_submitted_during_a_batch_form_the_next_batch(gated):
     batcher, first = running_batcher(gated)
     with batcher:
         others = [batcher.submit(n) for n in range(1, 6)]
@@ -184,7 +184,7 @@ def test_what_comes_while_a_batch_runs_is_the_next_batch(gated):
     assert statistics.run_time > 0
 
 
-def test_the_thread_ends_when_it_has_had_nothing_to_do_and_another_begins(monkeypatch):
+def test_idle_thread_ends_and_a_new_item_starts_another(monkeypatch):
     monkeypatch.setattr(_batch_worker, "_LINGER", 0.0)
     with batcher_of() as batcher:
         for n in range(3):
@@ -192,7 +192,7 @@ def test_the_thread_ends_when_it_has_had_nothing_to_do_and_another_begins(monkey
             until(lambda: not threads())
 
 
-def test_rows_of_a_tensor_are_results():
+def test_batch_results_can_be_rows_of_a_tensor():
     with batcher_of(lambda items: 2 * torch.tensor(items)) as batcher:
         results = gather([batcher.submit(n) for n in range(3)]).wait(PATIENCE)
     assert torch.equal(torch.stack(results), torch.tensor([0, 2, 4]))
@@ -200,7 +200,7 @@ def test_rows_of_a_tensor_are_results():
 
 @pytest.mark.device
 @on_every_loop
-async def test_results_that_kernels_still_fill_are_ready_when_they_are_awaited(accelerator):
+async def test_awaited_results_are_ready_when_their_kernels_are_done(accelerator):
     def fills(items):
         return being_filled(accelerator, value=7)  # two rows
 
@@ -218,7 +218,7 @@ async def test_results_that_kernels_still_fill_are_ready_when_they_are_awaited(a
 
 
 @on_asyncio
-async def test_a_loop_is_woken_once_for_a_batch(gated, monkeypatch):
+async def test_loop_is_woken_once_per_batch(gated, monkeypatch):
     batcher = batcher_of(gated, max_batch_size=64, max_wait=math.inf)
     tasks = [asyncio.ensure_future(batcher.submit(n)) for n in range(64)]
     await eventually(gated.began.is_set)
@@ -236,7 +236,7 @@ async def test_a_loop_is_woken_once_for_a_batch(gated, monkeypatch):
     await batcher.aclose()
 
 
-def test_nothing_keeps_an_item_or_its_result_once_it_is_delivered(monkeypatch):
+def test_batcher_keeps_no_delivered_item_or_result(monkeypatch):
     monkeypatch.setattr(_batch_worker, "_LINGER", math.inf)
 
     class Thing:
@@ -256,7 +256,7 @@ def test_nothing_keeps_an_item_or_its_result_once_it_is_delivered(monkeypatch):
 
 
 @on_every_loop
-async def test_what_the_function_raises_is_the_error_of_the_whole_batch_and_of_no_other(gated):
+async def test_function_error_fails_its_whole_batch_and_no_other(gated):
     gated.error = ValueError("no such model")
     batcher, first = running_batcher(gated)
     async with batcher:
@@ -270,7 +270,7 @@ async def test_what_the_function_raises_is_the_error_of_the_whole_batch_and_of_n
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, MemoryError, StopIteration])
-def test_no_error_of_the_function_ends_the_batcher(error):
+def test_batcher_survives_any_error_of_its_function(error):
     def fails_first(items):
         if items == ["first"]:
             raise error
@@ -283,7 +283,7 @@ def test_no_error_of_the_function_ends_the_batcher(error):
         assert batcher.submit("second").wait(PATIENCE) == "second"
 
 
-def test_an_exception_among_the_results_is_the_error_of_that_item():
+def test_exception_among_the_results_fails_only_its_item():
     def inverse(items):
         return [1 / item if item else ZeroDivisionError("of 0") for item in items]
 
@@ -301,7 +301,7 @@ def test_an_exception_among_the_results_is_the_error_of_that_item():
         ([1, 2, 3], ValueError, "returned 3 results for 2 items"),
     ],
 )
-def test_other_numbers_of_results_fail_the_batch(result, error, text):
+def test_wrong_number_of_results_fails_the_batch(result, error, text):
     with batcher_of(lambda items: result, max_batch_size=2, max_wait=math.inf) as batcher:
         for fut in [batcher.submit(n) for n in range(2)]:
             with pytest.raises(error, match=text):
@@ -310,7 +310,7 @@ def test_other_numbers_of_results_fail_the_batch(result, error, text):
 
 @pytest.mark.parametrize(("values", "name"), NOT_LISTS)
 @pytest.mark.parametrize("items", [1, 2, 3])
-def test_a_result_of_two_meanings_fails_the_batch(values, name, items):
+def test_ambiguous_result_type_fails_the_batch(values, name, items):
     with batcher_of(lambda items: values, max_batch_size=items, max_wait=math.inf) as batcher:
         for fut in [batcher.submit(n) for n in range(items)]:
             with pytest.raises(TypeError, match=f"must return a list, not an? {name}"):
@@ -318,12 +318,12 @@ def test_a_result_of_two_meanings_fails_the_batch(values, name, items):
 
 
 @pytest.mark.parametrize("values", LISTS)
-def test_sequences_and_arrays_are_results(values):
+def test_batch_results_can_be_sequences_and_arrays(values):
     with batcher_of(lambda items: values, max_batch_size=2, max_wait=math.inf) as batcher:
         assert [int(fut.wait(PATIENCE)) for fut in [batcher.submit(n) for n in range(2)]] == [1, 2]
 
 
-def test_a_row_of_a_tensor_holds_nothing_of_other_items():
+def test_row_of_a_result_tensor_keeps_no_other_rows():
     with batcher_of(
         lambda items: torch.stack(items), max_batch_size=4, max_wait=math.inf
     ) as batcher:
@@ -341,7 +341,7 @@ class Proxy:
         return ValueError
 
 
-def test_a_value_that_claims_to_be_an_error_is_a_value():
+def test_value_that_poses_as_an_exception_is_a_result():
     proxies = [Proxy(), Mock(spec=ValueError)]
     with batcher_of(lambda items: proxies, max_batch_size=2, max_wait=math.inf) as batcher:
         futures = [batcher.submit(n) for n in range(2)]
@@ -390,7 +390,7 @@ def fails_with(error):
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_items_of_a_failed_batch_get_an_error_each(error):
+def test_items_of_a_failed_batch_get_separate_errors(error):
     with batcher_of(fails_with(error), max_batch_size=3, max_wait=math.inf) as batcher:
         errors = [fut.exception() for fut in settled([batcher.submit(n) for n in range(3)])]
     assert len({id(each) for each in errors}) == 3
@@ -404,7 +404,7 @@ def test_items_of_a_failed_batch_get_an_error_each(error):
         assert each.__notes__.count("mine") == 1
 
 
-def test_an_item_that_the_thread_finds_twice_counts_once(monkeypatch):
+def test_item_found_twice_by_the_thread_counts_once(monkeypatch):
     """As one does that is submitted while a new thread looks what there is."""
     take = _threads.Worker.take
     monkeypatch.setattr(_threads.Worker, "take", lambda worker: take(worker) * 2)
@@ -413,7 +413,7 @@ def test_an_item_that_the_thread_finds_twice_counts_once(monkeypatch):
         assert batcher.statistics().batches == 1
 
 
-def test_items_that_are_not_drained_get_an_error_each(gated):
+def test_undrained_items_get_separate_errors(gated):
     batcher, first = running_batcher(gated)
     queued = [batcher.submit(n) for n in range(3)]
     with running(lambda: batcher.close(drain=False)):
@@ -423,7 +423,7 @@ def test_items_that_are_not_drained_get_an_error_each(gated):
     assert len({id(fut.exception()) for fut in queued}) == 3
 
 
-def test_callbacks_that_raise_take_nothing_from_other_items(gated, caplog):
+def test_raising_callback_does_not_affect_other_items(gated, caplog):
     def raises(fut):
         raise KeyboardInterrupt
 
@@ -440,7 +440,7 @@ def test_callbacks_that_raise_take_nothing_from_other_items(gated, caplog):
 
 
 @on_every_loop
-async def test_a_full_queue_refuses_more_and_tells_so(gated):
+async def test_full_queue_raises_queue_full_error(gated):
     batcher, first = running_batcher(gated, max_batch_size=2, max_queue_size=4)
     async with batcher:
         queued = [batcher.submit(n) for n in range(4)]
@@ -454,7 +454,7 @@ async def test_a_full_queue_refuses_more_and_tells_so(gated):
     assert batcher.statistics().items == 6
 
 
-def test_what_has_been_given_up_is_not_run(gated):
+def test_cancelled_items_are_not_run(gated):
     batcher, first = running_batcher(gated, max_batch_size=2)
     queued = [batcher.submit(n) for n in range(1, 7)]
     for fut in queued[::2]:
@@ -467,7 +467,7 @@ def test_what_has_been_given_up_is_not_run(gated):
     assert batcher.statistics().skipped == 3
 
 
-def test_what_has_been_given_up_makes_room_while_the_function_hangs(gated):
+def test_cancelled_item_makes_room_while_the_function_hangs(gated):
     batcher, _first = running_batcher(gated, max_batch_size=2, max_queue_size=4)
     queued = [batcher.submit(n) for n in range(4)]
     with pytest.raises(QueueFullError):
@@ -483,7 +483,7 @@ def test_what_has_been_given_up_makes_room_while_the_function_hangs(gated):
     assert gated.batches == [[0], [0, 2], [3, 5]]
 
 
-def test_no_batch_is_run_of_given_up_items_alone(gated):
+def test_batch_of_only_cancelled_items_is_not_run(gated):
     batcher, _first = running_batcher(gated)
     for n in range(20):
         give_up(batcher.submit(n))
@@ -494,7 +494,7 @@ def test_no_batch_is_run_of_given_up_items_alone(gated):
 
 
 @on_every_loop
-async def test_a_client_that_leaves_takes_nothing_from_the_others(gated):
+async def test_cancelled_client_does_not_affect_other_clients(gated):
     batcher, _first = running_batcher(gated)
     async with batcher:
         stays, leaves = batcher.submit(1), batcher.submit(2)
@@ -510,7 +510,7 @@ async def test_a_client_that_leaves_takes_nothing_from_the_others(gated):
 
 @on_every_loop
 @pytest.mark.parametrize("function", [double, double_soon])
-async def test_leaving_drains_what_is_queued(function):
+async def test_leaving_the_block_drains_the_queue(function):
     async with batcher_of(
         function, max_batch_size=4, max_wait=math.inf, max_queue_size=200
     ) as batcher:
@@ -521,7 +521,7 @@ async def test_leaving_drains_what_is_queued(function):
 
 
 @on_every_loop
-async def test_closing_without_draining_fails_what_is_queued_and_waits_for_what_runs(gated):
+async def test_close_without_drain_fails_queued_items(gated):
     batcher, first = running_batcher(gated)
     queued = [batcher.submit(n) for n in range(3)]
     async with anyio.create_task_group() as group:
@@ -535,7 +535,7 @@ async def test_closing_without_draining_fails_what_is_queued_and_waits_for_what_
     assert gated.batches == [[0]]
 
 
-def test_an_error_in_the_block_closes_without_draining(gated):
+def test_error_in_the_block_closes_the_batcher_without_drain(gated):
     batcher, first = running_batcher(gated)
     queued = batcher.submit(1)
     queued.add_done_callback(lambda fut: gated.may_return.set())
@@ -546,7 +546,7 @@ def test_an_error_in_the_block_closes_without_draining(gated):
         queued.value()
 
 
-def test_after_the_timeout_of_close_nothing_is_pending_though_the_function_hangs(gated):
+def test_close_timeout_fails_all_items_of_a_hanging_function(gated):
     batcher, first = running_batcher(gated)
     queued = batcher.submit(1)
     with pytest.raises(TimeoutError, match="did not return within"):
@@ -561,7 +561,7 @@ def test_after_the_timeout_of_close_nothing_is_pending_though_the_function_hangs
 
 
 @on_every_loop
-async def test_after_the_timeout_of_aclose_nothing_is_pending_though_the_function_hangs(gated):
+async def test_aclose_timeout_fails_all_items_of_a_hanging_function(gated):
     batcher, first = running_batcher(gated)
     queued = batcher.submit(1)
     with pytest.raises(TimeoutError, match="did not return within"):
@@ -583,7 +583,7 @@ async def test_a_cancelled_close_can_be_repeated(gated):
     assert first.value() == 0
 
 
-def test_closing_a_batcher_that_has_not_begun_or_has_ended_returns_at_once():
+def test_close_of_an_idle_or_closed_batcher_returns_at_once():
     batcher = batcher_of()
     for _ in range(3):
         batcher.close()
@@ -593,7 +593,7 @@ def test_closing_a_batcher_that_has_not_begun_or_has_ended_returns_at_once():
     until(lambda: not threads())
 
 
-def test_the_function_and_callbacks_may_close_the_batcher():
+def test_function_and_callbacks_can_close_the_batcher():
     def closes(items):
         batcher.close()
         return items
@@ -609,7 +609,7 @@ def test_the_function_and_callbacks_may_close_the_batcher():
 
 
 @on_every_loop
-async def test_closing_blocks_a_loop_not_without_a_warning(gated, nothing_blocks_a_loop):
+async def test_close_on_a_loop_warns_that_it_blocks(gated, nothing_blocks_a_loop):
     nothing_blocks_a_loop.deactivate()
     batcher, first = running_batcher(gated)
     with pytest.warns(BlockingWaitWarning) as caught:
@@ -622,7 +622,7 @@ async def test_closing_blocks_a_loop_not_without_a_warning(gated, nothing_blocks
     batcher.close()  # it has ended, and nothing blocks
 
 
-def test_a_time_limit_is_not_taken_for_drain():
+def test_close_takes_drain_only_by_keyword():
     with batcher_of() as batcher:
         for close in (batcher.close, batcher.aclose):
             with pytest.raises(TypeError, match="positional argument"):
@@ -630,7 +630,7 @@ def test_a_time_limit_is_not_taken_for_drain():
         assert batcher.submit(1).wait(PATIENCE) == 2
 
 
-def test_what_is_submitted_while_another_thread_closes_is_served_or_refused():
+def test_item_submitted_during_close_completes_or_is_refused():
     for _ in range(50):
         batcher = batcher_of()
         futures = []
@@ -651,7 +651,7 @@ def test_what_is_submitted_while_another_thread_closes_is_served_or_refused():
         until(lambda: not threads())
 
 
-def test_a_batcher_that_is_dropped_serves_what_is_queued_and_its_thread_ends(gated):
+def test_dropped_batcher_runs_queued_items_and_ends_its_thread(gated):
     batcher, first = running_batcher(gated)
     queued = [batcher.submit(n) for n in range(20)]
     del batcher
@@ -696,7 +696,7 @@ async def test_every_kind_of_async_function_is_recognised(kind):
 
 
 @on_every_loop
-async def test_what_an_async_function_raises_is_the_error_of_its_batch():
+async def test_async_function_error_fails_its_batch():
     async def fails(items):
         await anyio.lowlevel.checkpoint()
         raise OSError("no such peer")
@@ -708,7 +708,7 @@ async def test_what_an_async_function_raises_is_the_error_of_its_batch():
 
 
 @on_every_loop
-async def test_an_async_function_needs_a_loop_that_enters_once():
+async def test_async_batcher_must_be_entered_exactly_once():
     batcher = batcher_of(double_soon)
     with pytest.raises(RuntimeError, match="async with"):
         batcher.submit(1)
@@ -723,7 +723,7 @@ async def test_an_async_function_needs_a_loop_that_enters_once():
 
 
 @on_asyncio
-async def test_a_cancelled_task_of_an_async_function_fails_its_batch_only():
+async def test_cancelled_async_function_fails_only_its_batch():
     tasks = []
 
     async def hangs(items):
@@ -748,7 +748,7 @@ def runs_on(backend, main):
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "uvloop", "trio"])
-def test_what_is_pending_when_the_loop_ends_fails_and_no_task_is_left(backend, caplog):
+def test_loop_end_fails_pending_items_and_leaves_no_task(backend, caplog):
     began = threading.Event()
 
     async def hangs(items):
@@ -791,7 +791,7 @@ async def awaited(fut):
     return await fut
 
 
-def test_another_loop_of_the_thread_cannot_use_an_async_batcher(two_loops):
+def test_async_batcher_refuses_another_loop_of_its_thread(two_loops):
     home, other = two_loops
     batcher = batcher_of(double_soon)
     home(batcher.__aenter__())
@@ -819,7 +819,7 @@ async def as_asyncio(fut):
     return await fut.as_asyncio()
 
 
-def test_futures_made_of_those_of_an_async_batcher_raise_there_too(two_loops):
+def test_derived_futures_refuse_another_loop_of_the_thread(two_loops):
     home, other = two_loops
     batcher = batcher_of(double_soon)
     home(batcher.__aenter__())
@@ -839,7 +839,7 @@ def test_futures_made_of_those_of_an_async_batcher_raise_there_too(two_loops):
 
 @on_asyncio
 @pytest.mark.filterwarnings("ignore:It looks like Trio's signal handling")
-async def test_a_run_of_trio_in_a_task_cannot_wait_for_the_loop_of_the_task():
+async def test_trio_run_inside_a_task_cannot_wait_for_the_outer_loop():
     async def on_trio():
         with pytest.raises(RuntimeError, match="while this thread runs another loop"):
             batcher.submit(1)
@@ -868,7 +868,7 @@ class Odd(BaseException):
     ],
     ids=lambda error: type(error).__name__,
 )
-async def test_what_an_async_function_raises_ends_no_loop(error, caplog):
+async def test_async_function_error_does_not_end_the_loop(error, caplog):
     async def function(items):
         if items == ["bad"]:
             raise error
@@ -889,7 +889,7 @@ class Slotted(Exception):
     __slots__ = ("reason",)
 
 
-def test_copies_of_an_error_have_what_its_slots_have():
+def test_copies_of_an_error_keep_its_slots():
     error = Slotted("foo")
     error.reason = "bar"
     with batcher_of(fails_with(error), max_batch_size=2, max_wait=math.inf) as batcher:
@@ -898,7 +898,7 @@ def test_copies_of_an_error_have_what_its_slots_have():
     assert [each.reason for each in errors] == ["bar", "bar"]
 
 
-def test_closing_an_idle_batcher_without_patience_is_no_timeout():
+def test_close_of_an_idle_batcher_succeeds_with_zero_timeout():
     for _ in range(20):
         batcher = batcher_of()
         assert batcher.submit(1).wait(PATIENCE) == 2
@@ -910,7 +910,7 @@ def test_closing_an_idle_batcher_without_patience_is_no_timeout():
 
 
 @on_asyncio
-async def test_a_batcher_that_is_dropped_leaves_no_task(collected):
+async def test_dropped_async_batcher_leaves_no_task(collected):
     before = asyncio.all_tasks()
     for used in (False, True):
         batcher = batcher_of(double_soon)
@@ -972,13 +972,13 @@ RUN = {
 
 
 @pytest.mark.parametrize("loop", RUN)
-def test_a_forked_child_has_to_enter_an_async_batcher_itself(loop):
+def test_forked_child_must_enter_an_async_batcher_again(loop):
     error, result = forks.output(FORKED + RUN[loop], filters="ignore").splitlines()
     assert "a process that was forked has to enter it again" in error
     assert result == "10"
 
 
-def test_a_forked_child_that_closes_wakes_nothing_of_its_parents():
+def test_close_in_a_forked_child_does_not_wake_its_parent():
     program = """
 import os
 from torchfut_aio import Batcher
@@ -996,7 +996,7 @@ else:
     assert forks.output(program, filters="ignore") == ""
 
 
-def test_close_refuses_to_wait_for_a_loop_of_its_thread(two_loops):
+def test_close_refuses_to_wait_for_a_loop_of_its_own_thread(two_loops):
     home, _ = two_loops
     batcher = batcher_of(double_soon)
     home(batcher.__aenter__())
@@ -1012,7 +1012,7 @@ def test_close_refuses_to_wait_for_a_loop_of_its_thread(two_loops):
 @on_every_loop
 @pytest.mark.parametrize("drain", [True, False])
 @pytest.mark.parametrize("options", [{}, {"timeout": PATIENCE}])
-async def test_an_async_function_may_close_its_batcher(drain, options):
+async def test_async_function_can_close_its_batcher(drain, options):
     async def in_child():
         await batcher.aclose(drain=drain, **options)
 
@@ -1031,7 +1031,7 @@ async def test_an_async_function_may_close_its_batcher(drain, options):
 
 
 @on_asyncio
-async def test_a_task_that_outlives_its_batch_waits_for_the_end():
+async def test_aclose_in_a_task_that_outlives_its_batch_waits():
     tasks, may_end = [], anyio.Event()
 
     async def function(items):
@@ -1053,7 +1053,7 @@ async def test_a_task_that_outlives_its_batch_waits_for_the_end():
         await asyncio.gather(*tasks)
 
 
-def test_a_function_may_close_its_batcher_by_a_loop_of_its_own():
+def test_function_can_close_its_batcher_from_a_new_loop():
     def closes(items):
         asyncio.run(batcher.aclose())
         return items
@@ -1064,7 +1064,7 @@ def test_a_function_may_close_its_batcher_by_a_loop_of_its_own():
 
 
 @on_asyncio
-async def test_cancelling_all_tasks_is_the_error_of_later_items(caplog):
+async def test_cancelling_all_tasks_fails_later_items(caplog):
     batcher = batcher_of(double_soon)
     await batcher.__aenter__()
     assert await batcher.submit(1) == 2
@@ -1079,7 +1079,7 @@ async def test_cancelling_all_tasks_is_the_error_of_later_items(caplog):
         assert await batcher.submit(3) == 6
 
 
-def test_a_batcher_may_be_entered_again_by_the_next_loop(two_loops):
+def test_batcher_can_be_entered_again_by_the_next_loop(two_loops):
     batcher = batcher_of(double_soon)
     asyncio.run(batcher.__aenter__())
     for run in two_loops[:1]:
@@ -1103,12 +1103,12 @@ class Hidden:
 
 
 @pytest.mark.parametrize("function", [hidden, Hidden(double_soon)], ids=["torch", "object"])
-def test_a_decorator_that_hides_an_async_function_is_named(function):
+def test_error_names_the_decorator_hiding_an_async_function(function):
     with pytest.raises(TypeError, match=r"decorator such as .*inference_mode"):
         batcher_of(function)
 
 
-def test_a_coroutine_that_is_returned_fails_the_batch():
+def test_returned_coroutine_fails_the_batch():
     with batcher_of(lambda items: double_soon(items)) as batcher:
         with pytest.raises(TypeError, match=r"<lambda> is not `async def`.* pass the async"):
             batcher.submit(1).wait(PATIENCE)
@@ -1135,14 +1135,14 @@ def test_an_interrupted_entry_can_be_repeated():
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
-def test_a_batcher_leaves_neither_its_process_nor_its_owner(copied):
+def test_batcher_cannot_be_copied_or_pickled(copied):
     with batcher_of() as batcher:
         with pytest.raises(TypeError, match="Batcher cannot be pickled or copied"):
             copied(batcher)
         assert batcher.submit(1).wait(PATIENCE) == 2
 
 
-def test_a_batch_has_no_context_of_a_caller():
+def test_batch_does_not_run_in_the_context_of_a_caller():
     variable = contextvars.ContextVar("variable", default="none")
     variable.set("a caller's")
     with batcher_of(lambda items: [variable.get() for _ in items]) as batcher:
@@ -1157,14 +1157,14 @@ async def closed(batcher, how, timeout):  # noqa: ASYNC109
 
 @pytest.mark.parametrize("close", ["close", "aclose"])
 @pytest.mark.parametrize(("timeout", "error"), [(math.nan, ValueError), ("1", TypeError)])
-def test_a_timeout_that_makes_no_sense_does_not_close(close, timeout, error):
+def test_invalid_timeout_does_not_close_the_batcher(close, timeout, error):
     with batcher_of() as batcher:
         with pytest.raises(error, match="timeout must be a number"):
             asyncio.run(closed(batcher, close, timeout))
         assert batcher.submit(1).wait(PATIENCE) == 2
 
 
-def test_a_batch_costs_the_same_however_long_the_queue(gated, monkeypatch):
+def test_cost_of_a_batch_does_not_grow_with_the_queue(gated, monkeypatch):
     calls = []
 
     def counted(future, done=Future.done):
@@ -1186,7 +1186,7 @@ def test_a_batch_costs_the_same_however_long_the_queue(gated, monkeypatch):
     assert costs[1] <= 1.5 * costs[0]
 
 
-def test_a_thread_that_cannot_start_is_the_error_of_submit():
+def test_submit_raises_when_no_thread_can_start():
     batcher = batcher_of()
     with no_thread_starts():
         with pytest.raises(RuntimeError, match="can't start new thread"):
@@ -1196,7 +1196,7 @@ def test_a_thread_that_cannot_start_is_the_error_of_submit():
     batcher.close()
 
 
-def test_close_returns_though_no_thread_can_start():
+def test_close_returns_when_no_thread_can_start():
     batcher = batcher_of()
     with no_thread_starts():
         batcher.close()
@@ -1246,7 +1246,7 @@ for each in (queued_at_exit, idle_at_exit, forked):
 """
 
 
-def test_an_exit_completes_what_is_queued_and_waits_for_no_idle_thread_and_a_fork_begins_anew():
+def test_exit_completes_queued_items_and_fork_starts_afresh():
     queued, waited, forked = forks.output(PROGRAM).strip().split("\n\n")
     assert queued.split() == ["0", "2", "4", "6", "8"]
     assert float(waited) < _batch_worker._LINGER / 2
@@ -1259,7 +1259,7 @@ def test_an_exit_completes_what_is_queued_and_waits_for_no_idle_thread_and_a_for
 @pytest.mark.parametrize(
     ("error", "at"), [(KeyboardInterrupt, "signals"), (MemoryError, "calls")], ids=["^C", "memory"]
 )
-def test_whoever_is_struck_while_submitting_loses_that_item_only(error, at):
+def test_interrupted_submit_loses_at_most_its_own_item(error, at):
     modules = _batcher, _batch_worker, _threads
     for strike in explorer.strikes(*modules, error=error, at=at):
         batcher = batcher_of()
@@ -1274,7 +1274,7 @@ def test_whoever_is_struck_while_submitting_loses_that_item_only(error, at):
 
 
 @pytest.mark.parametrize("drain", [True, False])
-def test_whoever_is_struck_while_closing_can_close_again(drain):
+def test_interrupted_close_can_be_repeated(drain):
     for strike in explorer.strikes(_batcher, _batch_worker, _threads):
         batcher = batcher_of(max_wait=math.inf)
         futures = [batcher.submit(n) for n in range(3)]
@@ -1287,7 +1287,7 @@ def test_whoever_is_struck_while_closing_can_close_again(drain):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_wherever_its_thread_lacks_memory_every_future_completes():
+def test_memory_error_in_the_thread_leaves_no_future_pending():
     for strike in explorer.strikes(
         _batcher, _batch_worker, error=MemoryError, at="calls", thread=NAME
     ):
@@ -1304,7 +1304,7 @@ def test_wherever_its_thread_lacks_memory_every_future_completes():
 
 
 @pytest.mark.parametrize("closes", [False, True])
-def test_an_item_that_comes_at_any_step_of_the_thread_is_served(closes, monkeypatch):
+def test_item_submitted_at_any_step_of_the_thread_is_run(closes, monkeypatch):
     monkeypatch.setattr(_batch_worker, "_LINGER", 0.0)
 
     def submit():
@@ -1353,12 +1353,12 @@ def test_an_item_that_comes_at_any_step_of_the_thread_is_served(closes, monkeypa
         ({"function": None}, TypeError, "takes a function of a list of items, not NoneType"),
     ],
 )
-def test_arguments_that_make_no_sense_are_refused(options, error, text):
+def test_batcher_refuses_invalid_arguments(options, error, text):
     with pytest.raises(error, match=text):
         batcher_of(**options)
 
 
-def test_a_queue_without_a_limit_takes_everything():
+def test_queue_without_a_limit_accepts_every_item():
     with batcher_of(max_queue_size=None) as batcher:
         futures = [batcher.submit(n) for n in range(10_000)]
         assert futures[-1].wait(PATIENCE) == 2 * 9_999
@@ -1388,7 +1388,7 @@ def test_a_batcher_shows_its_name_and_state():
         may_go_on.clear()
 
 
-def test_the_thread_is_named_after_the_function_unless_told_otherwise():
+def test_the_thread_is_named_after_the_function_by_default():
     def name(items):
         return [threading.current_thread().name for _ in items]
 
@@ -1399,14 +1399,14 @@ def test_the_thread_is_named_after_the_function_unless_told_otherwise():
 
 
 @on_every_loop
-async def test_a_future_of_an_async_function_shows_as_any_other():
+async def test_future_of_an_async_batcher_has_the_usual_repr():
     async with batcher_of(double_soon) as batcher:
         fut = batcher.submit(2)
         assert repr(fut).startswith("<Future pending")
         assert await fut == 4
 
 
-def test_a_future_of_a_batcher_is_one_as_any_other():
+def test_submit_returns_a_regular_future():
     with batcher_of() as batcher:
         fut = batcher.submit(2)
         assert isinstance(fut, Future)

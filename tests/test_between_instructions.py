@@ -80,7 +80,7 @@ def try_set(fut, value):
 # ----------------------------------------------------------------------------- futures
 
 
-def test_the_first_to_set_a_result_wins(other):
+def test_first_of_two_setters_wins(other):
     for strike in between_instructions(other):
         fut = Future()
         other.now = lambda: try_set(fut, "other")
@@ -90,7 +90,7 @@ def test_the_first_to_set_a_result_wins(other):
 
 
 @pytest.mark.parametrize("others", [0, 2])
-def test_a_callback_runs_once_if_the_future_completes(other, others):
+def test_callback_added_during_completion_runs_once(other, others):
     for strike in between_instructions(other):
         fut, ran = Future(), []
         for _ in range(others):
@@ -104,7 +104,7 @@ def test_a_callback_runs_once_if_the_future_completes(other, others):
 
 
 @pytest.mark.parametrize("others", [0, 2])
-def test_a_callback_is_run_or_removed(other, others):
+def test_callback_is_either_run_or_removed(other, others):
     for strike in between_instructions(other):
         fut, ran = Future(), []
         for _ in range(others):
@@ -118,7 +118,7 @@ def test_a_callback_is_run_or_removed(other, others):
         assert removed + len(ran) == 1, strike
 
 
-def test_a_completion_runs_a_callback_that_is_added_once(other):
+def test_completion_runs_a_callback_added_meanwhile_once(other):
     for strike in between_instructions(other):
         fut, ran = Future(), []
         fut.add_done_callback(lambda _: None)
@@ -130,7 +130,7 @@ def test_a_completion_runs_a_callback_that_is_added_once(other):
         assert ran == [fut], strike
 
 
-def test_a_future_may_be_shown_and_asked_while_it_completes(other):
+def test_future_can_be_inspected_during_its_completion(other):
     for strike in between_instructions(other):
         fut = Future()
         fut.add_done_callback(lambda _: None)
@@ -142,7 +142,7 @@ def test_a_future_may_be_shown_and_asked_while_it_completes(other):
         assert shown.startswith(("<Future pending", "<Future done result=1")), strike
 
 
-def test_a_child_and_its_cancellation_are_one_outcome(other):
+def test_child_cancelled_during_completion_has_one_outcome(other):
     for strike in between_instructions(other):
         fut = Future()
         child = fut.then(lambda _: "value")
@@ -155,7 +155,7 @@ def test_a_child_and_its_cancellation_are_one_outcome(other):
 
 @pytest.mark.parametrize("own", ["keep", "fail", "end"])
 @pytest.mark.parametrize("others", ["keep", "fail"])
-def test_a_promise_is_kept_once_whatever_two_threads_do(other, own, others):
+def test_promise_is_kept_once_by_two_racing_threads(other, own, others):
     arguments = {"keep": ("value",), "fail": (ValueError(),)}
     for strike in between_instructions(other, _core):
         fut = Future()
@@ -168,7 +168,7 @@ def test_a_promise_is_kept_once_whatever_two_threads_do(other, own, others):
             fut.exception()
 
 
-def test_a_deadline_and_a_completion_are_one_outcome(other):
+def test_timeout_racing_a_completion_has_one_outcome(other):
     for strike in between_instructions(other, _core, _timeouts):
         fut = Future()
         child = with_timeout(fut, PATIENCE)
@@ -188,7 +188,7 @@ def test_a_deadline_and_a_completion_are_one_outcome(other):
         assert isinstance(child.exception(), TimeoutError) or child.value() == "value"
 
 
-def test_futures_that_complete_at_once_complete_what_is_made_of_them(other):
+def test_simultaneous_completions_complete_their_gather(other):
     for strike in between_instructions(other):
         first, second = Future(), Future()
         both = gather([first, second])
@@ -199,7 +199,7 @@ def test_futures_that_complete_at_once_complete_what_is_made_of_them(other):
         assert both.wait(PATIENCE) == [1, 2], strike
 
 
-def test_what_fails_at_once_fails_what_is_made_of_it_once(other):
+def test_simultaneous_failures_fail_their_gather_once(other):
     for strike in between_instructions(other, _core, _many):
         first, second = Future(), Future()
         both = gather([first, second])
@@ -212,7 +212,7 @@ def test_what_fails_at_once_fails_what_is_made_of_it_once(other):
         first.exception(), second.exception()
 
 
-def test_an_arrival_reaches_a_thread_that_looks_for_one(other):
+def test_as_completed_never_misses_a_concurrent_completion(other):
     for strike in between_instructions(other):
         futures = [Future() for _ in range(2)]
         shared = as_completed(futures)
@@ -224,7 +224,7 @@ def test_an_arrival_reaches_a_thread_that_looks_for_one(other):
         assert [first, *shared] == futures, strike
 
 
-def test_a_copy_of_a_future_is_cancelled_or_has_the_value(other):
+def test_as_concurrent_is_cancelled_or_has_the_value(other):
     for strike in between_instructions(other):
         fut = Future()
         copy = fut.as_concurrent()
@@ -304,7 +304,7 @@ def test_a_put_during_a_close_is_read_or_refused(other):
         assert [*stream] + refused == [1], strike
 
 
-def test_a_stream_may_be_iterated_while_it_ends(other):
+def test_stream_can_be_iterated_while_it_closes(other):
     for strike in between_instructions(other):
         stream = ValueStream()
         stream.stop_listening()
@@ -334,7 +334,7 @@ def test_a_stream_is_left_by_its_last_iterator_only(other, how):
         assert not stream.listening
 
 
-def test_a_get_returns_wherever_the_put_comes(other):
+def test_get_returns_with_a_put_at_any_step(other):
     def put(stream, puts):
         with suppress(IndexError):  # the other thread has, or the timer
             puts.pop()
@@ -359,7 +359,7 @@ def test_a_get_returns_wherever_the_put_comes(other):
 
 
 @every_loop
-def test_a_task_wakes_wherever_the_completion_comes(other, backend, options, nothing_blocks_a_loop):
+def test_await_wakes_with_a_completion_at_any_step(other, backend, options, nothing_blocks_a_loop):
     nothing_blocks_a_loop.deactivate()  # it waits for the other thread, within the loop
 
     async def main():
@@ -381,7 +381,7 @@ def test_a_task_wakes_wherever_the_completion_comes(other, backend, options, not
 
 
 @every_loop
-def test_a_task_reads_wherever_the_put_comes(other, backend, options, nothing_blocks_a_loop):
+def test_task_reads_a_value_put_at_any_step(other, backend, options, nothing_blocks_a_loop):
     nothing_blocks_a_loop.deactivate()  # it waits for the other thread, within the loop
 
     async def main():
@@ -427,7 +427,7 @@ def test_a_thread_claims_a_worker_that_another_releases(other):
         assert claimed or worker.claim(second), strike
 
 
-def test_an_item_submitted_while_a_batcher_closes_is_run_or_fails(other):
+def test_item_submitted_during_close_is_run_or_fails(other):
     def submit(batcher, futures):
         with suppress(BatcherClosedError):
             futures.append(batcher.submit(1))

@@ -44,18 +44,18 @@ def completes(moment):
 
 @on_every_loop
 @moments
-async def test_a_task_that_is_about_to_wait_is_not_left_asleep(moment):
+async def test_task_about_to_wait_is_woken(moment):
     with anyio.fail_after(PATIENCE):
         assert await completes(moment) == "in between"
 
 
 @moments
-def test_a_thread_that_is_about_to_wait_is_not_left_asleep(moment):
+def test_thread_about_to_wait_is_woken(moment):
     assert completes(moment).wait(timeout=PATIENCE) == "in between"
 
 
 @moments
-def test_a_callback_that_is_being_added_runs_once(moment):
+def test_callback_being_added_at_completion_runs_once(moment):
     fut, ran = completes(moment), []
     fut.add_done_callback(ran.append)
     assert ran == [fut]
@@ -65,17 +65,17 @@ def test_a_callback_that_is_being_added_runs_once(moment):
 
 @on_asyncio
 @moments
-async def test_an_asyncio_future_that_is_being_made_completes(moment):
+async def test_as_asyncio_being_made_at_completion_completes(moment):
     assert await completes(moment).as_asyncio() == "in between"
 
 
 @moments
-def test_futures_that_are_being_combined_complete(moment):
+def test_futures_combined_during_completion_complete(moment):
     assert gather([completes(moment) for _ in range(3)]).wait(PATIENCE) == ["in between"] * 3
     assert len(list(as_completed([completes(moment) for _ in range(3)]))) == 3
 
 
-def test_an_arrival_while_the_iterator_goes_to_sleep_is_not_missed():
+def test_as_completed_about_to_wait_sees_the_completion():
     fut = Future()
     completed = as_completed([fut])
 
@@ -104,7 +104,7 @@ def test_completion_within_an_await_resumes_an_asyncio_task(new_loop):
     loop.close()
 
 
-def test_a_task_of_trio_that_is_interrupted_on_its_way_to_sleep_wakes_up(monkeypatch):
+def test_trio_task_interrupted_before_it_waits_wakes_up(monkeypatch):
     fut = Future()
     real = trio.lowlevel.wait_task_rescheduled
 

@@ -33,7 +33,7 @@ def raiser(error):
 # ------------------------------------------------------------------------ when and how
 
 
-def test_a_callback_runs_on_completion_with_the_future_in_the_setters_thread():
+def test_callback_runs_in_the_setter_thread_with_the_future():
     fut = Future()
     seen = []
     fut.add_done_callback(lambda f: seen.append((f, f.done(), threading.current_thread())))
@@ -53,7 +53,7 @@ def test_a_callback_on_a_done_future_runs_inline():
     assert fut.then(lambda f: "ran").value() == "ran"
 
 
-def test_callbacks_and_continuations_run_in_the_order_in_which_they_were_added():
+def test_callbacks_and_continuations_run_in_order():
     fut = Future()
     order = []
     for n in range(0, 30, 2):
@@ -79,7 +79,7 @@ def test_waiting_threads_are_woken_before_callbacks_run():
     assert order == [True]
 
 
-def test_the_same_callback_twice_runs_twice():
+def test_callback_added_twice_runs_twice():
     fut = Future()
     seen = []
     fut.add_done_callback(seen.append)
@@ -88,7 +88,7 @@ def test_the_same_callback_twice_runs_twice():
     assert seen == [fut, fut]
 
 
-def test_a_callback_may_add_callbacks_to_its_future():
+def test_callback_can_add_callbacks_to_its_future():
     fut = Future()
     seen = []
     fut.add_done_callback(lambda f: f.add_done_callback(seen.append))
@@ -96,7 +96,7 @@ def test_a_callback_may_add_callbacks_to_its_future():
     assert seen == [fut]
 
 
-def test_a_callback_may_wait_for_a_future_that_it_makes_complete():
+def test_callback_can_wait_for_a_future_that_it_completes():
     # Ever deeper, so that the callback which completes what is waited for is put off.
     def deeper(n):
         fut = Future()
@@ -107,7 +107,7 @@ def test_a_callback_may_wait_for_a_future_that_it_makes_complete():
     assert deeper(60) == 61
 
 
-def test_a_callback_on_a_done_future_runs_inline_however_deep_in_other_callbacks():
+def test_callback_on_a_done_future_runs_inline_at_any_depth():
     inline = []
 
     def deeper(n):
@@ -123,14 +123,14 @@ def test_a_callback_on_a_done_future_runs_inline_however_deep_in_other_callbacks
 
 @pytest.mark.parametrize("method", ["add_done_callback", "then"])
 @pytest.mark.parametrize("callback", [None, 5])
-def test_what_is_not_callable_is_refused(method, callback):
+def test_callback_must_be_callable(method, callback):
     fut = Future()
     with pytest.raises(TypeError, match="must be callable"):
         getattr(fut, method)(callback)
     assert "callbacks=0" in repr(fut)
 
 
-def test_racing_adders_and_setters_lose_no_callback_and_run_none_twice():
+def test_racing_adders_and_setters_run_each_callback_once():
     for _ in range(200):
         fut = Future()
         ran = []
@@ -147,7 +147,7 @@ def test_racing_adders_and_setters_lose_no_callback_and_run_none_twice():
 # ---------------------------------------------------------------------------- removing
 
 
-def test_remove_done_callback_says_how_many_it_removed():
+def test_remove_done_callback_returns_the_number_removed():
     fut = Future()
     seen = []
 
@@ -173,7 +173,7 @@ def test_remove_done_callback_says_how_many_it_removed():
 # ------------------------------------------------------------------------------ errors
 
 
-def test_a_callback_that_raises_is_logged_and_touches_nothing_else(caplog):
+def test_raising_callback_is_logged_and_affects_nothing_else(caplog):
     fut = Future()
     seen = []
     fut.add_done_callback(raiser(ValueError("the culprit")))
@@ -192,7 +192,7 @@ def test_a_callback_that_raises_is_logged_and_touches_nothing_else(caplog):
 
 
 @pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])
-def test_ctrl_c_in_a_callback_reaches_the_setter_after_the_others_have_run(interrupt):
+def test_ctrl_c_in_a_callback_reaches_the_setter_at_the_end(interrupt):
     fut = Future()
     seen = []
     fut.add_done_callback(raiser(interrupt()))
@@ -203,7 +203,7 @@ def test_ctrl_c_in_a_callback_reaches_the_setter_after_the_others_have_run(inter
     assert fut.wait() == 5
 
 
-def test_an_error_in_then_is_torchs_error_and_the_callbacks_own():
+def test_error_in_then_has_the_types_of_torch_and_the_callback():
     class Custom(Exception):
         def __init__(self, code, *, hint):
             super().__init__(f"code {code}")
@@ -224,7 +224,7 @@ def test_an_error_in_then_is_torchs_error_and_the_callbacks_own():
     assert caught.value.__cause__.__traceback__ is not None
 
 
-def test_a_failed_future_fails_its_children_with_its_own_error_as_the_cause():
+def test_failed_future_is_the_cause_of_its_childrens_errors():
     error = ValueError("foo")
     fut = Future()
     child = fut.then(lambda f: f.wait())
@@ -234,7 +234,7 @@ def test_a_failed_future_fails_its_children_with_its_own_error_as_the_cause():
     assert child.exception().__cause__ is error
 
 
-def test_a_callback_error_passes_through_a_further_then_unchanged():
+def test_callback_error_passes_unchanged_through_another_then():
     fut = Future()
     first = fut.then(raiser(ValueError("foo")))
     last = first.then(lambda f: f.wait()).then(lambda f: f.value())
@@ -253,7 +253,7 @@ def test_a_callback_error_passes_through_a_further_then_unchanged():
     ],
     ids=repr,
 )
-def test_interrupts_and_cancellation_pass_through_then_as_they_are(error):
+def test_interrupts_and_cancellation_pass_unchanged_through_then(error):
     fut = Future()
     child = fut.then(raiser(error))
     fut.set_result(None)
@@ -326,7 +326,7 @@ class Frozen(Exception):
     code: int
 
 
-def test_an_error_of_a_frozen_dataclass_is_the_cause_of_a_callback_error():
+def test_frozen_dataclass_error_is_the_cause_of_a_callback_error():
     error = Frozen(7)
     fut = Future()
     child = fut.then(raiser(error))
@@ -336,7 +336,7 @@ def test_an_error_of_a_frozen_dataclass_is_the_cause_of_a_callback_error():
     assert child.exception().__cause__ is error
 
 
-def test_an_error_that_passes_down_a_chain_does_not_grow():
+def test_traceback_does_not_grow_along_a_chain():
     fut = last = Future()
     for _ in range(100):
         last = last.then(lambda f: f.value())
@@ -364,7 +364,7 @@ def test_a_callback_error_survives_pickling(copied):
     assert str(copied(CallbackError("plain"))) == "plain"
 
 
-def test_a_child_that_somebody_else_completed_is_left_alone(caplog):
+def test_child_completed_by_others_keeps_its_outcome(caplog):
     fut = Future()
     child = fut.then(lambda f: "late")
     child.set_result("early")
@@ -376,7 +376,7 @@ def test_a_child_that_somebody_else_completed_is_left_alone(caplog):
 # --------------------------------------------------------------------- class and chains
 
 
-def test_a_child_is_of_the_class_of_its_parent():
+def test_child_has_the_class_of_its_parent():
     class Ours(Future):
         pass
 
@@ -393,7 +393,7 @@ def test_a_child_is_of_the_class_of_its_parent():
 
 
 @pytest.mark.parametrize("length", [20, 100_000])
-def test_a_chain_may_have_any_length(length):
+def test_chain_can_have_any_length(length):
     fut = last = Future()
     for _ in range(length):
         last = last.then(lambda f: f.value() + 1)
@@ -401,7 +401,7 @@ def test_a_chain_may_have_any_length(length):
     assert last.value() == length
 
 
-def test_a_long_chain_passes_an_error_on():
+def test_error_passes_through_a_long_chain():
     fut = last = Future()
     for _ in range(10_000):
         last = last.then(lambda f: f.value())
@@ -409,7 +409,7 @@ def test_a_long_chain_passes_an_error_on():
     assert isinstance(last.exception(), KeyError)
 
 
-def test_a_long_chain_may_be_abandoned_while_it_is_pending():
+def test_pending_long_chain_can_be_garbage_collected():
     fut = last = Future()
     for _ in range(100_000):
         last = last.then(lambda f: f.value())
@@ -419,7 +419,7 @@ def test_a_long_chain_may_be_abandoned_while_it_is_pending():
     assert gone() is None
 
 
-def test_futures_that_complete_each_other_without_then_may_be_any_number():
+def test_callbacks_can_complete_any_number_of_futures_in_turn():
     futures = [Future() for _ in range(20_000)]
     for this, following in itertools.pairwise(futures):
         this.add_done_callback(lambda f, following=following: following.set_result(None))
@@ -427,14 +427,14 @@ def test_futures_that_complete_each_other_without_then_may_be_any_number():
     assert all(fut.done() for fut in futures)
 
 
-def test_a_result_that_is_a_future_is_handed_on_as_it_is():
+def test_then_returns_a_future_result_without_unwrapping_it():
     inner, fut = Future(), Future()
     child = fut.then(lambda f: inner)
     fut.set_result(None)
     assert child.wait() is inner
 
 
-def test_a_finaliser_may_be_the_first_in_its_thread_to_complete_a_future(monkeypatch):
+def test_finaliser_can_complete_the_first_future_of_a_thread(monkeypatch):
     ran, real = [], _callbacks._Nesting
 
     def finalised():  # as if the collector ran here

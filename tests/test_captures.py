@@ -92,7 +92,7 @@ def either_policy(request):
 
 @on_every_loop
 @beside_a_capture
-async def test_an_await_leaves_a_capture_alone(accelerator, producer, either_policy):
+async def test_await_does_not_disturb_a_capture(accelerator, producer, either_policy):
     own = torch.Event(DEVICE)
     fut = completed_on(producer, accelerator, None)
     own.record(producer)
@@ -106,7 +106,7 @@ async def test_an_await_leaves_a_capture_alone(accelerator, producer, either_pol
 
 
 @on_every_loop
-async def test_where_a_thread_has_no_mode_for_it_the_question_is_put_again(
+async def test_await_retries_queries_during_a_global_capture(
     accelerator, producer, either_policy, monkeypatch, nothing_blocks_a_loop
 ):
     nothing_blocks_a_loop.deactivate()  # threads are started and joined below
@@ -131,7 +131,7 @@ async def test_where_a_thread_has_no_mode_for_it_the_question_is_put_again(
 
 @on_every_loop
 @beside_a_capture
-async def test_to_host_leaves_a_capture_alone(accelerator, producer):
+async def test_to_host_does_not_disturb_a_capture(accelerator, producer):
     with producer:
         reader = Reader(to_host([being_filled(accelerator)]))
     async with anyio.create_task_group() as tg:
@@ -143,7 +143,7 @@ async def test_to_host_leaves_a_capture_alone(accelerator, producer):
 
 @beside_a_capture
 @pytest.mark.parametrize("devices", [[FIRST], None], ids=["declared", "undeclared"])
-def test_callbacks_leave_a_capture_alone(accelerator, producer, devices):
+def test_callbacks_do_not_disturb_a_capture(accelerator, producer, devices):
     ran = []
     for _ in range(40):
         fut = Future(devices=devices)
@@ -168,7 +168,7 @@ def test_callbacks_leave_a_capture_alone(accelerator, producer, devices):
     ],
     ids=["gather", "collect_all", "wait_all", "as_completed", "with_timeout", "as_concurrent"],
 )
-def test_combinations_leave_a_capture_alone(accelerator, producer, consumer, combine):
+def test_combined_futures_do_not_disturb_a_capture(accelerator, producer, consumer, combine):
     combined = []
     for _ in range(20):
         futures = [completed_on(stream, accelerator, None) for stream in (producer, consumer)]

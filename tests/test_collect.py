@@ -48,7 +48,7 @@ def failed(error):
 # ------------------------------------------------------------------------- collect_all
 
 
-def test_collect_all_gives_the_very_futures_once_all_are_done():
+def test_collect_all_returns_its_futures_once_all_are_done():
     futures = [Future(), torch.futures.Future(), Future()]
     combined = collect_all(futures)
     assert isinstance(combined, Future)
@@ -60,7 +60,7 @@ def test_collect_all_gives_the_very_futures_once_all_are_done():
     assert all(a is b for a, b in zip(got, futures))
 
 
-def test_collect_all_raises_from_wait_if_one_failed_but_only_when_all_are_done():
+def test_collect_all_raises_only_once_all_are_done():
     first, second, third = futures = [Future(), Future(), Future()]
     combined = collect_all(futures)
     third.set_exception(KeyError("third"))
@@ -72,7 +72,7 @@ def test_collect_all_raises_from_wait_if_one_failed_but_only_when_all_are_done()
     assert combined.exception() is second.exception()
 
 
-def test_collect_all_chains_in_our_class():
+def test_collect_all_returns_our_class():
     futures = [Future(), Future()]
     total = collect_all(futures).then(lambda f: sum(fut.value() for fut in f.value()))
     for fut in futures:
@@ -94,7 +94,7 @@ def test_combined_futures_nest_to_any_depth(combine):
 # -------------------------------------------------------------------- gather, wait_all
 
 
-def test_gather_gives_the_values_in_order():
+def test_gather_returns_the_values_in_order():
     futures = [Future(), torch.futures.Future(), Future()]
     combined = gather(futures)
     for n, fut in reversed(list(enumerate(futures))):
@@ -103,7 +103,7 @@ def test_gather_gives_the_values_in_order():
     assert combined.wait() == [0, 1, 2]
 
 
-def test_gather_fails_as_soon_as_one_fails_and_lets_go_of_the_others():
+def test_gather_fails_at_the_first_error_and_releases_the_others():
     never, fails = Future(), Future()
     combined = gather([never, fails, never])
     assert "callbacks=1" in repr(never)
@@ -113,7 +113,7 @@ def test_gather_fails_as_soon_as_one_fails_and_lets_go_of_the_others():
     assert not never.done()
 
 
-def test_errors_do_not_grow_when_they_are_gathered_again_and_again():
+def test_traceback_does_not_grow_when_gathered_repeatedly():
     fut = failed(ValueError("foo"))
 
     def frames():
@@ -125,7 +125,7 @@ def test_errors_do_not_grow_when_they_are_gathered_again_and_again():
     assert [frames() for _ in range(20)] == [first] * 20
 
 
-def test_gather_of_a_failed_future_attaches_nothing_that_stays():
+def test_gather_of_a_failed_future_leaves_no_callback():
     for make in (lambda n, f: [n, f, n], lambda n, f: [f, n]):
         never = Future()
         combined = gather(make(never, failed(ValueError("foo"))))
@@ -134,7 +134,7 @@ def test_gather_of_a_failed_future_attaches_nothing_that_stays():
         assert "callbacks=0" in repr(never)
 
 
-def test_gather_of_a_tuple_gives_a_list_as_of_any_iterable():
+def test_gather_of_any_iterable_returns_a_list():
     futures = (Future(), torch.futures.Future())
     combined, settled = gather(futures), gather(futures, return_exceptions=True)
     for n, fut in enumerate(futures):
@@ -143,7 +143,7 @@ def test_gather_of_a_tuple_gives_a_list_as_of_any_iterable():
     assert gather(()).wait() == gather((), return_exceptions=True).wait() == []
 
 
-def test_gather_gives_errors_among_the_values_once_all_are_done_if_asked_to():
+def test_gather_returns_exceptions_on_request():
     error = ValueError("foo")
     slow, fails, cancelled = futures = [Future(), Future(), Future()]
     combined = gather([*futures, fails], return_exceptions=True)
@@ -155,7 +155,7 @@ def test_gather_gives_errors_among_the_values_once_all_are_done_if_asked_to():
     assert gather([], return_exceptions=True).wait() == []
 
 
-def test_wait_all_gives_up_in_time_and_leaves_nothing_behind():
+def test_wait_all_that_times_out_leaves_no_waiter_behind():
     never, done_already = Future(), done(1)
     for timeout in (0.01, 0, -1):
         with pytest.raises(TimeoutError, match=r"futures not done within .* s: 1;"):
@@ -166,7 +166,7 @@ def test_wait_all_gives_up_in_time_and_leaves_nothing_behind():
         assert wait_all([never, done_already], timeout=PATIENCE) == [2, 1]
 
 
-def test_a_timeout_of_one_of_them_is_no_timeout_of_wait_all():
+def test_timeout_error_of_a_future_is_raised_by_wait_all():
     error = TimeoutError("its own")
     with pytest.raises(TimeoutError, match="its own"):
         wait_all([Future(), failed(error)], timeout=PATIENCE)
@@ -174,9 +174,7 @@ def test_a_timeout_of_one_of_them_is_no_timeout_of_wait_all():
 
 @pytest.mark.parametrize(("timeout", "error"), [("1", TypeError), (float("nan"), ValueError)])
 @pytest.mark.parametrize("function", [wait_all, as_completed])
-def test_a_timeout_that_is_no_number_is_refused_before_anything_is_attached(
-    function, timeout, error
-):
+def test_invalid_timeout_is_refused_before_waiting(function, timeout, error):
     fut = Future()
     with pytest.raises(error, match="timeout must be a number"):
         function([fut], timeout=timeout)
@@ -184,7 +182,7 @@ def test_a_timeout_that_is_no_number_is_refused_before_anything_is_attached(
 
 
 @pytest.mark.parametrize("function", [gather, collect_all, wait_all, as_completed])
-def test_futures_passed_one_by_one_are_refused_with_the_cure(function):
+def test_futures_as_separate_arguments_are_refused_with_a_hint(function):
     loop = asyncio.new_event_loop()
     futures = [Future(), torch.futures.Future(), concurrent.futures.Future(), loop.create_future()]
     cure = rf"{function.__name__}\(\) takes one iterable: {function.__name__}\(\[a, b\]\)"
@@ -198,7 +196,7 @@ def test_futures_passed_one_by_one_are_refused_with_the_cure(function):
     loop.close()
 
 
-def test_wait_all_gives_the_values():
+def test_wait_all_returns_the_values():
     futures = [Future(), torch.futures.Future(), Future()]
     got = []
     with running(
@@ -210,7 +208,7 @@ def test_wait_all_gives_the_values():
 
 
 @pytest.mark.parametrize("early", [True, False])
-def test_wait_all_exits_on_an_error_and_waits_for_nobody(early):
+def test_wait_all_raises_the_first_error_without_waiting_longer(early):
     never, fails = Future(), Future()
     if early:
         fails.set_exception(ValueError("foo"))
@@ -229,7 +227,7 @@ def test_wait_all_exits_on_an_error_and_waits_for_nobody(early):
     assert repr(never) == "<Future pending waiters=0 callbacks=0>"
 
 
-def test_wait_all_reports_the_error_of_a_callback():
+def test_wait_all_raises_the_error_of_a_callback():
     first, second = done(1), done(2)
     assert wait_all([first, second]) == [1, 2]
     third = first.then(lambda fut: {}["Expected error"])
@@ -245,13 +243,13 @@ def test_wait_all_reports_the_error_of_a_callback():
 @pytest.mark.parametrize(
     ("combine", "empty"), [(collect_all, []), (gather, []), (as_completed, None)]
 )
-def test_an_empty_list_is_fine(combine, empty):
+def test_empty_list_of_futures_is_accepted(combine, empty):
     combined = combine([])
     assert wait_all([]) == []
     assert (list(combined) if combine is as_completed else combined.wait()) == (empty or [])
 
 
-def test_the_same_future_twice_is_fine():
+def test_duplicate_futures_are_accepted():
     fut = Future()
     collected, gathered, completed = (
         collect_all([fut, fut]),
@@ -265,7 +263,7 @@ def test_the_same_future_twice_is_fine():
 
 
 @pytest.mark.parametrize("combine", [collect_all, gather, wait_all, as_completed])
-def test_what_is_no_future_is_refused_before_anything_is_attached(combine):
+def test_non_future_is_refused_before_callbacks_are_added(combine):
     fut = Future()
     with pytest.raises(RuntimeError, match="Future can't be None"):
         combine([fut, None])
@@ -277,7 +275,7 @@ def test_what_is_no_future_is_refused_before_anything_is_attached(combine):
 
 
 @pytest.mark.parametrize("combine", [collect_all, gather])
-def test_racing_completions_lose_nothing(combine):
+def test_racing_completions_lose_no_value(combine):
     for seed in range(50):
         futures = [Future() for _ in range(100)]
         shuffled = random.Random(seed).sample(futures, 100)
@@ -292,7 +290,7 @@ def test_racing_completions_lose_nothing(combine):
 
 
 @pytest.mark.parametrize("errors", [1, 3])
-def test_of_racing_failures_gather_takes_one(errors, caplog):
+def test_gather_raises_one_of_racing_failures(errors, caplog):
     for _ in range(100):
         futures = [Future() for _ in range(6)]
         combined = gather(futures)
@@ -305,7 +303,7 @@ def test_of_racing_failures_gather_takes_one(errors, caplog):
 
 
 @on_every_loop
-async def test_combined_futures_are_awaited_like_any():
+async def test_combined_futures_can_be_awaited():
     futures = [Future() for _ in range(10)]
     async with alongside(lambda: [fut.set_result(n) for n, fut in enumerate(futures)]):
         with anyio.fail_after(PATIENCE):
@@ -316,7 +314,7 @@ async def test_combined_futures_are_awaited_like_any():
 # ------------------------------------------------------------------------ as_completed
 
 
-def test_as_completed_yields_futures_in_the_order_in_which_they_complete():
+def test_as_completed_yields_futures_in_completion_order():
     first, plain, last = Future(), torch.futures.Future(), done("at once")
     completed = as_completed([first, plain, last])
     assert next(completed) is last
@@ -328,7 +326,7 @@ def test_as_completed_yields_futures_in_the_order_in_which_they_complete():
         next(completed)
 
 
-def test_as_completed_in_a_thread_waits_for_what_other_threads_complete():
+def test_as_completed_in_a_thread_waits_for_other_threads():
     futures = [Future() for _ in range(100)]
     shuffled = random.sample(futures, 100)
     completed = as_completed(futures)
@@ -337,7 +335,7 @@ def test_as_completed_in_a_thread_waits_for_what_other_threads_complete():
 
 
 @on_every_loop
-async def test_as_completed_in_a_task():
+async def test_as_completed_in_a_task_yields_all_futures():
     futures = [Future() for _ in range(100)]
     shuffled = random.sample(futures, 100)
     completed = as_completed(futures)
@@ -348,7 +346,7 @@ async def test_as_completed_in_a_task():
 
 
 @on_every_loop
-async def test_as_completed_costs_one_waiter_and_no_task_per_future():
+async def test_as_completed_adds_one_waiter_and_no_tasks():
     futures = [Future() for _ in range(10)]
 
     async def first():
@@ -367,7 +365,7 @@ async def test_as_completed_costs_one_waiter_and_no_task_per_future():
 
 
 @on_every_loop
-async def test_a_cancelled_as_completed_goes_on_where_it_was():
+async def test_cancelled_as_completed_can_be_resumed():
     futures = [Future(), Future()]
     completed = as_completed(futures)
     with anyio.move_on_after(0.001) as scope:
@@ -378,7 +376,7 @@ async def test_a_cancelled_as_completed_goes_on_where_it_was():
     assert [fut async for fut in completed] == futures
 
 
-def test_an_as_completed_that_is_dropped_leaves_nothing_behind():
+def test_dropped_as_completed_leaves_no_callback_behind():
     futures = [Future() for _ in range(3)]
     completed = as_completed(futures)
     gone = weakref.ref(completed)
@@ -388,7 +386,7 @@ def test_an_as_completed_that_is_dropped_leaves_nothing_behind():
     assert all("callbacks=0" in repr(fut) for fut in futures)
 
 
-def test_as_completed_lets_go_of_what_it_has_yielded():
+def test_as_completed_keeps_no_yielded_future():
     futures = [done(n) for n in range(10)]
     refs = [weakref.ref(fut) for fut in futures]
     completed = as_completed(futures)
@@ -399,7 +397,7 @@ def test_as_completed_lets_go_of_what_it_has_yielded():
     assert [ref() is not None for ref in refs] == [False] * 9 + [True]
 
 
-def test_as_completed_in_a_thread_gives_up_in_time_and_leaves_nothing_behind():
+def test_as_completed_in_a_thread_times_out_and_cleans_up():
     never, later, early = Future(), Future(), done(1)
     completed = as_completed([never, early, later], timeout=0.01)
     assert next(completed) is early
@@ -412,7 +410,7 @@ def test_as_completed_in_a_thread_gives_up_in_time_and_leaves_nothing_behind():
         next(completed)
 
 
-def test_as_completed_yields_what_arrived_in_time_before_it_gives_up():
+def test_as_completed_yields_done_futures_before_it_times_out():
     futures = [Future() for _ in range(3)]
     completed = as_completed(futures, timeout=0)
     with pytest.raises(TimeoutError):
@@ -427,7 +425,7 @@ def test_as_completed_yields_what_arrived_in_time_before_it_gives_up():
 
 
 @pytest.mark.parametrize(("error", "at"), [(KeyboardInterrupt, "signals"), (MemoryError, "calls")])
-def test_an_interrupted_as_completed_gives_up_in_time_and_leaves_nothing_behind(error, at):
+def test_interrupted_as_completed_times_out_and_cleans_up(error, at):
     for strike in strikes(_as_completed, error=error, at=at):
         never, early = Future(), done(1)
         completed = as_completed([never, early], timeout=0.001)
@@ -447,7 +445,7 @@ def test_as_completed_with_enough_time_yields_all(timeout):
 
 
 @on_every_loop
-async def test_as_completed_in_a_task_gives_up_in_time_and_leaves_nothing_behind():
+async def test_as_completed_in_a_task_times_out_and_cleans_up():
     never, early, later = Future(), done(1), Future()
     got, late = [], []
     completed = as_completed([never, early, later], timeout=0.01)
@@ -479,7 +477,7 @@ async def test_as_completed_in_a_task_with_enough_time_yields_all():
                 assert [fut async for fut in as_completed(futures, timeout=timeout)] == futures
 
 
-def test_several_threads_share_an_as_completed_and_each_future_goes_to_one():
+def test_as_completed_is_shared_by_several_threads():
     for _ in range(20):
         futures = [Future() for _ in range(60)]
         completed = as_completed(futures)
@@ -494,7 +492,7 @@ def test_several_threads_share_an_as_completed_and_each_future_goes_to_one():
 
 
 @on_every_loop
-async def test_several_tasks_share_an_as_completed_while_some_are_cancelled():
+async def test_as_completed_is_shared_by_tasks_that_are_cancelled():
     futures = [Future() for _ in range(20)]
     completed = as_completed(futures)
     got = []
@@ -516,7 +514,7 @@ async def test_several_tasks_share_an_as_completed_while_some_are_cancelled():
     assert set(got) == set(futures)
 
 
-def test_the_mixture_may_hold_whatever_as_future_adopts():
+def test_combined_futures_can_be_of_any_adoptable_kind():
     with concurrent.futures.ThreadPoolExecutor() as pool:
         release = threading.Event()
         submitted = pool.submit(release.wait)
@@ -528,7 +526,7 @@ def test_the_mixture_may_hold_whatever_as_future_adopts():
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
-def test_as_completed_refuses_to_be_copied_or_pickled_and_goes_on(copied):
+def test_as_completed_cannot_be_copied_or_pickled(copied):
     futures = [Future(), Future()]
     completed = as_completed(futures)
     with pytest.raises(TypeError, match=r"belongs to this process.*as_completed\(\) again"):

@@ -59,7 +59,7 @@ def test_a_callback_runs_in_the_context_that_added_it(add, when, value_of_this_t
 
 
 @adders
-def test_callbacks_share_no_context(add, value_of_this_test):
+def test_callbacks_do_not_share_a_context(add, value_of_this_test):
     fut, seen = Future(), []
 
     def callback(fut):
@@ -72,7 +72,7 @@ def test_callbacks_share_no_context(add, value_of_this_test):
     assert seen == ["this test's"] * 3
 
 
-def test_a_chain_that_is_deferred_keeps_its_contexts(value_of_this_test):
+def test_deferred_chain_keeps_its_contexts(value_of_this_test):
     fut, seen = Future(), []
     last = fut
     for n in range(100):
@@ -84,7 +84,7 @@ def test_a_chain_that_is_deferred_keeps_its_contexts(value_of_this_test):
 
 
 @on_every_loop
-async def test_tasks_carry_the_context_of_their_caller(nothing_blocks_a_loop):
+async def test_tasks_run_in_the_context_of_their_caller(nothing_blocks_a_loop):
     nothing_blocks_a_loop.deactivate()  # the portal does, as it starts and stops
 
     async def query():

@@ -83,7 +83,7 @@ class Followers:
 
 @errors
 @pytest.mark.parametrize("outcome", [5, ValueError("foo")], ids=["value", "error"])
-def test_whatever_strikes_a_setter_a_future_is_untouched_or_everybody_is_served(outcome, error, at):
+def test_interrupted_set_result_is_complete_or_undone(outcome, error, at):
     served = untouched = 0
     for strike in strikes(*MODULES, every=EVERY, error=error, at=at):
         fut = Future()
@@ -103,7 +103,7 @@ def test_whatever_strikes_a_setter_a_future_is_untouched_or_everybody_is_served(
     assert served > untouched > 0
 
 
-def test_whatever_strikes_a_long_chain_completes_to_its_end():
+def test_interrupted_long_chain_completes_to_its_end():
     for strike in strikes(*MODULES, every=17 * EVERY):
         fut = last = Future()
         for _ in range(40):  # longer than completions nest
@@ -113,7 +113,7 @@ def test_whatever_strikes_a_long_chain_completes_to_its_end():
         assert last.done() == fut.done()
 
 
-def test_an_interrupt_while_an_error_is_logged_is_seen(caplog):
+def test_interrupt_during_error_logging_is_raised(caplog):
     class Interrupting(logging.Handler):
         def emit(self, record):
             raise KeyboardInterrupt
@@ -132,7 +132,7 @@ def test_an_interrupt_while_an_error_is_logged_is_seen(caplog):
     assert ran == [fut]
 
 
-def test_a_combined_future_that_somebody_has_completed_is_left_alone(caplog):
+def test_combined_future_completed_by_others_keeps_its_outcome(caplog):
     caplog.set_level(logging.ERROR, "torchfut_aio")
     for combine in (gather, collect_all):
         for outcome in (5, ValueError("foo")):
@@ -146,7 +146,7 @@ def test_a_combined_future_that_somebody_has_completed_is_left_alone(caplog):
 
 
 @pytest.mark.parametrize("outcome", [5, ValueError("foo")], ids=["value", "error"])
-def test_of_two_setters_one_wins_wherever_the_other_comes_between(outcome):
+def test_one_of_two_interleaved_setters_wins(outcome):
     won, lost = set(), set()
     other = None
 
@@ -177,7 +177,7 @@ def test_of_two_setters_one_wins_wherever_the_other_comes_between(outcome):
         followers.check_served(fut)
 
 
-def test_who_follows_is_served_wherever_a_completion_comes_between():
+def test_completion_at_any_step_of_adding_waiters_wakes_them():
     for strike in strikes(*MODULES, every=EVERY, do=lambda: fut.set_result(5)):
         fut = Future()
         with strike:
@@ -188,7 +188,7 @@ def test_who_follows_is_served_wherever_a_completion_comes_between():
         assert followers.ran == [fut]
 
 
-def test_who_completes_serves_wherever_somebody_comes_between():
+def test_waiters_added_at_any_step_of_a_completion_are_woken():
     late = []
 
     def follow():
@@ -203,7 +203,7 @@ def test_who_completes_serves_wherever_somebody_comes_between():
         late.clear()
 
 
-def test_a_callback_is_run_or_removed_wherever_the_removal_comes_between():
+def test_callback_removed_during_completion_is_run_or_removed():
     def remove():
         removed.append(fut.remove_done_callback(ran.append))
 
@@ -222,7 +222,7 @@ class Incomparable(_core.FunctionCallback):
     __hash__ = object.__hash__
 
 
-def test_the_followers_are_told_apart_without_comparing_them():
+def test_waiters_and_callbacks_are_never_compared():
     fut, waiter = Future(), Waiter()
     callbacks = [Incomparable(print) for _ in range(3)]
     _core.add_waiter(fut, waiter, waiter)
@@ -235,7 +235,7 @@ def test_the_followers_are_told_apart_without_comparing_them():
 
 
 @errors
-def test_whatever_strikes_a_wait_it_leaves_nothing_behind(error, at):
+def test_interrupted_wait_leaves_no_waiter_behind(error, at):
     for strike in strikes(*MODULES, every=EVERY, error=error, at=at):
         fut = Future()
         with strike, pytest.raises((TimeoutError, error)):
@@ -244,7 +244,7 @@ def test_whatever_strikes_a_wait_it_leaves_nothing_behind(error, at):
 
 
 @pytest.mark.parametrize("late", [0, 2])
-def test_an_iterator_that_was_interrupted_goes_on_where_it_was(late):
+def test_interrupted_as_completed_can_be_resumed(late):
     for strike in strikes(*MODULES, every=EVERY):
         futures = [Future() for _ in range(4)]
         completed = as_completed(futures)
@@ -268,7 +268,7 @@ def test_an_iterator_that_was_interrupted_goes_on_where_it_was(late):
 
 
 @pytest.mark.parametrize("left", [*range(1, 60), 100, 130, 500])
-def test_a_completion_near_the_end_of_the_stack_completes_all_that_depends_on_it(left):
+def test_completion_on_a_full_stack_completes_all_dependants(left):
     def nested(frames):
         if frames:
             nested(frames - 1)
@@ -317,7 +317,7 @@ class RaisesForTorch:
 
 
 @pytest.mark.parametrize("kind", [RaisesForItsClass, RaisesForAll, RaisesForTorch])
-def test_a_value_may_be_any_object(kind):
+def test_value_can_be_any_object(kind):
     value = kind()
     fut = Future()
     child, gathered = fut.then(lambda fut: fut.value()), gather([fut])

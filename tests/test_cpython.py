@@ -91,7 +91,7 @@ def new_loop(kind):
 
 @pytest.mark.parametrize("waits", [1, 10, 200])
 @pytest.mark.parametrize("kind", [*LOOPS, OwnTask, Subclass])
-def test_every_await_resumes_on_a_foreign_loop_or_in_a_foreign_task(kind, waits):
+def test_await_resumes_on_foreign_loops_and_in_foreign_tasks(kind, waits):
     async def value_of(fut):
         return await fut
 
@@ -118,7 +118,7 @@ def test_every_await_resumes_on_a_foreign_loop_or_in_a_foreign_task(kind, waits)
 
 
 @pytest.mark.parametrize("kind", [*LOOPS, asyncio.SelectorEventLoop])
-def test_a_signal_handler_wakes_a_task_of_a_foreign_loop_that_sleeps(kind):
+def test_signal_handler_wakes_a_sleeping_foreign_loop(kind):
     fut = Future()
     loop = new_loop(kind)
     before = signal.signal(signal.SIGALRM, lambda *_: fut.set_result("signal"))
@@ -130,7 +130,7 @@ def test_a_signal_handler_wakes_a_task_of_a_foreign_loop_that_sleeps(kind):
         loop.close()
 
 
-def test_what_resumes_a_task_is_taken_from_asyncios_own_only():
+def test_resume_callback_is_read_only_from_asyncio_futures():
     async def found_for(future, callback):
         future.add_done_callback(callback)
         return _cpython.resume_callback(future)
@@ -170,7 +170,7 @@ def nothing(_):
     """A callback that a program has added."""
 
 
-def test_the_running_loop_is_found_the_public_way_too():
+def test_running_loop_is_also_found_by_the_public_api():
     async def main():
         loop = asyncio.get_running_loop()
         return _cpython.running_loop() is loop and _cpython.PublicEvents._get_running_loop() is loop
@@ -180,7 +180,7 @@ def test_the_running_loop_is_found_the_public_way_too():
     assert _cpython.PublicEvents._get_running_loop() is None
 
 
-def test_a_callback_of_a_loop_is_known_where_the_interpreter_shows_frames(monkeypatch):
+def test_callback_of_a_loop_is_detected_from_frames(monkeypatch):
     async def main():
         loop = asyncio.get_running_loop()
         asked = loop.create_future()
@@ -236,7 +236,7 @@ GONE = {
 }
 
 
-def test_without_what_is_private_to_cpython_the_package_works():
+def test_package_works_without_private_names_of_cpython():
     before = "import asyncio, sys, threading, torch"
     for gone, after in GONE.values():
         program = f"{before}\n{gone}{USE.format(after=after)}"
@@ -247,7 +247,7 @@ def test_without_what_is_private_to_cpython_the_package_works():
     assert subprocess.check_output(command, timeout=PATIENCE_WITH_PROCESSES) == b"5 5 []\n"
 
 
-def test_an_interpreter_that_would_lose_callbacks_is_refused(monkeypatch):
+def test_interpreter_that_loses_callbacks_is_refused(monkeypatch):
     monkeypatch.setattr(sys, "_is_gil_enabled", lambda: False, raising=False)
     monkeypatch.setattr(sys, "version_info", (3, 14, 4))
     with pytest.raises(ImportError, match="PYTHON_GIL=1"):
@@ -259,7 +259,7 @@ def test_an_interpreter_that_would_lose_callbacks_is_refused(monkeypatch):
     runpy.run_path(_cpython.__file__)
 
 
-def test_without_a_gil_nothing_iterates_over_an_ordered_dict(monkeypatch):
+def test_ordered_dict_is_not_used_without_a_gil(monkeypatch):
     for has_gil, kind in ((True, OrderedDict), (False, dict)):
         monkeypatch.setattr(sys, "_is_gil_enabled", lambda has_gil=has_gil: has_gil, raising=False)
         monkeypatch.setattr(sys, "version_info", (3, 14, 9))
@@ -269,7 +269,7 @@ def test_without_a_gil_nothing_iterates_over_an_ordered_dict(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", [OrderedDict, dict])
-def test_a_key_moves_to_the_front_and_the_others_keep_their_order(kind):
+def test_move_to_front_keeps_the_order_of_the_other_keys(kind):
     class Shared(kind):
         def __delitem__(self, key):
             super().__delitem__(key)
@@ -283,7 +283,7 @@ def test_a_key_moves_to_the_front_and_the_others_keep_their_order(kind):
     assert [*queue] == expected
 
 
-def test_all_that_is_private_to_cpython_is_in_one_module():
+def test_private_names_of_cpython_are_used_in_one_module():
     private = {"_callbacks", "_run_once", "_run", "_getframe", "__code__", "__flags__", "data"}
     private |= {"_get_running_loop", "_is_gil_enabled", "_ready", "_scheduled", "_PyTask"}
     private |= {"cr_await", "cr_frame", "gi_yieldfrom", "ag_await", "f_lineno", "f_code"}
@@ -306,7 +306,7 @@ def test_no_module_reads_the_local_variables_of_frames():
 
 
 @needs_gil("only the thread of a task could look where it waits")
-def test_the_place_of_what_is_no_coroutine_of_python_is_unknown(monkeypatch):
+def test_place_of_a_non_coroutine_is_none(monkeypatch):
     class Strange:
         cr_await = cr_frame = "not a frame"
 
@@ -326,7 +326,7 @@ def test_the_place_of_what_is_no_coroutine_of_python_is_unknown(monkeypatch):
     future.get_loop().close()
 
 
-def test_looking_for_the_calling_module_keeps_no_locals():
+def test_calling_module_keeps_no_locals():
     class Local:
         pass
 

@@ -80,7 +80,7 @@ def test_a_hook_has_started_when_its_call_returns(overlap):
         assert fut.wait(PATIENCE).item() == 1
 
 
-def test_hooks_go_on_for_one_bucket_after_the_other():
+def test_hooks_resume_in_the_order_of_their_buckets():
     steps, releases = [], [Future() for _ in range(3)]
     hook = hook_that_notes(steps)
     futures = [hook(release, Bucket(index)) for index, release in enumerate(releases)]
@@ -91,7 +91,7 @@ def test_hooks_go_on_for_one_bucket_after_the_other():
     assert steps[3:] == ["goes on 0", "goes on 1", "goes on 2"]
 
 
-def test_a_hook_that_never_suspends_lets_no_later_one_go_first():
+def test_hook_that_never_suspends_keeps_later_hooks_in_order():
     steps, release = [], Future()
 
     @async_comm_hook
@@ -129,7 +129,7 @@ async def iterate():
     ids=["future", "work", "ordered", "gather", "timeout", "synchronize", "to_host", "completed"],
 )
 @pytest.mark.usefixtures("group_of_one")
-def test_the_first_await_of_a_hook_suspends_though_it_is_done(finished):
+def test_first_await_of_a_hook_suspends_even_if_done(finished):
     steps, release = [], Future()
 
     @async_comm_hook
@@ -147,7 +147,7 @@ def test_the_first_await_of_a_hook_suspends_though_it_is_done(finished):
     assert steps == [0, 1]
 
 
-def test_later_awaits_of_what_is_done_do_not_suspend():
+def test_later_awaits_of_done_futures_do_not_suspend():
     steps, release = [], Future()
 
     @async_comm_hook
@@ -171,7 +171,7 @@ async def turns():
 
 
 @pytest.mark.parametrize("first", [Future(), done()], ids=["before it waits", "while it waits"])
-def test_a_cancellation_reaches_a_hook_when_its_turn_has_come(first):
+def test_cancellation_reaches_a_hook_in_its_turn(first):
     steps, release, tasks = [], Future(), []
 
     @async_comm_hook
@@ -230,7 +230,7 @@ def errors_of(futures):
 
 
 @either_way
-def test_a_hook_that_raises_at_once_runs_for_no_later_bucket(overlap):
+def test_hook_that_raises_at_once_is_not_run_for_later_buckets(overlap):
     steps, release = [], Future()
     hook = hook_that_raises(steps, ["first 1"], overlap)
     futures = [hook(release, Bucket(index)) for index in range(4)]
@@ -240,7 +240,7 @@ def test_a_hook_that_raises_at_once_runs_for_no_later_bucket(overlap):
     assert hook(done(), Bucket(0)).wait(PATIENCE).item() == 1
 
 
-def test_a_hook_that_raises_later_goes_on_for_no_later_bucket():
+def test_hook_that_raises_later_stops_hooks_of_later_buckets():
     steps, release = [], Future()
     hook = hook_that_raises(steps, ["then 1"])
     futures = [hook(release, Bucket(index)) for index in range(4)]
@@ -253,7 +253,7 @@ def test_a_hook_that_raises_later_goes_on_for_no_later_bucket():
 
 
 @pytest.mark.usefixtures("group_of_one")
-def test_a_hook_that_returns_what_it_should_await_is_told_so():
+def test_hook_that_returns_a_future_raises_a_helpful_type_error():
     for start in (
         lambda tensor: dist.all_reduce(tensor, async_op=True),
         lambda tensor: dist.all_reduce(tensor, async_op=True).get_future(),
@@ -268,7 +268,7 @@ def test_a_hook_that_returns_what_it_should_await_is_told_so():
             hook(None, Bucket()).wait(PATIENCE)
 
 
-def test_a_hook_that_does_not_go_on_is_closed_in_its_context():
+def test_stopped_hook_is_closed_in_its_context():
     steps, release = [], Future()
 
     @async_comm_hook
@@ -286,7 +286,7 @@ def test_a_hook_that_does_not_go_on_is_closed_in_its_context():
     assert steps == [0, 1, 2]
 
 
-def test_a_hook_that_raises_later_overlaps_others_unharmed():
+def test_overlapping_hooks_survive_the_error_of_another_hook():
     steps, release = [], Future()
     hook = hook_that_raises(steps, ["then 0"], overlap=True)
     futures = [hook(release, Bucket(index)) for index in range(2)]
@@ -295,7 +295,7 @@ def test_a_hook_that_raises_later_overlaps_others_unharmed():
 
 
 @pytest.mark.parametrize("suspends", [True, False])
-def test_a_backward_pass_does_not_fail_with_the_error_of_another(suspends):
+def test_backward_pass_does_not_raise_errors_of_another_pass(suspends):
     steps, release = [], Future()
     hook = hook_that_raises(steps, ["then 1"])
     first = [hook(release, Bucket(index)) for index in range(2)]
@@ -306,7 +306,7 @@ def test_a_backward_pass_does_not_fail_with_the_error_of_another(suspends):
 
 
 @pytest.mark.parametrize("at", ["first 1", "then 1", "then 0"])
-def test_a_failure_keeps_nothing_once_it_is_dropped(at):
+def test_dropped_hook_failure_keeps_no_tensors(at):
     hook, release = hook_that_raises([], [at]), Future()
     tensors = [torch.ones(1) for _ in range(3)]
     refs = [weakref.ref(tensor) for tensor in tensors]
@@ -337,7 +337,7 @@ async def waits_for_what_fails():
 
 
 @pytest.mark.parametrize("waits", [waits_until_it_is_cancelled, waits_for_what_fails])
-def test_an_error_that_ends_an_await_keeps_nothing_once_dropped(waits):
+def test_dropped_await_error_keeps_no_tensors(waits):
     @async_comm_hook
     async def hook(state, bucket):
         if state is not None:
@@ -376,7 +376,7 @@ def main_thread_blocks(monkeypatch):
     return event
 
 
-def test_a_call_waits_for_a_loop_busy_with_another_bucket(
+def test_hook_call_waits_for_a_loop_busy_with_another_bucket(
     nothing_blocks_a_loop, main_thread_blocks
 ):
     nothing_blocks_a_loop.deactivate()
@@ -407,20 +407,20 @@ def test_a_call_waits_for_a_loop_busy_with_another_bucket(
         fut.wait(PATIENCE)
 
 
-def test_a_hook_may_wait_for_what_its_thread_does_after_the_call():
+def test_hook_can_await_a_future_its_caller_completes_later():
     release = Future()
     fut = hook_that_notes([])(release, Bucket())
     release.set_result(None)
     assert fut.wait(PATIENCE).item() == 1
 
 
-def test_a_call_returns_if_its_task_is_dropped(monkeypatch):
+def test_hook_call_returns_if_its_task_is_dropped(monkeypatch):
     monkeypatch.setattr(_background_loop, "start_soon", lambda promise, function: None)
     fut = hook_that_notes([])(done(), Bucket())
     assert "its event loop ended" in str(fut.exception())
 
 
-def test_calls_return_while_the_loop_is_shut_down():
+def test_hook_calls_return_while_the_loop_shuts_down():
     futures, over = [], threading.Event()
 
     def train():
@@ -439,7 +439,7 @@ def test_calls_return_while_the_loop_is_shut_down():
     assert all(fut.done() for fut in futures)
 
 
-def test_a_call_raises_if_no_thread_can_be_started():
+def test_hook_call_raises_if_no_thread_can_start():
     hook = hook_that_notes([])
     with no_thread_starts():
         with pytest.raises(RuntimeError, match="can't start new thread"):
@@ -447,14 +447,14 @@ def test_a_call_raises_if_no_thread_can_be_started():
     assert hook(done(), Bucket()).wait(PATIENCE).item() == 1
 
 
-def test_a_call_raises_when_the_interpreter_exits(monkeypatch):
+def test_hook_call_raises_when_the_interpreter_exits(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(sys, "is_finalizing", lambda: True)
         with pytest.raises(RuntimeError, match="the interpreter exits"):
             hook_that_notes([])(done(), Bucket())
 
 
-def test_ctrl_c_ends_the_wait_and_the_hook_goes_on(
+def test_ctrl_c_ends_the_wait_and_the_hook_continues(
     nothing_blocks_a_loop, main_thread_blocks, ctrl_c
 ):
     nothing_blocks_a_loop.deactivate()
@@ -489,7 +489,7 @@ def test_backward_on_the_background_loop_raises():
 
 
 @needs_gil("whether another thread is in backward(), no thread can look up safely")
-def test_a_call_raises_if_backward_blocks_the_loop(monkeypatch, nothing_blocks_a_loop):
+def test_hook_call_raises_if_backward_blocks_the_loop(monkeypatch, nothing_blocks_a_loop):
     nothing_blocks_a_loop.deactivate()
     monkeypatch.setattr(_ddp, "_CHECK", 0.01)
     raised = []
@@ -553,7 +553,7 @@ def test_a_hook_runs_in_a_copy_of_its_callers_context():
     assert mine.get() == "of the caller"
 
 
-def test_a_hook_may_be_called_in_a_task_of_trio():
+def test_hook_can_be_called_in_a_trio_task():
     @async_comm_hook
     async def hook(state, bucket):
         await anyio.lowlevel.checkpoint()
@@ -572,7 +572,7 @@ async def enqueues_a_read_of_the_bucket(state, bucket):
 
 
 @pytest.mark.device
-def test_a_hook_may_use_a_bucket_that_is_still_being_filled(accelerator, producer, consumer):
+def test_hook_can_use_a_bucket_that_kernels_still_fill(accelerator, producer, consumer):
     read = []
     with producer:
         fut = enqueues_a_read_of_the_bucket(read, Bucket(buffer=being_filled(accelerator)))

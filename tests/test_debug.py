@@ -97,7 +97,7 @@ async def spawn(group, function, name):
 
 
 @on_every_loop
-async def test_it_names_the_tasks_that_wait():
+async def test_pending_futures_names_waiting_tasks():
     future = Future()
 
     async def wait():
@@ -110,7 +110,7 @@ async def test_it_names_the_tasks_that_wait():
         future.set_result(5)
 
 
-def test_it_names_the_threads_that_block():
+def test_pending_futures_names_blocked_threads():
     future = Future()
     threads = [threading.Thread(target=future.wait, name=f"worker {n}") for n in range(2)]
     for thread in threads:
@@ -122,7 +122,7 @@ def test_it_names_the_threads_that_block():
         thread.join(PATIENCE)
 
 
-def test_it_names_callbacks_and_what_is_made_of_the_future():
+def test_pending_futures_names_callbacks_and_children():
     future = Future()
     future.add_done_callback(log)
     child = future.then(log)
@@ -136,7 +136,7 @@ def test_it_names_callbacks_and_what_is_made_of_the_future():
 
 
 @on_every_loop
-async def test_it_names_the_task_that_waits_for_the_next_of_many():
+async def test_pending_futures_names_the_task_in_as_completed():
     futures = [Future(), Future()]
 
     async def wait():
@@ -153,7 +153,7 @@ async def test_it_names_the_task_that_waits_for_the_next_of_many():
         set_results(futures, [1, 2])
 
 
-def test_it_names_the_thread_that_waits_for_the_next_of_many():
+def test_pending_futures_names_the_thread_in_as_completed():
     future = Future()
     thread = threading.Thread(target=lambda: [*as_completed([future])], name="worker")
     thread.start()
@@ -165,13 +165,13 @@ def test_it_names_the_thread_that_waits_for_the_next_of_many():
     del idle
 
 
-def test_a_future_that_is_done_is_not_listed():
+def test_done_future_is_not_listed():
     future = Future()
     future.set_result(5)
     assert not any(pending.future is future for pending in listed_futures())
 
 
-def test_it_reads_as_a_line_for_the_future_and_one_for_each_who_waits():
+def test_pending_future_prints_one_line_per_waiter():
     future = Future()
     future.add_done_callback(log)
     assert str(listed(future)) == (
@@ -179,13 +179,13 @@ def test_it_reads_as_a_line_for_the_future_and_one_for_each_who_waits():
     )
 
 
-def test_without_a_recording_nobody_knows_since_when():
+def test_waiters_have_no_start_time_without_a_recording():
     future = Future()
     future.add_done_callback(log)
     assert [each.since for each in listed(future).waiters] == [None]
 
 
-def test_the_list_keeps_nothing_alive(no_collector):
+def test_pending_futures_keeps_no_future_alive(no_collector):
     future = Future()
     future.add_done_callback(log)
     ref = weakref.ref(future)
@@ -194,7 +194,7 @@ def test_the_list_keeps_nothing_alive(no_collector):
     assert ref() is None
 
 
-def test_what_is_half_made_is_passed_over():
+def test_uninitialised_objects_are_not_listed():
     half_made = Future.__new__(Future)
     assert not any(pending.future is half_made for pending in listed_futures())
     half_made = ValueStream.__new__(ValueStream), StreamState.__new__(StreamState)
@@ -294,7 +294,7 @@ async def in_a_state_of_its_own(future):
         (in_a_state_of_its_own, "in_a_state_of_its_own"),
     ],
 )
-async def test_a_task_is_listed_with_the_function_that_waits(function, place):
+async def test_task_is_listed_with_its_waiting_function(function, place):
     future = Future()
     async with anyio.create_task_group() as group:
         group.start_soon(function, future)
@@ -320,7 +320,7 @@ def test_a_ddp_hook_is_listed_with_its_place():
 
 @on_every_loop
 @shows_places
-async def test_a_task_is_listed_with_the_line_that_waits():
+async def test_task_is_listed_with_its_waiting_line():
     future, another = Future(), Future()
     first = in_two_steps.__code__.co_firstlineno
 
@@ -344,7 +344,7 @@ async def in_two_steps(future, another):
 
 @on_asyncio
 @shows_places
-async def test_a_task_without_a_name_is_listed_with_its_place():
+async def test_unnamed_task_is_listed_with_its_place():
     future = Future()
     task = asyncio.create_task(in_a_coroutine(future))
     await asyncio.sleep(0)
@@ -356,7 +356,7 @@ async def test_a_task_without_a_name_is_listed_with_its_place():
 
 
 @on_asyncio
-async def test_a_task_of_libraries_only_has_no_place():
+async def test_task_with_only_library_frames_has_no_place():
     future = Future()
     task = asyncio.ensure_future(future)  # asyncio wraps it in a coroutine of its own
     await asyncio.sleep(0)
@@ -377,7 +377,7 @@ async def test_threads_and_callbacks_have_no_place():
         future.set_result(5)
 
 
-def test_a_thread_that_python_did_not_start_has_no_name():
+def test_thread_not_started_by_python_has_no_name():
     future, ended = Future(), threading.Event()
 
     def wait():
@@ -427,7 +427,7 @@ async def test_an_item_is_listed_with_the_name_of_its_batcher(kind):
         assert await gather([running, queued]) == [1, 2]
 
 
-def test_an_item_in_no_batcher_has_no_place():
+def test_future_outside_a_batcher_has_no_place():
     assert listed(future := Future()).where is None
     assert str(listed(future)) == "<Future pending waiters=0 callbacks=0>"
 
@@ -437,7 +437,7 @@ def test_an_item_in_no_batcher_has_no_place():
 
 @on_every_loop
 @pytest.mark.parametrize("how", ["async for", "aget"])
-async def test_a_stream_is_listed_with_the_tasks_that_wait(how):
+async def test_stream_is_listed_with_its_waiting_tasks(how):
     empty, full = ValueStream(), ValueStream(max_size=1)
     values = aiter(full)
     full.put(1)
@@ -473,7 +473,7 @@ async def test_a_stream_is_listed_with_the_tasks_that_wait(how):
     assert listed_stream(empty) is listed_stream(full) is None
 
 
-def test_a_stream_is_listed_with_the_threads_that_wait():
+def test_stream_is_listed_with_its_waiting_threads():
     for read, event in ((list, ValueStream.close), (ValueStream.get, lambda stream: stream.put(1))):
         stream = ValueStream(max_size=1)
         reader = threading.Thread(target=read, args=(stream,), name="reader")
@@ -495,7 +495,7 @@ def test_a_stream_is_listed_with_the_threads_that_wait():
     writer.join(PATIENCE)
 
 
-def test_the_readers_of_a_stream_that_was_dropped_are_listed(no_collector):
+def test_readers_of_a_dropped_stream_are_listed(no_collector):
     def lonely():
         streams = [each for each in pending_futures() if isinstance(each, PendingStream)]
         return [each for each in streams if each.readers == (Waiter(kind="thread", name="lonely"),)]
@@ -517,7 +517,7 @@ def test_the_readers_of_a_stream_that_was_dropped_are_listed(no_collector):
 
 
 @on_every_loop
-async def test_futures_of_the_package_itself_are_not_listed():
+async def test_internal_futures_are_not_listed():
     gate, rpc_may_end = Gate(), threading.Event()
 
     @distributed.async_rpc
@@ -547,7 +547,7 @@ async def test_futures_of_the_package_itself_are_not_listed():
 
 
 @on_every_loop
-async def test_a_recording_knows_since_when_tasks_wait():
+async def test_recording_knows_the_start_time_of_waiting_tasks():
     future = Future()
 
     async def wait():
@@ -566,7 +566,7 @@ async def test_a_recording_knows_since_when_tasks_wait():
             future.set_result(5)
 
 
-def test_a_recording_knows_since_when_threads_block_and_callbacks_are_there():
+def test_recording_knows_the_start_of_threads_and_callbacks():
     future = Future()
     with Recording():
         before = time.perf_counter()
@@ -579,7 +579,7 @@ def test_a_recording_knows_since_when_threads_block_and_callbacks_are_there():
         thread.join(PATIENCE)
 
 
-def test_the_oldest_wait_comes_first():
+def test_pending_futures_lists_the_oldest_wait_first():
     unknown, second, first = Future(), Future(), Future()
     unknown.add_done_callback(log)
     with Recording():
@@ -593,7 +593,7 @@ def test_the_oldest_wait_comes_first():
 
 
 @on_every_loop
-async def test_while_recording_values_and_errors_arrive():
+async def test_recording_does_not_affect_values_and_errors():
     with Recording():
         futures = [Future() for _ in range(3)]
         failed = Future()
@@ -606,7 +606,7 @@ async def test_while_recording_values_and_errors_arrive():
 
 
 @on_every_loop
-async def test_while_recording_a_wait_given_up_leaves_nothing():
+async def test_recorded_wait_that_times_out_leaves_no_waiter():
     future = Future()
     with Recording():
         with anyio.move_on_after(0.001):
@@ -616,7 +616,7 @@ async def test_while_recording_a_wait_given_up_leaves_nothing():
     assert not future.has_waiters()
 
 
-def test_while_recording_callbacks_can_be_removed():
+def test_recorded_callbacks_can_be_removed():
     future = Future()
     with Recording():
         future.add_done_callback(log)
@@ -626,7 +626,7 @@ def test_while_recording_callbacks_can_be_removed():
         assert not future.has_waiters()
 
 
-def test_while_recording_an_error_of_a_callback_is_its_own(caplog):
+def test_recorded_callback_error_names_the_callback(caplog):
     future = Future()
     with Recording():
         future.add_done_callback(lambda fut: 1 / 0)
@@ -638,7 +638,7 @@ def test_while_recording_an_error_of_a_callback_is_its_own(caplog):
 
 
 @on_every_loop
-async def test_who_began_to_wait_while_it_was_on_is_served_afterwards():
+async def test_waiter_added_during_a_recording_is_woken_afterwards():
     future, got = Future(), []
 
     async def wait():
@@ -652,7 +652,7 @@ async def test_who_began_to_wait_while_it_was_on_is_served_afterwards():
     assert sorted(got, key=str) == [5, "callback"]
 
 
-def test_a_recording_keeps_nothing_alive(no_collector):
+def test_recording_keeps_no_future_or_value_alive(no_collector):
     class Value:
         pass
 
@@ -665,7 +665,7 @@ def test_a_recording_keeps_nothing_alive(no_collector):
         assert [ref() for ref in refs] == [None, None]
 
 
-def test_a_future_nobody_completes_is_collected_while_recording(collected):
+def test_pending_future_is_collected_during_a_recording(collected):
     with Recording():
         future = Future()
         future.add_done_callback(lambda fut, future=future: None)
@@ -688,7 +688,7 @@ def test_an_ended_recording_leaves_every_method_as_it_was():
     assert methods() == before
 
 
-def test_one_recording_is_on_at_a_time():
+def test_only_one_recording_can_be_active():
     with Recording():
         recording = methods()
         with pytest.raises(RuntimeError, match="another Recording is on"), Recording():
@@ -749,7 +749,7 @@ class Shown:
 
 
 @on_every_loop
-async def test_the_trace_shows_who_waited_who_completed_and_when_the_task_went_on(tmp_path):
+async def test_trace_shows_wait_completion_and_resumption(tmp_path):
     future = Future()
 
     async def wait():
@@ -772,7 +772,7 @@ async def test_the_trace_shows_who_waited_who_completed_and_when_the_task_went_o
 
 
 @on_every_loop
-async def test_the_trace_shows_who_gave_up_and_who_still_waits(tmp_path):
+async def test_trace_shows_cancelled_and_pending_waits(tmp_path):
     future = Future()
 
     async def give_up():
@@ -793,7 +793,7 @@ async def test_the_trace_shows_who_gave_up_and_who_still_waits(tmp_path):
     assert shown.on("task patient") == ["waits"]
 
 
-def test_the_trace_shows_threads_that_block_and_callbacks_that_run(tmp_path):
+def test_trace_shows_blocked_threads_and_callbacks(tmp_path):
     future = Future()
     with Recording() as recording:
         thread = threading.Thread(target=future.wait, name="blocked")
@@ -811,7 +811,7 @@ def test_the_trace_shows_threads_that_block_and_callbacks_that_run(tmp_path):
 
 
 @on_asyncio
-async def test_tasks_of_one_name_that_wait_at_once_have_lines_of_their_own(tmp_path):
+async def test_tasks_of_the_same_name_have_separate_trace_lines(tmp_path):
     futures = [Future() for _ in range(3)]
 
     async def wait(future):
@@ -829,7 +829,7 @@ async def test_tasks_of_one_name_that_wait_at_once_have_lines_of_their_own(tmp_p
 
 
 @on_every_loop
-async def test_an_await_that_another_thread_was_faster_than_is_no_wait(tmp_path):
+async def test_await_of_a_just_completed_future_is_not_recorded(tmp_path):
     class Racing(Future):
         def done(self):
             was_done = super().done()
@@ -841,7 +841,7 @@ async def test_an_await_that_another_thread_was_faster_than_is_no_wait(tmp_path)
     assert (await shown_by(recording, tmp_path)).events == []
 
 
-def test_it_keeps_the_last_events(tmp_path):
+def test_recording_keeps_the_last_events(tmp_path):
     with Recording(max_events=2) as recording:
         for _ in range(5):
             future = Future()
@@ -850,7 +850,7 @@ def test_it_keeps_the_last_events(tmp_path):
     assert Shown(recording, tmp_path).on("thread MainThread") == [f"{__name__}.log"] * 2
 
 
-def test_a_trace_of_pytorchs_profiler_is_shown_on_the_same_time(tmp_path):
+def test_trace_shares_the_clock_of_the_pytorch_profiler(tmp_path):
     future = Future()
 
     def callback(fut):
@@ -871,7 +871,7 @@ def test_a_trace_of_pytorchs_profiler_is_shown_on_the_same_time(tmp_path):
     assert inner["ts"] + inner["dur"] <= outer["ts"] + outer["dur"] + 1e3
 
 
-def test_pending_futures_may_be_asked_while_another_thread_makes_and_completes_some():
+def test_pending_futures_can_be_called_while_others_complete():
     stop = threading.Event()
 
     def churn():
@@ -975,7 +975,7 @@ print(errors, sorted(found, key=str))
 """
 
 
-def test_listing_what_waits_disturbs_no_other_thread():
+def test_pending_futures_does_not_disturb_other_threads():
     printed = forks.output(STRESS.replace("ROUNDS", "300"), filters="")
     errors, _, found = printed.partition(" ")
     assert errors == "[]", printed
@@ -1000,13 +1000,13 @@ def printed_by(program, *arguments, folder):
 
 @shows_places
 @pytest.mark.parametrize(("code", "expected"), SHOWN, ids=range(len(SHOWN)))
-def test_the_guides_examples_print_what_it_says(tmp_path, code, expected):
+def test_debugging_guide_examples_print_the_stated_output(tmp_path, code, expected):
     (tmp_path / "app.py").write_text(code)
     printed = printed_by(pathlib.Path("app.py"), folder=tmp_path)
     assert printed == expected or not expected
 
 
-def test_the_example_names_the_request_that_waits_for_ever(tmp_path):
+def test_tracing_example_names_the_request_that_never_ends(tmp_path):
     printed = printed_by(ROOT / "examples" / "tracing.py", "trace.json", folder=tmp_path)
     place = r" in lost, tracing\.py:\d+" if has_gil else ""
     assert re.match(
@@ -1020,7 +1020,7 @@ def test_the_example_names_the_request_that_waits_for_ever(tmp_path):
     assert {"waits", "completes", "has yet to go on"} <= {event["name"] for event in shown}
 
 
-def test_entries_of_futures_that_are_equal_are_two():
+def test_equal_futures_have_separate_entries():
     class Equal(Future):
         def __eq__(self, other):
             raise TypeError("these cannot be compared")

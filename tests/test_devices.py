@@ -33,7 +33,7 @@ either_way = pytest.mark.parametrize("method", ["add_done_callback", "then"])
 # ------------------------------------------------- what the other tests take for granted
 
 
-def test_who_reads_before_the_kernels_are_done_gets_the_old_value(accelerator, producer, consumer):
+def test_early_read_on_the_simulated_device_sees_the_old_value(accelerator, producer, consumer):
     with producer:
         tensor = being_filled(accelerator)
     with consumer:
@@ -47,9 +47,7 @@ def test_who_reads_before_the_kernels_are_done_gets_the_old_value(accelerator, p
     assert copy.tolist() == NEW
 
 
-def test_torchs_own_future_does_on_this_device_what_it_does_on_a_gpu(
-    accelerator, producer, consumer
-):
+def test_torch_future_orders_streams_of_the_simulated_device(accelerator, producer, consumer):
     fut = torch.futures.Future(devices=[FIRST])
     streams = []
     fut.add_done_callback(lambda f: streams.append(current_stream()))
@@ -65,9 +63,7 @@ def test_torchs_own_future_does_on_this_device_what_it_does_on_a_gpu(
     assert streams[0] not in (producer, consumer, current_stream())
 
 
-def test_a_failed_kernel_is_an_error_for_whoever_synchronises_with_it(
-    accelerator, producer, consumer
-):
+def test_failed_kernel_raises_in_every_synchronisation(accelerator, producer, consumer):
     early, late = torch.Event(DEVICE), torch.Event(DEVICE)
     early.record(producer)
     with producer:
@@ -86,9 +82,7 @@ def test_a_failed_kernel_is_an_error_for_whoever_synchronises_with_it(
 
 
 @told_or_not
-def test_a_future_may_be_completed_while_the_kernels_run_and_is_done_then(
-    accelerator, producer, devices
-):
+def test_future_is_done_while_its_kernels_still_run(accelerator, producer, devices):
     fut = completed_on(producer, accelerator, devices)
     assert not producer.query()
     assert fut.done()
@@ -97,7 +91,7 @@ def test_a_future_may_be_completed_while_the_kernels_run_and_is_done_then(
 
 
 @told_or_not
-def test_value_returns_the_very_tensor_and_synchronises_nothing(
+def test_value_returns_the_same_tensor_without_synchronising(
     accelerator, producer, consumer, devices
 ):
     fut = completed_on(producer, accelerator, devices)
@@ -108,9 +102,7 @@ def test_value_returns_the_very_tensor_and_synchronises_nothing(
 
 
 @told_or_not
-def test_no_method_of_a_future_blocks_until_the_device_is_done(
-    accelerator, producer, consumer, devices
-):
+def test_future_methods_never_block_on_the_device(accelerator, producer, consumer, devices):
     fut, seen = Future(devices=devices), []
     child = fut.then(lambda f: f.wait().clone())
     with producer:
@@ -128,9 +120,7 @@ def test_no_method_of_a_future_blocks_until_the_device_is_done(
 
 
 @told_or_not
-def test_wait_returns_while_the_kernels_run_and_orders_the_current_stream_after_them(
-    accelerator, producer, consumer, devices
-):
+def test_wait_orders_the_current_stream_without_blocking(accelerator, producer, consumer, devices):
     fut = completed_on(producer, accelerator, devices)
     with consumer:
         copy = read_on_current_stream(fut.wait())
@@ -142,7 +132,7 @@ def test_wait_returns_while_the_kernels_run_and_orders_the_current_stream_after_
 
 
 @told_or_not
-def test_wait_orders_no_stream_but_the_current_one(accelerator, producer, consumer, devices):
+def test_wait_orders_only_the_current_stream(accelerator, producer, consumer, devices):
     fut = completed_on(producer, accelerator, devices)
     with consumer:
         fut.wait()
@@ -172,7 +162,7 @@ def test_each_waiting_thread_has_its_own_streams_ordered(accelerator, producer, 
 
 
 @told_or_not
-def test_what_is_enqueued_after_the_completion_is_not_waited_for(
+def test_wait_ignores_kernels_enqueued_after_the_completion(
     accelerator, producer, consumer, devices
 ):
     fut = Future(devices=devices)
@@ -185,7 +175,7 @@ def test_what_is_enqueued_after_the_completion_is_not_waited_for(
 
 
 @told_or_not
-def test_the_streams_of_the_thread_that_completes_are_the_ones_that_count(
+def test_wait_orders_after_the_streams_of_the_completing_thread(
     accelerator, producer, consumer, devices
 ):
     fut = Future(devices=devices)
@@ -204,7 +194,7 @@ def test_the_streams_of_the_thread_that_completes_are_the_ones_that_count(
 
 
 @told_or_not
-def test_a_value_without_device_tensors_is_handed_out_as_it_is(accelerator, devices):
+def test_value_without_device_tensors_is_returned_unchanged(accelerator, devices):
     for value in (None, 5, "text", torch.ones(2), {"a": [torch.ones(2)]}, []):
         fut = Future(devices=devices)
         fut.set_result(value)
@@ -213,7 +203,7 @@ def test_a_value_without_device_tensors_is_handed_out_as_it_is(accelerator, devi
 
 
 @told_or_not
-def test_an_error_is_raised_as_itself_and_synchronises_nothing(accelerator, devices):
+def test_error_is_raised_unchanged_without_synchronising(accelerator, devices):
     fut, error, seen = Future(devices=devices), ValueError("foo"), []
     fut.add_done_callback(lambda f: seen.append(f.exception()))
     fut.set_exception(error)
@@ -256,7 +246,7 @@ class Batch:
     ],
     ids=["list", "tuple", "dict", "nested", "dataclass", "slots", "view", "parameter"],
 )
-def test_tensors_are_found_wherever_they_are_in_the_value(
+def test_tensors_are_found_at_any_depth_of_the_value(
     accelerator, producer, consumer, devices, packed, unpacked
 ):
     fut = Future(devices=devices)
@@ -310,9 +300,7 @@ def test_tensors_on_several_devices_are_all_synchronised(accelerator, devices):
 @told_or_not
 @either_way
 @pytest.mark.parametrize("added", ["before", "after"])
-def test_a_callback_runs_on_a_dedicated_stream_that_is_ordered_after_the_kernels(
-    accelerator, producer, devices, method, added
-):
+def test_callback_stream_is_dedicated_and_ordered(accelerator, producer, devices, method, added):
     seen, fut, default = [], Future(devices=devices), current_stream()
 
     def callback(f):
@@ -335,7 +323,7 @@ def test_a_callback_runs_on_a_dedicated_stream_that_is_ordered_after_the_kernels
 
 
 @told_or_not
-def test_each_callback_has_a_stream_of_its_own(accelerator, producer, devices):
+def test_callbacks_have_separate_streams(accelerator, producer, devices):
     fut, streams = Future(devices=devices), []
     for _ in range(3):
         fut.add_done_callback(lambda f: streams.append(current_stream()))
@@ -345,7 +333,7 @@ def test_each_callback_has_a_stream_of_its_own(accelerator, producer, devices):
 
 
 @told_or_not
-def test_a_callback_may_wait_for_its_future_and_for_others(accelerator, producer, devices):
+def test_callback_can_wait_for_its_future_and_for_others(accelerator, producer, devices):
     other = Future(devices=devices)
     with torch.Stream(FIRST):
         other.set_result(being_filled(accelerator, value=8))
@@ -360,7 +348,7 @@ def test_a_callback_may_wait_for_its_future_and_for_others(accelerator, producer
 
 
 @told_or_not
-def test_a_callback_that_raises_leaves_the_streams_and_the_other_callbacks_alone(
+def test_raising_callback_affects_no_streams_or_other_callbacks(
     accelerator, producer, devices, caplog
 ):
     def raises(f):
@@ -385,7 +373,7 @@ def test_a_callback_that_raises_leaves_the_streams_and_the_other_callbacks_alone
 @told_or_not
 @either_way
 @pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])
-def test_ctrl_c_in_a_callback_reaches_the_setter_after_the_others_have_run(
+def test_ctrl_c_in_a_stream_callback_reaches_the_setter_last(
     accelerator, producer, consumer, devices, method, interrupt
 ):
     def raises(f):
@@ -412,9 +400,7 @@ def test_ctrl_c_in_a_callback_reaches_the_setter_after_the_others_have_run(
 
 
 @told_or_not
-def test_a_callback_of_a_torch_consumer_may_read_and_wait_for_the_future(
-    accelerator, producer, devices
-):
+def test_torch_consumer_callback_can_read_the_device_future(accelerator, producer, devices):
     fut, seen = Future(devices=devices), []
     combined = torch.futures.collect_all([fut])
     combined.add_done_callback(lambda f: seen.append((fut.done(), fut.wait(timeout=0))))
@@ -428,9 +414,7 @@ def test_a_callback_of_a_torch_consumer_may_read_and_wait_for_the_future(
 
 
 @told_or_not
-def test_what_a_then_callback_returns_may_still_be_being_filled(
-    accelerator, producer, consumer, devices
-):
+def test_then_callback_can_return_a_tensor_not_yet_filled(accelerator, producer, consumer, devices):
     fut = Future(devices=devices)
     child = fut.then(lambda f: being_filled(accelerator, value=8))
     with producer:
@@ -461,7 +445,7 @@ def test_children_inherit_the_devices(accelerator):
 
 
 @several_devices
-def test_a_callback_may_use_devices_that_its_parent_did_not(accelerator):
+def test_callback_can_use_other_devices_than_its_parent(accelerator):
     fut, streams = Future(devices=[FIRST, SECOND]), []
 
     def callback(f):
@@ -480,9 +464,7 @@ def test_a_callback_may_use_devices_that_its_parent_did_not(accelerator):
 
 
 @told_or_not
-def test_a_chain_of_a_thousand_runs_while_the_kernels_run_and_in_their_order(
-    accelerator, producer, consumer, devices
-):
+def test_long_chain_runs_in_order_while_the_kernels_run(accelerator, producer, consumer, devices):
     fut = last = Future(devices=devices)
     links = []
     for n in range(1000):
@@ -501,9 +483,7 @@ def test_a_chain_of_a_thousand_runs_while_the_kernels_run_and_in_their_order(
 @several_devices
 @pytest.mark.parametrize("devices", [[FIRST, SECOND], None], ids=["declared", "undeclared"])
 @pytest.mark.parametrize("combine", [gather, wait_all, collect_all])
-def test_combined_futures_order_the_current_streams_as_their_parts_do(
-    accelerator, consumer, devices, combine
-):
+def test_combined_futures_order_the_current_streams(accelerator, consumer, devices, combine):
     futures = [Future(devices=devices) for _ in range(3)]
     waiting = None if combine is wait_all else combine(futures)
     for fut, device in zip(futures, [FIRST, SECOND, FIRST]):
@@ -538,7 +518,7 @@ def test_combined_futures_order_the_current_streams_as_their_parts_do(
     ],
     ids=["string", "index", "duplicates", "unsorted", "iterator", "dict"],
 )
-def test_devices_are_given_in_any_form_and_order(accelerator, producer, consumer, devices):
+def test_devices_can_be_given_in_any_form_and_order(accelerator, producer, consumer, devices):
     fut = completed_on(producer, accelerator, devices)
     with consumer:
         copy = read_on_current_stream(fut.wait())
@@ -548,7 +528,7 @@ def test_devices_are_given_in_any_form_and_order(accelerator, producer, consumer
 
 
 @several_devices
-def test_devices_may_be_torch_devices(accelerator):
+def test_devices_can_be_torch_device_objects(accelerator):
     fut = Future(devices=[torch.device(DEVICE, 1), torch.device(FIRST)])
     assert f"devices=[{SECOND}, {FIRST}]" in repr(fut)
     fut.set_result(torch.ones(2, device=SECOND))
@@ -563,18 +543,14 @@ def test_devices_may_be_torch_devices(accelerator):
         (["no-such-device:0"], "no-such-device"),
     ],
 )
-def test_devices_that_make_no_sense_are_refused_when_the_future_is_made(
-    accelerator, devices, message
-):
+def test_invalid_devices_are_refused_by_the_constructor(accelerator, devices, message):
     with pytest.raises((ValueError, RuntimeError), match=message):
         Future(devices=devices)
 
 
 @several_devices
 @pytest.mark.parametrize("value", [lambda t: t, lambda t: {"a": [t]}], ids=["tensor", "nested"])
-def test_a_value_on_an_undeclared_device_fails_the_future_and_nobody_is_left_waiting(
-    accelerator, value
-):
+def test_value_on_an_undeclared_device_fails_the_future(accelerator, value):
     fut, seen, errors = Future(devices=[FIRST]), [], []
 
     def wait():
@@ -601,7 +577,7 @@ def test_a_value_on_an_undeclared_device_fails_the_future_and_nobody_is_left_wai
 
 
 @several_devices
-def test_values_that_only_some_declared_devices_for_are_gathered(accelerator, producer, consumer):
+def test_gather_accepts_futures_with_and_without_devices(accelerator, producer, consumer):
     declared, other, host = Future(devices=[FIRST]), Future(), Future()
     combined = gather([declared, other, host])
     with producer:

@@ -60,7 +60,7 @@ def four():
 
 
 @every_loop
-def test_awaiting_any_collective_gives_what_has_been_reduced(four, loop):
+def test_await_of_any_collective_returns_its_result(four, loop):
     for rank, found in enumerate(four.everywhere(services.collectives, loop)):
         assert torch.equal(found["all_reduce"], torch.full((4,), 10.0))
         assert found["broadcast"].item() == 3
@@ -72,7 +72,7 @@ def test_awaiting_any_collective_gives_what_has_been_reduced(four, loop):
 
 @every_loop
 @pytest.mark.parametrize("functional", [False, True])
-def test_a_collective_is_awaited_until_all_have_joined(four, loop, functional):
+def test_await_of_a_collective_lasts_until_all_ranks_join(four, loop, functional):
     if functional and torch.__version__ < "2.13":
         pytest.skip("this PyTorch waits for it only in the thread that began it: see below")
     wait = services.all_reduce_that_waits_for_others
@@ -82,14 +82,14 @@ def test_a_collective_is_awaited_until_all_have_joined(four, loop, functional):
 
 @pytest.mark.skipif(torch.__version__ >= "2.13", reason="it can be awaited")
 @pytest.mark.usefixtures("group_of_one")
-def test_the_tensor_of_a_collective_that_could_not_be_waited_for_is_refused():
+def test_unawaitable_functional_collective_is_refused():
     source = services.all_reduce(True)
     with pytest.raises(NotAFutureError, match="async_op=True"):
         as_future(source)
     assert source.trigger_wait().item() == 1
 
 
-def test_a_collective_fails_when_a_peer_dies_and_the_loop_goes_on():
+def test_collective_fails_when_a_peer_dies_and_the_loop_runs_on():
     with Cluster(2, rpc=False) as cluster:
         cluster.start(0, services.all_reduce_without_the_last, "uvloop")
         cluster.kill(1)
@@ -131,7 +131,7 @@ def test_a_remote_error_keeps_its_type_and_its_traceback(pair, loop, function, k
         ("noted", "builtins.KeyError"),
     ],
 )
-def test_an_async_functions_error_arrives_whatever_its_type(pair, ask, kind, expected):
+def test_async_function_error_of_any_type_reaches_the_caller(pair, ask, kind, expected):
     name, text = pair.call(0, ask, "asyncio", services.fails_later, kind)
     assert name == expected
     assert text.startswith("On WorkerInfo(id=1, name=worker1):\n")
@@ -144,7 +144,7 @@ def test_an_async_functions_error_arrives_whatever_its_type(pair, ask, kind, exp
 
 
 @every_loop
-def test_a_remote_value_is_awaited_while_the_loop_goes_on(pair, loop):
+def test_await_of_a_remote_value_does_not_block_the_loop(pair, loop):
     assert pair.call(0, services.value_of_a_reference, loop) == (False, 7)
 
 
@@ -159,20 +159,20 @@ def test_a_remote_value_is_awaited_while_the_loop_goes_on(pair, loop):
         ("odd", "tests.services.Odd"),
     ],
 )
-def test_the_error_of_a_remote_value_is_that_of_a_call(pair, loop, function, kind, expected):
+def test_remote_value_raises_the_same_error_as_a_call(pair, loop, function, kind, expected):
     name, text = pair.call(0, services.failure_of_a_reference, loop, function, kind)
     assert name == expected
     assert text.startswith("On WorkerInfo(id=1, name=worker1):\n")
     assert "Traceback (most recent call last)" in text
 
 
-def test_of_many_errors_each_has_its_traceback(pair):
+def test_many_remote_errors_each_keep_their_traceback(pair):
     # Perhaps the callee's future has gone before PyTorch asks for its value.
     for text in pair.call(0, services.failures, services.fails_at_once, 500):
         assert "in fails\n" in text
 
 
-def test_an_error_that_the_caller_raises_is_not_logged_at_the_callee(pair):
+def test_error_raised_at_the_caller_is_not_logged_at_the_callee(pair):
     pair.call(1, services.begin_to_note_errors_that_nobody_retrieved)
     assert len(pair.call(0, services.failures, services.fails_at_once, 50)) == 50
     pair.call(1, services.drop_the_error_of_a_direct_call)
@@ -186,7 +186,7 @@ def test_the_error_of_an_async_function_keeps_its_text(pair):
 
 
 @every_loop
-def test_a_call_that_times_out_raises_timeout_error_and_the_loop_goes_on(pair, loop):
+def test_rpc_call_that_times_out_raises_timeout_error(pair, loop):
     failure = functools.partial(services.failure, timeout=0.2)
     name, text = pair.call(0, failure, loop, services.blocks)
     pair.call(1, services.release)
@@ -195,7 +195,7 @@ def test_a_call_that_times_out_raises_timeout_error_and_the_loop_goes_on(pair, l
 
 
 @needs_rpc
-def test_the_death_of_the_callee_is_an_error_within_the_timeout_and_the_loop_goes_on():
+def test_callee_death_fails_the_call_within_the_timeout():
     with Cluster(3) as cluster:
         cluster.call(0, services.call_and_keep, services.never)
         cluster.call(1, services.wait_until_started)
@@ -222,11 +222,11 @@ def test_async_functions_run_on_one_loop_in_the_background(pair):
 
 
 @every_loop
-def test_thousands_of_calls_are_in_flight_on_one_thread(pair, loop):
+def test_thousands_of_calls_run_concurrently_on_one_thread(pair, loop):
     assert pair.call(0, services.many_calls, loop, 5000) == 1
 
 
-def test_tensors_and_keywords_go_there_and_back(pair):
+def test_tensors_and_keywords_are_sent_there_and_back(pair):
     scaled = pair.call(0, functools.partial(services.call, by=3), services.scaled, torch.ones(2))
     assert torch.equal(scaled, torch.tensor([3.0, 3.0]))
 
@@ -235,7 +235,7 @@ def test_methods_static_methods_and_references_work(pair):
     assert pair.call(0, services.through_a_reference) == [40, 41, 42, 8, "Service", 10, "Service"]
 
 
-def test_an_async_function_that_exits_fails_its_call_and_nothing_else(pair):
+def test_async_function_raising_system_exit_fails_only_its_call(pair):
     name, text = pair.call(0, services.failure, "asyncio", services.exits)
     assert name == "builtins.RuntimeError"
     assert "SystemExit" in text
@@ -244,7 +244,7 @@ def test_an_async_function_that_exits_fails_its_call_and_nothing_else(pair):
 
 
 @every_loop
-def test_async_functions_run_on_the_portal_that_is_handed_over(pair, loop):
+def test_async_functions_run_on_the_portal_of_serve_on(pair, loop):
     pair.call(1, services.serve_on_portal, loop)
     answer, library, kind, thread = pair.call(0, services.call, services.where, 1)
     pair.call(1, services.stop_portal)
@@ -257,7 +257,7 @@ def test_async_functions_run_on_the_portal_that_is_handed_over(pair, loop):
 
 @needs_rpc
 @pytest.mark.parametrize("ours", [True, False])
-def test_a_graceful_shutdown_completes_what_is_in_flight(ours):
+def test_graceful_shutdown_completes_calls_in_flight(ours):
     with Cluster(2) as cluster:
         cluster.call(0, services.call_and_keep, services.sleeps, 0.3)
         cluster.call(1, services.wait_until_started)
@@ -269,7 +269,7 @@ def test_a_graceful_shutdown_completes_what_is_in_flight(ours):
 
 @needs_rpc
 @pytest.mark.parametrize("ours", [True, False])
-def test_another_shutdown_fails_what_is_in_flight(ours):
+def test_ungraceful_shutdown_fails_calls_in_flight(ours):
     with Cluster(2) as cluster:
         cluster.call(0, services.call_and_keep, services.never)
         cluster.call(1, services.wait_until_started)
@@ -306,7 +306,7 @@ print("exits")
 
 
 @needs_rpc
-def test_a_process_with_calls_in_flight_may_simply_exit(tmp_path):
+def test_process_can_exit_with_calls_in_flight(tmp_path):
     path = tmp_path / "program.py"
     path.write_text(EXITS.replace("FOLDER", str(tmp_path)))
     done = forks.run(path, filters="")
@@ -385,19 +385,19 @@ def background_thread():
     return thread
 
 
-def test_called_directly_it_gives_a_future():
+def test_async_rpc_function_called_directly_returns_a_future():
     with background_loop_ends():
         assert double(21).wait(PATIENCE) == 42
 
 
-def test_the_background_loop_starts_again_after_a_shutdown():
+def test_background_loop_restarts_after_a_shutdown():
     with background_loop_ends():
         assert double(1).wait(PATIENCE) == 2
         shutdown()
         assert double(2).wait(PATIENCE) == 4
 
 
-def test_a_shutdown_that_is_not_graceful_cancels_and_says_so():
+def test_ungraceful_shutdown_cancels_calls_with_a_reason():
     with background_loop_ends():
         for _ in range(100):  # perhaps before the loop has begun
             fut = hangs()
@@ -406,7 +406,7 @@ def test_a_shutdown_that_is_not_graceful_cancels_and_says_so():
             assert "was shut down" in str(fut.exception())
 
 
-def test_calls_from_many_threads_while_it_is_shut_down_all_complete():
+def test_calls_from_many_threads_complete_during_shutdown():
     with background_loop_ends():
         futures = []
 
@@ -428,7 +428,7 @@ def test_calls_from_many_threads_while_it_is_shut_down_all_complete():
 
 @needs_rpc
 @every_loop
-def test_a_portal_that_has_stopped_is_refused_or_fails_the_calls_that_come_later(loop):
+def test_stopped_portal_fails_later_calls_and_is_refused(loop):
     with anyio.from_thread.start_blocking_portal(**LOOPS[loop]) as portal:
         serving = serve_on(portal)
         assert double(1).wait(PATIENCE) == 2
@@ -441,7 +441,7 @@ def test_a_portal_that_has_stopped_is_refused_or_fails_the_calls_that_come_later
 
 @needs_rpc
 @every_loop
-def test_what_still_runs_when_serving_ends_is_cancelled(loop):
+def test_running_calls_are_cancelled_when_serve_on_exits(loop):
     with anyio.from_thread.start_blocking_portal(**LOOPS[loop]) as portal:
         with serve_on(portal):
             fut = hangs()
@@ -453,7 +453,7 @@ def test_what_still_runs_when_serving_ends_is_cancelled(loop):
 
 @needs_rpc
 @every_loop
-def test_what_runs_on_a_portal_is_cancelled_by_a_shutdown_that_is_not_graceful(loop):
+def test_ungraceful_shutdown_cancels_calls_on_a_portal(loop):
     with anyio.from_thread.start_blocking_portal(**LOOPS[loop]) as portal, serve_on(portal):
         fut = hangs()
         shutdown(graceful=False)
@@ -475,7 +475,7 @@ class LosesACall(asyncio.SelectorEventLoop):
 
 
 @needs_rpc
-def test_what_still_runs_is_cancelled_although_the_loop_loses_the_call():
+def test_serve_on_cancels_calls_if_the_loop_loses_a_callback():
     with anyio.from_thread.start_blocking_portal(
         backend_options={"loop_factory": LosesACall}
     ) as portal:
@@ -490,7 +490,7 @@ def test_what_still_runs_is_cancelled_although_the_loop_loses_the_call():
 
 
 @needs_rpc
-def test_a_call_that_comes_as_a_run_of_trio_ends_fails_and_leaves_the_run_alone():
+def test_call_made_while_a_trio_run_ends_fails_alone():
     futures = []
 
     async def calls_when_it_is_cancelled():
@@ -512,7 +512,7 @@ def test_a_call_that_comes_as_a_run_of_trio_ends_fails_and_leaves_the_run_alone(
 
 @on_every_loop
 @needs_rpc
-async def test_an_application_serves_on_its_own_loop_and_calls_from_there():
+async def test_application_can_serve_and_call_on_its_own_loop():
     async with anyio.from_thread.BlockingPortal() as portal:
         with serve_on(portal):
             assert await here() == sniffio.current_async_library()
@@ -520,7 +520,7 @@ async def test_an_application_serves_on_its_own_loop_and_calls_from_there():
 
 
 @needs_rpc
-def test_of_two_portals_that_are_left_in_the_wrong_order_the_other_serves():
+def test_second_portal_serves_after_the_first_is_left_early():
     with ExitStack() as stack:
         first, second = (
             stack.enter_context(anyio.from_thread.start_blocking_portal()) for _ in range(2)
@@ -532,7 +532,7 @@ def test_of_two_portals_that_are_left_in_the_wrong_order_the_other_serves():
 
 
 @needs_rpc
-def test_a_call_sees_nothing_of_its_callers_context():
+def test_call_does_not_run_in_the_context_of_its_caller():
     mine.set("of the caller")
     with background_loop_ends():
         assert context_of_call().wait(PATIENCE) == "none"
@@ -540,7 +540,7 @@ def test_a_call_sees_nothing_of_its_callers_context():
             assert context_of_call().wait(PATIENCE) == "none"
 
 
-def test_a_finaliser_may_call_in_the_middle_of_a_call():
+def test_finaliser_can_call_during_another_call():
     with background_loop_ends():
         futures = []
 
@@ -569,7 +569,7 @@ def test_a_finaliser_may_call_in_the_middle_of_a_call():
             assert fut.wait(PATIENCE) is not None
 
 
-def test_a_signal_handler_may_call_and_shut_down():
+def test_signal_handler_can_call_and_shut_down():
     with background_loop_ends():
         futures, handled = [], 0
 
@@ -608,7 +608,7 @@ def while_the_thread_is_being_started(monkeypatch, function):
     monkeypatch.setattr(threading.Thread, "start", starts)
 
 
-def test_a_shutdown_waits_for_a_thread_that_another_is_about_to_start(monkeypatch):
+def test_shutdown_waits_for_a_thread_about_to_start(monkeypatch):
     shutting_down, futures, ended = threading.Event(), [], []
 
     def shuts_down():
@@ -631,7 +631,7 @@ def test_a_shutdown_waits_for_a_thread_that_another_is_about_to_start(monkeypatc
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_an_exit_that_ends_the_background_loop_is_survived_by_later_calls():
+def test_calls_succeed_after_system_exit_ended_the_loop():
     with background_loop_ends():
         fut = exits_beside()
         until(lambda: not _background_loop.is_running())
@@ -640,7 +640,7 @@ def test_an_exit_that_ends_the_background_loop_is_survived_by_later_calls():
         until(lambda: len(background_threads()) == 1)  # the other one is ending
 
 
-def test_a_thread_that_cannot_be_started_fails_the_call_and_leaves_nothing():
+def test_call_raises_if_the_loop_thread_cannot_start():
     with background_loop_ends():
         with no_thread_starts():
             with pytest.raises(RuntimeError, match="can't start new thread"):
@@ -664,7 +664,7 @@ def test_interrupted_call_loses_itself_and_no_other(there_is_a_loop):
 
 
 @pytest.mark.parametrize("there_is_a_loop", [False, True])
-def test_whoever_is_struck_while_calling_takes_no_other_threads_call_away(there_is_a_loop):
+def test_interrupted_call_loses_no_call_of_other_threads(there_is_a_loop):
     def call_beside_and_strike():
         with running(lambda: others.append(double(3))):
             pass
@@ -682,7 +682,7 @@ def test_whoever_is_struck_while_calling_takes_no_other_threads_call_away(there_
             assert all(other.wait(PATIENCE) == 6 for other in others), strike
 
 
-def test_a_shutdown_at_any_point_of_a_call_neither_hangs_nor_loses_a_call():
+def test_shutdown_at_any_step_of_a_call_loses_no_call():
     def call_and_shut_down():
         with running(lambda: others.append(double(3)), lambda: others.append(hangs())):
             pass
@@ -767,12 +767,12 @@ def test_a_function_that_ignores_its_cancellation_is_reported(monkeypatch, caplo
         (async_comm_hook(overlap=True), classmethod(double), "pass the async function itself"),
     ],
 )
-def test_what_is_not_an_async_function_is_refused(decorate, thing, told):
+def test_async_rpc_refuses_non_async_functions(decorate, thing, told):
     with pytest.raises(TypeError, match=told):
         decorate(thing)
 
 
-def test_what_is_not_a_portal_is_refused():
+def test_serve_on_refuses_objects_other_than_portals():
     with pytest.raises(TypeError, match="BlockingPortal"):
         serve_on("portal")
 
@@ -793,17 +793,17 @@ def same(trained):
     return losses == plain_losses and all(torch.equal(ours, plain) for ours, plain in pairs)
 
 
-def test_training_with_an_async_hook_equals_plain_ddp_bit_for_bit(four):
+def test_async_hook_trains_bit_for_bit_like_plain_ddp(four):
     trained = four.everywhere(services.trained, services.mean, None, 10)
     assert all(same(one) for one in trained)
 
 
-def test_a_hook_that_compresses_equals_torchs(four, gloo_of_half):
+def test_compressing_hook_equals_fp16_compress_hook(four, gloo_of_half):
     trained = four.everywhere(services.trained, services.halved, None, 5, fp16_compress_hook)
     assert all(same(one) for one in trained)
 
 
-def test_collectives_of_hooks_start_in_the_same_order_on_every_rank(four):
+def test_hook_collectives_start_in_the_same_order_on_every_rank(four):
     trained = four.everywhere(services.trained_with_pauses, 3)
     assert all(same(one) for one in trained)
 
@@ -815,18 +815,18 @@ def test_hooks_train_a_model_with_unused_parameters(four, hook):
 
 
 @pytest.mark.parametrize("hook", [services.mean, services.overlapping_mean, services.in_two_groups])
-def test_hooks_keep_apart_from_collectives_of_the_model(four, hook):
+def test_hooks_do_not_mix_with_collectives_of_the_model(four, hook):
     trained = four.everywhere(services.trained_with_collectives, hook, 20)
     assert all(same(one) for one in trained)
 
 
-def test_a_hook_may_send_to_other_ranks_and_receive(four):
+def test_hook_can_send_to_and_receive_from_other_ranks(four):
     hooks = services.of_neighbours, None, 5, services.neighbours_hook
     trained = four.everywhere(services.trained, *hooks)
     assert all(same(one) for one in trained)
 
 
-def test_hooks_overlap_when_they_are_told_to(four):
+def test_hooks_overlap_on_request(four):
     for trained, most in four.everywhere(services.most_at_once, 2):
         assert same(trained)
         assert most > 1
@@ -834,7 +834,7 @@ def test_hooks_overlap_when_they_are_told_to(four):
 
 @pytest.mark.parametrize(("bucket", "times"), [(0, 4), (1, 3)])  # at first, all is one bucket
 @pytest.mark.parametrize("how", ["raises", "raises at once"])
-def test_what_a_hook_raises_backward_raises(four, how, bucket, times):
+def test_backward_raises_the_error_of_a_hook(four, how, bucket, times):
     for raised in four.everywhere(services.broken, how, bucket):
         assert raised == [("Odd", "(3, 4)")] * times
 
@@ -846,7 +846,7 @@ def test_what_a_hook_raises_backward_raises(four, how, bucket, times):
         ("half", "ValueError", "bucket.buffer() has"),
     ],
 )
-def test_what_a_hook_returns_must_be_a_tensor_of_that_size(four, how, kind, told):
+def test_hook_must_return_a_tensor_of_the_bucket_size(four, how, kind, told):
     for raised in four.everywhere(services.broken, how, 0):
         assert len(raised) == 4
         for name, text in raised:
@@ -854,7 +854,7 @@ def test_what_a_hook_returns_must_be_a_tensor_of_that_size(four, how, kind, told
             assert told in text
 
 
-def test_backward_raises_the_error_of_a_hook_that_returns_our_future(group_of_one):
+def test_backward_raises_the_error_of_a_future_from_a_hook(group_of_one):
     ddp = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 2))
     kept = []
 
@@ -878,7 +878,7 @@ async def enqueues_a_read(tensor):
 
 
 @pytest.mark.device
-def test_an_async_function_may_use_tensors_that_are_still_being_filled(accelerator, producer):
+def test_async_function_can_use_tensors_not_yet_filled(accelerator, producer):
     with background_loop_ends():
         with producer:
             fut = enqueues_a_read(being_filled(accelerator))
@@ -890,7 +890,7 @@ def test_an_async_function_may_use_tensors_that_are_still_being_filled(accelerat
 
 
 @pytest.mark.device
-def test_a_work_without_a_future_is_done_when_its_kernels_are(accelerator):
+def test_work_without_a_future_is_done_with_its_kernels(accelerator):
     enqueued = threading.Event()
 
     class Enqueues(NoFuture):
@@ -927,7 +927,7 @@ class NoFuture(dist.Work):
         return True
 
 
-def test_a_work_without_a_future_is_waited_for_in_a_thread_that_ends():
+def test_thread_waiting_for_a_work_without_a_future_ends():
     work = NoFuture()
     fut = as_future(work)
     assert not fut.done()
@@ -939,7 +939,7 @@ def test_a_work_without_a_future_is_waited_for_in_a_thread_that_ends():
             assert not thread.is_alive()
 
 
-def test_the_error_of_a_work_without_a_future_arrives():
+def test_error_of_a_work_without_a_future_reaches_its_future():
     work = NoFuture()
     work.error = ValueError("foo")
     fut = as_future(work)

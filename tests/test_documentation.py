@@ -74,7 +74,7 @@ TORCHS = {
 
 
 @pytest.mark.parametrize("name", TORCHS)
-def test_the_examples_of_torchs_documentation_run_as_written(name):
+def test_examples_of_torch_documentation_run_as_written(name):
     # With our futures in the place of torch's, and nothing else changed.
     ours = types.SimpleNamespace(futures=torchfut_aio, ones=torch.ones)
     check_examples(TORCHS[name], name, {"torch": ours})
@@ -101,7 +101,7 @@ def is_app(block):
         for loop in (RUN if RUN["asyncio"] in block.code else ["asyncio"])
     ],
 )
-def test_every_program_in_the_documentation_prints_what_its_page_says(block, loop):
+def test_documentation_programs_print_the_stated_output(block, loop):
     if "init_rpc" in block.code and getattr(rpc, "_is_tensorpipe_available", None) is False:
         pytest.skip("this build of PyTorch has no TensorPipe, so RPC cannot be started")
     done = documentation.run(block.code.replace(RUN["asyncio"], RUN[loop]))
@@ -117,7 +117,7 @@ SERVE = "python -m uvicorn app:app --loop uvloop --port 8000"
 
 
 @pytest.mark.parametrize("page", ["docs/tutorial.md", "docs/guides/serving.md"])
-def test_the_server_of_a_page_answers_what_the_page_says(tmp_path, page):
+def test_documentation_servers_return_the_stated_answers(tmp_path, page):
     pytest.importorskip("uvicorn", reason="install the extra `server` to test servers")
     (app,) = [b.code for b in blocks("python") if b.page == page and is_app(b)]
     commands = [b for b in blocks("sh") if b.page == page]
@@ -163,7 +163,7 @@ def answer_to(curl, address):
         return answer.read().decode()
 
 
-def test_the_messages_in_the_troubleshooting_page_are_those_of_the_package():
+def test_troubleshooting_page_quotes_messages_of_the_package():
     trees = [ast.parse(path.read_text()) for path in (ROOT / "torchfut_aio").rglob("*.py")]
     said = [n.value for t in trees for n in ast.walk(t) if isinstance(n, ast.Constant)]
     texts = [text for text in said if isinstance(text, str)]
@@ -174,7 +174,7 @@ def test_the_messages_in_the_troubleshooting_page_are_those_of_the_package():
     assert [part for part in parts if not any(part in text for text in texts)] == []
 
 
-def test_the_readme_links_to_what_is_there():
+def test_readme_links_exist():
     links = re.findall(r"\]\(([^)#]+)", (ROOT / "README.md").read_text())
     here = [link for link in links if not link.startswith("http")]
     assert here
@@ -202,7 +202,7 @@ def is_ours(thing):
     return thing.__module__.partition(".")[0] == "torchfut_aio"
 
 
-def test_the_quickstart_runs_and_serves_what_it_learned():
+def test_quickstart_runs_and_serves_its_trained_model():
     printed = forks.output(ROOT / "examples" / "quickstart.py")
     accuracy = float(re.search(r"accuracy +([\d.]+)%", printed)[1])
     assert accuracy > 95

@@ -68,7 +68,7 @@ def completed(kind):
 
 @kinds
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_equal_futures_are_gathered_each(kind, when):
+def test_equal_futures_are_gathered_separately(kind, when):
     futures = [kind() for _ in range(3)]
     gathered, collected = (gather(futures), collect_all(futures)) if when == "before" else (0, 0)
     for n, fut in enumerate(futures):
@@ -81,14 +81,14 @@ def test_equal_futures_are_gathered_each(kind, when):
 
 
 @kinds
-def test_equal_futures_are_waited_for_each(kind):
+def test_equal_futures_are_waited_for_separately(kind):
     futures = [kind() for _ in range(3)]
     with running(*(lambda n=n: futures[n].set_result(n) for n in range(3))):
         assert wait_all(futures, timeout=PATIENCE) == [0, 1, 2]
 
 
 @kinds
-def test_one_of_equal_futures_that_fails_fails_all(kind):
+def test_one_failure_among_equal_futures_fails_their_gather(kind):
     futures = [kind() for _ in range(3)]
     gathered = gather(futures)
     futures[1].set_exception(ValueError("foo"))
@@ -108,14 +108,14 @@ async def test_equal_futures_complete_one_by_one(kind):
 
 
 @pytest.mark.parametrize("kind", OURS)
-def test_equal_futures_get_a_result_each(kind):
+def test_equal_futures_get_separate_results(kind):
     futures = [kind() for _ in range(3)]
     assert set_results(futures, ["abc"] + [1, 2]) == []
     assert [fut.value() for fut in futures] == ["abc", 1, 2]
 
 
 @kinds
-def test_equal_sources_are_adopted_each(kind):
+def test_equal_sources_are_adopted_separately(kind):
     futures = [kind() for _ in range(3)]
     adopted = [as_future(fut, devices=[]) for fut in futures]
     assert len({id(fut) for fut in adopted}) == 3
@@ -128,7 +128,7 @@ def test_equal_sources_are_adopted_each(kind):
 
 @pytest.mark.parametrize("kind", equal(asyncio.Future))
 @on_asyncio
-async def test_equal_futures_of_asyncio_are_adopted_each(kind):
+async def test_equal_asyncio_futures_are_adopted_separately(kind):
     futures = [kind() for _ in range(3)]
     gathered = gather(futures)
     for n, fut in enumerate(futures):

@@ -19,7 +19,7 @@ def printed_by(example, *arguments):
 
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop", "trio"])
-def test_the_task_group_uses_what_arrives_in_time_and_gives_up_the_rest(loop):
+def test_task_group_example_uses_timely_results_only(loop):
     seconds, queries = 0.25, []
     pattern = r"query (\d) +(.*, (\d) given up): documents (.*)$"
     # What answers in time is up to the machine, too. Given enough time, all but one do.
@@ -37,11 +37,11 @@ def test_the_task_group_uses_what_arrives_in_time_and_gives_up_the_rest(loop):
     assert re.search(r"shard 4 +skipped 5 requests given up$", printed, flags=re.M)
 
 
-def test_the_task_group_runs_on_asyncio_unless_told_otherwise():
+def test_task_group_example_runs_on_asyncio_by_default():
     assert re.search(r"event loop +asyncio$", printed_by("task_group.py"), flags=re.M)
 
 
-def test_the_script_measures_what_it_wrote_and_waits_for_nothing_in_vain():
+def test_script_example_reports_files_failures_and_timeouts():
     printed = printed_by("script.py")
     shown = dict(re.findall(r"^  (\w+) +(.*)$", printed, flags=re.M))
     assert re.fullmatch(r"8 files, [\d,]+ bytes", shown["written"])

@@ -27,7 +27,7 @@ HERE = sys.modules[__name__]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
-def test_it_strikes_at_each_step_in_turn(error):
+def test_explorer_interrupts_each_step_in_turn(error):
     reached, where = [], []
     for strike in explorer.strikes(HERE, error=error):
         done = []
@@ -43,7 +43,7 @@ def test_it_strikes_at_each_step_in_turn(error):
     assert {"scenario", "called"} == set(where)
 
 
-def test_it_may_strike_instead_of_calls():
+def test_explorer_can_raise_in_place_of_calls():
     reached = []
     for strike in explorer.strikes(HERE, error=MemoryError, at="calls"):
         done = []
@@ -53,7 +53,7 @@ def test_it_may_strike_instead_of_calls():
     assert reached == [0, 1, 1, 2, 3, 3, 4]
 
 
-def test_it_leaves_out_points_if_asked():
+def test_explorer_skips_steps_on_request():
     def places(**options):
         for strike in explorer.strikes(HERE, **options):
             with strike:
@@ -64,7 +64,7 @@ def test_it_leaves_out_points_if_asked():
     assert list(places(every=3)) == list(places())[::3]
 
 
-def test_two_series_may_take_turns_and_leave_nothing_traced():
+def test_explorer_series_can_alternate_and_stop_tracing():
     def places(*series):
         for strikes in zip(*series, strict=False):
             with strikes[0]:
@@ -82,7 +82,7 @@ def test_two_series_may_take_turns_and_leave_nothing_traced():
         assert sys.monitoring.get_tool(explorer._TOOL) is None
 
 
-def test_it_may_act_as_another_thread_instead_of_raising():
+def test_explorer_can_call_a_function_instead_of_raising():
     for strike in explorer.strikes(HERE, do=lambda: done.append("other")):
         done = []
         with strike:
@@ -91,7 +91,7 @@ def test_it_may_act_as_another_thread_instead_of_raising():
         assert "left" in done
 
 
-def test_it_may_strike_another_thread():
+def test_explorer_can_interrupt_another_thread():
     seen = []
 
     def see():

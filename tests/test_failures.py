@@ -372,7 +372,7 @@ async def recorded_when_done():
 @on_every_loop
 @pytest.mark.filterwarnings("ignore::torchfut_aio.BlockingWaitWarning")
 @pytest.mark.parametrize("name", DOORS)
-async def test_a_failure_keeps_nothing_alive(name, no_collector, nothing_blocks_a_loop):
+async def test_failure_keeps_no_tensors_alive(name, no_collector, nothing_blocks_a_loop):
     nothing_blocks_a_loop.deactivate()  # some doors do, on purpose
     held.clear()
     await let_go(DOORS[name])
@@ -381,7 +381,7 @@ async def test_a_failure_keeps_nothing_alive(name, no_collector, nothing_blocks_
 
 @on_every_loop
 @pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
-async def test_an_error_for_lack_of_memory_holds_no_tensors_while_it_is_kept(error):
+async def test_out_of_memory_error_keeps_no_tensors_alive(error):
     def run(items):
         activations = torch.ones(1000)
         held.append(weakref.ref(activations))

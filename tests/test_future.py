@@ -25,18 +25,18 @@ def test_a_future_is_a_torch_future():
     assert isinstance(Future[int](), torch._C.Future)
 
 
-def test_the_constructor_takes_keywords_only():
+def test_constructor_takes_only_keyword_arguments():
     with pytest.raises(TypeError):
         Future([])
 
 
-def test_a_device_that_this_build_lacks_is_refused_when_the_future_is_made():
+def test_constructor_refuses_a_device_missing_from_this_build():
     with pytest.raises((RuntimeError, ValueError)):
         Future(devices=["no-such-device:0"])
 
 
 @pytest.mark.parametrize("devices", ["cpu:0", 0, torch.device("cpu")])
-def test_one_device_that_is_no_list_is_refused_with_a_cure(devices):
+def test_constructor_refuses_a_single_device_without_a_list(devices):
     with pytest.raises(TypeError, match=r"devices must be a list of devices, such as \["):
         Future(devices=devices)
 
@@ -45,7 +45,7 @@ def test_one_device_that_is_no_list_is_refused_with_a_cure(devices):
 
 
 @pytest.mark.parametrize("value", [None, 0, "text", [1, 2], torch.ones(2)], ids=repr)
-def test_wait_and_value_return_the_very_object_that_was_set(value):
+def test_wait_and_value_return_the_object_that_was_set(value):
     fut = Future()
     assert not fut.done()
     fut.set_result(value)
@@ -65,7 +65,7 @@ def test_wait_blocks_until_another_thread_sets_the_result():
     assert got == [5]
 
 
-def test_any_number_of_threads_wait_for_one_future():
+def test_future_wakes_any_number_of_threads():
     fut = Future()
     got = []
     with running(*[lambda: got.append(fut.wait())] * 20):
@@ -74,7 +74,7 @@ def test_any_number_of_threads_wait_for_one_future():
     assert got == [5] * 20
 
 
-def test_an_error_reaches_every_reader_as_itself():
+def test_error_reaches_every_reader_unchanged():
     fut = Future()
     error = ValueError("foo")
     fut.set_exception(error)
@@ -104,7 +104,7 @@ def test_an_error_reaches_a_thread_that_waits():
 
 
 @pytest.mark.parametrize("read", ["value", "exception"])
-def test_reading_a_pending_future_is_a_clear_error(read):
+def test_reading_a_pending_future_raises_a_clear_error(read):
     fut = Future()
     with pytest.raises(InvalidStateError, match="pending") as caught:
         getattr(fut, read)()
@@ -112,7 +112,7 @@ def test_reading_a_pending_future_is_a_clear_error(read):
     assert isinstance(caught.value, asyncio.InvalidStateError)
 
 
-def test_the_traceback_of_an_error_does_not_grow_with_its_readers():
+def test_traceback_does_not_grow_with_repeated_reads():
     fut = Future()
     try:
         raise ValueError("foo")
@@ -128,7 +128,7 @@ def test_the_traceback_of_an_error_does_not_grow_with_its_readers():
     assert [frames() for _ in range(50)] == [first] * 50
 
 
-def test_the_traceback_leads_to_where_the_error_was_raised():
+def test_traceback_shows_where_the_error_was_raised():
     def the_culprit():
         raise ValueError("foo")
 
@@ -149,7 +149,7 @@ def test_the_traceback_leads_to_where_the_error_was_raised():
 
 @pytest.mark.parametrize("second", ["result", "exception"])
 @pytest.mark.parametrize("first", ["result", "exception"])
-def test_a_second_outcome_is_refused_and_the_first_stays(first, second):
+def test_second_outcome_is_refused_and_the_first_is_kept(first, second):
     def outcome(kind, text):
         return text if kind == "result" else ValueError(text)
 
@@ -166,7 +166,7 @@ def test_a_second_outcome_is_refused_and_the_first_stays(first, second):
             torch._C.Future.wait(fut)
 
 
-def test_of_racing_setters_exactly_one_wins():
+def test_exactly_one_of_racing_setters_wins():
     for _ in range(300):
         fut = Future()
         won = []
@@ -190,7 +190,7 @@ def test_of_racing_setters_exactly_one_wins():
 @pytest.mark.parametrize(
     "error", [KeyboardInterrupt(), SystemExit(3), asyncio.CancelledError(), GeneratorExit()]
 )
-def test_set_exception_takes_any_base_exception(error):
+def test_set_exception_accepts_any_base_exception(error):
     fut = Future()
     fut.set_exception(error)
     assert fut.exception() is error
@@ -205,7 +205,7 @@ class Double:
 
 
 @pytest.mark.parametrize("thing", ["text", None, 5, ValueError, Double()], ids=type)
-def test_set_exception_with_what_is_none_is_a_type_error_and_leaves_it_pending(thing):
+def test_set_exception_with_a_non_exception_raises_type_error(thing):
     fut = Future()
     with pytest.raises(TypeError, match="exception"):
         fut.set_exception(thing)
@@ -214,7 +214,7 @@ def test_set_exception_with_what_is_none_is_a_type_error_and_leaves_it_pending(t
     assert fut.wait() == 1
 
 
-def test_an_exception_as_a_result_is_a_result():
+def test_exception_passed_to_set_result_is_a_result():
     fut = Future()
     error = ValueError("a value")
     fut.set_result(error)
@@ -230,7 +230,7 @@ def test_an_exception_as_a_result_is_a_result():
     [0, -1, 0.01, -float("inf"), Fraction(1, 100), -(10**400)],
     ids=["0", "-1", "0.01", "-inf", "fraction", "-huge"],
 )
-def test_a_wait_that_times_out_leaves_the_future_as_it_was(timeout):
+def test_wait_that_times_out_leaves_the_future_unchanged(timeout):
     fut = Future()
     with pytest.raises(TimeoutError, match=r"within .* s; it stays pending"):
         fut.wait(timeout)
@@ -240,7 +240,7 @@ def test_a_wait_that_times_out_leaves_the_future_as_it_was(timeout):
     assert fut.wait(timeout) == 1
 
 
-def test_a_wait_with_a_timeout_returns_as_soon_as_the_future_is_done():
+def test_wait_with_a_timeout_returns_at_completion():
     fut = Future()
     got = []
     with running(lambda: got.append(fut.wait(timeout=PATIENCE)), lambda: fut.set_result(5)):
@@ -249,7 +249,7 @@ def test_a_wait_with_a_timeout_returns_as_soon_as_the_future_is_done():
 
 
 @pytest.mark.parametrize("timeout", [float("inf"), 1e300, 10**400], ids=["inf", "huge", "too huge"])
-def test_a_timeout_beyond_the_platforms_waits_as_for_ever(timeout):
+def test_timeout_beyond_the_platform_limit_waits_for_ever(timeout):
     fut = Future()
     got = []
     with running(lambda: got.append(fut.wait(timeout=timeout))):
@@ -261,7 +261,7 @@ def test_a_timeout_beyond_the_platforms_waits_as_for_ever(timeout):
 @pytest.mark.parametrize(
     ("timeout", "error"), [("3", TypeError), (1j, TypeError), (float("nan"), ValueError)]
 )
-def test_a_timeout_that_is_no_number_of_seconds_is_refused(timeout, error):
+def test_wait_refuses_an_invalid_timeout(timeout, error):
     fut = Future()
     with pytest.raises(error, match="timeout must be a number of seconds"):
         fut.wait(timeout)
@@ -271,7 +271,7 @@ def test_a_timeout_that_is_no_number_of_seconds_is_refused(timeout, error):
 
 
 @pytest.mark.parametrize("timeout", [None, PATIENCE])
-def test_ctrl_c_interrupts_a_wait_and_leaves_nothing_behind(timeout, ctrl_c):
+def test_ctrl_c_interrupts_a_wait_and_leaves_no_waiter_behind(timeout, ctrl_c):
     fut = Future()
 
     def interrupt():
@@ -321,7 +321,7 @@ def test_wait_is_silent_where_it_does_not_block():
 # -------------------------------------------------------------------------- the rest
 
 
-def test_the_documentations_slow_setter():
+def test_slow_setter_of_the_torch_documentation_works():
     def slow_set_future(fut, value):
         time.sleep(0.05)
         fut.set_result(value)
@@ -331,7 +331,7 @@ def test_the_documentations_slow_setter():
         assert torch.equal(fut.wait(), torch.full((2,), 3.0))
 
 
-def test_repr_tells_pending_result_or_error_and_how_many_wait():
+def test_repr_shows_the_state_and_the_number_of_waiters():
     fut = Future()
     assert repr(fut) == "<Future pending waiters=0 callbacks=0>"
     fut.add_done_callback(print)
@@ -352,7 +352,7 @@ def test_repr_tells_pending_result_or_error_and_how_many_wait():
 
 
 @pytest.mark.parametrize("write", [pickle.dumps, copy.copy, copy.deepcopy])
-def test_pickling_is_refused_as_torch_refuses_it(write, tmp_path):
+def test_pickling_a_future_is_refused_like_in_torch(write, tmp_path):
     fut = Future()
     with pytest.raises(RuntimeError, match=r"Can not pickle torch\.futures\.Future"):
         write(fut)

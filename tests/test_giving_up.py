@@ -40,7 +40,7 @@ from .threads import PATIENCE, alongside, running
 
 
 @pytest.mark.parametrize("kind", [asyncio.CancelledError, concurrent.futures.CancelledError])
-def test_a_cancelled_future_raises_the_cancelled_error_of_asyncio_and_of_threads(kind):
+def test_cancelled_error_is_of_asyncio_and_concurrent_futures(kind):
     fut = Future()
     assert not fut.cancelled()
     assert fut.cancel("the client has gone") is True
@@ -54,7 +54,7 @@ def test_a_cancelled_future_raises_the_cancelled_error_of_asyncio_and_of_threads
 
 
 @pytest.mark.parametrize("copied", [lambda e: pickle.loads(pickle.dumps(e)), copy.copy])
-def test_a_cancelled_error_that_is_copied_is_the_same(copied):
+def test_copied_cancelled_error_keeps_type_args_and_notes(copied):
     fut = Future()
     fut.cancel("the client has gone")
     fut.exception().add_note("a note")
@@ -67,14 +67,14 @@ def test_a_cancelled_error_that_is_copied_is_the_same(copied):
     assert type(copied(CancelledError("foo"))) is CancelledError
 
 
-def test_without_a_message_the_error_says_nothing():
+def test_cancel_without_a_message_gives_an_error_without_args():
     fut = Future()
     fut.cancel()
     assert fut.exception().args == ()
 
 
 @pytest.mark.parametrize("dumps", [pickle.dumps, _internal_rpc_pickler.serialize])
-def test_the_class_of_a_cancelled_error_can_be_pickled_as_rpc_does(dumps):
+def test_cancelled_error_class_can_be_pickled_by_rpc(dumps):
     fut = Future()
     fut.cancel("foo")
     kind = type(fut.exception())
@@ -86,7 +86,7 @@ def test_the_class_of_a_cancelled_error_can_be_pickled_as_rpc_does(dumps):
     assert repr(fut.exception()) == "CancelledError('foo')"
 
 
-def test_cancelling_what_is_done_does_nothing():
+def test_cancel_of_a_done_future_returns_false():
     kept, failed, cancelled = Future(), Future(), Future()
     kept.set_result(5)
     failed.set_exception(ValueError("foo"))
@@ -99,14 +99,14 @@ def test_cancelling_what_is_done_does_nothing():
 
 
 @pytest.mark.parametrize("kind", [asyncio.CancelledError, concurrent.futures.CancelledError])
-def test_a_future_that_failed_with_a_cancellation_of_any_kind_is_cancelled(kind):
+def test_future_failed_with_any_cancelled_error_is_cancelled(kind):
     fut = Future()
     fut.set_exception(kind())
     assert fut.cancelled()
 
 
 @on_every_loop
-async def test_cancelling_wakes_all_who_wait():
+async def test_cancel_wakes_all_waiters():
     fut, told = Future(), []
 
     async def client():
@@ -130,7 +130,7 @@ async def test_cancelling_wakes_all_who_wait():
 
 
 @on_asyncio
-async def test_a_task_that_awaits_a_cancelled_future_is_cancelled_as_with_asyncios():
+async def test_cancelled_future_cancels_the_task_that_awaits_it():
     fut = Future()
 
     async def client():
@@ -149,7 +149,7 @@ async def test_a_task_that_awaits_a_cancelled_future_is_cancelled_as_with_asynci
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("anyio_backend", ["trio"])
-async def test_on_trio_a_cancelled_future_is_an_error_that_cancels_no_scope(anyio_backend):
+async def test_cancelled_future_does_not_cancel_a_trio_scope(anyio_backend):
     fut = Future()
     fut.cancel()
     with anyio.CancelScope() as scope:
@@ -158,7 +158,7 @@ async def test_on_trio_a_cancelled_future_is_an_error_that_cancels_no_scope(anyi
     assert not scope.cancelled_caught
 
 
-def test_children_are_cancelled_with_it_and_it_not_with_them():
+def test_cancel_reaches_children_but_not_parents():
     fut = Future()
     child, collected, gathered = fut.then(lambda f: f.value()), collect_all([fut]), gather([fut])
     fut.cancel("enough")
@@ -182,9 +182,7 @@ def test_children_are_cancelled_with_it_and_it_not_with_them():
         lambda fut: gather([fut], return_exceptions=True),
     ],
 )
-def test_whoever_completes_the_source_of_a_cancelled_child_hears_nothing_of_it(
-    make, outcome, caplog
-):
+def test_parent_of_a_cancelled_child_completes_without_logging(make, outcome, caplog):
     fut = Future()
     child = make(fut)
     assert child.cancel()
@@ -194,7 +192,7 @@ def test_whoever_completes_the_source_of_a_cancelled_child_hears_nothing_of_it(
     assert not caplog.records
 
 
-def test_cancelling_what_was_adopted_leaves_the_source_and_whoever_adopts_it_again(caplog):
+def test_cancelled_adopted_future_leaves_its_source_adoptable(caplog):
     for source in (torch.futures.Future(), concurrent.futures.Future()):
         first = as_future(source)
         assert first.cancel()
@@ -206,7 +204,7 @@ def test_cancelling_what_was_adopted_leaves_the_source_and_whoever_adopts_it_aga
 
 
 @on_asyncio
-async def test_cancelling_what_was_adopted_from_asyncio_leaves_the_source():
+async def test_cancelled_adopted_future_leaves_its_asyncio_source():
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(lambda loop, context: complaints.append(context))
     source, complaints = loop.create_future(), []
@@ -219,7 +217,7 @@ async def test_cancelling_what_was_adopted_from_asyncio_leaves_the_source():
 
 
 @on_every_loop
-async def test_cancelling_the_future_of_a_task_leaves_the_task():
+async def test_cancelling_the_future_of_a_task_leaves_the_task_running():
     go_on, got = anyio.Event(), []
 
     async def work():
@@ -237,7 +235,7 @@ async def test_cancelling_the_future_of_a_task_leaves_the_task():
 
 
 @on_every_loop
-async def test_a_task_that_awaits_a_cancelled_future_leaves_its_group_alone():
+async def test_await_of_a_cancelled_future_leaves_the_group_running():
     fut, go_on = Future(), anyio.Event()
 
     async def work():
@@ -258,7 +256,7 @@ async def test_a_task_that_awaits_a_cancelled_future_leaves_its_group_alone():
     assert others.value() == 5
 
 
-def test_it_can_be_told_to_other_processes():
+def test_cancelled_error_can_be_sent_to_other_processes():
     fut = Future()
     fut.cancel("enough")
     again = pickle.loads(pickle.dumps(fut.exception()))
@@ -269,7 +267,7 @@ def test_it_can_be_told_to_other_processes():
     assert isinstance(remote, RpcError)
 
 
-def test_c_consumers_of_a_cancelled_future_get_an_error_and_no_value():
+def test_cpp_consumers_of_a_cancelled_future_get_an_error():
     fut = Future()
     seen = []
     torch._C.Future.add_done_callback(fut, seen.append)
@@ -283,7 +281,7 @@ def test_c_consumers_of_a_cancelled_future_get_an_error_and_no_value():
 
 
 @pytest.mark.parametrize("first", ["set_result", "cancel"])
-def test_trying_completes_a_pending_future_and_leaves_one_that_is_done(first):
+def test_try_set_completes_only_a_pending_future(first):
     fut = Future()
     getattr(fut, first)("first")
     before = repr(fut)
@@ -299,7 +297,7 @@ def test_trying_completes_a_pending_future_and_leaves_one_that_is_done(first):
         assert failed.exception() is error
 
 
-def test_trying_with_what_is_no_exception_is_a_type_error():
+def test_try_set_exception_refuses_a_non_exception():
     pending, done = Future(), Future()
     done.set_result(5)
     for fut in (pending, done):
@@ -308,7 +306,7 @@ def test_trying_with_what_is_no_exception_is_a_type_error():
     assert not pending.done()
 
 
-def test_of_racing_setters_exactly_one_is_told_that_it_completed_the_future():
+def test_exactly_one_racing_try_set_returns_true():
     for _ in range(300):
         fut = Future()
         ways = [
@@ -323,7 +321,7 @@ def test_of_racing_setters_exactly_one_is_told_that_it_completed_the_future():
         assert sorted(told) == [False, False, False, True]
 
 
-def test_a_race_that_is_lost_after_a_look_is_told_as_any_other(monkeypatch):
+def test_try_set_that_loses_a_late_race_returns_false(monkeypatch):
     fut = Future()
 
     class Late:  # while its value is looked at, another thread completes the future
@@ -343,7 +341,7 @@ def test_a_race_that_is_lost_after_a_look_is_told_as_any_other(monkeypatch):
     assert fut.value() == "first"
 
 
-def test_callbacks_run_before_trying_returns():
+def test_callbacks_run_before_try_set_returns():
     fut, ran = Future(), []
     fut.add_done_callback(lambda f: ran.append(f.value()))
     assert fut.try_set_result(5)
@@ -365,7 +363,7 @@ def test_callbacks_run_before_trying_returns():
         lambda fut: fut.as_concurrent(),
     ],
 )
-def test_what_is_attached_to_a_future_waits_for_it(follow):
+def test_has_waiters_counts_everything_attached_to_the_future(follow):
     fut = Future()
     assert fut.has_waiters() is False
     attached = follow(fut)
@@ -376,7 +374,7 @@ def test_what_is_attached_to_a_future_waits_for_it(follow):
 
 
 @on_every_loop
-async def test_a_task_waits_until_it_is_cancelled():
+async def test_cancelled_task_no_longer_counts_as_a_waiter():
     fut = Future()
     async with anyio.create_task_group() as group:
         group.start_soon(fut.stream_ordered)
@@ -386,7 +384,7 @@ async def test_a_task_waits_until_it_is_cancelled():
     assert not fut.has_waiters()
 
 
-def test_a_thread_waits_until_its_time_is_up():
+def test_timed_out_thread_no_longer_counts_as_a_waiter():
     fut, seen = Future(), []
 
     def look():
@@ -401,7 +399,7 @@ def test_a_thread_waits_until_its_time_is_up():
     assert not fut.has_waiters()
 
 
-def test_a_timeout_or_an_iterator_that_is_over_waits_no_more():
+def test_finished_timeouts_and_iterators_do_not_count_as_waiters():
     fut = Future()
     completed, late = as_completed([fut]), with_timeout(fut, 0.001)
     with pytest.raises(TimeoutError):
@@ -453,7 +451,7 @@ def quickstart(monkeypatch):
 
 
 @pytest.mark.parametrize("error", [None, ValueError("of the model")])
-def test_the_worker_outlives_clients_that_give_up(client, quickstart, error):
+def test_worker_survives_clients_that_cancel(client, quickstart, error):
     model = Model(error)
     batcher = Batcher(
         functools.partial(quickstart.classify, model),
@@ -477,7 +475,7 @@ def test_the_worker_outlives_clients_that_give_up(client, quickstart, error):
 
 
 @on_asyncio
-async def test_a_client_that_is_cancelled_gives_up_too(client):
+async def test_cancelled_client_cancels_its_future(client):
     fut = Future()
     task = asyncio.ensure_future(client(fut, PATIENCE))
     await asyncio.sleep(0)
@@ -487,7 +485,7 @@ async def test_a_client_that_is_cancelled_gives_up_too(client):
     assert fut.cancelled()
 
 
-def test_whoever_would_rather_have_an_error_still_gets_it():
+def test_set_result_on_a_cancelled_future_raises():
     fut = Future()
     fut.cancel()
     with pytest.raises(InvalidStateError):

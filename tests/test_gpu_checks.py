@@ -17,14 +17,14 @@ from .threads import PATIENCE_WITH_PROCESSES
 @pytest.mark.device
 @simulated_only
 @pytest.mark.parametrize("name", gpu_checks.CHECKS)
-def test_each_check_passes_on_the_simulated_device(accelerator, name):
+def test_gpu_checks_pass_on_the_simulated_device(accelerator, name):
     try:
         gpu_checks.CHECKS[name](accelerator)
     except gpu_checks.CannotCheckError as error:
         pytest.skip(str(error))
 
 
-def test_without_a_gpu_it_says_so_and_writes_nothing():
+def test_gpu_script_without_a_gpu_reports_it_and_writes_nothing():
     before = sorted(on_gpu.RESULTS.glob("*"))
     done = subprocess.run(
         [on_gpu.ROOT / "scripts" / "test-on-gpu"],
@@ -43,7 +43,7 @@ def part(program, limit=PATIENCE_WITH_PROCESSES):
     return on_gpu.Part("part", "What it is.", [sys.executable, "-c", program], limit)
 
 
-def test_the_report_has_the_outcome_of_each_part_and_what_it_printed():
+def test_gpu_report_has_the_outcome_and_output_of_each_part():
     results = [
         on_gpu.run(part(program, limit))
         for program, limit in [

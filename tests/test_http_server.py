@@ -206,7 +206,7 @@ def run(main):
 # ---------------------------------------------------------------------------- the example
 
 
-def test_the_example_tells_digits_and_writes_texts(tmp_path):
+def test_server_classifies_digits_and_streams_texts(tmp_path):
     digits = datasets.load_digits()
 
     async def main(server):
@@ -242,7 +242,7 @@ def test_the_example_tells_digits_and_writes_texts(tmp_path):
 # ------------------------------------------------------------------------------- overload
 
 
-def test_a_full_queue_answers_503_at_once_and_the_queued_in_their_turn(serve):
+def test_server_answers_503_at_once_when_its_queue_is_full(serve):
     clients, queue = 600, 256
 
     async def main(server):
@@ -268,7 +268,7 @@ def test_a_full_queue_answers_503_at_once_and_the_queued_in_their_turn(serve):
         run(main(server))
 
 
-def test_a_request_that_takes_too_long_is_answered_504_and_skipped(serve):
+def test_request_that_takes_too_long_gets_504_and_is_skipped(serve):
     async def main(server):
         asked = [asyncio.ensure_future(ask(server, request(0)))]
         await eventually(server, lambda s: s["running"] == 1)
@@ -281,7 +281,7 @@ def test_a_request_that_takes_too_long_is_answered_504_and_skipped(serve):
         run(main(server))
 
 
-def test_texts_beyond_the_limit_are_answered_503(serve):
+def test_texts_beyond_the_limit_get_503(serve):
     async def main(server):
         connections = [await Connection.open(server) for _ in range(6)]
         for connection in connections[:5]:  # which do not read
@@ -302,7 +302,7 @@ def test_texts_beyond_the_limit_are_answered_503(serve):
 # ------------------------------------------------------------------ clients that leave
 
 
-def test_300_clients_that_leave_take_nothing_with_them_and_leave_nothing_behind(serve):
+def test_server_survives_300_disconnecting_clients_without_leaks(serve):
     async def main(server):
         await statistics(server)
         before = server.sockets()
@@ -332,7 +332,7 @@ def test_300_clients_that_leave_take_nothing_with_them_and_leave_nothing_behind(
 # ----------------------------------------------------------------------------- slow ones
 
 
-def test_a_client_that_reads_slowly_gets_its_whole_text_and_holds_up_nobody(serve):
+def test_slow_reader_gets_its_whole_text_and_delays_no_other(serve):
     async def main(server):
         narrow = socket.socket()
         narrow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -354,7 +354,7 @@ def test_a_client_that_reads_slowly_gets_its_whole_text_and_holds_up_nobody(serv
         run(main(server))
 
 
-def test_a_client_that_reads_nothing_or_sends_half_is_given_up_in_time(serve):
+def test_stalled_client_is_disconnected_in_time(serve):
     async def main(server):
         deaf, half = await Connection.open(server), await Connection.open(server)
         deaf.writer.write(text_request("a50000", 1000))
@@ -370,7 +370,7 @@ def test_a_client_that_reads_nothing_or_sends_half_is_given_up_in_time(serve):
         run(main(server))
 
 
-def test_a_client_that_sends_no_request_is_hung_up_on_however_slowly_it_does_so(serve):
+def test_client_without_a_complete_request_is_disconnected(serve):
     async def main(server):
         idle, slow, served = [await Connection.open(server) for _ in range(3)]
         assert (await served.ask(request(3)))[0] == 200
@@ -389,7 +389,7 @@ def test_a_client_that_sends_no_request_is_hung_up_on_however_slowly_it_does_so(
 # ----------------------------------------------------------------- functions that fail
 
 
-def test_a_function_that_raises_fails_its_batch_and_no_more(serve):
+def test_function_error_fails_only_its_batch_of_requests(serve):
     async def main(server):
         for number, raised in ((1, "OSError"), (3, "SystemExit"), (4, "KeyboardInterrupt")):
             told = "OSError" if number == 1 else "RuntimeError"
@@ -408,7 +408,7 @@ def test_a_function_that_raises_fails_its_batch_and_no_more(serve):
         assert server.exit_code() == 0
 
 
-def test_while_the_function_hangs_everybody_is_answered_and_the_server_can_be_ended(serve):
+def test_server_answers_and_terminates_while_the_function_hangs(serve):
     async def main(server):
         hangs = asyncio.ensure_future(ask(server, request(1, 2)))
         await eventually(server, lambda s: s["running"] == 1)
@@ -433,7 +433,7 @@ def test_while_the_function_hangs_everybody_is_answered_and_the_server_can_be_en
 # ------------------------------------------------------------------------------ shutdown
 
 
-def test_clients_that_do_not_read_do_not_keep_the_server_from_ending(serve):
+def test_server_terminates_despite_clients_that_do_not_read(serve):
     async def main(server):
         for _ in range(5):
             deaf = await Connection.open(server)

@@ -41,7 +41,7 @@ class HandCrankedLoop(Loop):
             call()
 
 
-def test_any_number_of_posts_are_one_wake_up_until_the_loop_has_looked():
+def test_posts_cause_one_wake_up_per_turn_of_the_loop():
     loop = HandCrankedLoop()
     for n in range(5):
         loop.wake(n)
@@ -52,7 +52,7 @@ def test_any_number_of_posts_are_one_wake_up_until_the_loop_has_looked():
     assert loop.wake_ups == 2
 
 
-def test_a_post_that_arrives_during_a_turn_is_seen_in_another():
+def test_post_during_a_turn_is_handled_in_the_next_turn():
     loop = HandCrankedLoop()
     loop.wake("first")
     real = loop.resume
@@ -69,7 +69,7 @@ def test_a_post_that_arrives_during_a_turn_is_seen_in_another():
     assert loop.resumed == ["first", "second"]
 
 
-def test_a_turn_that_ctrl_c_cuts_short_goes_on_in_another():
+def test_turn_interrupted_by_ctrl_c_continues_in_the_next():
     loop = HandCrankedLoop()
     for n in range(5):
         loop.wake(n)
@@ -81,7 +81,7 @@ def test_a_turn_that_ctrl_c_cuts_short_goes_on_in_another():
     assert loop.resumed == [0, 1, 2, 3, 4]
 
 
-def test_ctrl_c_while_the_loop_is_being_woken_lets_the_next_post_wake_it():
+def test_post_after_an_interrupted_wake_up_wakes_the_loop():
     loop = HandCrankedLoop()
     real = loop.call_soon
 
@@ -97,7 +97,7 @@ def test_ctrl_c_while_the_loop_is_being_woken_lets_the_next_post_wake_it():
     assert loop.resumed == [0, 1]
 
 
-def test_a_closed_loop_keeps_nothing():
+def test_closed_loop_keeps_no_posts():
     loop = HandCrankedLoop()
     loop.wake(0)
     loop.closed = True
@@ -107,7 +107,7 @@ def test_a_closed_loop_keeps_nothing():
     assert not loop.queue
 
 
-def test_a_loop_that_drops_the_call_it_was_to_make_is_asked_for_another():
+def test_inbox_schedules_another_call_if_the_loop_drops_one():
     loop = HandCrankedLoop()
     loop.wake(0)
     loop.scheduled.pop()  # Ctrl-C struck before it was made
@@ -119,7 +119,7 @@ def test_a_loop_that_drops_the_call_it_was_to_make_is_asked_for_another():
     assert (loop.resumed, loop.wake_ups) == ([0, 1], 3)
 
 
-def test_who_is_about_to_wait_renews_a_wake_up_that_a_traceback_keeps_but_once():
+def test_renew_wake_up_replaces_a_lost_wake_up_only_once():
     loop = HandCrankedLoop()
     loop.wake(0)
     kept = loop.scheduled.pop()
@@ -132,7 +132,7 @@ def test_who_is_about_to_wait_renews_a_wake_up_that_a_traceback_keeps_but_once()
     assert loop.wake_ups == 2
 
 
-def test_each_wait_of_a_task_is_announced_on_any_kind_of_loop(monkeypatch):
+def test_waiter_announces_each_wait_on_any_kind_of_loop(monkeypatch):
     loop, announced = HandCrankedLoop(), []
     monkeypatch.setattr(Loop, "before_wait", lambda loop: announced.append(loop))
     loop.waiter()

@@ -42,11 +42,11 @@ def run(program, *, first=""):
         ("trio_asyncio", "trio_asyncio"),
     ],
 )
-def test_what_the_library_hands_out_is_adopted(module, program):
+def test_library_futures_are_adopted(module, program):
     skip_without(module)
     run(program)
 
 
-def test_greenlets_and_loops_complete_what_each_other_waits_for():
+def test_greenlets_and_loops_complete_futures_for_each_other():
     skip_without("gevent")
     run("gevent", first="import gevent.monkey; gevent.monkey.patch_all()")

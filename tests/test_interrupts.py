@@ -99,7 +99,7 @@ def rounds(number, enough):
 
 @pytest.mark.parametrize("first", ["waiter", "callback"])
 @pytest.mark.parametrize("outcome", [5, ValueError("foo")], ids=["result", "error"])
-def test_ctrl_c_in_a_setter_leaves_a_future_untouched_or_everybody_served(outcome, first):
+def test_ctrl_c_in_set_result_leaves_it_complete_or_undone(outcome, first):
     strikes = untouched = 0
     with Alarm() as alarm:
         for _ in rounds(12_000, lambda: strikes > untouched > 0):
@@ -139,7 +139,7 @@ def test_ctrl_c_in_a_setter_leaves_no_child_pending():
                 assert child.exception() or child.value() == "child"
 
 
-def test_ctrl_c_in_a_setter_loses_no_combined_future_and_no_arrival():
+def test_ctrl_c_in_a_setter_loses_no_dependent_completion():
     strikes = 0
     with Alarm() as alarm:
         for _ in rounds(12_000, lambda: strikes > 0):
@@ -152,7 +152,7 @@ def test_ctrl_c_in_a_setter_loses_no_combined_future_and_no_arrival():
                 assert next(completed) is fut
 
 
-def test_an_interrupted_wait_all_withdraws(ctrl_c):
+def test_interrupted_wait_all_leaves_no_callback_behind(ctrl_c):
     fut = Future()
 
     def interrupt():

@@ -155,7 +155,7 @@ def new(new_loop):
 @whatever_strikes
 @pytest.mark.parametrize("count", [1, 20], ids=["a wake-up", "a burst"])
 @finalisers_may_be_struck
-def test_what_strikes_a_loop_that_serves_loses_nobody(new_loop, error, at, count):
+def test_interrupted_loop_loses_no_waiter(new_loop, error, at, count):
     for strike in strikes(_loops, error=error, at=at):
         loop = new(new_loop)
         waits = Waits(loop, count).park().complete()
@@ -169,7 +169,7 @@ def test_what_strikes_a_loop_that_serves_loses_nobody(new_loop, error, at, count
 @on_asyncios_loops
 @whatever_strikes
 @finalisers_may_be_struck
-def test_what_strikes_after_a_burst_loses_nobody(new_loop, error, at):
+def test_interrupt_after_a_burst_loses_no_waiter(new_loop, error, at):
     for strike in strikes(_loops, error=error, at=at):
         loop = new(new_loop)
         Waits(loop, 20).park().complete().end()
@@ -184,7 +184,7 @@ def test_what_strikes_after_a_burst_loses_nobody(new_loop, error, at):
 
 @on_asyncios_loops
 @whatever_strikes
-def test_what_strikes_a_task_that_is_about_to_wait_leaves_nothing_of_its_wait(new_loop, error, at):
+def test_task_interrupted_before_it_waits_leaves_no_waiter(new_loop, error, at):
     loop = new(new_loop)
     for strike in strikes(_loops, error=error, at=at):
         waits = Waits(loop, 3)
@@ -198,7 +198,7 @@ def test_what_strikes_a_task_that_is_about_to_wait_leaves_nothing_of_its_wait(ne
 @on_asyncios_loops
 @whatever_strikes
 @pytest.mark.parametrize("where", ["elsewhere", "in a task"])
-def test_what_strikes_a_thread_that_completes_loses_nobody(new_loop, error, at, where):
+def test_thread_interrupted_during_completion_loses_no_waiter(new_loop, error, at, where):
     for strike in strikes(_loops, error=error, at=at):
         loop = new(new_loop)
         waits = Waits(loop, 3).park()
@@ -220,7 +220,7 @@ def test_what_strikes_a_thread_that_completes_loses_nobody(new_loop, error, at, 
 @on_asyncios_loops
 @whatever_strikes
 @finalisers_may_be_struck
-def test_what_strikes_while_tasks_are_cancelled_leaves_the_others_served(new_loop, error, at):
+def test_interrupt_during_cancellation_loses_no_other_waiter(new_loop, error, at):
     for strike in strikes(_loops, error=error, at=at):
         loop = new(new_loop)
         waits = Waits(loop, 6).park()
@@ -239,9 +239,7 @@ def test_what_strikes_while_tasks_are_cancelled_leaves_the_others_served(new_loo
 @on_asyncios_loops
 @whatever_strikes
 @finalisers_may_be_struck
-def test_what_strikes_while_a_closed_loop_is_cleared_up_leaves_others_served_and_no_file(
-    new_loop, error, at
-):
+def test_interrupted_loop_cleanup_leaks_no_waiter_or_file(new_loop, error, at):
     def files():
         gc.collect()
         return len(os.listdir("/proc/self/fd"))
@@ -265,7 +263,7 @@ def test_what_strikes_while_a_closed_loop_is_cleared_up_leaves_others_served_and
 
 
 @whatever_strikes
-def test_a_task_that_waits_renews_what_a_traceback_keeps(error, at):
+def test_waiting_task_renews_a_wake_up_lost_to_a_traceback(error, at):
     for strike in explorer.strikes(_loop, _asyncio, error=error, at=at):
         loop = new(asyncio.SelectorEventLoop)
         waits = Waits(loop, 2).park().complete()
@@ -277,7 +275,7 @@ def test_a_task_that_waits_renews_what_a_traceback_keeps(error, at):
 
 
 @on_asyncios_loops
-def test_a_loop_that_sleeps_makes_a_call_that_a_signal_handler_asks_for(new_loop):
+def test_sleeping_loop_runs_a_call_from_a_signal_handler(new_loop):
     async def main():
         ours, called = _loops.current(), asyncio.Event()
         before = signal.signal(signal.SIGALRM, lambda *_: ours.call_soon(called.set))
@@ -305,7 +303,7 @@ class ClosesWithinACall(asyncio.SelectorEventLoop):
             self.close()
 
 
-def test_a_loop_that_closes_within_a_call_keeps_nothing_of_it():
+def test_loop_closed_during_call_soon_keeps_no_function():
     async def main():
         return _loops.current()
 
@@ -365,7 +363,7 @@ class OneWait:
         yield self
 
 
-def test_a_further_kind_of_loop_is_a_file_and_a_line(monkeypatch):
+def test_new_kind_of_loop_needs_one_file_and_one_line(monkeypatch):
     loop = OneTask()
     monkeypatch.setitem(_loop.KINDS, "one_task", ("run", "_one_task"))
     file = types.SimpleNamespace(current=lambda: loop)
@@ -404,7 +402,7 @@ def what_is_raised_by(function):
 @pytest.mark.parametrize("timers", ["timerfd", "of the loop"])
 @pytest.mark.parametrize("where", ["elsewhere", "in a task"])
 @finalisers_may_be_struck
-def test_trio_resumes_everybody_or_ends_with_what_struck(error, at, where, timers, monkeypatch):
+def test_interrupted_trio_run_resumes_all_tasks_or_ends(error, at, where, timers, monkeypatch):
     if timers == "of the loop":
         monkeypatch.setattr(_alarm, "new_timer", lambda: None)
 
@@ -447,7 +445,7 @@ def test_trio_resumes_everybody_or_ends_with_what_struck(error, at, where, timer
     trio.run(main)
 
 
-def test_a_task_of_trio_that_somebody_else_reschedules_is_told_so_and_leaves_nothing_behind():
+def test_trio_task_rescheduled_by_others_raises_and_cleans_up():
     async def main():
         fut, tasks, told = Future(), [], []
 
@@ -479,7 +477,7 @@ def test_a_task_of_trio_that_somebody_else_reschedules_is_told_so_and_leaves_not
 @on_asyncios_loops
 @whatever_strikes
 @finalisers_may_be_struck
-def test_what_strikes_an_alarm_leaves_it_working_and_other_files_alone(new_loop, error, at):
+def test_interrupted_alarm_works_and_closes_no_other_file(new_loop, error, at):
     for strike in strikes(_alarm, error=error, at=at):
         loop = new(new_loop)
         rang = asyncio.Event()
@@ -515,7 +513,7 @@ def test_what_strikes_an_alarm_leaves_it_working_and_other_files_alone(new_loop,
 
 
 @on_asyncios_loops
-def test_an_alarm_whose_function_raises_neither_stops_nor_spins(new_loop):
+def test_alarm_with_a_raising_function_neither_stops_nor_spins(new_loop):
     calls = []
 
     def fails():
@@ -557,7 +555,7 @@ class AlarmInTheLoop(Alarm):
 # Of asyncio.wait, which a strike may end between making a coroutine and awaiting it.
 @pytest.mark.filterwarnings("ignore:coroutine '_?wait' was never awaited:RuntimeWarning")
 @on_asyncios_loops
-def test_ctrl_c_delivered_for_real_leaves_no_loop_deaf(new_loop):
+def test_real_ctrl_c_leaves_the_loop_responsive(new_loop):
     struck = 0
     with AlarmInTheLoop() as alarm:
         loop = new(new_loop)

@@ -52,7 +52,7 @@ async def test_timed_out_awaits_on_a_pending_future_keep_memory_flat():
     assert growth.bytes < 20_000
 
 
-def test_timed_out_awaits_of_a_thousand_tasks_at_a_time_keep_memory_flat():
+def test_timed_out_awaits_of_many_tasks_keep_memory_flat():
     fut = Future()
 
     async def main():
@@ -131,7 +131,7 @@ def gone(monkeypatch):
     return gone
 
 
-def test_a_pending_future_whose_callback_refers_back_to_it_is_collected(gone):
+def test_pending_future_with_a_cyclic_callback_is_collected(gone):
     def make():
         fut = Future()
         fut.add_done_callback(lambda f: fut)
@@ -143,7 +143,7 @@ def test_a_pending_future_whose_callback_refers_back_to_it_is_collected(gone):
     assert gone(make) == []
 
 
-def test_a_pending_future_that_an_abandoned_coroutine_awaits_is_collected(gone):
+def test_pending_future_of_an_abandoned_coroutine_is_collected(gone):
     def make():
         fut = Future()
 
@@ -162,7 +162,7 @@ def test_a_pending_future_that_an_abandoned_coroutine_awaits_is_collected(gone):
 
 
 @pytest.mark.parametrize("read", [True, False])
-def test_a_future_whose_error_leads_back_to_it_is_collected(read, gone):
+def test_future_with_a_cyclic_error_is_collected(read, gone):
     def make():
         fut = Future()
         try:
@@ -191,7 +191,7 @@ def test_a_failed_chain_and_adopted_future_are_collected(gone):
     assert gone(make) == []
 
 
-def test_reading_an_error_makes_no_cycle():
+def test_reading_an_error_creates_no_reference_cycle():
     fut = Future()
     fut.set_exception(ValueError("foo"))
     ref = weakref.ref(fut)
@@ -205,7 +205,7 @@ def test_reading_an_error_makes_no_cycle():
         gc.enable()
 
 
-def test_the_child_of_a_callback_that_raises_goes_without_the_collector():
+def test_child_of_a_raising_callback_is_freed_without_collector():
     fut = Future()
     ref = weakref.ref(fut.then(lambda _: 1 / 0))
     gc.disable()
@@ -216,7 +216,7 @@ def test_the_child_of_a_callback_that_raises_goes_without_the_collector():
         gc.enable()
 
 
-def test_a_done_future_holds_neither_callbacks_nor_waiters():
+def test_done_future_keeps_neither_callbacks_nor_waiters():
     class Thing:
         def __call__(self, fut):
             return None

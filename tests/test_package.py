@@ -19,7 +19,7 @@ from . import forks
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def test_importing_imports_neither_trio_nor_uvloop_nor_rpc():
+def test_import_does_not_import_trio_uvloop_or_rpc():
     program = """
 import torch, sys
 before = set(sys.modules)
@@ -39,7 +39,7 @@ print([m for m in sys.modules if m.split(".")[0] in ("trio", "uvloop", "anyio", 
     assert forks.output(program).split() == ["[]", "[]"]
 
 
-def test_the_sources_of_a_library_are_imported_when_one_is_adopted():
+def test_library_sources_are_imported_when_one_is_adopted():
     program = """
 import sys, torchfut_aio
 from multiprocessing.pool import ThreadPool
@@ -55,7 +55,7 @@ imported()
     assert forks.output(program).splitlines() == ["[]", "['torchfut_aio.contrib._pool']"]
 
 
-def test_importing_and_using_it_never_initialises_an_accelerator():
+def test_package_never_initialises_an_accelerator():
     told = forks.output(
         "import torch, torchfut_aio; fut = torchfut_aio.Future(); fut.set_result(torch.ones(2));"
         "fut.then(lambda f: f.wait()).wait(); print(torch.cuda.is_initialized())"
@@ -63,7 +63,7 @@ def test_importing_and_using_it_never_initialises_an_accelerator():
     assert told == "False\n"
 
 
-def test_it_works_without_trio_uvloop_and_anyio():
+def test_package_works_without_trio_uvloop_and_anyio():
     told = forks.output(
         "import sys; sys.modules.update(trio=None, uvloop=None, anyio=None);"
         "import asyncio, torchfut_aio; fut = torchfut_aio.Future(); fut.set_result(5);"
@@ -72,14 +72,14 @@ def test_it_works_without_trio_uvloop_and_anyio():
     assert told == "5\n"
 
 
-def test_public_names_are_what_is_documented():
+def test_public_names_are_sorted_and_documented():
     assert sorted(torchfut_aio.__all__) == torchfut_aio.__all__
     for name in torchfut_aio.__all__:
         assert getattr(torchfut_aio, name).__doc__, name
 
 
 @pytest.mark.parametrize("module", [torchfut_aio, distributed, debug], ids=lambda m: m.__name__)
-def test_what_is_public_is_called_what_users_import(module):
+def test_public_objects_are_named_after_their_import_path(module):
     for name in module.__all__:
         thing = getattr(module, name)
         assert (thing.__module__, thing.__qualname__) == (module.__name__, name)
@@ -142,7 +142,7 @@ def imported(path):
                     yield full[1]
 
 
-def test_imports_run_one_way():
+def test_modules_import_only_lower_layers():
     for path in (ROOT / "torchfut_aio").rglob("*.py"):
         part = path.relative_to(ROOT / "torchfut_aio").parts[0].removesuffix(".py")
         if part == "__init__":
@@ -185,12 +185,12 @@ def takes_any_runtime_error(tree):
                     yield handler.lineno
 
 
-def test_a_full_stack_is_taken_for_no_other_runtime_error():
+def test_recursion_error_is_not_caught_as_runtime_error():
     for path in sorted((ROOT / "torchfut_aio").rglob("*.py")):
         lines = [*takes_any_runtime_error(ast.parse(path.read_text()))]
         assert not lines, f"{path.name}: a RecursionError is a RuntimeError, too: lines {lines}"
 
 
-def test_the_version_is_the_distributions():
+def test_version_matches_the_distribution():
     assert importlib.metadata.version("torchfut-aio") == torchfut_aio.__version__
     assert (ROOT / "torchfut_aio" / "py.typed").exists()

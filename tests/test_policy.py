@@ -8,7 +8,7 @@ import torchfut_aio
 from torchfut_aio import PollPolicy, get_poll_policy, set_poll_policy
 
 
-def test_the_defaults_need_no_arguments_and_policies_compare():
+def test_poll_policies_have_defaults_and_compare_equal():
     assert PollPolicy() == PollPolicy(min_interval=50e-6, max_interval=0.01, blocking=False)
 
 
@@ -24,12 +24,12 @@ def test_the_defaults_need_no_arguments_and_policies_compare():
         ({"max_interval": None}, TypeError),
     ],
 )
-def test_a_policy_that_makes_no_sense_is_refused(arguments, error):
+def test_invalid_poll_policy_is_refused(arguments, error):
     with pytest.raises(error, match=r"min_interval|max_interval"):
         PollPolicy(**arguments)
 
 
-def test_setting_a_policy_returns_the_one_before():
+def test_set_poll_policy_returns_the_previous_policy():
     mine = PollPolicy(max_interval=0.002)
     before = set_poll_policy(mine)
     assert get_poll_policy() is mine

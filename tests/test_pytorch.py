@@ -170,12 +170,12 @@ def lines(expected):
 
 
 @pytest.mark.parametrize("name", WITH_A_FALLBACK)
-def test_a_private_name_that_has_gone_has_a_fallback(name):
+def test_missing_private_name_has_a_fallback(name):
     assert printed(name) == lines(ALL_WORK)
 
 
 @pytest.mark.parametrize("name", OF_THREADS)
-def test_task_state_refuses_where_torch_cannot_keep_it(name):
+def test_task_local_state_raises_where_torch_lacks_support(name):
     why = (
         "RuntimeError: task_local_state() and set_task_state_checks() do not work with torch "
         f"{torch.__version__}, whose torch._C has no {name}"
@@ -187,7 +187,7 @@ def test_task_state_refuses_where_torch_cannot_keep_it(name):
 
 
 @pytest.mark.parametrize("name", WITHOUT_RPC)
-def test_only_serve_on_refuses_without_rpc(name):
+def test_only_serve_on_raises_without_rpc(name):
     missing = "TensorPipe, the agent of torch.distributed.rpc"
     why = (
         f"RuntimeError: serve_on() is for RPC, and torch {torch.__version__} lacks "
@@ -196,27 +196,27 @@ def test_only_serve_on_refuses_without_rpc(name):
     assert printed(name) == lines(ALL_WORK | {"serve_on": f"serve_on raises {why}"})
 
 
-def test_hooks_need_no_rpc():
+def test_hooks_work_without_rpc():
     for_hooks = "import torchfut_aio\ntrain_with_a_hook()"
     for name in ("TensorPipe", "RPC"):
         assert run(f"{WITHOUT_RPC[name]}\n{for_hooks}") == "gradient [[3.0, 3.0]]\n"
 
 
-def test_serve_on_takes_another_agent_than_tensorpipe():
+def test_serve_on_accepts_agents_other_than_tensorpipe():
     assert printed("another agent") == lines(ALL_WORK)
 
 
-def test_the_class_of_cpp_futures_is_found_without_its_name():
+def test_cpp_future_class_is_found_without_its_name():
     # In the first line, torch itself takes the class by its name.
     assert printed("Future")[1:] == lines(ALL_WORK)[1:]
 
 
-def test_a_failed_future_never_has_a_value_for_torch():
+def test_failed_future_has_no_value_for_torch_wait_all():
     error = "wait_all raises TypeError: exceptions must derive from BaseException"
     assert printed("_set_unwrap_func") == lines(ALL_WORK | {"wait_all": error})
 
 
-def test_all_that_is_private_to_pytorch_is_in_one_module():
+def test_private_names_of_pytorch_are_used_in_one_module():
     private = {*_pytorch._OF_THREADS, "DisableTorchFunctionSubclass", "RemoteException"}
     for path in PACKAGE.rglob("*.py"):
         if path.name == "_pytorch.py":

@@ -61,7 +61,7 @@ def race(first, second, races=RACES):
 # ----------------------------------------------------------------------------- futures
 
 
-def test_one_of_two_that_set_a_result_wins():
+def test_one_of_two_racing_setters_wins():
     futures = [Future() for _ in range(RACES)]
     won = [[], []]
 
@@ -93,7 +93,7 @@ def futures_with(others):
 
 
 @alone_or_not
-def test_callbacks_that_two_threads_add_both_run(others):
+def test_callbacks_added_by_two_threads_both_run(others):
     futures, ran = futures_with(others), Counter()
     race(
         lambda n: futures[n].add_done_callback(lambda _: ran.update([("first", n)])),
@@ -116,7 +116,7 @@ def test_a_callback_added_during_a_completion_runs_once(others):
 
 
 @alone_or_not
-def test_a_callback_is_removed_or_runs_and_not_both(others):
+def test_racing_callback_is_either_removed_or_run(others):
     futures, ran = futures_with(others), [[] for _ in range(RACES)]
     removed = [0] * RACES
     for fut, calls in zip(futures, ran):
@@ -129,7 +129,7 @@ def test_a_callback_is_removed_or_runs_and_not_both(others):
     assert [number + len(calls) for number, calls in zip(removed, ran)] == [1] * RACES
 
 
-def test_a_thread_that_begins_to_wait_gets_the_value():
+def test_thread_starting_to_wait_gets_the_value():
     futures, got = futures_with(0), [None] * RACES
 
     def wait(n):
@@ -139,7 +139,7 @@ def test_a_thread_that_begins_to_wait_gets_the_value():
     assert got == list(range(RACES))
 
 
-def test_two_threads_share_what_completes():
+def test_two_threads_share_an_as_completed():
     futures = [Future() for _ in range(RACES)]
     shared, taken = as_completed(futures), [[], []]
 
@@ -152,7 +152,7 @@ def test_two_threads_share_what_completes():
     assert Counter(map(id, taken[0] + taken[1])) == Counter(map(id, futures))
 
 
-def test_has_waiters_may_be_asked_while_followers_come_and_go():
+def test_has_waiters_can_be_called_while_callbacks_change():
     fut, over = Future(), threading.Event()
     fut.add_done_callback(print)  # so that the answer is always the same
 
@@ -172,7 +172,7 @@ def test_has_waiters_may_be_asked_while_followers_come_and_go():
     assert fut.remove_done_callback(print) == 1
 
 
-def test_a_promise_may_be_kept_and_failed_at_once():
+def test_promise_kept_and_failed_at_once_has_one_outcome():
     futures = [Future() for _ in range(RACES)]
     promises = [Promise(fut, "raced") for fut in futures]
     late = TimeoutError()
@@ -181,7 +181,7 @@ def test_a_promise_may_be_kept_and_failed_at_once():
 
 
 @on_every_loop
-async def test_a_completion_at_the_deadline_is_one_outcome():
+async def test_completion_at_the_deadline_has_one_outcome():
     futures = [Future() for _ in range(500)]
     limited = [with_timeout(fut, n / 50_000) for n, fut in enumerate(futures)]
 
@@ -284,7 +284,7 @@ max_sizes = pytest.mark.parametrize("max_size", [None, 3])
 
 @on_every_loop
 @max_sizes
-async def test_what_four_threads_put_is_read_once_in_order(max_size):
+async def test_task_reads_values_of_four_threads_once_in_order(max_size):
     stream = ValueStream(max_size=max_size)
     async with alongside(*four_that_put(stream)):
         with anyio.fail_after(PATIENCE):
@@ -292,7 +292,7 @@ async def test_what_four_threads_put_is_read_once_in_order(max_size):
 
 
 @max_sizes
-def test_a_thread_reads_once_what_four_threads_put(max_size):
+def test_thread_reads_values_of_four_threads_once(max_size):
     stream, read = ValueStream(max_size=max_size), []
     with running(lambda: read.extend(stream), *four_that_put(stream)):
         pass
@@ -300,7 +300,7 @@ def test_a_thread_reads_once_what_four_threads_put(max_size):
 
 
 @max_sizes
-def test_two_threads_read_between_them_what_four_put(max_size):
+def test_two_threads_share_the_values_of_four_threads(max_size):
     stream, read = ValueStream(max_size=max_size), [[], []]
     readers = [iter(stream), iter(stream)]  # both are there before the first value
     with running(
@@ -313,7 +313,7 @@ def test_two_threads_read_between_them_what_four_put(max_size):
 
 
 @max_sizes
-def test_a_thread_that_gets_and_one_that_loops_read_what_four_put(max_size):
+def test_get_and_iteration_share_the_values_of_four_threads(max_size):
     stream, read = ValueStream(max_size=max_size), [[], []]
 
     def get():
@@ -326,7 +326,7 @@ def test_a_thread_that_gets_and_one_that_loops_read_what_four_put(max_size):
     assert Counter(read[0] + read[1]) == Counter((k, n) for k in range(4) for n in range(PUTS))
 
 
-def test_a_stream_is_never_fuller_than_its_limit():
+def test_stream_never_exceeds_its_limit():
     stream, accepted, sizes, read = ValueStream(max_size=2), [0, 0], set(), []
 
     def putter(own):
@@ -364,7 +364,7 @@ def test_a_value_is_read_or_refused_when_a_stream_closes():
         assert [*stream] == ([] if refused[n] else [n])
 
 
-def test_refused_items_are_counted_whatever_threads_submit():
+def test_refused_items_of_all_threads_are_counted():
     release, counts = threading.Event(), [0] * 4
 
     def function(items):

@@ -49,9 +49,7 @@ def test_a_callback_runs_on_a_dedicated_stream_after_the_kernels(accelerator, pr
 
 
 @simulated_only
-def test_without_new_streams_a_callback_runs_on_the_current_one_after_the_kernels(
-    accelerator, producer, consumer
-):
+def test_callback_runs_on_the_current_stream_without_new_streams(accelerator, producer, consumer):
     readiness, tensor = readiness_on(producer, accelerator)
     accelerator.take_new_streams_away()
     seen = []
@@ -66,7 +64,7 @@ def test_without_new_streams_a_callback_runs_on_the_current_one_after_the_kernel
 
 
 @simulated_only
-def test_a_callback_is_called_once_even_if_nothing_can_be_ordered(accelerator, producer):
+def test_callback_is_called_once_if_streams_cannot_be_ordered(accelerator, producer):
     readiness, _ = readiness_on(producer, accelerator)
     accelerator.refuse_events()
     seen = []
@@ -78,7 +76,7 @@ def test_a_callback_is_called_once_even_if_nothing_can_be_ordered(accelerator, p
 
 @simulated_only
 @pytest.mark.parametrize("broken", ["take_new_streams_away", "refuse_events"])
-def test_a_future_completes_its_dependants_on_a_device_that_cannot_order(accelerator, broken):
+def test_dependants_complete_on_a_device_that_cannot_order(accelerator, broken):
     fut, seen = Future(), []
     fut.add_done_callback(seen.append)
     child = fut.then(lambda f: "child")
@@ -98,7 +96,7 @@ def test_a_future_completes_its_dependants_on_a_device_that_cannot_order(acceler
 
 
 @pytest.mark.parametrize("error", [ValueError("foo"), KeyboardInterrupt(), SystemExit()])
-def test_what_a_callback_raises_arrives_as_itself(accelerator, producer, error, capfd):
+def test_error_of_a_callback_is_raised_unchanged(accelerator, producer, error, capfd):
     def callback():
         calls.append(None)
         raise error
@@ -112,9 +110,7 @@ def test_what_a_callback_raises_arrives_as_itself(accelerator, producer, error, 
     assert capfd.readouterr().err == ""
 
 
-def test_ctrl_c_on_the_way_to_a_callback_is_seen_and_the_callback_is_called_at_most_once(
-    accelerator, producer
-):
+def test_ctrl_c_before_a_callback_never_runs_it_twice(accelerator, producer):
     readiness, _ = readiness_on(producer, accelerator)
     struck = 0
     for strike in strikes(_readiness):
@@ -137,9 +133,7 @@ def test_ctrl_c_on_the_way_to_a_callback_is_seen_and_the_callback_is_called_at_m
 
 @on_asyncio
 @simulated_only
-async def test_a_value_whose_streams_cannot_be_ordered_fails_its_as_asyncio_and_no_other(
-    accelerator, producer
-):
+async def test_unorderable_value_fails_only_its_own_as_asyncio(accelerator, producer):
     fut, other = Future(), Future()
     with producer:
         fut.set_result(being_filled(accelerator))
@@ -154,7 +148,7 @@ async def test_a_value_whose_streams_cannot_be_ordered_fails_its_as_asyncio_and_
 
 
 @on_every_loop
-async def test_a_joint_readiness_is_that_of_all_parts(accelerator, producer, consumer):
+async def test_joint_readiness_waits_for_all_parts(accelerator, producer, consumer):
     parts = [readiness_on(stream, accelerator)[0] for stream in (producer, consumer)]
     assert joint_readiness([None, parts[0], parts[0]]) is parts[0]
     joint = joint_readiness([*parts, None])
@@ -262,7 +256,7 @@ def test_any_object_completes_a_future_and_its_children(accelerator, make, neste
 
 
 @hostile
-def test_what_resists_hides_no_tensors_beside_it(accelerator, producer, make):
+def test_unsearchable_object_does_not_hide_other_tensors(accelerator, producer, make):
     with producer:
         tensor = being_filled(accelerator)
         readiness, error = found_readiness([make(), tensor], Moment())
@@ -271,7 +265,7 @@ def test_what_resists_hides_no_tensors_beside_it(accelerator, producer, make):
     assert found is tensor
 
 
-def test_a_tensor_with_a_torch_function_of_its_own_is_found_on_the_device(accelerator, producer):
+def test_tensor_subclass_is_found_on_the_device(accelerator, producer):
     with producer:
         tensor = being_filled(accelerator)
         readiness, error = found_readiness(tensor.as_subclass(HostTensor), Moment())

@@ -59,7 +59,7 @@ def failed_on(stream, accelerator):
 
 @on_every_loop
 @told_or_not
-async def test_await_resumes_when_the_kernels_are_done_and_the_loop_runs_meanwhile(
+async def test_await_waits_for_the_kernels_without_blocking_the_loop(
     accelerator, producer, devices
 ):
     fut = Future(devices=devices)
@@ -80,7 +80,7 @@ async def test_await_resumes_when_the_kernels_are_done_and_the_loop_runs_meanwhi
 
 @on_every_loop
 @told_or_not
-async def test_nothing_about_an_await_blocks_on_the_device(accelerator, producer, devices):
+async def test_await_never_blocks_on_the_device(accelerator, producer, devices):
     fut = Future(devices=devices)
     with producer:
         tensor = being_filled(accelerator)
@@ -136,7 +136,7 @@ async def test_awaiting_again_returns_at_once(accelerator, producer, devices):
 
 @on_every_loop
 @told_or_not
-async def test_many_tasks_may_await_one_value(accelerator, producer, devices):
+async def test_many_tasks_can_await_one_value(accelerator, producer, devices):
     fut = completed_on(producer, accelerator, devices)
     readers = [Reader(fut) for _ in range(20)]
     async with anyio.create_task_group() as tg:
@@ -150,7 +150,7 @@ async def test_many_tasks_may_await_one_value(accelerator, producer, devices):
 @on_every_loop
 @several_devices
 @pytest.mark.parametrize("devices", [[FIRST, SECOND], None], ids=["declared", "undeclared"])
-async def test_a_value_on_several_devices_is_ready_when_all_of_it_is(accelerator, devices):
+async def test_value_on_several_devices_is_ready_when_all_parts_are(accelerator, devices):
     fut = Future(devices=devices)
     with torch.Stream(FIRST) as first:
         one = being_filled(accelerator, FIRST)
@@ -181,7 +181,7 @@ async def test_an_error_is_raised_without_waiting_for_any_kernel(accelerator, pr
 
 @on_every_loop
 @told_or_not
-async def test_after_an_await_the_current_streams_may_use_the_value(
+async def test_awaited_value_can_be_used_on_the_current_streams(
     accelerator, producer, consumer, devices
 ):
     fut = completed_on(producer, accelerator, devices)
@@ -195,9 +195,7 @@ async def test_after_an_await_the_current_streams_may_use_the_value(
 
 @on_every_loop
 @told_or_not
-async def test_a_cancelled_await_leaves_the_future_as_it_was_and_nothing_behind(
-    accelerator, producer, devices
-):
+async def test_cancelled_await_leaves_the_device_future_unchanged(accelerator, producer, devices):
     fut = completed_on(producer, accelerator, devices)
     with anyio.move_on_after(0.01) as scope:
         await fut
@@ -211,7 +209,7 @@ async def test_a_cancelled_await_leaves_the_future_as_it_was_and_nothing_behind(
 
 
 @told_or_not
-def test_loops_in_several_threads_may_await_one_value(accelerator, producer, devices):
+def test_loops_in_several_threads_can_await_one_value(accelerator, producer, devices):
     fut = completed_on(producer, accelerator, devices)
     values = []
 
@@ -233,9 +231,7 @@ def test_loops_in_several_threads_may_await_one_value(accelerator, producer, dev
 
 @on_every_loop
 @told_or_not
-async def test_stream_ordered_resumes_while_the_kernels_run_with_the_current_stream_after_them(
-    accelerator, producer, devices
-):
+async def test_stream_ordered_orders_the_stream_without_waiting(accelerator, producer, devices):
     fut, current = Future(devices=devices), torch.Stream(FIRST)
     before = torch.accelerator.current_stream()
     copies = []
@@ -262,7 +258,7 @@ async def test_stream_ordered_resumes_while_the_kernels_run_with_the_current_str
 
 
 @on_every_loop
-async def test_stream_ordered_gives_the_value_or_raises_the_error(accelerator):
+async def test_stream_ordered_returns_the_value_or_raises_the_error(accelerator):
     fut, failed = Future(), Future()
     fut.set_result(5)
     failed.set_exception(ValueError("foo"))
@@ -298,9 +294,7 @@ async def test_a_combined_future_is_ready_when_its_parts_are(accelerator, device
 
 @on_every_loop
 @told_or_not
-async def test_a_combined_future_does_not_wait_for_other_work_of_who_completes_the_last(
-    accelerator, producer, devices
-):
+async def test_combined_future_ignores_unrelated_work_of_its_setter(accelerator, producer, devices):
     on_device, on_host = Future(devices=devices), Future()
     combined = gather([on_device, on_host])
     with producer:
@@ -315,7 +309,7 @@ async def test_a_combined_future_does_not_wait_for_other_work_of_who_completes_t
 
 @on_every_loop
 @told_or_not
-async def test_combining_orders_nobodys_streams(accelerator, producer, devices):
+async def test_combining_futures_does_not_order_unrelated_streams(accelerator, producer, devices):
     one = completed_on(producer, accelerator, devices)
 
     def combined_beside_an_idle_stream():
@@ -336,9 +330,7 @@ async def test_combining_orders_nobodys_streams(accelerator, producer, devices):
 
 @on_every_loop
 @told_or_not
-async def test_a_child_is_ready_when_what_its_callback_enqueued_is_done(
-    accelerator, producer, devices
-):
+async def test_child_is_ready_when_work_of_its_callback_is_done(accelerator, producer, devices):
     fut = Future(devices=devices)
     child = fut.then(lambda f: f.value().clone())
     with producer:
@@ -354,7 +346,7 @@ async def test_a_child_is_ready_when_what_its_callback_enqueued_is_done(
 
 @on_every_loop
 @told_or_not
-async def test_as_completed_yields_in_a_task_what_is_ready_in_that_order(
+async def test_as_completed_in_a_task_yields_in_order_of_readiness(
     accelerator, producer, consumer, devices
 ):
     slow, quick, late = completed_on(producer, accelerator, devices), Future(), Future()
@@ -375,7 +367,7 @@ async def test_as_completed_yields_in_a_task_what_is_ready_in_that_order(
 
 
 @told_or_not
-def test_as_completed_yields_in_a_thread_with_the_current_streams_ordered(
+def test_as_completed_in_a_thread_orders_the_current_streams(
     accelerator, producer, consumer, devices
 ):
     fut = completed_on(producer, accelerator, devices)
@@ -388,7 +380,7 @@ def test_as_completed_yields_in_a_thread_with_the_current_streams_ordered(
 
 
 @on_every_loop
-async def test_as_completed_times_out_on_kernels_and_leaves_nothing(accelerator, producer):
+async def test_as_completed_times_out_on_kernels_without_leaks(accelerator, producer):
     fut = completed_on(producer, accelerator, None)
     with pytest.raises(TimeoutError, match=r"not done within 0\.01 s: 1;"):
         await anext(as_completed([fut], timeout=0.01))
@@ -398,7 +390,7 @@ async def test_as_completed_times_out_on_kernels_and_leaves_nothing(accelerator,
 
 
 @on_every_loop
-async def test_as_completed_that_was_cancelled_goes_on_in_a_thread(accelerator, producer):
+async def test_cancelled_as_completed_can_be_resumed_in_a_thread(accelerator, producer):
     fut = completed_on(producer, accelerator, None)
     completed = as_completed([fut])
     with anyio.move_on_after(0.01):
@@ -407,7 +399,7 @@ async def test_as_completed_that_was_cancelled_goes_on_in_a_thread(accelerator, 
     assert not producer.query()
 
 
-def test_as_completed_whose_loop_has_ended_goes_on_on_another(accelerator, producer):
+def test_as_completed_can_be_resumed_on_another_loop(accelerator, producer):
     futures = [completed_on(producer, accelerator, None) for _ in range(2)]
     completed = as_completed(futures)
 
@@ -425,7 +417,7 @@ def test_as_completed_whose_loop_has_ended_goes_on_on_another(accelerator, produ
 
 @pytest.mark.parametrize(("error", "at"), [(KeyboardInterrupt, "signals"), (MemoryError, "calls")])
 @pytest.mark.parametrize("where", ["task", "thread"])
-def test_as_completed_that_was_interrupted_yields_what_it_has_not(
+def test_interrupted_as_completed_yields_the_remaining_futures(
     accelerator, producer, error, at, where
 ):
     value = torch.ones(1, device=FIRST)
@@ -454,7 +446,7 @@ def test_as_completed_that_was_interrupted_yields_what_it_has_not(
 
 
 @pytest.mark.parametrize("error", [MemoryError, RecursionError])
-def test_as_completed_yields_nothing_in_a_thread_that_it_could_not_order(
+def test_as_completed_raises_if_streams_cannot_be_ordered(
     accelerator, producer, monkeypatch, error
 ):
     def fails(readiness):
@@ -471,7 +463,7 @@ def test_as_completed_yields_nothing_in_a_thread_that_it_could_not_order(
 
 
 @on_every_loop
-async def test_as_completed_yields_a_future_whose_kernel_failed(accelerator, producer):
+async def test_as_completed_yields_a_future_with_a_failed_kernel(accelerator, producer):
     done = await anext(as_completed([failed_on(producer, accelerator)]))
     with pytest.raises(RuntimeError, match="the kernel failed"):
         await done
@@ -479,9 +471,7 @@ async def test_as_completed_yields_a_future_whose_kernel_failed(accelerator, pro
 
 @on_every_loop
 @told_or_not
-async def test_an_adopted_torch_future_is_ready_when_its_kernels_are_done(
-    accelerator, producer, devices
-):
+async def test_adopted_torch_future_is_ready_with_its_kernels(accelerator, producer, devices):
     source = torch.futures.Future(devices=devices)
     fut = as_future(source)
     with producer:
@@ -511,7 +501,7 @@ async def test_as_asyncio_completes_when_the_value_is_ready(accelerator, produce
 
 
 @on_asyncio
-async def test_a_cancelled_as_asyncio_leaves_nothing_with_the_watcher(accelerator, producer):
+async def test_cancelled_as_asyncio_leaves_no_wait_in_the_watcher(accelerator, producer):
     target = completed_on(producer, accelerator, None).as_asyncio()
     assert poll_statistics().pending == 1
     target.cancel()
@@ -537,7 +527,7 @@ async def test_interrupted_as_asyncio_leaves_no_wait_after_the_kernels(accelerat
 
 @on_every_loop
 @told_or_not
-async def test_a_failed_kernel_reaches_those_who_await_its_stream_and_nobody_else(
+async def test_failed_kernel_fails_only_awaits_on_its_stream(
     accelerator, producer, consumer, devices
 ):
     early = completed_on(producer, accelerator, devices)
@@ -583,7 +573,7 @@ async def test_a_failed_kernel_reaches_as_asyncio(accelerator, producer):
 
 
 @on_every_loop
-async def test_every_one_of_many_awaits_on_many_streams_resumes_when_its_kernel_is_done(
+async def test_awaits_on_many_streams_each_resume_with_their_kernel(
     accelerator,
 ):
     streams = [torch.Stream(FIRST) for _ in range(6)]
@@ -609,7 +599,7 @@ async def test_every_one_of_many_awaits_on_many_streams_resumes_when_its_kernel_
 
 
 @on_every_loop
-async def test_awaits_that_are_cancelled_at_random_harm_no_others(accelerator):
+async def test_randomly_cancelled_awaits_do_not_affect_others(accelerator):
     stream = torch.Stream(FIRST)
     resumed, given_up = [], []
 

@@ -70,13 +70,13 @@ REFUSED = {
 
 @pytest.mark.parametrize("refuse", REFUSED.values(), ids=REFUSED)
 @pytest.mark.parametrize("thing", [Silent(), [Silent()] * 3, [0] * 300_000], ids=type)
-def test_what_is_refused_is_told_by_its_type_in_a_few_words(refuse, thing):
+def test_error_messages_name_a_refused_object_by_its_type(refuse, thing):
     with pytest.raises((TypeError, RuntimeError, ValueError)) as caught:
         refuse(thing)
     assert len(str(caught.value)) < 3000
 
 
-def test_what_a_registered_function_returns_is_not_formatted():
+def test_result_of_a_registered_function_is_not_formatted():
     class Careless:
         pass
 
@@ -106,7 +106,7 @@ def raises(error):
     ],
     ids=type,
 )
-def test_the_repr_of_a_future_formats_nothing_but_what_python_makes(value):
+def test_repr_of_a_future_formats_only_builtin_values(value):
     fut = Future()
     fut.set_result(value)
     assert len(repr(fut)) < 1000
@@ -124,7 +124,7 @@ def test_the_repr_of_a_future_formats_nothing_but_what_python_makes(value):
         assert failed.exception().__cause__ is error or failed.exception() is error
 
 
-def test_what_a_callback_raises_is_logged_with_its_name_only(caplog):
+def test_callback_is_logged_by_its_name_only(caplog):
     fut = Future()
     for callback in (SilentFunction(), functools.partial(SilentFunction(), Silent())):
         fut.add_done_callback(callback)
@@ -153,13 +153,13 @@ TAKE_SECONDS = {
 
 
 @pytest.mark.parametrize("function", TAKE_SECONDS.values(), ids=TAKE_SECONDS)
-def test_a_timedelta_is_refused_with_its_total_seconds(function):
+def test_timedelta_is_refused_with_a_hint_to_total_seconds(function):
     with pytest.raises(TypeError, match=r"a number of seconds.* pass its \.total_seconds\(\)"):
         function(datetime.timedelta(seconds=1))
 
 
 @pytest.mark.device
-def test_a_tensor_is_refused_at_once_though_its_kernel_runs(accelerator, producer):
+def test_tensor_is_refused_without_waiting_for_its_kernel(accelerator, producer):
     tensor = torch.zeros(2, device=FIRST)
     accelerator.fill_after(tensor, 7.0, PATIENCE)
     with pytest.raises(NotAFutureError, match=r"a torch\.Tensor is not .* to_host\(tensor\)"):
@@ -194,7 +194,7 @@ CURES = [
 
 
 @pytest.mark.parametrize(("thing", "cure"), CURES, ids=[type(thing).__name__ for thing, _ in CURES])
-def test_what_cannot_be_adopted_is_refused_with_the_cure(thing, cure):
+def test_unadoptable_object_is_refused_with_a_hint(thing, cure):
     with pytest.raises(NotAFutureError, match=cure):
         as_future(thing)
 
@@ -209,12 +209,12 @@ def test_a_dict_is_refused_unless_its_keys_are_futures(many):
             getattr(torchfut_aio, many)({key: fut})
 
 
-def test_an_async_generator_cannot_be_called_by_rpc():
+def test_async_rpc_refuses_an_async_generator():
     with pytest.raises(TypeError, match=r"async_generator is an async generator.* return a list"):
         async_rpc(async_generator)
 
 
-def test_functions_of_concurrent_futures_are_told_what_they_take():
+def test_concurrent_futures_functions_fail_with_a_hint():
     other = concurrent.futures.Future()
     for function in (concurrent.futures.wait, lambda fs: next(concurrent.futures.as_completed(fs))):
         with pytest.raises(AttributeError, match=r"fut\.as_concurrent\(\)"):
@@ -222,7 +222,7 @@ def test_functions_of_concurrent_futures_are_told_what_they_take():
     assert not hasattr(Future(), "_condition")
 
 
-def test_result_is_no_attribute_and_the_error_names_what_is():
+def test_missing_result_attribute_raises_with_a_hint():
     for future in (Future(), Future):
         assert not hasattr(future, "result")
         with pytest.raises(AttributeError, match=r"await .* wait\(timeout\) .* value\(\)"):

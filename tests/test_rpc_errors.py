@@ -85,7 +85,7 @@ def not_made(shown, told):
         ("a text of RPCErr:1:", RuntimeError),
     ],
 )
-def test_a_text_becomes_the_error_that_it_tells_of_or_stays(text, kind, monkeypatch):
+def test_remote_text_becomes_the_error_it_names_if_any(text, kind, monkeypatch):
     main = sys.modules["__main__"]
     for name in "InMain", "Outer":
         monkeypatch.setattr(main, name, type(name, (Exception,), {}), raising=False)
@@ -104,21 +104,21 @@ def test_a_text_becomes_the_error_that_it_tells_of_or_stays(text, kind, monkeypa
         assert isinstance(again, KeyError)
 
 
-def test_the_text_is_that_of_the_remote_side_and_no_more():
+def test_error_text_is_exactly_the_remote_text():
     error = adopted(remote("ValueError: x"))
     assert str(error).startswith("On WorkerInfo(id=1, name=w):\nrepr\nTraceback")
     assert str(error).endswith("ValueError: x\n")
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, ValueError, TypeError])
-def test_the_types_that_torch_delivers_are_all_read(kind):
+def test_error_types_delivered_by_torch_are_all_parsed(kind):
     error = adopted(remote("KeyError: x", name="KeyError"), kind)
     assert isinstance(error, RpcError)
     assert isinstance(error, KeyError)
     assert type(adopted("x", kind)) is kind
 
 
-def test_other_types_are_as_they_are():
+def test_error_types_not_delivered_by_torch_are_unchanged():
     error = KeyError(remote("ValueError: x"))
     fut = torch.futures.Future()
     fut.set_exception(error)
@@ -134,7 +134,7 @@ def worker():
 
 
 @given(st.text(), st.sampled_from([ValueError, KeyError, Odd]))
-def test_an_error_survives_the_way_through_rpc_whatever_its_text(text, kind):
+def test_error_with_any_text_survives_rpc(text, kind):
     error = kind(text, 1) if kind is Odd else kind(text)
     fut = Future()
     with worker():
@@ -151,7 +151,7 @@ def test_an_error_survives_the_way_through_rpc_whatever_its_text(text, kind):
     assert repr(error) in str(arrived)
 
 
-def test_long_texts_take_no_time():
+def test_long_error_texts_are_parsed_quickly():
     for text in ("  \n" * 100_000, "a." * 100_000, "\n\nAt:\n  x" * 50_000, "'" * 100_000):
         start = time.thread_time()
         adopted(remote(text))
@@ -167,7 +167,7 @@ def _value_in_cpp(fut):
     return seen[0]
 
 
-def test_what_is_sent_has_the_traceback():
+def test_sent_error_includes_the_traceback():
     fut = Future()
     with worker():
         try:
@@ -179,7 +179,7 @@ def test_what_is_sent_has_the_traceback():
     sent = pickle.loads(pickle.dumps(value))
     assert type(sent) is RemoteException
     assert sent.exception_type is ValueError
-    assert "in test_what_is_sent_has_the_traceback" in sent.msg
+    assert "in test_sent_error_includes_the_traceback" in sent.msg
 
 
 def sent_for(error):
@@ -193,7 +193,7 @@ def sent_for(error):
     return caught.value
 
 
-def test_a_class_that_the_caller_finds_by_name_is_imported(monkeypatch, tmp_path):
+def test_error_class_is_imported_by_name_at_the_caller(monkeypatch, tmp_path):
     (tmp_path / "of_a_library.py").write_text("class Wrong(Exception):\n    pass\n")
     monkeypatch.syspath_prepend(tmp_path)
     error = importlib.import_module("of_a_library").Wrong("x")
@@ -202,12 +202,12 @@ def test_a_class_that_the_caller_finds_by_name_is_imported(monkeypatch, tmp_path
     assert bases == (RpcError, sys.modules.pop("of_a_library").Wrong)
 
 
-def test_no_caller_is_ended_by_the_end_of_a_callee():
+def test_exit_of_a_callee_does_not_exit_the_caller():
     for error in SystemExit(3), KeyboardInterrupt():
         assert type(sent_for(error)) is RpcError
 
 
-def test_a_group_without_its_errors_is_no_group():
+def test_group_without_its_errors_becomes_a_plain_rpc_error():
     class Group(Exception):  # as in the backport to older Pythons
         def subgroup(self):
             pass
@@ -215,7 +215,7 @@ def test_a_group_without_its_errors_is_no_group():
     assert type(_errors.rpc_error(Group, "text")) is RpcError
 
 
-def test_what_is_sent_of_a_callback_error_is_the_callbacks_own():
+def test_sent_callback_error_is_the_original_error():
     fut = Future()
     child = fut.then(lambda fut: {}["missing"])
     with worker():
@@ -226,7 +226,7 @@ def test_what_is_sent_of_a_callback_error_is_the_callbacks_own():
     assert "missing" in sent.msg
 
 
-def test_only_autograd_gets_the_error_by_asking_for_a_class():
+def test_isinstance_check_raises_the_error_only_in_autograd():
     fut = Future()
     fut.set_exception(Odd(1, 2))
     value = _value_in_cpp(fut)
@@ -269,7 +269,7 @@ class Strange(RuntimeError):
     ],
     ids=["itself", "argument", "tuple"],
 )
-def test_an_error_that_misbehaves_arrives_all_the_same(made):
+def test_misbehaving_error_still_reaches_its_future(made):
     error = made()
     source = concurrent.futures.Future()
     adopted = as_future(source)
@@ -285,14 +285,14 @@ def _raise(error):
     raise error
 
 
-def test_an_error_of_another_kind_of_future_is_as_it_is():
+def test_error_of_a_concurrent_future_is_not_parsed():
     source = concurrent.futures.Future()
     adopted = as_future(source)
     source.set_exception(RuntimeError("RPCErr:1:too slow"))
     assert adopted.exception() is source.exception()
 
 
-def test_a_timeout_of_an_rpc_is_awaited_as_one():
+def test_rpc_timeout_is_raised_as_timeout_error():
     fut = torch.futures.Future()
     fut.set_exception(RuntimeError("RPCErr:1:RPC ran for more than set timeout (300 ms)"))
 

@@ -41,7 +41,7 @@ def unlike(seconds, count, seed=1):
 
 
 @pytest.mark.parametrize("seconds", [0.001, 0.005, 0.02, 0.1])
-def test_waits_that_are_alike_are_slept_through_and_noticed_at_once(seconds):
+def test_similar_waits_are_noticed_at_once_with_few_polls(seconds):
     lateness, polls = lived_through(alike(seconds, 200))
     assert statistics.median(lateness[20:]) < 100e-6
     # Besides those near the end, one each time that the longest pause is over.
@@ -49,13 +49,13 @@ def test_waits_that_are_alike_are_slept_through_and_noticed_at_once(seconds):
 
 
 @pytest.mark.parametrize("seconds", [0.001, 0.005, 0.02, 0.1])
-def test_waits_that_are_not_alike_are_noticed_within_half_a_millisecond_mostly(seconds):
+def test_varying_waits_are_noticed_within_half_a_millisecond(seconds):
     lateness, polls = lived_through(unlike(seconds, 200))
     assert statistics.median(lateness) < 0.35e-3
     assert statistics.mean(polls) < 5 + seconds / 0.4e-3
 
 
-def test_intervals_grow_with_the_time_already_waited():
+def test_poll_intervals_grow_with_the_time_waited():
     schedule = LearnedSchedule()
     pauses = [schedule.next_poll(waited) - waited for waited in (0, 0.0005, 0.005, 1, 5, 100)]
     assert pauses == sorted(pauses)
@@ -64,19 +64,19 @@ def test_intervals_grow_with_the_time_already_waited():
 
 
 @pytest.mark.parametrize(("before", "after"), [(0.005, 0.0001), (0.1, 0.0005), (0.0005, 0.02)])
-def test_a_stream_whose_waits_change_is_learned_anew(before, after):
+def test_schedule_relearns_a_stream_with_changed_waits(before, after):
     lateness, _ = lived_through(alike(before, 50) + alike(after, 60))
     assert max(lateness) < POLICY.max_interval + 1e-4
     assert statistics.median(lateness[-20:]) < 0.25e-3
 
 
-def test_one_wait_unlike_the_others_is_forgotten():
+def test_schedule_forgets_an_outlier():
     lateness, polls = lived_through(alike(0.005, 40) + [0.0002] + alike(0.005, 40))
     assert statistics.median(lateness[41:]) < 100e-6
     assert statistics.mean(polls[41:]) < 5
 
 
-def test_late_wake_ups_are_made_up_for():
+def test_schedule_compensates_for_late_wake_ups():
     def late(pause):
         return 300e-6 if pause > 1e-3 else 30e-6
 
@@ -85,7 +85,7 @@ def test_late_wake_ups_are_made_up_for():
 
 
 @given(st.lists(st.floats(1e-6, 3), max_size=40), st.floats(0, 100))
-def test_a_pause_is_never_shorter_or_longer_than_the_policy_allows(waits, waited):
+def test_pause_is_always_within_the_limits_of_the_policy(waits, waited):
     schedule = LearnedSchedule()
     for wait in waits:
         schedule.observe(Poll(wait / 3, wait / 2, wait, reached=True))
@@ -94,7 +94,7 @@ def test_a_pause_is_never_shorter_or_longer_than_the_policy_allows(waits, waited
 
 
 @given(st.lists(st.floats(1e-6, 3), max_size=20), st.floats(0, 3))
-def test_to_ask_a_schedule_changes_nothing(waits, waited):
+def test_next_poll_does_not_change_the_schedule(waits, waited):
     asked, other = LearnedSchedule(), LearnedSchedule()
     for wait in waits:
         for schedule in (asked, other):

@@ -57,7 +57,7 @@ async def read_all(stream):
 
 
 @on_every_loop
-async def test_a_task_gets_what_a_thread_puts_in_order_and_then_the_end():
+async def test_task_reads_values_of_a_thread_in_order_until_the_end():
     stream = ValueStream()
 
     def produce():
@@ -72,7 +72,7 @@ async def test_a_task_gets_what_a_thread_puts_in_order_and_then_the_end():
         assert await read_all(stream) == []  # the end stays
 
 
-def test_a_thread_gets_what_another_puts_in_order_and_then_the_end():
+def test_thread_reads_values_of_a_thread_in_order_until_the_end():
     stream = ValueStream()
 
     def produce():
@@ -85,7 +85,7 @@ def test_a_thread_gets_what_another_puts_in_order_and_then_the_end():
 
 
 @on_every_loop
-async def test_a_task_waits_for_what_another_puts():
+async def test_task_waits_for_values_of_another_task():
     stream, got = ValueStream(max_size=2), []
 
     async def consume():
@@ -107,7 +107,7 @@ async def test_a_task_waits_for_what_another_puts():
 
 
 @on_every_loop
-async def test_async_with_is_refused_before_a_value_is_lost():
+async def test_async_with_on_a_stream_is_refused_without_losing_values():
     stream = ValueStream()
     stream.put(1)
     with pytest.raises(TypeError, match="asynchronous context manager"):
@@ -119,7 +119,7 @@ async def test_async_with_is_refused_before_a_value_is_lost():
 
 
 @on_every_loop
-async def test_an_error_comes_behind_what_was_put_before_and_reaches_every_consumer():
+async def test_close_error_reaches_every_consumer_after_the_values():
     stream, error, got, told = ValueStream(), ValueError("foo"), [], []
     stream.put_many(["a", "b"])
 
@@ -142,7 +142,7 @@ async def test_an_error_comes_behind_what_was_put_before_and_reaches_every_consu
         next(iter(stream))
 
 
-def test_with_closes_with_the_error_of_its_block():
+def test_with_block_closes_the_stream_with_its_error():
     stream = ValueStream()
     with pytest.raises(ZeroDivisionError), stream:
         stream.put(1 / 0)
@@ -151,7 +151,7 @@ def test_with_closes_with_the_error_of_its_block():
 
 
 @pytest.mark.parametrize("kind", [StopIteration, StopAsyncIteration])
-def test_what_would_end_a_loop_is_no_end_but_an_error(kind):
+def test_stop_iteration_as_close_error_raises_runtime_error(kind):
     stream, error = ValueStream(), kind()
     stream.close(error)
     with pytest.raises(RuntimeError) as caught:
@@ -160,7 +160,7 @@ def test_what_would_end_a_loop_is_no_end_but_an_error(kind):
 
 
 @on_every_loop
-async def test_a_producer_that_is_cancelled_ends_no_consumer_as_cancelled():
+async def test_cancelled_producer_does_not_cancel_its_consumers():
     stream, ends = ValueStream(), []
 
     async def produce():
@@ -190,7 +190,7 @@ async def test_a_producer_that_is_cancelled_ends_no_consumer_as_cancelled():
 @pytest.mark.parametrize(
     "error", [GeneratorExit(), asyncio.CancelledError("foo"), CancelledError.OfAsyncio("foo")]
 )
-def test_what_would_end_a_task_is_a_cancelled_error_in_a_thread_too(error):
+def test_task_ending_close_error_is_a_cancelled_error_in_threads(error):
     stream = ValueStream()
     stream.close(error)
     with pytest.raises(CancelledError) as caught:
@@ -199,7 +199,7 @@ def test_what_would_end_a_task_is_a_cancelled_error_in_a_thread_too(error):
     assert not isinstance(caught.value, asyncio.CancelledError)
 
 
-def test_what_is_closed_takes_nothing_more():
+def test_closed_stream_refuses_values():
     stream = ValueStream()
     stream.put(1)
     with pytest.raises(TypeError):
@@ -215,7 +215,7 @@ def test_what_is_closed_takes_nothing_more():
     assert list(stream) == [1]
 
 
-def test_arguments_are_checked():
+def test_stream_methods_check_their_arguments():
     for wrong, error in ((0, ValueError), (-1, ValueError), (1.5, TypeError), ("1", TypeError)):
         with pytest.raises(error, match="max_size must be "):
             ValueStream(max_size=wrong)
@@ -232,7 +232,7 @@ def test_arguments_are_checked():
     assert len(stream) == 2
 
 
-def test_nothing_of_a_value_is_asked_for():
+def test_stream_accesses_no_attribute_of_a_value():
     class Silent:
         def __getattribute__(self, name):
             raise AssertionError(name)
@@ -261,7 +261,7 @@ def test_a_put_blocks_until_there_is_room():
     assert [next(values), next(values)] == [2, 3]
 
 
-def test_a_put_that_times_out_has_put_nothing_and_says_what_else():
+def test_put_that_times_out_reports_how_many_values_were_put():
     stream = ValueStream(max_size=3)
     stream.put(0)
     assert stream.try_put(1)
@@ -276,7 +276,7 @@ def test_a_put_that_times_out_has_put_nothing_and_says_what_else():
 
 
 @on_every_loop
-async def test_an_aput_waits_for_room_and_a_cancelled_one_has_put_nothing():
+async def test_aput_waits_for_room_and_can_be_cancelled():
     stream = ValueStream(max_size=1)
     await stream.aput(1)
     with anyio.move_on_after(0.01) as scope:
@@ -293,7 +293,7 @@ async def test_an_aput_waits_for_room_and_a_cancelled_one_has_put_nothing():
 
 
 @on_every_loop
-async def test_putting_to_a_full_stream_on_a_loop_warns(nothing_blocks_a_loop):
+async def test_put_to_a_full_stream_on_a_loop_warns(nothing_blocks_a_loop):
     nothing_blocks_a_loop.deactivate()
     stream = ValueStream(max_size=1)
     stream.put(1)
@@ -303,7 +303,7 @@ async def test_putting_to_a_full_stream_on_a_loop_warns(nothing_blocks_a_loop):
         stream.put(2, timeout=0.01)
 
 
-def test_there_are_never_too_many_values_whoever_puts():
+def test_stream_limit_holds_for_concurrent_producers():
     stream, most = ValueStream(max_size=3), 0
 
     def produce():
@@ -323,7 +323,7 @@ def test_there_are_never_too_many_values_whoever_puts():
 
 
 @on_every_loop
-async def test_the_end_wakes_all_who_wait():
+async def test_close_wakes_all_waiting_readers_and_writers():
     full, empty, told = ValueStream(max_size=1), ValueStream(), []
     full.put(1)
 
@@ -360,7 +360,7 @@ async def test_the_end_wakes_all_who_wait():
 
 
 @on_every_loop
-async def test_each_value_goes_to_one_of_several_consumers():
+async def test_value_is_read_by_exactly_one_of_several_consumers():
     stream, got = ValueStream(max_size=5), []
 
     async def consume():
@@ -386,7 +386,7 @@ async def test_each_value_goes_to_one_of_several_consumers():
     assert sorted(got) == [*range(600)]
 
 
-def test_what_is_accepted_while_somebody_closes_is_read():
+def test_value_accepted_during_close_is_read():
     for n in range(200):
         stream, accepted, got = ValueStream(max_size=None if n % 2 else 4), Counter(), Counter()
 
@@ -412,7 +412,7 @@ def test_what_is_accepted_while_somebody_closes_is_read():
 
 
 @on_every_loop
-async def test_reads_that_are_cancelled_lose_nothing_and_repeat_nothing():
+async def test_cancelled_reads_neither_lose_nor_repeat_values():
     stream, got = ValueStream(max_size=4), []
     values = aiter(stream)
 
@@ -448,7 +448,7 @@ async def test_reads_that_are_cancelled_lose_nothing_and_repeat_nothing():
     assert waiting(stream) == (0, 0)
 
 
-def test_a_consumer_whose_loop_has_closed_takes_no_value_from_the_others():
+def test_consumer_of_a_closed_loop_takes_no_value():
     stream, loop = ValueStream(), asyncio.new_event_loop()
     task = loop.create_task(read_all(stream))
     loop.run_until_complete(asyncio.sleep(0))
@@ -462,7 +462,7 @@ def test_a_consumer_whose_loop_has_closed_takes_no_value_from_the_others():
 
 
 @on_asyncio
-async def test_one_wake_up_is_for_all_values_and_all_streams_of_a_loop(monkeypatch):
+async def test_one_wake_up_covers_all_values_and_streams_of_a_loop(monkeypatch):
     streams = [ValueStream() for _ in range(30)]
     readers = [asyncio.ensure_future(read_all(stream)) for stream in streams]
     await asyncio.sleep(0)
@@ -491,7 +491,7 @@ async def test_one_wake_up_is_for_all_values_and_all_streams_of_a_loop(monkeypat
 
 
 @on_every_loop
-async def test_a_producer_is_told_when_the_consumer_has_left_its_loop():
+async def test_put_raises_when_the_consumer_has_left_its_loop():
     stream = ValueStream(max_size=2)
     stream.put_many([1, 2])
     assert stream.listening
@@ -516,7 +516,7 @@ async def test_a_producer_is_told_when_the_consumer_has_left_its_loop():
 
 
 @on_every_loop
-async def test_a_producer_is_told_when_the_consumer_is_cancelled(no_collector):
+async def test_put_raises_when_the_consumer_is_cancelled(no_collector):
     stream = ValueStream()
 
     async def consume():
@@ -534,7 +534,7 @@ async def test_a_producer_is_told_when_the_consumer_is_cancelled(no_collector):
 
 
 @on_every_loop
-async def test_stop_listening_ends_all_loops_and_drops_what_is_left():
+async def test_stop_listening_ends_all_loops_and_drops_the_rest():
     class Thing:
         pass
 
@@ -587,7 +587,7 @@ async def left_by_a_cancellation(stream):
 @pytest.mark.parametrize(
     "leave", [left_by_its_end, left_by_break, left_by_an_error, left_by_a_cancellation]
 )
-async def test_the_end_of_a_listen_block_leaves_the_stream(leave, no_collector):
+async def test_end_of_a_listen_block_stops_listening(leave, no_collector):
     stream = ValueStream()
     stream.put_many([1, 2])
     await leave(stream)
@@ -598,7 +598,7 @@ async def test_the_end_of_a_listen_block_leaves_the_stream(leave, no_collector):
 
 
 @on_every_loop
-async def test_a_listen_block_is_of_use_to_threads_and_goes_on_after_break():
+async def test_listen_block_works_in_threads_and_survives_break():
     stream = ValueStream()
     stream.put_many([1, 2, 3])
     with stream.listen() as values:
@@ -613,7 +613,7 @@ async def test_a_listen_block_is_of_use_to_threads_and_goes_on_after_break():
     assert not stream.listening
 
 
-def test_an_iterator_whose_block_has_ended_is_at_its_end():
+def test_iterator_is_exhausted_after_its_listen_block():
     stream = ValueStream()
     stream.put(1)
     other = iter(stream)
@@ -626,7 +626,7 @@ def test_an_iterator_whose_block_has_ended_is_at_its_end():
     assert next(other) == 1
 
 
-def test_leaving_a_block_after_the_end_leaves_the_stream_as_it_was():
+def test_leaving_a_listen_block_after_the_end_changes_nothing():
     stream = ValueStream()
     with stream.listen() as values:
         stream.close()
@@ -635,7 +635,7 @@ def test_leaving_a_block_after_the_end_leaves_the_stream_as_it_was():
     assert list(stream) == []
 
 
-def test_only_the_last_listener_counts_and_one_may_be_kept():
+def test_stream_listens_until_its_last_listener_is_dropped():
     stream = ValueStream()
     stream.put_many([1, 2, 3])
     first, second = iter(stream), iter(stream)
@@ -650,7 +650,7 @@ def test_only_the_last_listener_counts_and_one_may_be_kept():
     assert not stream.listening
 
 
-def test_a_stream_that_was_read_to_its_end_may_be_read_again():
+def test_stream_read_to_its_end_can_be_read_again():
     stream = ValueStream()
     stream.close()
     assert list(stream) == list(stream) == []
@@ -659,7 +659,7 @@ def test_a_stream_that_was_read_to_its_end_may_be_read_again():
     assert not stream.listening
 
 
-def test_a_value_that_came_too_late_does_not_count_as_unread():
+def test_value_put_too_late_does_not_count_as_unread():
     stream = ValueStream()
     readers = [iter(stream)]
 
@@ -677,7 +677,7 @@ def test_a_value_that_came_too_late_does_not_count_as_unread():
 
 
 @on_every_loop
-async def test_reading_again_when_all_have_left_raises_what_happened_first():
+async def test_read_without_listeners_raises_the_first_cause():
     for closed_first in (True, False):
         stream = ValueStream()
         if closed_first:
@@ -690,7 +690,7 @@ async def test_reading_again_when_all_have_left_raises_what_happened_first():
                 read()
 
 
-def test_an_error_that_nobody_can_read_is_not_complained_of(caplog):
+def test_close_error_is_not_logged_without_listeners(caplog):
     for close_first in (True, False):
         stream = ValueStream()
         if close_first:
@@ -703,7 +703,7 @@ def test_an_error_that_nobody_can_read_is_not_complained_of(caplog):
     assert not caplog.records
 
 
-def test_an_error_that_nobody_has_read_is_complained_of(caplog):
+def test_unread_close_error_is_logged(caplog):
     stream = ValueStream()
     stream.close(ValueError("foo"))
     del stream
@@ -715,7 +715,7 @@ def test_an_error_that_nobody_has_read_is_complained_of(caplog):
 
 
 @on_every_loop
-async def test_a_get_reads_one_value_and_ends_nothing_for_others(no_collector):
+async def test_get_reads_one_value_and_keeps_the_stream_open(no_collector):
     stream = ValueStream(max_size=5)
     stream.put_many([1, 2, 3, 4, 5])
     assert stream.get() == 1
@@ -760,7 +760,7 @@ ENDS = {
 
 @on_every_loop
 @pytest.mark.parametrize(("end", "expected", "text"), ENDS.values(), ids=ENDS)
-async def test_the_end_wakes_all_that_get_and_stays(end, expected, text):
+async def test_close_wakes_all_gets_and_fails_later_ones(end, expected, text):
     stream, told = ValueStream(), []
 
     def get():
@@ -784,7 +784,7 @@ async def test_the_end_wakes_all_that_get_and_stays(end, expected, text):
     assert stream.listening == (end is not ValueStream.stop_listening)
 
 
-def test_a_get_that_times_out_leaves_no_waiter_and_loses_nothing():
+def test_get_that_times_out_leaves_no_waiter_and_loses_no_value():
     stream = ValueStream()
     for timeout in (0, -1, 0.01):
         shown = f"had no value within {max(timeout, 0):g} s$"
@@ -801,7 +801,7 @@ def test_a_get_that_times_out_leaves_no_waiter_and_loses_nothing():
         stream.get(timeout=float("nan"))
 
 
-def test_gets_that_time_out_beside_others_lose_nothing_and_leave_none_asleep():
+def test_gets_that_time_out_lose_no_value_and_no_wake_up():
     stream, got, n = ValueStream(max_size=2), [], 400
 
     def produce():
@@ -822,7 +822,7 @@ def test_gets_that_time_out_beside_others_lose_nothing_and_leave_none_asleep():
 
 
 @on_every_loop
-async def test_an_aget_that_is_cancelled_leaves_no_waiter_and_loses_nothing():
+async def test_cancelled_aget_leaves_no_waiter_and_loses_no_value():
     stream, got, n = ValueStream(max_size=2), [], 200
 
     def produce():
@@ -900,7 +900,7 @@ async def test_a_get_from_an_empty_stream_on_a_loop_warns(nothing_blocks_a_loop)
 
 
 @pytest.mark.parametrize("how", ["get", "aget"])
-def test_an_error_that_a_get_has_raised_is_not_complained_of(how, caplog):
+def test_close_error_raised_by_get_is_not_logged(how, caplog):
     stream = ValueStream()
     stream.close(ValueError("foo"))
     with pytest.raises(ValueError, match="foo"):
@@ -910,7 +910,7 @@ def test_an_error_that_a_get_has_raised_is_not_complained_of(how, caplog):
     assert not caplog.records
 
 
-def test_the_first_get_raises_the_error_itself_and_the_stream_keeps_no_frame(no_collector):
+def test_first_get_raises_the_error_itself_and_keeps_no_frame(no_collector):
     class Thing:
         pass
 
@@ -950,7 +950,7 @@ def of_json():
 
 
 @pytest.mark.parametrize("make", [lambda: NeedsCode("foo", code=5), of_json], ids=["own", "json"])
-def test_each_get_raises_the_same_of_an_error_that_cannot_be_copied(make):
+def test_get_raises_the_same_uncopyable_error_each_time(make):
     stream, error = ValueStream(), make()
     stream.close(error)
     for _ in range(4):
@@ -985,7 +985,7 @@ def test_a_stream_keeps_no_frames_of_the_errors_in_a_group(no_collector):
 
 
 @on_every_loop
-async def test_an_error_that_a_get_raises_stays_the_same_for_those_that_listen():
+async def test_error_raised_by_get_stays_the_same_for_listeners():
     stream, error = ValueStream(), ValueError("foo")
     with stream.listen() as values:
         stream.close(error)
@@ -1209,7 +1209,7 @@ def test_an_interrupted_read_loses_no_value_and_no_wake_up(read):
 
 
 @pytest.mark.parametrize("read", READS.values(), ids=READS)
-def test_a_read_that_is_interrupted_as_another_value_comes_leaves_the_bound_as_it_was(read):
+def test_interrupted_read_during_a_put_keeps_the_stream_limit(read):
     stream, got = ValueStream(max_size=1), []
 
     class Writer(Waiter):
@@ -1239,7 +1239,7 @@ def test_a_read_that_is_interrupted_as_another_value_comes_leaves_the_bound_as_i
 
 
 @pytest.mark.parametrize("how", ["anext", "aget"])
-def test_whatever_strikes_a_task_that_waits_the_stream_works_afterwards(how):
+def test_stream_works_after_an_interrupted_waiting_task(how):
     async def read(stream, values):
         return await (anext(values) if how == "anext" else stream.aget())
 
@@ -1291,9 +1291,7 @@ def test_an_interrupted_end_wakes_all_or_can_be_repeated(end):
 @pytest.mark.parametrize("second", ["put", "put_many", "read", "get", "close", "stop_listening"])
 @pytest.mark.parametrize("first", ["put", "put_many", "read", "get"])
 @pytest.mark.parametrize("max_size", [None, 4])
-def test_whatever_is_done_between_any_two_steps_each_value_is_read_once_or_refused(
-    max_size, first, second
-):
+def test_interleaved_operations_read_or_refuse_each_value_once(max_size, first, second):
     for strike in strikes(*MODULES, do=lambda: act(second, "d")):
         stream, accepted, got = ValueStream(max_size=max_size), ["a", "b"], []
         values = iter(stream)
@@ -1341,7 +1339,7 @@ class Racing(OrderedDict):
 
 @pytest.mark.parametrize("end", ["close", "stop_listening"])
 @pytest.mark.parametrize("max_size", [None, 4])
-def test_a_value_that_comes_too_late_is_refused(max_size, end):
+def test_value_put_too_late_is_refused(max_size, end):
     for put in (ValueStream.put, lambda stream, value: stream.put_many([value])):
         stream, got = ValueStream(max_size=max_size), []
         stream._state.values = Racing(stream, end, got)
@@ -1351,7 +1349,7 @@ def test_a_value_that_comes_too_late_is_refused(max_size, end):
         assert max_size is None or len(stream._state.room) == max_size
 
 
-def test_a_finaliser_may_put_and_close():
+def test_finaliser_can_put_and_close():
     stream = ValueStream()
 
     class Dropped:
@@ -1369,7 +1367,7 @@ def test_a_finaliser_may_put_and_close():
     assert not stream.listening
 
 
-def test_ctrl_c_interrupts_a_put_that_blocks_and_a_read(ctrl_c):
+def test_ctrl_c_interrupts_a_blocked_put_and_a_read(ctrl_c):
     stream = ValueStream(max_size=1)
 
     def interrupt(whose):
@@ -1424,7 +1422,7 @@ def test_values_that_pass_through_keep_memory_flat():
     assert growth.bytes < 20_000
 
 
-def test_a_stream_on_which_an_abandoned_task_waits_is_collected():
+def test_stream_of_an_abandoned_waiting_task_is_collected():
     stream = ValueStream()
 
     async def main(stream):
@@ -1460,7 +1458,7 @@ def test_a_value_that_was_read_is_not_kept(no_collector):
 @on_every_loop
 @pytest.mark.device
 @pytest.mark.parametrize("how", ["anext", "aget"])
-async def test_a_task_gets_a_value_when_its_kernels_are_done(accelerator, producer, how):
+async def test_task_reads_a_value_when_its_kernels_are_done(accelerator, producer, how):
     stream = ValueStream()
     values = aiter(stream)
     reader = Reader(anext(values) if how == "anext" else stream.aget())
@@ -1479,7 +1477,7 @@ async def test_a_task_gets_a_value_when_its_kernels_are_done(accelerator, produc
 
 @on_every_loop
 @pytest.mark.device
-async def test_a_read_that_is_cancelled_while_kernels_run_leaves_the_value(accelerator, producer):
+async def test_cancelled_read_of_a_running_kernel_leaves_the_value(accelerator, producer):
     stream = ValueStream(max_size=1)
     values = aiter(stream)
     with producer:
@@ -1495,7 +1493,7 @@ async def test_a_read_that_is_cancelled_while_kernels_run_leaves_the_value(accel
 
 @pytest.mark.device
 @pytest.mark.parametrize("how", ["next", "get"])
-def test_a_thread_gets_a_value_with_its_streams_ordered_after_the_kernels(
+def test_read_in_a_thread_orders_its_streams_after_the_kernels(
     accelerator, producer, consumer, how
 ):
     stream = ValueStream()
@@ -1513,7 +1511,7 @@ def test_a_thread_gets_a_value_with_its_streams_ordered_after_the_kernels(
 @simulated_only
 @pytest.mark.device
 @pytest.mark.parametrize("how", ["anext", "aget"])
-async def test_a_value_whose_kernel_failed_is_an_error_in_its_turn(accelerator, producer, how):
+async def test_value_with_a_failed_kernel_raises_in_its_turn(accelerator, producer, how):
     stream = ValueStream(max_size=5)
     values = aiter(stream)
     with producer:
@@ -1536,7 +1534,7 @@ async def test_a_value_whose_kernel_failed_is_an_error_in_its_turn(accelerator, 
 # -------------------------------------------------------------------------- the rest
 
 
-def test_a_stream_goes_along_with_futures():
+def test_callback_of_a_future_can_put_to_a_stream():
     stream, fut = ValueStream(), Future()
     fut.add_done_callback(lambda fut: stream.put(fut.value()))
     values = iter(stream)
@@ -1544,14 +1542,14 @@ def test_a_stream_goes_along_with_futures():
     assert next(values) == 5
 
 
-def test_rows_of_a_tensor_are_values():
+def test_put_many_accepts_the_rows_of_a_tensor():
     stream = ValueStream()
     stream.put_many(torch.eye(2))
     stream.close()
     assert [row.tolist() for row in stream] == [[1, 0], [0, 1]]
 
 
-def test_what_is_put_off_is_run_before_a_thread_blocks():
+def test_deferred_callbacks_run_before_a_thread_blocks():
     stream, last = ValueStream(), Future()
     fut = last
     for _ in range(100):
@@ -1575,7 +1573,7 @@ def test_what_is_put_off_is_run_before_a_thread_blocks():
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
-def test_a_stream_refuses_to_be_copied_or_pickled_and_goes_on(copied):
+def test_stream_cannot_be_copied_or_pickled(copied):
     stream = ValueStream(max_size=3)
     values = iter(stream)
     stream.put(1)
@@ -1589,7 +1587,7 @@ def test_a_stream_refuses_to_be_copied_or_pickled_and_goes_on(copied):
     assert [next(values), next(values)] == [1, 2]
 
 
-def test_a_dataclass_of_a_stream_is_not_turned_into_a_dict():
+def test_asdict_refuses_a_dataclass_with_a_stream():
     @dataclasses.dataclass
     class Request:
         prompt: str
@@ -1599,7 +1597,7 @@ def test_a_dataclass_of_a_stream_is_not_turned_into_a_dict():
         dataclasses.asdict(Request("hello", ValueStream()))
 
 
-def test_a_stream_is_not_handed_to_another_process():
+def test_stream_cannot_be_passed_to_another_process():
     stream = ValueStream()
     process = multiprocessing.get_context("spawn").Process(target=print, args=(stream,))
     with pytest.raises(TypeError, match="belongs to this process"):
@@ -1616,7 +1614,7 @@ def test_a_stream_is_not_handed_to_another_process():
     [{"a": 1}, {1, 2}, "ab", b"ab", iter([1]), (n for n in [1]), {"a": 1}.values(), 5, None],
     ids=lambda values: type(values).__name__,
 )
-def test_put_many_refuses_what_is_no_sequence_and_puts_nothing(values):
+def test_put_many_refuses_non_sequences(values):
     stream = ValueStream()
     with pytest.raises(TypeError, match=r"put_many\(\) takes a list, not"):
         stream.put_many(values)

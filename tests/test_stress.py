@@ -40,9 +40,7 @@ def completers(futures, threads=8):
 
 
 @every_loop
-def test_8000_futures_completed_by_8_threads_while_awaited_are_none_lost(
-    backend, options, switch_interval
-):
+def test_awaited_futures_completed_by_8_threads_all_resume(backend, options, switch_interval):
     async def main():
         for _ in range(2):
             futures = [Future() for _ in range(8_000)]
@@ -62,9 +60,7 @@ def test_8000_futures_completed_by_8_threads_while_awaited_are_none_lost(
 
 
 @every_loop
-def test_half_of_the_tasks_are_cancelled_while_completions_arrive(
-    backend, options, switch_interval
-):
+def test_cancelling_half_of_the_tasks_loses_no_other_completion(backend, options, switch_interval):
     async def main():
         for seed in range(10):
             futures = [Future() for _ in range(400)]
@@ -117,7 +113,7 @@ def test_threads_loops_and_callbacks_all_see_every_completion(switch_interval):
         assert set(called) == set(taken) == set(futures)
 
 
-def test_a_thread_may_be_woken_by_two_at_once(switch_interval):
+def test_thread_can_be_woken_by_two_threads_at_once(switch_interval):
     waiters = [ThreadWaiter() for _ in range(100_000)]
     woken = []
 

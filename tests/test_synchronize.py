@@ -56,9 +56,7 @@ targets = pytest.mark.parametrize(
 
 @on_every_loop
 @targets
-async def test_synchronize_returns_when_the_work_is_done_and_the_loop_runs_meanwhile(
-    accelerator, producer, target_of
-):
+async def test_synchronize_waits_without_blocking_the_loop(accelerator, producer, target_of):
     with producer:
         tensor = being_filled(accelerator)
     reader = Reader(synchronize(target_of(producer)))
@@ -90,7 +88,7 @@ async def test_synchronize_waits_for_the_current_stream_by_default(accelerator, 
 
 
 @on_every_loop
-async def test_synchronize_does_not_wait_for_what_is_enqueued_later(accelerator, producer):
+async def test_synchronize_ignores_work_enqueued_later(accelerator, producer):
     with producer:
         accelerator.sleep(PATIENCE)
     reader = Reader(synchronize(producer))
@@ -104,7 +102,7 @@ async def test_synchronize_does_not_wait_for_what_is_enqueued_later(accelerator,
 
 
 @on_every_loop
-async def test_what_is_done_is_not_waited_for(accelerator, producer):
+async def test_synchronize_returns_at_once_if_the_work_is_done(accelerator, producer):
     event = recorded(producer)
     event.synchronize()
     for target in (event, torch.Event(DEVICE), "cpu"):
@@ -117,7 +115,7 @@ async def test_what_is_done_is_not_waited_for(accelerator, producer):
 
 @on_every_loop
 @targets
-async def test_a_failed_kernel_is_raised(accelerator, producer, target_of):
+async def test_synchronize_raises_the_error_of_a_failed_kernel(accelerator, producer, target_of):
     with producer:
         accelerator.fail("the kernel failed")
         accelerator.sleep(0)
@@ -127,7 +125,7 @@ async def test_a_failed_kernel_is_raised(accelerator, producer, target_of):
 
 @on_every_loop
 @targets
-async def test_synchronize_may_be_cancelled(accelerator, producer, target_of):
+async def test_synchronize_can_be_cancelled(accelerator, producer, target_of):
     with producer:
         accelerator.sleep(PATIENCE)
     target = target_of(producer)
@@ -139,7 +137,7 @@ async def test_synchronize_may_be_cancelled(accelerator, producer, target_of):
 
 
 @on_every_loop
-async def test_what_cannot_be_synchronised_is_refused(accelerator):
+async def test_synchronize_refuses_other_objects(accelerator):
     for target, kind in ((Future(), "Future"), (torch.ones(2), "Tensor"), (object(), "object")):
         with pytest.raises(TypeError, match=f"torch.Event, a torch.Stream.*{kind}"):
             await synchronize(target)
@@ -171,9 +169,7 @@ def filled(value=7.0):
 
 
 @on_every_loop
-async def test_to_host_waits_for_the_kernels_and_for_the_copy_without_blocking(
-    accelerator, producer
-):
+async def test_to_host_waits_for_kernels_and_copy_without_blocking(accelerator, producer):
     before = torch.accelerator.current_stream()
     torch.accelerator.set_stream(producer)
     try:
@@ -193,7 +189,7 @@ async def test_to_host_waits_for_the_kernels_and_for_the_copy_without_blocking(
 
 
 @on_every_loop
-async def test_later_kernels_do_not_wait_for_the_copy_nor_it_for_them(accelerator, producer):
+async def test_to_host_and_later_kernels_do_not_wait_for_each_other(accelerator, producer):
     before = torch.accelerator.current_stream()
     torch.accelerator.set_stream(producer)
     try:
@@ -225,7 +221,7 @@ async def test_later_kernels_do_not_wait_for_the_copy_nor_it_for_them(accelerato
         lambda t: torch.return_types.max((t, t)),
     ],
 )
-async def test_structure_is_kept_and_tensors_are_on_the_host(accelerator, pack):
+async def test_to_host_keeps_the_structure_and_moves_the_tensors(accelerator, pack):
     value = pack(filled())
     copy = await to_host(value)
     expected = pack(torch.tensor(NEW))
@@ -250,7 +246,7 @@ def leaves(thing):
 
 
 @on_every_loop
-async def test_what_holds_no_device_tensor_is_the_very_same_object(accelerator):
+async def test_to_host_returns_host_only_objects_unchanged(accelerator):
     host, other, text = torch.ones(2), object(), ["text"]
     value = {"host": host, "other": other, "text": text, "device": filled()}
     copy = await to_host(value)
@@ -275,7 +271,7 @@ async def test_to_host_copies_a_shared_container_once(accelerator):
 
 
 @on_every_loop
-async def test_dtype_shape_strides_and_gradients_are_as_cpu_has_them(accelerator):
+async def test_to_host_matches_cpu_in_dtype_shape_strides_and_grad(accelerator):
     given = [
         torch.zeros(0, device=FIRST),
         torch.full((), 3, dtype=torch.int64, device=FIRST),
@@ -296,7 +292,7 @@ async def test_dtype_shape_strides_and_gradients_are_as_cpu_has_them(accelerator
 
 
 @on_every_loop
-async def test_to_host_may_be_cancelled(accelerator, producer):
+async def test_to_host_can_be_cancelled(accelerator, producer):
     before = torch.accelerator.current_stream()
     torch.accelerator.set_stream(producer)
     try:
@@ -333,7 +329,7 @@ async def test_an_adopted_event_completes_when_it_is_reached(accelerator, produc
 
 
 @sources
-def test_an_adopted_event_completes_where_no_loop_runs(accelerator, producer, source_of):
+def test_adopted_event_completes_without_a_running_loop(accelerator, producer, source_of):
     with producer:
         accelerator.sleep(PATIENCE)
     fut = as_future(source_of(producer))
@@ -344,7 +340,7 @@ def test_an_adopted_event_completes_where_no_loop_runs(accelerator, producer, so
     assert done.wait(PATIENCE) == "done"
 
 
-def test_the_thread_that_watches_where_no_loop_runs_ends_with_the_last_event(accelerator, producer):
+def test_watcher_thread_ends_with_the_last_event(accelerator, producer):
     for _ in range(20):
         with producer:
             accelerator.sleep(PATIENCE)
@@ -359,9 +355,7 @@ def watchers():
     return [t for t in threading.enumerate() if t.name == "torchfut_aio watcher"]
 
 
-def test_threads_that_are_first_to_adopt_at_the_same_moment_share_a_thread_that_can_be_ended(
-    accelerator, producer
-):
+def test_threads_adopting_first_at_once_share_a_watcher_thread(accelerator, producer):
     for _ in range(30):
         with producer:
             accelerator.sleep(PATIENCE)
@@ -392,7 +386,7 @@ def test_interrupted_adoption_leaves_nothing_and_harms_no_other(accelerator, pro
         assert not _background._watching.work, strike
 
 
-def test_a_thread_that_cannot_be_started_leaves_no_notification_behind(accelerator, producer):
+def test_failed_thread_start_leaves_no_notification_behind(accelerator, producer):
     blocker = BlockingThread("torchfut_aio blocker")
     with producer:
         accelerator.sleep(PATIENCE)
@@ -423,7 +417,7 @@ async def test_an_adopted_event_that_failed_fails_the_future(accelerator, produc
 
 
 @on_every_loop
-async def test_what_is_reached_already_is_done_at_once(accelerator, producer):
+async def test_adopted_event_that_is_already_reached_is_done(accelerator, producer):
     event = recorded(producer)
     event.synchronize()
     assert as_future(event).done()
@@ -442,7 +436,7 @@ def test_an_adopted_event_completes_even_if_its_loop_has_closed(accelerator, pro
 
 
 @on_every_loop
-async def test_an_adopted_event_may_be_completed_by_somebody_else(accelerator, producer):
+async def test_adopted_event_can_be_completed_by_others(accelerator, producer):
     with producer:
         accelerator.sleep(PATIENCE)
     fut = as_future(producer)
@@ -454,7 +448,7 @@ async def test_an_adopted_event_may_be_completed_by_somebody_else(accelerator, p
 
 
 @pytest.mark.parametrize("blocking", [False, True])
-def test_threads_without_a_loop_may_adopt_at_the_same_time(accelerator, producer, blocking):
+def test_threads_without_a_loop_can_adopt_events_at_once(accelerator, producer, blocking):
     done = []
 
     def adopt():
@@ -479,7 +473,7 @@ def test_threads_without_a_loop_may_adopt_at_the_same_time(accelerator, producer
 
 
 @on_every_loop
-async def test_what_counts_is_what_is_enqueued_at_the_call(accelerator, producer):
+async def test_synchronize_and_to_host_wait_for_work_before_the_call(accelerator, producer):
     with producer:
         waiting, copying = synchronize(producer), to_host(torch.full((2,), 7.0, device=FIRST))
         accelerator.sleep(PATIENCE)
@@ -489,9 +483,7 @@ async def test_what_counts_is_what_is_enqueued_at_the_call(accelerator, producer
 
 
 @on_every_loop
-async def test_a_copy_that_waits_for_one_stream_does_not_hold_up_those_of_others(
-    accelerator, producer, consumer
-):
+async def test_to_host_on_one_stream_does_not_delay_other_streams(accelerator, producer, consumer):
     with producer:
         slow = to_host(being_filled(accelerator))
     with anyio.move_on_after(0.01):
@@ -503,7 +495,7 @@ async def test_a_copy_that_waits_for_one_stream_does_not_hold_up_those_of_others
 
 
 @on_every_loop
-async def test_sparse_tensors_are_copied_too(accelerator):
+async def test_to_host_copies_sparse_tensors(accelerator):
     needs(accelerator, "sparse tensors")
     with torch.sparse.check_sparse_tensor_invariants(False):
         sparse = torch.sparse_coo_tensor([[0, 1], [1, 0]], [3.0, 4.0], (2, 2)).to(FIRST)
@@ -516,7 +508,7 @@ class Unreadable(collections.UserDict):
         raise OSError("the file is closed")
 
 
-def test_a_value_that_cannot_be_read_completes_its_future_all_the_same(accelerator):
+def test_unreadable_value_still_completes_its_future(accelerator):
     fut = Future()
     child = fut.then(lambda f: Unreadable())
     fut.set_result(Unreadable())
@@ -524,9 +516,7 @@ def test_a_value_that_cannot_be_read_completes_its_future_all_the_same(accelerat
 
 
 @simulated_only
-def test_where_the_device_takes_no_events_futures_fail_and_nobody_is_left_waiting(
-    accelerator, producer
-):
+def test_futures_fail_on_a_device_that_refuses_events(accelerator, producer):
     errors, futures = [], [Future() for _ in range(3)]
     done = [Future(), Future()]
     with producer:
@@ -556,7 +546,7 @@ def test_where_the_device_takes_no_events_futures_fail_and_nobody_is_left_waitin
 
 
 @on_every_loop
-async def test_any_number_of_waits_for_a_device_cost_one_thread(accelerator, producer):
+async def test_waits_for_a_device_share_one_thread(accelerator, producer):
     def blockers():
         return [t for t in threading.enumerate() if t.name == "torchfut_aio blocker"]
 
@@ -580,9 +570,7 @@ async def test_any_number_of_waits_for_a_device_cost_one_thread(accelerator, pro
             await anyio.sleep(0.01)
 
 
-def test_waiting_for_an_adopted_event_on_the_loop_that_made_it_does_not_hang(
-    accelerator, nothing_blocks_a_loop
-):
+def test_blocking_wait_for_an_adopted_event_on_its_loop_returns(accelerator, nothing_blocks_a_loop):
     nothing_blocks_a_loop.deactivate()
 
     async def main():

@@ -85,7 +85,7 @@ changed = [way for way in WAYS if way not in ("enable_grad", "no inference_mode"
 
 @on_every_loop
 @in_every_way
-async def test_a_task_keeps_its_state_over_an_await_and_others_keep_theirs(way):
+async def test_task_keeps_its_state_across_an_await(way):
     seen, others = [], []
     ended = anyio.Event()
 
@@ -164,7 +164,7 @@ steps = st.lists(st.sampled_from(["leave", *(w for w in WAYS if "set_" not in w)
 
 
 @given(st.lists(steps, min_size=2, max_size=3), st.lists(st.integers(0, 2), max_size=20))
-def test_tasks_that_take_turns_in_any_order_see_what_they_see_alone(programs, order):
+def test_interleaved_tasks_see_the_same_state_as_alone(programs, order):
     before = state()
     alone = [Program(steps) for steps in programs]
     run_in_turns([program() for program in alone], [])
@@ -175,7 +175,7 @@ def test_tasks_that_take_turns_in_any_order_see_what_they_see_alone(programs, or
 
 
 @on_every_loop
-async def test_it_begins_with_the_state_of_its_first_step_and_ends_with_its_last():
+async def test_task_local_state_starts_with_the_state_of_its_caller():
     async def changes():
         seen.append(torch.is_grad_enabled())
         torch.set_grad_enabled(True)
@@ -189,7 +189,7 @@ async def test_it_begins_with_the_state_of_its_first_step_and_ends_with_its_last
 
 
 @on_every_loop
-async def test_one_may_await_another():
+async def test_task_local_state_functions_can_await_each_other():
     @task_local_state
     async def inner():
         with torch.enable_grad():
@@ -231,7 +231,7 @@ async def test_a_cancelled_task_cleans_up_in_its_own_state():
     assert not torch.is_inference_mode_enabled()
 
 
-def test_a_coroutine_that_is_dropped_or_closed_cleans_up_in_its_own_state():
+def test_dropped_coroutine_cleans_up_in_its_own_state():
     seen = []
 
     @task_local_state
@@ -253,7 +253,7 @@ def test_a_coroutine_that_is_dropped_or_closed_cleans_up_in_its_own_state():
 
 
 @on_every_loop
-async def test_results_and_errors_arrive_as_they_are():
+async def test_task_local_state_returns_results_and_errors_unchanged():
     fut, error = Future(), ValueError("foo")
 
     @task_local_state
@@ -270,7 +270,7 @@ async def test_results_and_errors_arrive_as_they_are():
     assert traceback.extract_tb(error.__traceback__)[-1].name == "own"
 
 
-def test_what_is_sent_and_thrown_arrives():
+def test_task_local_state_passes_on_send_and_throw():
     seen = []
 
     @task_local_state
@@ -290,7 +290,7 @@ def test_what_is_sent_and_thrown_arrives():
     assert (seen, stop.value.value) == (["sent", error], "end")
 
 
-def test_it_is_an_async_function_as_before():
+def test_task_local_state_returns_an_async_function():
     async def own(x: int, *, y: str = "y") -> None:
         """Of mine."""
 
@@ -305,7 +305,7 @@ async def values():
 
 
 @pytest.mark.parametrize("func", [values, values(), len, None], ids=type)
-def test_what_is_no_async_function_is_refused(func):
+def test_task_local_state_refuses_non_async_functions(func):
     with pytest.raises(TypeError, match=r"takes an async function or a coroutine, not .*; between"):
         task_local_state(func)
 
@@ -319,7 +319,7 @@ def ended(coroutine):
 
 @pytest.mark.filterwarnings("ignore:coroutine '.*' was never awaited")
 @pytest.mark.parametrize("ambient", [nullcontext, torch.inference_mode], ids=["plain", "inference"])
-def test_interrupted_steps_leave_the_state_of_the_thread_as_it_was(ambient):
+def test_interrupted_steps_leave_the_thread_state_as_it_was(ambient):
     seen = []
 
     async def own():
@@ -343,7 +343,7 @@ def test_interrupted_steps_leave_the_state_of_the_thread_as_it_was(ambient):
         assert seen == [(not inference, True)]
 
 
-def test_what_was_cast_in_one_state_is_not_used_in_another():
+def test_autocast_cache_is_not_shared_between_states():
     weight = torch.ones(2, 2, requires_grad=True)
 
     async def served():
@@ -364,7 +364,7 @@ def test_what_was_cast_in_one_state_is_not_used_in_another():
 
 @pytest.mark.device
 @on_every_loop
-async def test_a_task_keeps_its_stream_over_an_await_and_others_keep_theirs(accelerator, producer):
+async def test_task_keeps_its_stream_across_an_await(accelerator, producer):
     others, ended = [], anyio.Event()
     fut = Future()
 
@@ -398,7 +398,7 @@ async def test_a_task_keeps_its_stream_over_an_await_and_others_keep_theirs(acce
 @pytest.mark.device
 @several_devices
 @on_every_loop
-async def test_a_task_keeps_its_device_over_an_await_and_others_keep_theirs(accelerator):
+async def test_task_keeps_its_device_across_an_await(accelerator):
     seen, ended = [], anyio.Event()
 
     @task_local_state
@@ -422,7 +422,7 @@ async def test_a_task_keeps_its_device_over_an_await_and_others_keep_theirs(acce
 
 @pytest.mark.device
 @several_devices
-def test_two_tasks_may_be_on_the_same_stream(accelerator, producer):
+def test_two_tasks_can_use_the_same_stream(accelerator, producer):
     try:
         with producer, producer:
             pass
@@ -443,7 +443,7 @@ def test_two_tasks_may_be_on_the_same_stream(accelerator, producer):
 
 @pytest.mark.device
 @several_devices
-def test_a_device_that_is_first_used_in_a_task_gets_no_other_stream_elsewhere(accelerator):
+def test_device_first_used_in_a_task_keeps_its_streams_elsewhere(accelerator):
     if not hasattr(accelerator, "count_contexts"):
         pytest.skip("this device has had its context for long")
     before = current_stream(SECOND)
@@ -472,7 +472,7 @@ def test_a_device_that_is_first_used_in_a_task_gets_no_other_stream_elsewhere(ac
 @pytest.mark.device
 @several_devices
 @pytest.mark.filterwarnings("ignore:coroutine '.*' was never awaited")
-def test_interrupted_steps_leave_devices_and_streams_as_they_were(accelerator):
+def test_interrupted_steps_restore_devices_and_streams(accelerator):
     streams = [torch.Stream(FIRST), torch.Stream(SECOND)]
 
     def seen():
@@ -526,7 +526,7 @@ async def awaited(fut):
 
 @on_every_loop
 @pytest.mark.parametrize("way", changed)
-async def test_an_await_with_another_state_is_warned_of_at_its_line(checked, way):
+async def test_await_with_an_unexpected_state_warns_at_its_line(checked, way):
     async for fut in soon():
         with WAYS[way]():
             with pytest.warns(TaskStateWarning, match="this task awaits with another") as caught:
@@ -539,7 +539,7 @@ async def test_an_await_with_another_state_is_warned_of_at_its_line(checked, way
 
 
 @on_every_loop
-async def test_an_await_with_the_state_that_is_expected_is_not_warned_of(checked):
+async def test_await_with_the_expected_state_does_not_warn(checked):
     async for fut in soon():
         with torch.no_grad():
             set_task_state_checks()  # from now on this one
@@ -547,7 +547,7 @@ async def test_an_await_with_the_state_that_is_expected_is_not_warned_of(checked
 
 
 @on_every_loop
-async def test_a_task_with_a_state_of_its_own_is_not_warned_of(checked):
+async def test_await_in_a_task_with_local_state_does_not_warn(checked):
     async for fut in soon():
         with torch.no_grad():
             fut_in_own = task_local_state(awaited_without_grad(fut))
@@ -560,7 +560,7 @@ async def awaited_without_grad(fut):
 
 
 @on_asyncio
-async def test_a_copy_for_asyncio_is_not_warned_of_where_it_is_made(checked):
+async def test_as_asyncio_does_not_warn(checked):
     async for fut in soon():
         with torch.no_grad():
             copy = fut.as_asyncio()  # nothing is awaited here
@@ -569,7 +569,7 @@ async def test_a_copy_for_asyncio_is_not_warned_of_where_it_is_made(checked):
 
 @pytest.mark.device
 @on_every_loop
-async def test_an_await_that_does_not_suspend_is_not_warned_of(accelerator, checked):
+async def test_await_that_does_not_suspend_does_not_warn(accelerator, checked):
     fut = Future()
     fut.set_result(being_filled(accelerator))
     accelerator.wake()
@@ -581,7 +581,7 @@ async def test_an_await_that_does_not_suspend_is_not_warned_of(accelerator, chec
 @pytest.mark.device
 @several_devices
 @on_every_loop
-async def test_the_warning_names_devices_and_streams(accelerator, producer, checked):
+async def test_task_state_warning_names_devices_and_streams(accelerator, producer, checked):
     async for fut in soon():
         with producer, pytest.warns(TaskStateWarning, match=f"current stream of {FIRST}"):
             await fut
@@ -593,7 +593,7 @@ async def test_the_warning_names_devices_and_streams(accelerator, producer, chec
 
 
 @on_every_loop
-async def test_nothing_is_checked_unless_it_is_asked_for_in_this_thread():
+async def test_task_state_checks_are_enabled_per_thread():
     assert Loop.before_wait is None
     begun, end = threading.Event(), threading.Event()
 

@@ -108,7 +108,7 @@ def pending_futures():
 
 @on_every_loop
 @in_either_group
-async def test_start_soon_gives_a_future_of_the_result(kind):
+async def test_start_soon_returns_a_future_of_the_result(kind):
     async with task_group(kind) as tg:
         futures = [start_soon(tg, double, n) for n in range(10)]
         assert all(type(fut) is Future and not fut.done() for fut in futures)
@@ -117,7 +117,7 @@ async def test_start_soon_gives_a_future_of_the_result(kind):
 
 
 @on_every_loop
-async def test_threads_wait_for_a_task():
+async def test_threads_can_wait_for_a_task():
     release, got = anyio.Event(), []
     async with anyio.create_task_group() as tg:
         fut = start_soon(tg, waits_for, release)
@@ -127,7 +127,7 @@ async def test_threads_wait_for_a_task():
 
 
 @on_every_loop
-async def test_a_callback_chains_with_a_task():
+async def test_then_chains_a_callback_to_a_task():
     async with anyio.create_task_group() as tg:
         child = start_soon(tg, double, 5).then(lambda fut: fut.value() + 1)
         assert await child == 11
@@ -135,7 +135,7 @@ async def test_a_callback_chains_with_a_task():
 
 @on_every_loop
 @in_either_group
-async def test_a_task_is_called_what_its_function_is_or_what_is_given(kind):
+async def test_task_is_named_after_its_function_or_the_name_argument(kind):
     async with task_group(kind) as tg:
         assert await start_soon(tg, own_name) == f"{__name__}.own_name"
         assert await start_soon(tg, own_name, name="mine") == "mine"
@@ -146,7 +146,7 @@ async def test_a_task_is_called_what_its_function_is_or_what_is_given(kind):
 
 @on_every_loop
 @in_either_group
-async def test_an_error_goes_to_the_future_and_the_group_goes_on(kind):
+async def test_task_error_fails_the_future_and_not_the_group(kind):
     release, error = anyio.Event(), Stop()
     async with task_group(kind) as tg:
         other = start_soon(tg, waits_for, release)
@@ -161,7 +161,7 @@ async def test_an_error_goes_to_the_future_and_the_group_goes_on(kind):
 
 @on_every_loop
 @in_either_group
-async def test_the_traceback_of_an_error_begins_in_the_function_and_does_not_grow(kind):
+async def test_traceback_of_a_task_starts_in_its_function(kind):
     async with task_group(kind) as tg:
         fut = start_soon(tg, fails, Stop())
     for _ in range(3):
@@ -174,7 +174,7 @@ async def test_the_traceback_of_an_error_begins_in_the_function_and_does_not_gro
 @on_every_loop
 @in_either_group
 @pytest.mark.parametrize("outcome", ["result", "error", "cancellation"])
-async def test_a_future_goes_without_the_garbage_collector_whatever_its_task_did(kind, outcome):
+async def test_future_of_a_task_is_freed_without_the_collector(kind, outcome):
     with anyio.CancelScope() as scope:
         gc.disable()
         try:
@@ -200,9 +200,7 @@ async def test_a_future_goes_without_the_garbage_collector_whatever_its_task_did
 @each_loop
 @in_either_group
 @pytest.mark.parametrize("kind_of_error", [KeyboardInterrupt, SystemExit])
-def test_what_ends_a_program_does_not_keep_the_future_that_it_went_to(
-    loop, kind, kind_of_error, no_collector
-):
+def test_system_exit_does_not_keep_the_future_of_its_task(loop, kind, kind_of_error, no_collector):
     error = kind_of_error("enough")
     futures = []
 
@@ -220,9 +218,7 @@ def test_what_ends_a_program_does_not_keep_the_future_that_it_went_to(
 @each_loop
 @in_either_group
 @pytest.mark.parametrize("kind_of_error", [KeyboardInterrupt, SystemExit])
-def test_what_ends_a_program_goes_to_the_future_and_out_of_the_group(
-    loop, kind, kind_of_error, collected
-):
+def test_system_exit_fails_the_future_and_leaves_the_group(loop, kind, kind_of_error, collected):
     error = kind_of_error("enough")
     futures = []
 
@@ -248,7 +244,7 @@ def test_what_ends_a_program_goes_to_the_future_and_out_of_the_group(
 
 @on_every_loop
 @in_either_group
-async def test_no_future_of_a_cancelled_group_is_pending_when_it_has_exited(kind):
+async def test_cancelled_group_leaves_no_future_pending(kind):
     cleaned = []
 
     async def cleans_up():
@@ -273,7 +269,7 @@ async def test_no_future_of_a_cancelled_group_is_pending_when_it_has_exited(kind
 
 
 @on_every_loop
-async def test_a_task_that_finishes_although_cancelled_keeps_its_result():
+async def test_shielded_task_keeps_its_result_despite_cancellation():
     async def stubborn():
         with anyio.CancelScope(shield=True):
             await anyio.sleep(0.001)
@@ -289,7 +285,7 @@ async def test_a_task_that_finishes_although_cancelled_keeps_its_result():
 @on_asyncio
 @in_either_group
 @pytest.mark.parametrize("why", [(), ("because",)], ids=["silently", "with a message"])
-async def test_what_is_given_to_asyncios_cancel_is_in_the_error(kind, why):
+async def test_cancelled_error_includes_the_message_of_asyncio_cancel(kind, why):
     async with task_group(kind) as tg:
         fut = start_soon(tg, anyio.sleep_forever, name="sleeper")
         await anyio.wait_all_tasks_blocked()
@@ -301,7 +297,7 @@ async def test_what_is_given_to_asyncios_cancel_is_in_the_error(kind, why):
 
 
 @on_asyncio
-async def test_a_task_cancelled_before_its_first_step_fails_its_future():
+async def test_task_cancelled_before_its_first_step_cancels_its_future():
     async with asyncio.TaskGroup() as tg:
         fut = start_soon(tg, double, 1, name="unstarted")
         [task] = [task for task in asyncio.all_tasks() if task.get_name() == "unstarted"]
@@ -313,7 +309,7 @@ async def test_a_task_cancelled_before_its_first_step_fails_its_future():
 @on_asyncio
 # Of any task of anyio to which that happens, and it is in a cycle.
 @pytest.mark.filterwarnings("ignore:coroutine '_run' was never awaited")
-async def test_a_task_of_anyio_cancelled_before_its_first_step_fails_its_future(collected):
+async def test_unstarted_anyio_task_cancels_its_future(collected):
     async with anyio.create_task_group() as tg:
         fut = start_soon(tg, double, 1, name="unstarted")
         [task] = [task for task in asyncio.all_tasks() if task.get_name() == "unstarted"]
@@ -324,7 +320,7 @@ async def test_a_task_of_anyio_cancelled_before_its_first_step_fails_its_future(
 
 
 @on_asyncio
-async def test_a_task_cancelled_before_its_first_step_may_be_kept_by_others():
+async def test_unstarted_task_kept_by_others_cancels_its_future():
     async with asyncio.TaskGroup() as tg:
         fut = start_soon(tg, double, 1, name="unstarted")
         [kept] = [task for task in asyncio.all_tasks() if task.get_name() == "unstarted"]
@@ -334,7 +330,7 @@ async def test_a_task_cancelled_before_its_first_step_may_be_kept_by_others():
 
 
 @on_asyncio
-async def test_a_group_that_aborts_before_a_tasks_first_step_fails_its_future():
+async def test_group_aborted_before_a_first_step_fails_the_future():
     futures = []
 
     async def abort():
@@ -349,7 +345,7 @@ async def test_a_group_that_aborts_before_a_tasks_first_step_fails_its_future():
 
 @each_asyncio_loop
 @pytest.mark.parametrize("started", [True, False])
-def test_a_loop_that_closes_with_tasks_left_fails_their_futures(new_loop, started):
+def test_closing_a_loop_fails_the_futures_of_remaining_tasks(new_loop, started):
     async def main():
         group = asyncio.TaskGroup()
         await group.__aenter__()  # and nobody ever exits
@@ -384,7 +380,7 @@ def test_a_loop_that_closes_with_tasks_left_fails_their_futures(new_loop, starte
 @on_every_loop
 @in_either_group
 @pytest.mark.parametrize("func", [waits_for, "raises"])
-async def test_a_task_whose_future_somebody_else_completes_goes_on_unheard(kind, func, caplog):
+async def test_task_continues_when_others_complete_its_future(kind, func, caplog):
     release, ended = anyio.Event(), []
 
     async def task():
@@ -407,7 +403,7 @@ async def test_a_task_whose_future_somebody_else_completes_goes_on_unheard(kind,
 
 
 @on_every_loop
-async def test_a_cancelled_task_with_a_group_of_its_own_is_cancelled():
+async def test_cancelled_task_with_an_inner_group_is_cancelled():
     async def in_group():
         async with anyio.create_task_group() as tg:
             tg.start_soon(anyio.sleep_forever)
@@ -420,7 +416,7 @@ async def test_a_cancelled_task_with_a_group_of_its_own_is_cancelled():
     assert fut.cancelled()
 
 
-def test_a_cancelled_task_with_a_nursery_of_its_own_is_cancelled():
+def test_cancelled_task_with_an_inner_nursery_is_cancelled():
     async def in_nursery():
         async with trio.open_nursery() as nursery:
             nursery.start_soon(trio.sleep_forever)
@@ -437,7 +433,7 @@ def test_a_cancelled_task_with_a_nursery_of_its_own_is_cancelled():
 
 
 @on_every_loop
-async def test_a_task_whose_future_somebody_else_completes_may_be_cancelled():
+async def test_task_can_be_cancelled_after_others_complete_its_future():
     async with anyio.create_task_group() as tg:
         fut = start_soon(tg, anyio.sleep_forever)
         await anyio.wait_all_tasks_blocked()
@@ -451,7 +447,7 @@ async def test_a_task_whose_future_somebody_else_completes_may_be_cancelled():
 
 @on_every_loop
 @in_either_group
-async def test_a_coroutine_is_refused_and_closed(kind):
+async def test_start_soon_refuses_and_closes_a_coroutine(kind):
     coroutine = double(1)
     async with task_group(kind) as tg:
         with pytest.raises(TypeError, match="not the coroutine of double"):
@@ -461,7 +457,7 @@ async def test_a_coroutine_is_refused_and_closed(kind):
 
 @on_every_loop
 @in_either_group
-async def test_what_cannot_be_called_is_refused(kind):
+async def test_start_soon_refuses_objects_that_are_not_callable(kind):
     async with task_group(kind) as tg:
         with pytest.raises(TypeError, match="must be an async function, not an int"):
             start_soon(tg, 5)
@@ -473,7 +469,7 @@ def plain(x):
 
 @on_every_loop
 @in_either_group
-async def test_a_function_that_is_not_async_fails_its_future_and_not_the_group(kind):
+async def test_non_async_function_fails_its_future_and_not_the_group(kind):
     async with task_group(kind) as tg:
         fut = start_soon(tg, plain, 5)
         with pytest.raises(TypeError, match=r"plain is not an async function.* returned an int"):
@@ -491,19 +487,19 @@ async def test_wrong_arguments_fail_the_future_and_not_the_group(kind):
 
 
 @pytest.mark.parametrize("group", [None, "a group", object(), asyncio])
-def test_what_is_no_task_group_is_refused(group):
+def test_start_soon_refuses_objects_other_than_task_groups(group):
     with pytest.raises(TypeError, match="takes a task group of anyio"):
         start_soon(group, double, 1)
 
 
-def test_a_call_without_group_or_portal_is_refused_as_that():
+def test_start_soon_without_a_group_or_portal_raises_a_hint():
     with pytest.raises(TypeError, match=r"takes a task group .* BlockingPortal .*, not a function"):
         start_soon(double, 3)
 
 
 @on_every_loop
 @in_either_group
-async def test_a_group_that_has_exited_refuses_and_leaves_no_future_pending(kind):
+async def test_exited_group_refuses_tasks_and_leaves_no_future_pending(kind):
     async with task_group(kind) as tg:
         pass
     before = pending_futures()
@@ -513,7 +509,7 @@ async def test_a_group_that_has_exited_refuses_and_leaves_no_future_pending(kind
 
 
 @on_every_loop
-async def test_a_group_that_was_not_entered_refuses_and_leaves_no_future_pending():
+async def test_anyio_group_not_entered_leaves_no_future_pending():
     before = pending_futures()
     with pytest.raises(RuntimeError, match="not active"):
         start_soon(anyio.create_task_group(), double, 1)
@@ -521,7 +517,7 @@ async def test_a_group_that_was_not_entered_refuses_and_leaves_no_future_pending
 
 
 @on_asyncio
-async def test_asyncios_group_that_was_not_entered_refuses_and_leaves_no_future_pending():
+async def test_asyncio_group_not_entered_leaves_no_future_pending():
     before = pending_futures()
     with pytest.raises(RuntimeError, match="has not been entered"):
         start_soon(asyncio.TaskGroup(), double, 1)
@@ -532,7 +528,7 @@ async def test_asyncios_group_that_was_not_entered_refuses_and_leaves_no_future_
 
 
 @each_loop
-def test_threads_submit_to_a_portal_all_at_once(loop):
+def test_threads_can_submit_to_a_portal_concurrently(loop):
     got = []
     with start_blocking_portal(**loop) as portal:
 
@@ -547,7 +543,7 @@ def test_threads_submit_to_a_portal_all_at_once(loop):
 
 
 @each_loop
-def test_the_error_of_what_was_submitted_is_the_very_one_and_the_portal_goes_on(loop):
+def test_portal_task_error_is_unchanged_and_the_portal_survives(loop):
     error = Stop()
     with start_blocking_portal(**loop) as portal:
         with pytest.raises(Stop) as caught:
@@ -557,14 +553,14 @@ def test_the_error_of_what_was_submitted_is_the_very_one_and_the_portal_goes_on(
 
 
 @each_loop
-def test_what_was_submitted_is_called_what_its_function_is_or_what_is_given(loop):
+def test_portal_task_is_named_after_its_function_or_the_argument(loop):
     with start_blocking_portal(**loop) as portal:
         assert start_soon(portal, own_name).wait(PATIENCE) == f"{__name__}.own_name"
         assert start_soon(portal, own_name, name="mine").wait(PATIENCE) == "mine"
 
 
 @each_loop
-def test_a_portal_that_stops_and_cancels_what_remains_leaves_no_future_pending(loop):
+def test_portal_that_cancels_its_tasks_leaves_no_future_pending(loop):
     with start_blocking_portal(**loop) as portal:
         futures = [start_soon(portal, anyio.sleep_forever) for _ in range(10)]
         portal.call(portal.stop, True)
@@ -572,7 +568,7 @@ def test_a_portal_that_stops_and_cancels_what_remains_leaves_no_future_pending(l
 
 
 @each_loop
-def test_a_portal_that_stops_lets_what_remains_finish(loop):
+def test_stopping_portal_finishes_its_remaining_tasks(loop):
     release = threading.Event()
 
     async def task():
@@ -588,7 +584,7 @@ def test_a_portal_that_stops_lets_what_remains_finish(loop):
 
 
 @each_loop
-def test_a_portal_that_is_not_running_refuses_and_leaves_no_future_pending(loop):
+def test_stopped_portal_refuses_and_leaves_no_future_pending(loop):
     with start_blocking_portal(**loop) as portal:
         pass
     before = pending_futures()
@@ -598,7 +594,7 @@ def test_a_portal_that_is_not_running_refuses_and_leaves_no_future_pending(loop)
 
 
 @each_loop
-def test_a_loop_may_submit_to_itself(loop):
+def test_loop_can_submit_to_its_own_portal(loop):
     with start_blocking_portal(**loop) as portal:
 
         async def main():
@@ -608,9 +604,7 @@ def test_a_loop_may_submit_to_itself(loop):
 
 
 @each_loop
-def test_loops_that_submit_to_each_other_at_once_both_get_their_answers(
-    loop, nothing_blocks_a_loop
-):
+def test_loops_can_submit_to_each_other_at_once(loop, nothing_blocks_a_loop):
     nothing_blocks_a_loop.deactivate()
     both = threading.Barrier(2)
 
@@ -625,9 +619,7 @@ def test_loops_that_submit_to_each_other_at_once_both_get_their_answers(
 
 
 @each_loop
-def test_a_loop_that_stands_still_does_not_hold_up_what_is_submitted_to_another(
-    loop, nothing_blocks_a_loop
-):
+def test_blocked_loop_does_not_delay_calls_to_another_portal(loop, nothing_blocks_a_loop):
     nothing_blocks_a_loop.deactivate()
 
     async def stand_still():
@@ -648,7 +640,7 @@ def test_a_loop_that_stands_still_does_not_hold_up_what_is_submitted_to_another(
 
 
 @each_loop
-def test_what_a_loop_submits_to_a_portal_that_is_not_running_fails(loop):
+def test_submission_from_a_loop_to_a_stopped_portal_fails(loop):
     with start_blocking_portal(**loop) as portal:
         pass
 
@@ -662,7 +654,7 @@ def test_what_a_loop_submits_to_a_portal_that_is_not_running_fails(loop):
 
 
 @each_loop
-def test_what_is_no_async_function_is_refused_with_a_portal_too(loop):
+def test_start_soon_on_a_portal_refuses_non_async_functions(loop):
     coroutine = double(1)
     with start_blocking_portal(**loop) as portal:
         with pytest.raises(TypeError, match="not the coroutine"):
@@ -679,7 +671,7 @@ def test_what_is_no_async_function_is_refused_with_a_portal_too(loop):
 @pytest.mark.parametrize("cancel", [True, False])
 # Of anyio's own, on trio: its group may close between the portal's look and the start.
 @pytest.mark.filterwarnings("ignore:coroutine 'BlockingPortal._call_func' was never awaited")
-def test_every_future_of_a_portal_completes_although_the_portal_stops(loop, cancel):
+def test_futures_of_a_stopping_portal_all_complete(loop, cancel):
     for _ in range(20):
         futures = []
         with start_blocking_portal(**loop) as portal:
@@ -718,7 +710,7 @@ def complete(source, outcome):
 
 
 @each_loop
-def test_a_callback_that_exits_does_not_end_the_loop_that_leaves_a_future_pending(loop):
+def test_callback_raising_system_exit_does_not_end_the_loop(loop):
     async def main():
         fut = as_future(anyio.Future())
         fut.add_done_callback(lambda fut: sys.exit("enough"))
@@ -742,7 +734,7 @@ async def test_a_task_handle_is_adopted():
 
 
 @on_every_loop
-async def test_a_task_handle_that_failed_gives_the_very_error():
+async def test_failed_task_handle_passes_on_its_error_unchanged():
     error = Stop()
     adopted = []
 
@@ -760,7 +752,7 @@ async def test_a_task_handle_that_failed_gives_the_very_error():
 
 
 @on_every_loop
-async def test_a_task_handle_that_was_cancelled_arrives_as_cancelled():
+async def test_cancelled_task_handle_cancels_its_adopted_future():
     async with anyio.create_task_group() as tg:
         handle = tg.start_soon(anyio.sleep_forever)
         fut = as_future(handle)
@@ -772,7 +764,7 @@ async def test_a_task_handle_that_was_cancelled_arrives_as_cancelled():
 
 
 @on_every_loop
-async def test_a_future_of_anyio_is_adopted():
+async def test_anyio_future_is_adopted():
     for outcome, error in [("value", None), (Stop("foo"), Stop), (None, CancelledError)]:
         source = anyio.Future()
         fut = as_future(source)
@@ -789,14 +781,14 @@ async def test_a_future_of_anyio_is_adopted():
 
 
 @on_every_loop
-async def test_what_has_finished_is_adopted_at_once():
+async def test_finished_task_handle_is_adopted_as_done():
     assert as_future(finished("value")).value() == "value"
     assert type(as_future(finished(Stop())).exception()) is Stop
     assert is_cancelled(as_future(finished(None)))
 
 
 @on_every_loop
-async def test_a_pending_source_of_anyio_is_adopted_once():
+async def test_pending_anyio_source_is_adopted_once():
     source = anyio.Future()
     tasks = len(anyio.get_running_tasks())
     fut = as_future(source)
@@ -809,7 +801,7 @@ async def test_a_pending_source_of_anyio_is_adopted_once():
 
 
 @on_every_loop
-async def test_a_source_with_the_identity_of_an_earlier_one_is_not_taken_for_it():
+async def test_source_reusing_an_id_is_not_mistaken_for_an_earlier_one():
     for n in range(100):
         source = anyio.Future()
         fut = as_future(source)
@@ -819,7 +811,7 @@ async def test_a_source_with_the_identity_of_an_earlier_one_is_not_taken_for_it(
 
 
 @on_every_loop
-async def test_a_thread_waits_for_what_anyio_has():
+async def test_thread_can_wait_for_an_adopted_anyio_future():
     source, got = anyio.Future(), []
     fut = as_future(source)
     async with alongside(lambda: got.append(fut.wait(PATIENCE))):
@@ -828,7 +820,7 @@ async def test_a_thread_waits_for_what_anyio_has():
 
 
 @on_every_loop
-async def test_somebody_else_may_complete_what_is_adopted_of_anyio(caplog):
+async def test_adopted_anyio_future_can_be_completed_by_others(caplog):
     source = anyio.Future()
     fut = as_future(source)
     fut.set_result("mine")
@@ -841,7 +833,7 @@ async def test_somebody_else_may_complete_what_is_adopted_of_anyio(caplog):
 @each_loop
 @pytest.mark.parametrize("kind_of_error", [KeyboardInterrupt, SystemExit])
 @pytest.mark.parametrize("function", [fails, fails_at_once])
-def test_a_task_handle_that_ends_the_program_does_so_once(
+def test_task_handle_raising_system_exit_ends_the_program_once(
     loop, kind_of_error, function, no_collector
 ):
     error = kind_of_error("enough")
@@ -858,7 +850,7 @@ def test_a_task_handle_that_ends_the_program_does_so_once(
 
 @each_loop
 @pytest.mark.parametrize("kind_of_error", [KeyboardInterrupt, SystemExit])
-def test_what_ends_a_program_does_not_end_the_loop_because_it_is_adopted(loop, kind_of_error):
+def test_adopting_a_system_exit_does_not_end_the_loop(loop, kind_of_error):
     error = kind_of_error("enough")
 
     async def main():
@@ -872,13 +864,13 @@ def test_what_ends_a_program_does_not_end_the_loop_because_it_is_adopted(loop, k
     assert anyio.run(main, **loop).exception() is error
 
 
-def test_a_pending_source_of_anyio_is_refused_where_no_loop_runs():
+def test_pending_anyio_source_is_refused_without_a_loop():
     with pytest.raises(RuntimeError, match="event loop"):
         as_future(anyio.Future())
 
 
 @each_loop
-def test_a_pending_source_of_anyio_is_refused_in_another_thread(loop):
+def test_pending_anyio_source_is_refused_in_another_thread(loop):
     async def main():
         source = anyio.Future()
         with pytest.raises(RuntimeError, match="event loop"):
@@ -888,7 +880,7 @@ def test_a_pending_source_of_anyio_is_refused_in_another_thread(loop):
 
 
 @each_loop
-def test_a_task_handle_is_refused_where_no_loop_runs(loop):
+def test_task_handle_is_refused_without_a_running_loop(loop):
     handles = []
 
     async def main():
@@ -910,9 +902,7 @@ def test_a_task_handle_is_refused_where_no_loop_runs(loop):
 
 @each_loop
 @pytest.mark.parametrize("started", [True, False])
-def test_what_is_adopted_of_anyio_is_not_pending_when_the_loop_has_ended(
-    loop, started, no_collector
-):
+def test_adopted_anyio_future_is_done_when_its_loop_has_ended(loop, started, no_collector):
     async def main():
         futures = as_future(anyio.Future()), as_future(anyio.Future())
         if started:
@@ -924,7 +914,7 @@ def test_what_is_adopted_of_anyio_is_not_pending_when_the_loop_has_ended(
 
 
 @each_asyncio_loop
-def test_what_is_adopted_of_anyio_is_not_pending_when_the_loop_was_closed(new_loop):
+def test_adopted_anyio_future_is_done_when_its_loop_is_closed(new_loop):
     async def main():
         fut = as_future(anyio.Future())
         await asyncio.sleep(0)
@@ -948,7 +938,7 @@ async def tries(fut, seconds, into):
 
 @on_every_loop
 @in_either_group
-async def test_children_that_move_on_leave_the_future_as_it_was(kind):
+async def test_tasks_that_time_out_leave_the_future_unchanged(kind):
     fut, got = Future(), []
     async with task_group(kind) as tg:
         impatient = [start_soon(tg, tries, fut, 0.001, got) for _ in range(10)]
@@ -962,7 +952,7 @@ async def test_children_that_move_on_leave_the_future_as_it_was(kind):
 
 @on_every_loop
 @in_either_group
-async def test_as_completed_in_a_cancelled_group_leaves_nothing_behind(kind):
+async def test_as_completed_in_a_cancelled_group_leaves_no_callback(kind):
     futures, got = [Future() for _ in range(10)], []
 
     async def consume():
@@ -983,7 +973,7 @@ async def test_as_completed_in_a_cancelled_group_leaves_nothing_behind(kind):
 
 
 @on_every_loop
-async def test_completions_feed_a_memory_object_stream():
+async def test_as_completed_can_feed_a_memory_object_stream():
     futures = [Future() for _ in range(20)]
     send, receive = anyio.create_memory_object_stream(2)
 
@@ -1001,7 +991,7 @@ async def test_completions_feed_a_memory_object_stream():
 
 
 @on_every_loop
-async def test_the_first_error_of_many_tasks_ends_the_wait_for_them_and_not_the_tasks():
+async def test_gather_of_tasks_raises_the_first_error_and_cancels_none():
     release = anyio.Event()
     async with anyio.create_task_group() as tg:
         slow = start_soon(tg, waits_for, release)
@@ -1014,7 +1004,7 @@ async def test_the_first_error_of_many_tasks_ends_the_wait_for_them_and_not_the_
 
 @on_every_loop
 @in_either_group
-async def test_tasks_that_are_cancelled_while_they_finish_complete_their_futures(kind):
+async def test_tasks_cancelled_while_finishing_complete_their_futures(kind):
     for n in range(50):
         with anyio.CancelScope() as scope:
             async with task_group(kind) as tg:

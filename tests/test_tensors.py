@@ -69,7 +69,9 @@ def is_ordered():
 
 
 @pytest.mark.parametrize(("pack", "unpack"), containers + others)
-def test_what_is_searched_orders_streams(accelerator, producer, consumer, pack, unpack):
+def test_tensors_in_searched_containers_order_streams(
+    accelerator, producer, consumer, pack, unpack
+):
     fut = Future()
     with producer:
         fut.set_result(pack(being_filled(accelerator)))
@@ -91,7 +93,7 @@ async def test_to_host_copies_containers_and_dataclasses(accelerator, pack, unpa
 
 
 @on_every_loop
-async def test_a_module_is_no_part_of_a_value(accelerator, producer):
+async def test_modules_are_not_searched_for_tensors(accelerator, producer):
     module = torch.nn.Module()
     with producer:
         module.weight = torch.nn.Parameter(being_filled(accelerator))
@@ -103,7 +105,7 @@ async def test_a_module_is_no_part_of_a_value(accelerator, producer):
     assert not producer.query()
 
 
-def test_a_search_ends_after_a_thousand_parts(accelerator, producer):
+def test_tensor_search_ends_after_a_thousand_parts(accelerator, producer):
     class Counted(list):
         seen = 0
 
@@ -121,7 +123,7 @@ def test_a_search_ends_after_a_thousand_parts(accelerator, producer):
         assert 0 < many.seen + deep.seen <= most
 
 
-def test_a_value_that_is_too_large_to_search_orders_streams(accelerator, producer, consumer):
+def test_value_too_large_to_search_orders_streams(accelerator, producer, consumer):
     fut = Future()
     with producer:
         fut.set_result([*range(5000), being_filled(accelerator)])
@@ -183,7 +185,7 @@ async def test_to_host_keeps_neither_value_nor_copy(accelerator, pack):
 
 @on_every_loop
 @without_collector
-async def test_a_copy_for_concurrent_futures_keeps_no_value(accelerator, producer):
+async def test_as_concurrent_does_not_keep_the_value(accelerator, producer):
     fut = Future()
     with producer:
         tensor = being_filled(accelerator)

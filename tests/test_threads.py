@@ -71,7 +71,7 @@ def submits_beside(worker):
 # ------------------------------------------------------------------------------- work
 
 
-def test_what_is_submitted_is_done_and_the_thread_ends():
+def test_worker_runs_submitted_work_and_its_thread_ends():
     worker = Sets()
     for _ in range(100):
         assert submits(worker).wait(PATIENCE)
@@ -79,7 +79,7 @@ def test_what_is_submitted_is_done_and_the_thread_ends():
     assert worker.work == {}
 
 
-def test_a_thread_that_is_there_does_what_comes_later():
+def test_lingering_thread_runs_later_work():
     worker = Sets(linger=PATIENCE)
     for _ in range(100):
         assert submits(worker).wait(PATIENCE)
@@ -89,7 +89,7 @@ def test_a_thread_that_is_there_does_what_comes_later():
     assert not threads()
 
 
-def test_of_many_threads_that_submit_at_once_each_is_served_and_by_one_thread_at_a_time():
+def test_worker_runs_concurrent_submissions_one_thread_at_a_time():
     worker, events = Sets(), []
     for _ in range(50):
         with running(*[lambda: events.append(submits(worker))] * 6):
@@ -99,7 +99,7 @@ def test_of_many_threads_that_submit_at_once_each_is_served_and_by_one_thread_at
     until(lambda: not threads())
 
 
-def test_finalisers_may_submit_in_the_middle_of_anything():
+def test_finalisers_can_submit_work_at_any_time():
     worker, events = Sets(), []
 
     class Finalised:
@@ -123,7 +123,7 @@ def test_finalisers_may_submit_in_the_middle_of_anything():
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("kind", [ValueError, SystemExit])
-def test_what_ends_the_thread_by_an_error_leaves_the_rest_to_another(kind):
+def test_work_left_by_a_failed_thread_is_run_by_another(kind):
     def fails():
         raise kind
 
@@ -136,7 +136,7 @@ def test_what_ends_the_thread_by_an_error_leaves_the_rest_to_another(kind):
 # --------------------------------------------------------------------- a start that fails
 
 
-def test_a_thread_that_cannot_be_started_is_the_error_of_one_submission():
+def test_failed_thread_start_fails_only_one_submission():
     worker = Sets()
     with no_thread_starts():
         with pytest.raises(RuntimeError, match="can't start new thread"):
@@ -146,7 +146,7 @@ def test_a_thread_that_cannot_be_started_is_the_error_of_one_submission():
     assert submits(worker).wait(PATIENCE)
 
 
-def test_nobody_relies_on_a_thread_that_another_cannot_start(monkeypatch):
+def test_submission_does_not_rely_on_a_failed_thread_start(monkeypatch):
     worker, events = Sets(), []
 
     def start_other_first(thread):
@@ -199,7 +199,7 @@ def test_interrupted_submission_takes_no_other_threads_work_away():
 
 
 @pytest.mark.parametrize("submit", [submits, submits_beside])
-def test_a_submission_in_the_middle_of_another_is_served(submit):
+def test_work_submitted_during_another_submission_is_run(submit):
     for strike in explorer.strikes(_threads, do=lambda: events.append(submit(worker))):
         worker, events = Sets(), []
         with strike:
@@ -211,7 +211,7 @@ def test_a_submission_in_the_middle_of_another_is_served(submit):
 
 
 @pytest.mark.parametrize("linger", [0.0, 0.01])
-def test_a_submission_at_any_step_of_the_thread_is_served(linger):
+def test_work_submitted_at_any_step_of_the_thread_is_run(linger):
     for strike in explorer.strikes(
         _threads, thread=NAME, do=lambda: events.append(submits_beside(worker))
     ):
@@ -236,7 +236,7 @@ def blocked(thread, function=lambda: None):
     return event
 
 
-def test_withdrawing_at_any_step_of_a_blocking_thread_harms_no_other():
+def test_call_withdrawn_from_a_blocking_thread_harms_no_other():
     def withdraw():
         blocking.work.pop(first, None)
 
@@ -296,7 +296,7 @@ def test_call_that_is_found_twice_is_made_once():
     assert called == [1]
 
 
-def test_one_call_serves_all_that_wait_for_it_and_each_gets_its_error():
+def test_blocking_call_is_shared_and_each_waiter_gets_its_error():
     def fails():
         calls.append(len(errors))
         raise ValueError("once")
@@ -317,7 +317,7 @@ def test_one_call_serves_all_that_wait_for_it_and_each_gets_its_error():
 # ------------------------------------------------------------------------------- the end
 
 
-def test_an_end_waits_for_the_thread_and_hands_over_what_is_left():
+def test_end_waits_for_the_thread_and_hands_over_remaining_work():
     worker, release = Sets(), threading.Event()
     began = threading.Event()
     worker.submit(lambda: (began.set(), release.wait(PATIENCE)))
@@ -332,7 +332,7 @@ def test_an_end_waits_for_the_thread_and_hands_over_what_is_left():
     assert not worker.threads()
 
 
-def test_an_end_at_any_point_of_a_submission_does_not_hang_and_loses_nothing():
+def test_end_at_any_step_of_a_submission_loses_no_work():
     for strike in explorer.strikes(_threads, do=lambda: worker.end(PATIENCE)):
         worker = Sets(linger=0.01)
         with strike:
@@ -367,7 +367,7 @@ class Prints(Worker):
 
 
 @pytest.mark.parametrize("survives", [False, True])
-def test_after_a_fork_the_child_does_what_is_pending_if_it_is_to_and_what_it_submits(survives):
+def test_forked_child_runs_inheritable_and_new_work(survives):
     printed = python(f"""
         Prints.survives_fork = {survives}
         worker = Prints(ready=False)
@@ -388,7 +388,7 @@ def test_after_a_fork_the_child_does_what_is_pending_if_it_is_to_and_what_it_sub
     assert printed.split() == ["pending", "new"][not survives :]
 
 
-def test_at_exit_a_daemon_is_ended_or_left_and_another_is_waited_for():
+def test_exit_ends_daemon_threads_and_joins_others():
     printed = python("""
         class Ended(Prints):
             timeout_at_exit = 30
@@ -410,7 +410,7 @@ def test_at_exit_a_daemon_is_ended_or_left_and_another_is_waited_for():
     assert sorted(printed.splitlines()) == ["ended True", "work"]
 
 
-def test_what_is_submitted_while_the_interpreter_exits_is_done_or_refused():
+def test_work_submitted_at_interpreter_exit_is_run_or_refused():
     printed = python("""
         def late():
             try:

@@ -79,7 +79,7 @@ def looked_after(timer):
 # --------------------------------------------------------------------------- outcomes
 
 
-def test_it_completes_as_its_source_does():
+def test_with_timeout_completes_like_its_source():
     value, error = Value(), Stop()
     works, fails = Future(), Future()
     on_time, failed = with_timeout(works, LATER), with_timeout(fails, LATER)
@@ -90,14 +90,14 @@ def test_it_completes_as_its_source_does():
     assert failed.exception() is error
 
 
-def test_it_fails_in_time_and_tells_after_how_many_seconds():
+def test_timeout_error_names_the_number_of_seconds():
     with pytest.raises(
         TimeoutError, match=r"^the future was not done within 0\.015 s; it stays pending$"
     ):
         with_timeout(Future(), 0.015).wait(PATIENCE)
 
 
-def test_it_does_not_fail_before_its_time():
+def test_timeout_does_not_expire_early():
     start = time.monotonic()
     late = with_timeout(Future(), 0.05)
     with pytest.raises(TimeoutError, match="not done"):
@@ -105,7 +105,7 @@ def test_it_does_not_fail_before_its_time():
     assert time.monotonic() - start >= 0.05
 
 
-def test_what_has_timed_out_leaves_its_source_as_it_was():
+def test_expired_timeout_leaves_its_source_unchanged():
     source = Future()
     late = with_timeout(source, SOON)
     until(late.done)
@@ -115,7 +115,7 @@ def test_what_has_timed_out_leaves_its_source_as_it_was():
     assert type(late.exception()) is TimeoutError
 
 
-def test_deadlines_come_in_the_order_of_time():
+def test_deadlines_expire_in_order():
     came, late, between = [], [], {}
     for seconds in (0.2, 0.1, 0.3, 0.15):
         before = time.monotonic()
@@ -134,7 +134,7 @@ def test_an_earlier_deadline_does_not_wait_for_a_later_one(looked_after, timer):
     assert type(late.then(Future.exception).wait(PATIENCE / 2)) is TimeoutError
 
 
-def test_several_timeouts_of_one_source_are_each_their_own():
+def test_timeouts_of_the_same_source_are_independent():
     source = Future()
     early, late = with_timeout(source, SOON), with_timeout(source, LATER)
     until(early.done)
@@ -143,7 +143,7 @@ def test_several_timeouts_of_one_source_are_each_their_own():
     assert late.value() == 5
 
 
-def test_a_timeout_of_a_timeout_ends_with_the_earlier_of_both():
+def test_nested_timeout_expires_at_the_earlier_deadline():
     source = Future()
     outer = with_timeout(with_timeout(source, SOON), LATER)
     with pytest.raises(TimeoutError, match=r"within 0\.001 s"):
@@ -156,7 +156,7 @@ def test_a_timeout_of_a_timeout_ends_with_the_earlier_of_both():
 
 
 @pytest.mark.parametrize("seconds", [0, -1, -math.inf, 0.0, False])
-def test_without_any_time_only_what_is_done_is_in_time(seconds):
+def test_zero_timeout_succeeds_only_for_a_done_source(seconds):
     pending, done, failed = Future(), Future(), Future()
     done.set_result(5)
     failed.set_exception(Stop())
@@ -168,7 +168,7 @@ def test_without_any_time_only_what_is_done_is_in_time(seconds):
 
 
 @pytest.mark.parametrize("seconds", [math.inf, 10**400])
-def test_for_ever_takes_no_thread(seconds):
+def test_infinite_timeout_starts_no_thread(seconds):
     source = Future()
     fut = with_timeout(source, seconds)
     assert not timers()
@@ -176,7 +176,7 @@ def test_for_ever_takes_no_thread(seconds):
     assert fut.value() == 5
 
 
-def test_none_is_no_deadline(timer):
+def test_timeout_of_none_sets_no_deadline(timer):
     source = Future()
     fut = with_timeout(source, None)
     assert not timer.work
@@ -185,7 +185,7 @@ def test_none_is_no_deadline(timer):
 
 
 @pytest.mark.parametrize("seconds", [1e10, 1e300, threading.TIMEOUT_MAX, sys.float_info.max])
-def test_longer_than_a_clock_can_count_is_fine(seconds, timer):
+def test_timeout_longer_than_the_clock_range_is_accepted(seconds, timer):
     source = Future()
     fut = with_timeout(source, seconds)
     until(lambda: timer._wakes_at > threading.TIMEOUT_MAX / 2)
@@ -194,21 +194,21 @@ def test_longer_than_a_clock_can_count_is_fine(seconds, timer):
 
 
 @pytest.mark.parametrize("seconds", ["1", [1], 1j])
-def test_what_is_no_number_of_seconds_is_refused(seconds):
+def test_with_timeout_refuses_an_invalid_number_of_seconds(seconds):
     source = Future()
     with pytest.raises(TypeError, match="seconds"):
         with_timeout(source, seconds)
     assert repr(source) == IDLE
 
 
-def test_nan_is_refused():
+def test_with_timeout_refuses_nan():
     source = Future()
     with pytest.raises(ValueError, match="NaN"):
         with_timeout(source, math.nan)
     assert repr(source) == IDLE
 
 
-def test_what_is_no_future_is_refused():
+def test_with_timeout_refuses_non_futures():
     with pytest.raises(NotAFutureError):
         with_timeout("text", 1)
     with pytest.raises(NotAFutureError):
@@ -227,7 +227,7 @@ def completed_before_its_time(source, value):
         seconds *= 2
 
 
-def test_somebody_else_may_complete_it(caplog):
+def test_future_with_a_timeout_can_be_completed_by_others(caplog):
     source, slow = Future(), Future()
     on_time, late = with_timeout(source, LATER), completed_before_its_time(slow, "mine")
     on_time.set_result("mine")
@@ -238,7 +238,7 @@ def test_somebody_else_may_complete_it(caplog):
     assert not caplog.records
 
 
-def test_it_chains():
+def test_future_with_a_timeout_can_be_chained():
     on_time = with_timeout(Future(), SOON).then(lambda fut: type(fut.exception()).__name__)
     assert on_time.wait(PATIENCE) == "TimeoutError"
 
@@ -247,7 +247,7 @@ def test_it_chains():
 
 
 @pytest.mark.parametrize("kind", [torch.futures.Future, concurrent.futures.Future])
-def test_other_kinds_of_future_are_adopted(kind):
+def test_with_timeout_adopts_other_kinds_of_future(kind):
     source, slow = kind(), kind()
     fut, late = with_timeout(source, LATER), with_timeout(slow, SOON)
     source.set_result(5)
@@ -258,7 +258,7 @@ def test_other_kinds_of_future_are_adopted(kind):
 
 
 @on_asyncio
-async def test_an_asyncio_future_is_adopted():
+async def test_with_timeout_adopts_an_asyncio_future():
     loop = asyncio.get_running_loop()
     source, slow = loop.create_future(), loop.create_future()
     fut, late = with_timeout(source, LATER), with_timeout(slow, SOON)
@@ -270,7 +270,7 @@ async def test_an_asyncio_future_is_adopted():
 
 
 @on_every_loop
-async def test_it_is_awaited_like_any_future():
+async def test_future_with_a_timeout_can_be_awaited():
     source = Future()
     fut, late = with_timeout(source, LATER), with_timeout(Future(), SOON)
     async with alongside(lambda: source.set_result(5)):
@@ -282,7 +282,7 @@ async def test_it_is_awaited_like_any_future():
 @on_every_loop
 @pytest.mark.device
 @pytest.mark.parametrize("when", ["before", "after"])
-async def test_its_value_is_ready_when_that_of_its_source_is(accelerator, producer, when):
+async def test_future_with_a_timeout_is_ready_with_its_source(accelerator, producer, when):
     source = Future()
     if when == "before":
         fut = with_timeout(source, LATER)
@@ -304,7 +304,7 @@ async def test_its_value_is_ready_when_that_of_its_source_is(accelerator, produc
 # ------------------------------------------------------------------------- the thread
 
 
-def test_one_thread_looks_after_any_number_of_timeouts():
+def test_timeouts_share_one_thread():
     sources = [Future() for _ in range(1000)]
     most = []
     for source in sources:
@@ -315,7 +315,7 @@ def test_one_thread_looks_after_any_number_of_timeouts():
         source.set_result(None)
 
 
-def test_one_thread_serves_many_threads_at_once():
+def test_timeouts_set_by_many_threads_share_one_thread():
     serving, most = [], 0
 
     def served(fut):
@@ -345,7 +345,7 @@ def test_one_thread_serves_many_threads_at_once():
     assert most == 1
 
 
-def test_the_thread_ends_when_everything_has_completed():
+def test_timer_thread_ends_when_all_sources_have_completed():
     sources = [Future() for _ in range(10)]
     for source in sources:
         with_timeout(source, LATER)
@@ -355,20 +355,20 @@ def test_the_thread_ends_when_everything_has_completed():
     until(lambda: not timers())
 
 
-def test_the_thread_ends_when_everything_has_timed_out():
+def test_timer_thread_ends_when_all_timeouts_have_expired():
     late = [with_timeout(Future(), SOON) for _ in range(10)]
     until(lambda: not timers())
     assert all(type(fut.exception()) is TimeoutError for fut in late)
 
 
-def test_a_source_that_is_done_takes_no_thread():
+def test_timeout_of_a_done_source_starts_no_thread():
     source = Future()
     source.set_result(5)
     assert with_timeout(source, LATER).value() == 5
     assert not timers()
 
 
-def test_the_thread_comes_and_goes_any_number_of_times(timer):
+def test_timer_thread_can_restart_any_number_of_times(timer):
     for _ in range(200):
         source = Future()
         fut, late = with_timeout(source, LATER), with_timeout(Future(), 1e-6)
@@ -384,7 +384,7 @@ def test_the_thread_comes_and_goes_any_number_of_times(timer):
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, Stop, GeneratorExit])
-def test_what_a_callback_raises_does_not_stop_the_thread(kind, looked_after, caplog):
+def test_raising_callback_does_not_end_the_timer_thread(kind, looked_after, caplog):
     def callback(fut):
         if threading.current_thread() in timers():
             raise kind
@@ -402,7 +402,7 @@ def test_what_a_callback_raises_does_not_stop_the_thread(kind, looked_after, cap
     assert type(with_timeout(Future(), SOON).then(Future.exception).wait(PATIENCE)) is TimeoutError
 
 
-def test_a_source_whose_repr_raises_does_not_stop_the_thread(looked_after):
+def test_raising_repr_does_not_end_the_timer_thread(looked_after):
     class Shy(Future):
         def __repr__(self):
             raise Stop
@@ -413,7 +413,7 @@ def test_a_source_whose_repr_raises_does_not_stop_the_thread(looked_after):
     assert type(shy.exception()) is TimeoutError
 
 
-def test_a_thread_that_cannot_be_started_is_one_timeouts_error():
+def test_failed_timer_thread_start_fails_only_one_timeout():
     source = Future()
     with no_thread_starts():
         with pytest.raises(RuntimeError, match="can't start new thread"):
@@ -422,7 +422,7 @@ def test_a_thread_that_cannot_be_started_is_one_timeouts_error():
     assert type(with_timeout(source, SOON).then(Future.exception).wait(PATIENCE)) is TimeoutError
 
 
-def test_a_thread_that_cannot_be_started_leaves_no_deadline_behind(timer):
+def test_failed_timer_thread_start_leaves_no_deadline_behind(timer):
     with no_thread_starts():
         with pytest.raises(RuntimeError, match="can't start new thread"):
             with_timeout(Future(), LATER)
@@ -430,7 +430,7 @@ def test_a_thread_that_cannot_be_started_leaves_no_deadline_behind(timer):
     assert not timer.new
 
 
-def test_who_relied_on_a_thread_that_cannot_be_started_times_out_or_is_told(monkeypatch):
+def test_concurrent_timeout_expires_or_raises_without_a_thread(monkeypatch):
     outcomes = []
 
     def other():
@@ -482,7 +482,7 @@ def test_interrupted_with_timeout_leaves_nothing_with_its_source(seconds):
         until(lambda: not timers())
 
 
-def test_whoever_is_struck_while_setting_a_timeout_takes_none_away_from_other_threads():
+def test_interrupted_with_timeout_loses_no_other_timeouts():
     def set_another_and_strike():
         with running(lambda: others.append(with_timeout(source, LATER))):
             pass
@@ -499,7 +499,7 @@ def test_whoever_is_struck_while_setting_a_timeout_takes_none_away_from_other_th
         until(lambda: not timers())
 
 
-def test_whoever_is_struck_while_completing_a_source_leaves_no_timeout_pending(timer):
+def test_interrupted_completion_leaves_no_timeout_pending(timer):
     for strike in explorer.strikes(_timeouts, _threads):
         source = Future()
         fut = with_timeout(source, LATER)
@@ -511,7 +511,7 @@ def test_whoever_is_struck_while_completing_a_source_leaves_no_timeout_pending(t
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_thread_that_runs_out_of_memory_at_any_step_leaves_no_future_pending():
+def test_memory_error_in_the_timer_leaves_no_future_pending():
     for strike in explorer.strikes(
         _timeouts, _threads, error=MemoryError, at="calls", thread="torchfut_aio timeouts"
     ):
@@ -524,7 +524,7 @@ def test_a_thread_that_runs_out_of_memory_at_any_step_leaves_no_future_pending()
 
 
 @pytest.mark.parametrize("there_is_a_thread", [False, True])
-def test_a_real_ctrl_c_stops_no_later_timeout(there_is_a_thread):
+def test_real_ctrl_c_does_not_stop_later_timeouts(there_is_a_thread):
     printed = forks.output(f"""
         import logging, signal, sys, time
         from torchfut_aio import Future, _timeouts, with_timeout
@@ -565,7 +565,7 @@ def test_a_real_ctrl_c_stops_no_later_timeout(there_is_a_thread):
 # ----------------------------------------------------------------------------- memory
 
 
-def test_a_completed_timeout_keeps_nothing_alive(looked_after, timer):
+def test_completed_timeout_keeps_no_object_alive(looked_after, timer):
     until(lambda: timer._wakes_at < math.inf)  # the thread sleeps
 
     def completed():
@@ -579,7 +579,7 @@ def test_a_completed_timeout_keeps_nothing_alive(looked_after, timer):
     assert [ref() for ref in refs] == [None] * 3
 
 
-def test_a_timeout_that_is_over_keeps_nothing_alive(looked_after):
+def test_expired_timeout_keeps_no_object_alive(looked_after):
     source = Future()
     late = with_timeout(source, SOON)
     until(late.done)
@@ -593,7 +593,7 @@ def deadlines():
     return sum(type(thing) is _timeouts._Deadline for thing in gc.get_objects())
 
 
-def test_any_number_of_completed_timeouts_do_not_pile_up(looked_after, timer):
+def test_completed_timeouts_do_not_accumulate(looked_after, timer):
     for n in range(20_000):
         source = Future()
         with_timeout(source, LATER)
@@ -603,7 +603,7 @@ def test_any_number_of_completed_timeouts_do_not_pile_up(looked_after, timer):
     assert deadlines() < 4_000
 
 
-def test_the_thread_does_not_keep_what_completed_while_it_slept(looked_after, timer):
+def test_timer_thread_drops_timeouts_completed_while_it_slept(looked_after, timer):
     sources = [Future() for _ in range(5_000)]
     for source in sources:
         with_timeout(source, LATER)
@@ -616,7 +616,7 @@ def test_the_thread_does_not_keep_what_completed_while_it_slept(looked_after, ti
     assert isinstance(late.then(Future.exception).wait(PATIENCE), TimeoutError)
 
 
-def test_a_source_forgotten_by_all_times_out_nevertheless():
+def test_timeout_expires_without_other_references_to_its_source():
     late = with_timeout(Future(), SOON)
     gc.collect()
     with pytest.raises(TimeoutError, match="not done"):
@@ -626,7 +626,7 @@ def test_a_source_forgotten_by_all_times_out_nevertheless():
 # ------------------------------------------------------------------------------ races
 
 
-def test_of_completion_and_expiry_exactly_one_wins():
+def test_exactly_one_of_completion_and_expiry_wins():
     for n in range(300):
         source, ran = Future(), []
         seconds = n % 10 * 2e-5
@@ -643,7 +643,7 @@ def test_of_completion_and_expiry_exactly_one_wins():
         assert ran == [fut]
 
 
-def test_of_many_racing_completions_and_expiries_none_is_lost(timer):
+def test_racing_completions_and_expiries_are_never_lost(timer):
     for _ in range(10):
         sources = [Future() for _ in range(200)]
         futures = [with_timeout(fut, n * 2e-5) for n, fut in enumerate(sources)]
@@ -659,7 +659,7 @@ def test_of_many_racing_completions_and_expiries_none_is_lost(timer):
         assert not timer.work
 
 
-def test_finalisers_may_complete_sources_and_set_timeouts_in_the_middle_of_anything():
+def test_finalisers_can_complete_sources_and_set_timeouts():
     made = []
 
     class Finalised:
@@ -699,7 +699,7 @@ def test_finalisers_may_complete_sources_and_set_timeouts_in_the_middle_of_anyth
 # -------------------------------------------------------------------------- processes
 
 
-def test_the_interpreter_exits_at_once_with_a_timeout_pending():
+def test_interpreter_exits_at_once_with_a_pending_timeout():
     printed = forks.output("""
         import atexit, threading, time
         from torchfut_aio import Future, with_timeout
@@ -710,7 +710,7 @@ def test_the_interpreter_exits_at_once_with_a_timeout_pending():
     assert printed == "['torchfut_aio timeouts']\n"
 
 
-def test_a_forked_child_has_timeouts_of_its_own():
+def test_forked_child_can_set_timeouts():
     printed = forks.output("""
         import os, sys, warnings
         from torchfut_aio import Future, with_timeout
@@ -730,7 +730,7 @@ def test_a_forked_child_has_timeouts_of_its_own():
     assert printed == "not done within 0.01 s; it stays pending\n" * 2
 
 
-def test_a_timeout_that_a_forked_child_inherits_fires_there_too():
+def test_timeout_inherited_by_a_forked_child_expires_there():
     printed = forks.output("""
         import os, warnings
         from torchfut_aio import Future, with_timeout

@@ -18,7 +18,7 @@ from .loops import on_asyncio
 from .threads import PATIENCE, alongside, running, until
 
 
-def test_it_completes_as_its_source_does():
+def test_as_concurrent_completes_like_its_source():
     kept, failed, done = Future(), Future(), Future()
     error, done_error = ValueError("foo"), StopIteration("kept as it is")
     copies = [kept.as_concurrent(), failed.as_concurrent()]
@@ -33,7 +33,7 @@ def test_it_completes_as_its_source_does():
     assert kept.as_concurrent().result(0) == 5
 
 
-def test_functions_of_concurrent_futures_take_it_beside_their_own():
+def test_concurrent_futures_functions_accept_as_concurrent():
     fut = Future()
     with concurrent.futures.ThreadPoolExecutor() as pool:
         both = [fut.as_concurrent(), pool.submit(pow, 2, 10)]
@@ -45,7 +45,7 @@ def test_functions_of_concurrent_futures_take_it_beside_their_own():
 
 
 @pytest.mark.parametrize("function", [concurrent.futures.wait, concurrent.futures.as_completed])
-def test_they_refuse_the_future_itself_with_a_cure(function):
+def test_concurrent_futures_functions_refuse_a_plain_future(function):
     fut = Future()
     with pytest.raises(AttributeError, match=r"pass fut\.as_concurrent\(\)"):
         list(function([fut]))
@@ -53,14 +53,14 @@ def test_they_refuse_the_future_itself_with_a_cure(function):
 
 
 @on_asyncio
-async def test_asyncio_wraps_it():
+async def test_asyncio_wrap_future_accepts_as_concurrent():
     fut = Future()
     wrapped = asyncio.wrap_future(fut.as_concurrent())
     async with alongside(lambda: fut.set_result(5)):
         assert await wrapped == 5
 
 
-def test_it_is_adopted_back():
+def test_as_concurrent_can_be_adopted_back():
     fut = Future()
     back = as_future(fut.as_concurrent())
     fut.set_result(5)
@@ -68,7 +68,7 @@ def test_it_is_adopted_back():
 
 
 @pytest.mark.parametrize("kind", [asyncio.CancelledError, concurrent.futures.CancelledError, None])
-def test_that_of_a_cancelled_future_is_cancelled_and_wakes_who_waits(kind):
+def test_cancelled_future_cancels_its_as_concurrent(kind):
     fut = Future()
     before = fut.as_concurrent()
     with running(lambda: concurrent.futures.wait([before], PATIENCE)):
@@ -78,7 +78,7 @@ def test_that_of_a_cancelled_future_is_cancelled_and_wakes_who_waits(kind):
     assert concurrent.futures.wait([fut.as_concurrent()], PATIENCE).not_done == set()
 
 
-def test_one_that_runs_gets_the_cancellation_as_an_error():
+def test_running_as_concurrent_gets_the_cancellation_as_an_error():
     fut = Future()
     copy = fut.as_concurrent()
     assert copy.set_running_or_notify_cancel()  # from here on, nobody can cancel it
@@ -86,7 +86,7 @@ def test_one_that_runs_gets_the_cancellation_as_an_error():
     assert copy.exception(0) is fut.exception()
 
 
-def test_cancelling_it_leaves_the_future_and_nothing_behind(caplog):
+def test_cancelling_as_concurrent_leaves_the_future_unchanged(caplog):
     fut = Future()
     copy = fut.as_concurrent()
     assert "callbacks=1" in repr(fut)
@@ -98,7 +98,7 @@ def test_cancelling_it_leaves_the_future_and_nothing_behind(caplog):
     assert not caplog.records
 
 
-def test_of_a_completion_and_a_cancellation_one_wins(caplog):
+def test_exactly_one_of_completion_and_cancellation_wins(caplog):
     for _ in range(300):
         fut = Future()
         copy = fut.as_concurrent()
@@ -113,7 +113,7 @@ def test_of_a_completion_and_a_cancellation_one_wins(caplog):
 
 @pytest.mark.usefixtures("no_collector")
 @pytest.mark.parametrize("cancelled", [True, False])
-def test_when_it_is_done_neither_keeps_the_other(cancelled):
+def test_done_future_and_as_concurrent_do_not_keep_each_other(cancelled):
     class Value:
         pass
 
@@ -130,7 +130,7 @@ def test_when_it_is_done_neither_keeps_the_other(cancelled):
     assert value_gone() is None
 
 
-def test_a_pending_one_that_all_forget_is_collected():
+def test_pending_as_concurrent_without_references_is_collected():
     fut = Future()
     gone = weakref.ref(fut.as_concurrent())
     fut_gone = weakref.ref(fut)
@@ -145,7 +145,7 @@ def test_a_pending_one_that_all_forget_is_collected():
 
 @pytest.mark.device
 @told_or_not
-def test_it_completes_when_the_kernels_are_done(accelerator, producer, devices):
+def test_as_concurrent_completes_when_the_kernels_are_done(accelerator, producer, devices):
     fut = Future(devices=devices)
     copy = fut.as_concurrent()
     with producer:
@@ -159,7 +159,7 @@ def test_it_completes_when_the_kernels_are_done(accelerator, producer, devices):
 @pytest.mark.device
 @pytest.mark.several_devices
 @pytest.mark.parametrize("devices", [(FIRST, SECOND), (SECOND, FIRST)])
-def test_it_completes_when_the_kernels_on_every_device_are_done(accelerator, devices):
+def test_as_concurrent_waits_for_the_kernels_of_every_device(accelerator, devices):
     fut = Future()
     early = being_filled(accelerator, devices[0])
     accelerator.wake()
@@ -172,7 +172,7 @@ def test_it_completes_when_the_kernels_on_every_device_are_done(accelerator, dev
 
 @pytest.mark.device
 @pytest.mark.usefixtures("accelerator")
-def test_a_kernel_that_fails_is_its_error(accelerator, producer):
+def test_as_concurrent_raises_the_error_of_a_failed_kernel(accelerator, producer):
     fut = Future()
     with producer:
         value = being_filled(accelerator)
@@ -185,7 +185,7 @@ def test_a_kernel_that_fails_is_its_error(accelerator, producer):
 
 
 @pytest.mark.device
-def test_cancelling_it_while_kernels_run_wakes_who_waits(accelerator, producer):
+def test_cancelling_as_concurrent_during_kernels_wakes_waiters(accelerator, producer):
     fut = completed_on(producer, accelerator, None)
     copy = fut.as_concurrent()
     assert copy.cancel()
@@ -199,7 +199,7 @@ def test_cancelling_it_while_kernels_run_wakes_who_waits(accelerator, producer):
 
 
 @pytest.mark.parametrize(("error", "at"), [(KeyboardInterrupt, "signals"), (MemoryError, "calls")])
-def test_an_interrupt_of_the_completion_leaves_no_copy_pending(error, at):
+def test_interrupted_completion_leaves_no_as_concurrent_pending(error, at):
     for strike in strikes(_to_stdlib, _core, error=error, at=at):
         fut = Future()
         copy, other = fut.as_concurrent(), fut.then(lambda f: f.value())

@@ -29,7 +29,7 @@ def test_the_cpp_future_is_complete_when_the_setter_returns():
     assert caught.value is failed.exception()
 
 
-def test_torchs_collect_all_takes_ours():
+def test_torch_collect_all_accepts_our_futures():
     ours, plain = Future(), torch.futures.Future()
     combined = torch.futures.collect_all([ours, plain])
     seen = []
@@ -40,14 +40,14 @@ def test_torchs_collect_all_takes_ours():
     assert torch.futures.wait_all([ours, plain]) == [1, 2]
 
 
-def test_torchs_wait_all_raises_the_error_of_ours():
+def test_torch_wait_all_raises_the_error_of_our_future():
     ours = Future()
     ours.set_exception(KeyError("foo"))
     with pytest.raises(KeyError, match="foo"):
         torch.futures.wait_all([ours])
 
 
-def test_an_error_that_only_torch_still_holds_keeps_its_type_and_text():
+def test_error_held_only_by_torch_keeps_its_type_and_text():
     ours = Future()
     combined = torch.futures.collect_all([ours])
     ours.set_exception(KeyError("foo"))
@@ -58,7 +58,7 @@ def test_an_error_that_only_torch_still_holds_keeps_its_type_and_text():
         combined.wait()
 
 
-def test_a_callback_of_a_torch_consumer_may_read_the_future_and_wait_for_others_who_do():
+def test_torch_consumer_callback_can_read_the_future():
     ours = Future()
     woken = threading.Event()
     seen = []
@@ -80,7 +80,7 @@ def test_a_callback_of_a_torch_consumer_may_read_the_future_and_wait_for_others_
     assert seen == [5, "inline", True]
 
 
-def test_a_ddp_communication_hook_may_return_ours(group_of_one):
+def test_ddp_communication_hook_can_return_our_future(group_of_one):
     torch.manual_seed(0)
     model = torch.nn.Linear(4, 2)
     ddp = torch.nn.parallel.DistributedDataParallel(model)
@@ -108,7 +108,7 @@ def test_a_ddp_communication_hook_may_return_ours(group_of_one):
 
 
 @pytest.mark.usefixtures("tensorpipe")
-def test_the_error_of_an_rpc_that_returns_ours_is_raised_at_its_caller(tmp_path):
+def test_error_of_our_future_returned_by_rpc_reaches_the_caller(tmp_path):
     program = f"""
 import torch.distributed.rpc as rpc
 from torchfut_aio import Future

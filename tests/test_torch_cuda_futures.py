@@ -84,7 +84,7 @@ def on(thing):
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 @pytest.mark.parametrize("name", NAMES)
-def test_torchs_own_test_passes(accelerator, name):
+def test_torch_cuda_future_test_passes(accelerator, name):
     if accelerator.device_count() < gpus(name):
         pytest.skip("this machine has fewer accelerators")
     if "sparse" in name:
@@ -102,5 +102,5 @@ def test_torchs_own_test_passes(accelerator, name):
         getattr(case(accelerator), name)()
 
 
-def test_there_are_such_tests():
+def test_torch_has_cuda_future_tests():
     assert len(NAMES) >= 13

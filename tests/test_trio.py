@@ -39,7 +39,7 @@ def test_an_await_is_always_a_checkpoint(outcome):
     trio.run(main)
 
 
-def test_a_pending_future_is_a_checkpoint_too():
+def test_await_of_a_pending_future_is_a_checkpoint():
     async def main():
         fut = Future()
         async with trio.open_nursery() as nursery:
@@ -53,7 +53,7 @@ def test_a_pending_future_is_a_checkpoint_too():
     trio.run(main)
 
 
-def test_a_completion_on_trios_own_thread_does_not_go_through_its_pipe(monkeypatch):
+def test_completion_in_the_trio_thread_skips_run_sync_soon(monkeypatch):
     calls = []
 
     async def main():
@@ -105,7 +105,7 @@ def run_as_guest(main):
     return asyncio.run(host())
 
 
-def test_a_guests_task_is_trios_and_its_hosts_task_is_asyncios():
+def test_guest_and_host_tasks_await_on_their_own_loops():
     fut, from_host, from_guest = Future(), Future(), Future()
 
     async def main():
@@ -146,7 +146,7 @@ async def awaited_late(wrap=lambda fut: fut):
 
 
 @pytest.mark.parametrize("wrap", [lambda fut: fut, asyncio.ensure_future], ids=["plain", "task"])
-def test_an_asyncio_loop_that_a_trio_task_runs_awaits_as_asyncio(wrap):
+def test_asyncio_loop_run_by_a_trio_task_awaits_as_asyncio(wrap):
     async def main():
         inner = asyncio.run(awaited_late(wrap))
         return inner, await awaited_late()
@@ -162,7 +162,7 @@ def test_a_trio_run_within_an_asyncio_task_awaits_as_trio():
     assert asyncio.run(main()) == ("late", "late")
 
 
-def test_loops_nested_to_any_depth_await_each_on_their_own():
+def test_nested_loops_await_independently_at_any_depth():
     async def on_trio(depth):
         got = [await awaited_late()]
         return got + (asyncio.run(on_asyncio(depth - 1)) if depth else [])
@@ -177,7 +177,7 @@ def test_loops_nested_to_any_depth_await_each_on_their_own():
         trio.run(on_trio, 2)
 
 
-def test_a_signal_handler_may_complete_what_trio_awaits():
+def test_signal_handler_can_complete_a_future_awaited_on_trio():
     fut = Future()
     before = signal.signal(signal.SIGUSR1, lambda *args: fut.set_result("signal"))
     try:

@@ -62,6 +62,6 @@ def test_pyright_accepts_typical_code(tmp_path):
     checked("basedpyright", "--pythonpath", sys.executable, "--project", str(config))
 
 
-def test_pyright_knows_the_type_of_all_that_is_public():
+def test_pyright_knows_the_type_of_every_public_name():
     told = checked("basedpyright", "--verifytypes", "torchfut_aio", "--ignoreexternal")
     assert "Type completeness score: 100%" in told

@@ -56,12 +56,12 @@ def left_by_an_earlier_test():
     cycle.append(cycle)
 
 
-def test_a_test_sees_no_log_of_an_earlier_one(left_by_an_earlier_test, caplog):
+def test_error_log_is_empty_at_the_start_of_a_test(left_by_an_earlier_test, caplog):
     gc.collect()
     assert not caplog.records
 
 
-def test_an_error_that_nobody_retrieves_is_logged_with_its_traceback(logged):
+def test_unretrieved_error_is_logged_with_its_traceback(logged):
     fut = Future()
     try:
         raise ValueError("foo")
@@ -73,7 +73,7 @@ def test_an_error_that_nobody_retrieves_is_logged_with_its_traceback(logged):
     assert error.__traceback__ is not None
 
 
-def test_so_is_one_that_says_it_is_a_cancellation(logged):
+def test_unretrieved_error_posing_as_a_cancellation_is_logged(logged):
     class Odd(Exception):
         __class__ = asyncio.CancelledError
 
@@ -83,7 +83,7 @@ def test_so_is_one_that_says_it_is_a_cancellation(logged):
     assert [type(error) for error in logged()] == [Odd]
 
 
-def test_so_is_that_of_a_child_whose_callback_raised(logged):
+def test_unretrieved_error_of_a_raising_callback_is_logged(logged):
     fut = Future()
     fut.then(lambda _: 1 / 0)
     fut.set_result(1)
@@ -91,7 +91,7 @@ def test_so_is_that_of_a_child_whose_callback_raised(logged):
     assert isinstance(error.__cause__, ZeroDivisionError)
 
 
-def test_so_is_that_of_an_adopted_future(logged):
+def test_unretrieved_error_of_an_adopted_future_is_logged(logged):
     source = concurrent.futures.Future()
     adopted = as_future(source)
     source.set_exception(ValueError("foo"))
@@ -100,7 +100,7 @@ def test_so_is_that_of_an_adopted_future(logged):
     assert str(error) == "foo"
 
 
-def test_so_is_that_of_a_task_and_only_once(logged):
+def test_unretrieved_error_of_a_task_is_logged_once(logged):
     async def bad():
         raise ValueError("foo")
 
@@ -113,7 +113,7 @@ def test_so_is_that_of_a_task_and_only_once(logged):
     assert str(error) == "foo"
 
 
-def test_a_chain_logs_the_error_of_its_end_only(logged):
+def test_chain_logs_only_the_error_of_its_last_future(logged):
     fut = Future()
     fut.then(lambda f: f.value()).then(lambda f: f.value())
     fut.set_exception(ValueError("foo"))
@@ -174,13 +174,13 @@ RETRIEVALS = [
 
 
 @pytest.mark.parametrize("retrieve", RETRIEVALS)
-def test_an_error_that_somebody_retrieved_is_not_logged(retrieve, logged):
+def test_retrieved_error_is_not_logged(retrieve, logged):
     retrieve(failed())
     assert logged() == []
 
 
 @on_every_loop
-async def test_an_error_that_a_task_gets_is_not_logged(logged):
+async def test_error_raised_in_a_task_is_not_logged(logged):
     with pytest.raises(ValueError, match="foo"):
         await failed()
     assert logged() == []
@@ -188,7 +188,7 @@ async def test_an_error_that_a_task_gets_is_not_logged(logged):
 
 @pytest.mark.parametrize("combine", [collect_all, gather])
 @pytest.mark.parametrize("retrieved", [True, False])
-def test_of_several_that_fail_together_one_error_is_enough(combine, retrieved, logged):
+def test_combined_failures_log_or_retrieve_a_single_error(combine, retrieved, logged):
     futures = [Future() for _ in range(9)]
     combined = combine(futures)
     for fut in futures:
@@ -199,7 +199,7 @@ def test_of_several_that_fail_together_one_error_is_enough(combine, retrieved, l
     assert len(logged()) == (not retrieved)
 
 
-def test_an_error_that_is_retrieved_from_a_part_is_not_logged_of_the_whole(logged):
+def test_error_retrieved_from_a_part_is_not_logged_for_the_whole(logged):
     futures = [failed(), failed()]
     combined = [collect_all(futures), gather(futures), with_timeout(futures[0], PATIENCE)]
     assert [str(fut.exception()) for fut in futures] == ["foo"] * 2
@@ -207,7 +207,7 @@ def test_an_error_that_is_retrieved_from_a_part_is_not_logged_of_the_whole(logge
     assert logged() == []
 
 
-def test_a_refused_error_is_not_logged_as_its_setter_has_it(logged):
+def test_error_refused_by_a_done_future_is_not_logged(logged):
     fut = Future()
     fut.set_result(5)
     with pytest.raises(InvalidStateError):
@@ -221,17 +221,17 @@ def test_a_cancellation_is_not_logged(kind, logged):
     assert logged() == []
 
 
-def test_showing_a_future_does_not_retrieve_its_error(logged):
+def test_repr_does_not_retrieve_the_error(logged):
     assert "foo" in repr(failed())
     assert len(logged()) == 1
 
 
-def test_a_logger_of_its_own_switches_it_off(logged, caplog):
+def test_unretrieved_error_log_can_be_disabled_by_its_logger(logged, caplog):
     caplog.set_level(logging.CRITICAL, LOGGER)
     failed()
     assert logged() == []
 
 
-def test_nothing_is_logged_while_the_interpreter_exits():
+def test_unretrieved_error_is_not_logged_at_interpreter_exit():
     program = "import torchfut_aio; f = torchfut_aio.Future(); f.set_exception(ValueError())"
     assert forks.output(program) == ""

@@ -136,7 +136,7 @@ async def test_many_values_at_once_wake_as_many_readers(wakes):
 
 
 @on_every_loop
-async def test_one_of_each_kind_is_woken(wakes):
+async def test_values_wake_one_reader_of_each_kind(wakes):
     stream, counts, got = ValueStream(), wakes(), []
     listener, values = aiter(stream), iter(stream)
 
@@ -166,7 +166,7 @@ async def test_one_of_each_kind_is_woken(wakes):
 
 
 @on_every_loop
-async def test_a_reader_cancelled_when_woken_hands_the_value_on():
+async def test_reader_cancelled_when_woken_passes_the_value_on():
     stream, got = ValueStream(), []
     listener = aiter(stream)
 
@@ -188,7 +188,7 @@ async def test_a_reader_cancelled_when_woken_hands_the_value_on():
 
 
 @on_every_loop
-async def test_a_writer_cancelled_when_woken_hands_the_room_on():
+async def test_writer_cancelled_when_woken_passes_the_room_on():
     stream, sent = full("first"), []
     values = aiter(stream)
 
@@ -315,7 +315,7 @@ def test_an_event_interrupted_at_any_step_loses_no_waiter(kind, number):
 
 
 @pairs
-def test_an_event_at_any_step_of_joining_is_not_missed(kind):
+def test_waiter_being_added_at_any_step_is_woken(kind):
     for strike in strikes(*MODULES, do=lambda: pair.event()):
         pair = Pair(kind, number=1)
         pair.event()
@@ -347,7 +347,7 @@ threads_read = pytest.mark.parametrize("how", [read_by_next, read_by_get])
 
 
 @threads_read
-def test_an_event_at_any_step_of_a_thread_that_joins_is_not_missed(how):
+def test_thread_starting_to_wait_at_any_step_is_woken(how):
     for strike in strikes(*MODULES, thread="struck", do=lambda: stream.put(1)):
         stream, got = ValueStream(), []
         read = how(stream)
@@ -394,7 +394,7 @@ def test_a_thread_interrupted_at_any_step_leaves_no_other_asleep(how):
         assert not stream._state.readers.waiting
 
 
-def test_a_value_that_is_put_back_wakes_a_reader_that_has_looked():
+def test_value_put_back_wakes_a_reader_about_to_wait():
     class Writer:
         gone, calls = False, 0
 
@@ -436,7 +436,7 @@ def waiting_on_a_loop(listener, got, number):
 
 
 @pytest.mark.parametrize("closes", ["before", "after", "never"])
-def test_a_loop_that_stands_still_takes_no_value_from_others(closes):
+def test_blocked_loop_takes_no_value_from_others(closes):
     stream, got = ValueStream(), []
     listener = aiter(stream)
     still, tasks = waiting_on_a_loop(listener, [], 3)
@@ -457,7 +457,7 @@ def test_a_loop_that_stands_still_takes_no_value_from_others(closes):
         assert nothing_left(stream)
 
 
-def test_a_loop_that_has_closed_is_not_kept(no_collector):
+def test_stream_does_not_keep_a_closed_loop(no_collector):
     stream, seen = ValueStream(), []
     listener = aiter(stream)
     for _ in range(3):
@@ -472,7 +472,7 @@ def test_a_loop_that_has_closed_is_not_kept(no_collector):
     assert [ref() for ref in seen] == [None] * 3
 
 
-def test_a_stream_of_many_loops_keeps_none_of_them():
+def test_stream_used_by_many_loops_keeps_none_of_them():
     stream, got = ValueStream(), []
     listener = aiter(stream)
 
@@ -490,7 +490,7 @@ def test_a_stream_of_many_loops_keeps_none_of_them():
         assert nothing_left(stream)
 
 
-def test_a_waiter_that_joins_a_line_that_goes_is_in_one_or_woken():
+def test_waiter_joining_a_removed_line_is_in_a_line_or_woken():
     # A line is removed when it is empty; here one joins just before, or just after.
     for strike in strikes(_waiters, do=lambda: waiters.line_up("late", waker)):
         waiters, waker = _waiters.Waiters(), Waker()
@@ -504,7 +504,7 @@ def test_a_waiter_that_joins_a_line_that_goes_is_in_one_or_woken():
         assert strike.where is None or in_line or waker.woken == ["late"]
 
 
-def test_a_line_that_goes_while_a_waiter_joins_is_replaced():
+def test_line_removed_while_a_waiter_joins_is_replaced():
     for strike in strikes(_waiters, do=lambda: waiters.leave_line("early", waker)):
         waiters, waker = _waiters.Waiters(), Waker()
         waiters.line_up("early", waker)
@@ -523,7 +523,7 @@ class Waker:
         self.woken.append(waiter)
 
 
-def test_a_signal_handler_that_blocks_is_woken_before_what_it_interrupts():
+def test_blocked_signal_handler_wakes_before_the_interrupted_put():
     stream, begun, handled = full("first"), [], []
 
     def handler(*_):

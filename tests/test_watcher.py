@@ -63,9 +63,7 @@ def open_files():
 
 
 @on_every_loop
-async def test_nothing_pending_is_nothing_scheduled_and_not_one_query(
-    accelerator, producer, collected
-):
+async def test_idle_watcher_schedules_no_timer_and_no_query(accelerator, producer, collected):
     collected()  # the files of earlier tests' loops, which would be closed meanwhile
     before = registered_with_the_loop()
     for _ in range(3):
@@ -83,7 +81,7 @@ async def test_nothing_pending_is_nothing_scheduled_and_not_one_query(
 
 
 @on_every_loop
-async def test_a_poll_is_one_query_a_stream_however_many_wait(accelerator):
+async def test_poll_makes_one_query_per_stream(accelerator):
     streams = [torch.Stream(FIRST) for _ in range(4)]
     futures = []
     for n in range(1000):
@@ -115,9 +113,7 @@ async def test_a_poll_is_one_query_a_stream_however_many_wait(accelerator):
 
 
 @on_every_loop
-async def test_events_are_neither_created_nor_destroyed_in_the_steady_state(
-    accelerator, producer, consumer
-):
+async def test_events_are_reused_in_the_steady_state(accelerator, producer, consumer):
     async def rounds(count):
         for _ in range(count):
             for stream in (producer, consumer):
@@ -139,7 +135,7 @@ async def test_events_are_neither_created_nor_destroyed_in_the_steady_state(
     assert counted["events_created"] == counted["events_destroyed"] == 0
 
 
-def test_events_that_are_reached_are_reused(accelerator, producer):
+def test_reached_events_are_reused(accelerator, producer):
     first = record_event(producer)
     event = first.event
     first.synchronize()
@@ -149,7 +145,7 @@ def test_events_that_are_reached_are_reused(accelerator, producer):
     assert len({id(recorded.event) for recorded in again}) == 3
 
 
-def test_an_event_that_was_given_up_is_not_recorded_again(accelerator, producer):
+def test_abandoned_event_is_not_recorded_again(accelerator, producer):
     """It would tell of both places on some devices: openreg's is done at the first."""
     with producer:
         accelerator.sleep(PATIENCE)
@@ -162,7 +158,7 @@ def test_an_event_that_was_given_up_is_not_recorded_again(accelerator, producer)
 
 
 @on_every_loop
-async def test_an_event_that_a_thread_blocks_for_is_not_recorded_again(
+async def test_event_that_a_thread_waits_for_is_not_recorded_again(
     accelerator, producer, blocking_policy
 ):
     with producer:
@@ -179,7 +175,7 @@ async def test_an_event_that_a_thread_blocks_for_is_not_recorded_again(
 
 
 @on_every_loop
-async def test_a_loop_learns_how_long_waits_on_a_stream_take(accelerator, producer):
+async def test_loop_learns_the_duration_of_waits_on_a_stream(accelerator, producer):
     least, most = [], []
     with anyio.fail_after(PATIENCE):
         while len(most) < 20:
@@ -200,7 +196,7 @@ async def test_a_loop_learns_how_long_waits_on_a_stream_take(accelerator, produc
     assert min(least) < interval < max(most)
 
 
-def test_statistics_outside_of_a_loop_are_those_of_all_loops(accelerator, producer):
+def test_statistics_outside_a_loop_cover_all_loops(accelerator, producer):
     async def main():
         with producer:
             accelerator.sleep(0.001)
@@ -276,9 +272,7 @@ class Loop:
 
 
 @given(st.permutations(range(30)), st.lists(st.integers(0, 29), min_size=1, max_size=6))
-def test_whatever_the_order_of_the_waits_those_that_are_reached_are_notified_and_no_others(
-    order, times
-):
+def test_exactly_the_reached_waits_are_notified_in_any_order(order, times):
     clock, notified = Clock(), set()
     watcher = Watcher(Loop(), AlwaysDue)
     for n in order:
@@ -293,7 +287,7 @@ def test_whatever_the_order_of_the_waits_those_that_are_reached_are_notified_and
 
 
 @given(st.data())
-def test_events_recorded_by_two_threads_at_once_are_each_asked_for_themselves(data):
+def test_events_recorded_concurrently_are_queried_separately(data):
     # The times of recording overlap, and the stream may have got the events in either order.
     spans = data.draw(
         st.lists(st.tuples(st.integers(0, 20), st.integers(1, 8)), min_size=1, max_size=12)
@@ -317,7 +311,7 @@ def test_events_recorded_by_two_threads_at_once_are_each_asked_for_themselves(da
 
 
 @pytest.mark.parametrize("seconds", [0.001, 0.004, 0.02])
-def test_a_loop_that_has_learned_polls_less_and_is_late_by_little(monkeypatch, seconds):
+def test_trained_loop_polls_less_and_is_barely_late(monkeypatch, seconds):
     clock, alarm, now = Clock(), Loop(), 100.0
     monkeypatch.setattr(_watcher, "monotonic", lambda: now)
     watcher = Watcher(alarm)
@@ -342,7 +336,7 @@ def test_a_loop_that_has_learned_polls_less_and_is_late_by_little(monkeypatch, s
 
 
 @on_every_loop
-async def test_the_blocking_policy_polls_nothing_and_its_threads_end(
+async def test_blocking_policy_never_polls_and_its_threads_end(
     accelerator, producer, blocking_policy
 ):
     def blockers():
@@ -364,7 +358,7 @@ async def test_the_blocking_policy_polls_nothing_and_its_threads_end(
 
 
 @on_every_loop
-async def test_the_blocking_policy_tells_of_failed_kernels_and_lets_go_of_cancelled_waits(
+async def test_blocking_policy_raises_errors_and_drops_cancelled_waits(
     accelerator, producer, blocking_policy
 ):
     with producer:
@@ -383,7 +377,7 @@ async def test_the_blocking_policy_tells_of_failed_kernels_and_lets_go_of_cancel
 
 
 @on_every_loop
-async def test_a_policy_may_be_set_while_waits_are_pending(accelerator, producer, consumer):
+async def test_policy_can_be_set_while_waits_are_pending(accelerator, producer, consumer):
     default = set_poll_policy(PollPolicy(blocking=True))
     try:
         blocked, other = (completed_on(s, accelerator, None) for s in (producer, consumer))
@@ -403,9 +397,7 @@ async def test_a_policy_may_be_set_while_waits_are_pending(accelerator, producer
 
 
 @on_every_loop
-async def test_where_there_is_no_timerfd_the_timers_of_the_loop_serve(
-    accelerator, producer, monkeypatch
-):
+async def test_timers_of_the_loop_replace_a_missing_timerfd(accelerator, producer, monkeypatch):
     monkeypatch.setattr(_alarm, "new_timer", lambda: None)
     for _ in range(3):
         fut = completed_on(producer, accelerator, None)
@@ -424,7 +416,7 @@ async def test_where_there_is_no_timerfd_the_timers_of_the_loop_serve(
 
 
 @on_asyncio
-async def test_the_context_of_who_waits_first_is_not_kept(accelerator, producer):
+async def test_watcher_does_not_keep_the_context_of_the_first_waiter(accelerator, producer):
     import contextvars
     import weakref
 
@@ -457,7 +449,7 @@ async def _read(fut):
 
 
 @pytest.mark.parametrize("factory", ["asyncio", "uvloop"])
-def test_loops_that_close_with_waits_pending_leave_no_file_behind(
+def test_loops_closed_with_pending_waits_leave_no_file_open(
     accelerator, producer, factory, collected
 ):
     import uvloop
@@ -555,7 +547,7 @@ def test_an_interpreter_exits_with_kernels_pending(accelerator, body):
 
 
 @pytest.mark.skipif(DEVICE != "sim", reason="CUDA does not survive a fork")
-def test_a_forked_child_is_not_troubled_by_what_its_parent_waits_for(accelerator):
+def test_forked_child_is_not_affected_by_waits_of_its_parent(accelerator):
     told = program_ends("""
 stream = kernels()
 adopted = as_future(stream)
@@ -595,7 +587,7 @@ print("done")
 
 
 @on_every_loop
-async def test_a_notification_that_raises_is_logged_and_affects_no_other_wait(
+async def test_raising_notification_is_logged_and_affects_no_other(
     accelerator, producer, caplog
 ):
     def raises(error):
@@ -625,7 +617,7 @@ class Breaks(AlwaysDue):
         raise ZeroDivisionError
 
 
-def test_a_schedule_that_raises_fails_the_waits_on_its_stream_and_no_others():
+def test_raising_schedule_fails_only_the_waits_on_its_stream():
     schedules = iter([Breaks, AlwaysDue])
     watcher, clock, told = Watcher(Loop(), lambda: next(schedules)()), Clock(), []
     for n in range(2):
@@ -643,7 +635,7 @@ def test_a_schedule_that_raises_fails_the_waits_on_its_stream_and_no_others():
 
 
 @on_every_loop
-async def test_a_lost_wake_up_of_a_blocking_thread_is_made_up_for(
+async def test_lost_wake_up_of_a_blocking_thread_is_recovered(
     accelerator, producer, blocking_policy, monkeypatch
 ):
     from torchfut_aio._devices import _watcher
@@ -677,7 +669,7 @@ def test_thread_that_unblocks_at_once_starts_a_poll_at_once(blocking_policy, mon
 
 
 @on_every_loop
-async def test_one_event_is_queried_once_a_poll_however_many_wait_for_it(accelerator, producer):
+async def test_event_is_queried_once_per_poll_for_many_waits(accelerator, producer):
     event = torch.Event(DEVICE)
     with producer:
         accelerator.sleep(PATIENCE)
@@ -694,7 +686,7 @@ async def test_one_event_is_queried_once_a_poll_however_many_wait_for_it(acceler
 
 
 @on_every_loop
-async def test_cancelled_waits_leave_nothing_with_a_blocking_thread(
+async def test_cancelled_waits_leave_no_work_for_a_blocking_thread(
     accelerator, producer, blocking_policy
 ):
 
@@ -712,9 +704,7 @@ async def test_cancelled_waits_leave_nothing_with_a_blocking_thread(
         accelerator.wake()
 
 
-def test_the_blocking_thread_is_no_daemon_even_if_its_loop_runs_in_one(
-    accelerator, producer, blocking_policy
-):
+def test_blocking_thread_of_a_daemon_loop_is_not_a_daemon(accelerator, producer, blocking_policy):
     async def main():
         with producer:
             accelerator.sleep(PATIENCE)
@@ -733,7 +723,7 @@ def test_the_blocking_thread_is_no_daemon_even_if_its_loop_runs_in_one(
     assert daemons == [False]
 
 
-def test_loops_may_start_and_end_in_many_threads_at_once(accelerator):
+def test_loops_can_start_and_end_in_many_threads_at_once(accelerator):
     async def main():
         stream = torch.Stream(FIRST)
         with stream:
@@ -761,7 +751,7 @@ def test_loops_may_start_and_end_in_many_threads_at_once(accelerator):
 
 
 @on_every_loop
-async def test_a_stream_for_which_no_thread_can_be_started_is_polled(
+async def test_stream_is_polled_if_no_blocking_thread_can_start(
     accelerator, producer, blocking_policy
 ):
     reader = Reader(completed_on(producer, accelerator, None))

@@ -48,7 +48,7 @@ def registered(loop):
     return set(loop._selector.get_map())
 
 
-def test_interrupted_watcher_resumes_all_other_tasks_and_new_ones(accelerator, loop, policy):
+def test_interrupted_watcher_resumes_other_tasks_and_new_ones(accelerator, loop, policy):
     streams = [torch.Stream(FIRST) for _ in range(2)]
     tasks = []
 

@@ -66,7 +66,7 @@ def test_a_wait_raises_the_error_of_the_device(how, wait):
     assert ASSERTED in outcomes(how)[wait]
 
 
-def test_asyncios_future_raises_the_error_of_the_device(how):
+def test_asyncio_future_raises_the_error_of_the_device(how):
     if how.startswith("asyncio"):
         assert ASSERTED in outcomes(how)["as_asyncio"]
 
@@ -76,9 +76,9 @@ def test_a_callback_is_called_once(how):
 
 
 @pytest.mark.parametrize("use", AFTERWARDS)
-def test_afterwards_only_what_needs_the_device_raises(how, use):
+def test_only_device_operations_raise_after_the_failure(how, use):
     assert AFTERWARDS[use] in outcomes(how)[f"afterwards: {use}"]
 
 
-def test_nothing_stays_pending(how):
+def test_no_future_stays_pending_after_the_failure(how):
     assert outcomes(how)["pending"] == "0"

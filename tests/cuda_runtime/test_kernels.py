@@ -57,7 +57,7 @@ FUNCTIONS = {
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_a_kernel_computes_what_the_host_does(name):
+def test_kernel_and_host_compute_the_same(name):
     on_host, on_device = FUNCTIONS[name]("cpu"), FUNCTIONS[name]("cuda")
     assert on_device.is_cuda
     torch.testing.assert_close(on_device.cpu(), on_host, equal_nan=True)

@@ -301,5 +301,5 @@ def printed():
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_as_documented(printed, name):
+def test_runtime_prints_the_documented_result(printed, name):
     assert printed[name] == CASES[name][1]
