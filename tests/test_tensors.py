@@ -93,6 +93,13 @@ async def test_to_host_copies_containers_and_dataclasses(accelerator, pack, unpa
 
 
 @on_every_loop
+@pytest.mark.parametrize("pack", [lambda tensor: {tensor}, Plain], ids=["set", "plain object"])
+async def test_to_host_rejects_tensors_in_other_objects(accelerator, pack):
+    with pytest.raises(TypeError, match=r"another object in .* holds a tensor of .*: pass its"):
+        await to_host([pack(torch.zeros(1, device=FIRST))])
+
+
+@on_every_loop
 async def test_modules_are_not_searched_for_tensors(accelerator, producer):
     module = torch.nn.Module()
     with producer:

@@ -587,9 +587,7 @@ print("done")
 
 
 @on_every_loop
-async def test_raising_notification_is_logged_and_affects_no_other(
-    accelerator, producer, caplog
-):
+async def test_raising_notification_is_logged_and_affects_no_other(accelerator, producer, caplog):
     def raises(error):
         raise LookupError("cannot be notified")
 

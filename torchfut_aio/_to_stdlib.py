@@ -146,9 +146,7 @@ class _ConcurrentCopy(_core.DoneCallback):
 
     uses_streams = False
 
-    def __init__(
-        self, source: Future[Any], target: concurrent.futures.Future[Any]
-    ) -> None:
+    def __init__(self, source: Future[Any], target: concurrent.futures.Future[Any]) -> None:
         self.source: Future[Any] | None = source
         self.target: concurrent.futures.Future[Any] | None = target
 

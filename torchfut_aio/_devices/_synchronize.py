@@ -14,7 +14,7 @@ from .._repr import described
 from .._threads import BlockingThread
 from ._events import RecordedEvent, record_event
 from ._streams import call_beside_captures, current_stream, finish_device, on_streams, side_stream
-from ._tensors import PLAIN, device_of, devices_of, map_tensors
+from ._tensors import PLAIN, device_of, devices_of, map_tensors, search
 from ._watcher import BLOCKER, reached
 
 T = TypeVar("T")
@@ -128,11 +128,12 @@ def to_host(value: T) -> Coroutine[Any, Any, T]:
 
     Returns:
         ``value`` with host tensors in place of those of the accelerator. Containers and dataclasses
-        with such a tensor are copied. Other objects stay as they are, with the tensors that they
-        hold.
+        with such a tensor are copied. Other objects stay as they are.
 
     Raises:
         RuntimeError: A kernel or a copy failed: the device's own error.
+        TypeError: Another object in ``value``, such as a set, holds a tensor of the accelerator. (A
+            module may: its tensors are not looked for.)
 
     Example:
         >>> import asyncio, torch
@@ -152,6 +153,12 @@ def to_host(value: T) -> Coroutine[Any, Any, T]:
         return tensor
 
     map_tensors(collect, value)
+    if accelerator is not None and len(found) < len(search(value, accelerator.type)[0]):
+        raise TypeError(
+            f"to_host() copies tensors, and those in containers that torch's pytree knows and in "
+            f"dataclasses; another object in {described(value)} holds a tensor of "
+            f"{accelerator.type}: pass its tensors"
+        )
     starts = [record_event(current_stream(device)) for device in devices_of(found)]
     return _to_host(value, found, starts)
 
