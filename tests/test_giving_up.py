@@ -328,15 +328,15 @@ def test_try_set_that_loses_a_late_race_returns_false(monkeypatch):
         def __reduce_ex__(self, protocol):
             return int, (5,)
 
-    real = torchfut_aio._core._completion.complete
+    real = torchfut_aio._core._completion.try_complete
 
-    def complete(future, outcome):
+    def try_complete(future, outcome):
         if not fut.done():
             monkeypatch.undo()
             fut.set_result("first")
-        real(future, outcome)
+        return real(future, outcome)
 
-    monkeypatch.setattr(torchfut_aio._core._completion, "complete", complete)
+    monkeypatch.setattr(torchfut_aio._core._completion, "try_complete", try_complete)
     assert fut.try_set_result(Late()) is False
     assert fut.value() == "first"
 

@@ -650,14 +650,17 @@ async def test_lost_wake_up_of_a_blocking_thread_is_recovered(
 
 
 def test_thread_that_unblocks_at_once_starts_a_poll_at_once(blocking_policy, monkeypatch):
-    class Blocker:
+    class BlockingThread:
+        def __init__(self, name, **options):
+            pass
+
         def has_work(self):
             return False
 
         def submit(self, notify, function):
             notify(None)  # before submit() returns
 
-    monkeypatch.setattr(_watcher, "Blocker", Blocker)
+    monkeypatch.setattr(_watcher, "BlockingThread", BlockingThread)
     loop, clock, notified = Loop(), Clock(), []
     watcher = Watcher(loop)
     watcher.notify_when_reached([clock.recorded(0)], notified.append)
