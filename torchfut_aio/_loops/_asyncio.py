@@ -60,10 +60,7 @@ class AsyncioLoop(Loop):
     def wake(self, waiter: asyncio.Future[None], /) -> None:
         # Finding out which loop runs here takes a system call, in Python 3.11.
         if get_ident() == self.thread and _polls_before_it_sleeps(waiter.get_loop()):
-            # The loop may be in a step of another task, so it resumes this one later. But the
-            # waiter is done from here on: nothing can cancel the wait any more.
-            if not waiter.done():
-                waiter.set_result(None)
+            self.resume(waiter)
         else:
             # As in Loop.wake(): a call less for threads that complete many futures.
             self.queue.append(waiter)
@@ -118,6 +115,8 @@ class AsyncioLoop(Loop):
         return self._running().create_future()
 
     def resume(self, waiter: asyncio.Future[None]) -> None:
+        # The loop may be in a step of another task, so it resumes this one later. But the waiter is
+        # done from here on: nothing can cancel the wait any more.
         if not waiter.done():
             waiter.set_result(None)
 
