@@ -98,7 +98,6 @@ LAYERS = [
     "_repr",
     "_process_local",
     "_arguments",
-    "_process_local",
     "_errors",
     "_threads",
     "_loops",

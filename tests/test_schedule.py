@@ -15,9 +15,9 @@ from torchfut_aio._devices._schedule import LearnedSchedule, Poll
 POLICY = PollPolicy()
 
 
-def lived_through(waits, late=lambda pause: 30e-6):
+def lived_through(waits, late=lambda pause: 30e-6, new_schedule=LearnedSchedule):
     """Returns how late each of ``waits`` was noticed, and how many polls it took."""
-    schedule, lateness, polls = LearnedSchedule(), [], []
+    schedule, lateness, polls = new_schedule(), [], []
     for wait in waits:
         now, count = 0.0, 0
         while now < wait:

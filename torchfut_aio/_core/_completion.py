@@ -1,9 +1,9 @@
 """The state of a future: its waiters, its callbacks and its outcome. It is changed here.
 
 Two changes are in ``_future.py``: `Future` makes the state, and a wait adds its waiter and removes
-it, by statements, as an interrupt can come before a call has begun.
+it, in statements without a call, as an interrupt can come when a call begins.
 
-The state is one dict. Each step below is one operation on it that no other thread can divide.
+The state is one dict. Each access to it below is one operation that no other thread can divide.
 
 1. A waiter is a key, stored with the waker that wakes it. A callback is a key, stored with
    ``CALLBACK``. A thread deletes a callback before it runs it, so no callback runs twice.
@@ -68,25 +68,24 @@ def try_complete(future: Future[Any], outcome: Outcome) -> bool:
     try:
         callbacks = _claim(state, outcome)
         if callbacks is None:
-            # The caller still has the error of this outcome: it is not logged as never retrieved.
-            outcome.exception()
+            outcome.mark_retrieved()  # the caller still has the error
             return False
         if outcome.error is None:
             set_value_in_torch(future, outcome.value)
         else:
             if IGNORED in state:
-                outcome.exception()
+                outcome.mark_retrieved()
             complete_in_torch(future, outcome)
         if callbacks:
             _callbacks.run(future, outcome, state, callbacks)
     except BaseException as error:
-        # Had this thread claimed the future? (No call: the stack may have no room for one.)
+        # Had this thread claimed the future? (No call, as the stack may have no room for one.)
         if OUTCOME in state and state[OUTCOME] is outcome:
             try:
                 _complete_again(future, outcome, state)
             except BaseException:
-                # The stack is full, and other threads wait. This call has room, as the exception
-                # came from a deeper one.
+                # The stack is full, and other threads wait. This call has room, as `_claim`, which
+                # is deeper, had room.
                 start_new_thread(_complete_in_thread, (future, outcome, state))
             # Without events, C++ raises after completing its future. That is no failure.
             if says_no_events(error):
@@ -121,7 +120,7 @@ def _claim(state: dict[Any, Any], outcome: Outcome) -> Sequence[DoneCallback] | 
     """
     if state.setdefault(OUTCOME, outcome) is not outcome:
         return None
-    # What is stored from here on sees the outcome: stores are in one order.
+    # A thread that stores a waiter from here on finds the outcome: stores are in one order.
     if len(state) == 1:
         return ()
     callbacks = []
@@ -140,7 +139,7 @@ def _claim(state: dict[Any, Any], outcome: Outcome) -> Sequence[DoneCallback] | 
 def _complete_again(future: Future[Any], outcome: Outcome, state: dict[Any, Any]) -> None:
     callbacks = _claim(state, outcome) or ()
     complete_in_torch(future, outcome)
-    _callbacks.run(future, outcome, state, callbacks)  # also what this thread has deferred
+    _callbacks.run(future, outcome, state, callbacks)  # also those that this thread has deferred
 
 
 def _complete_in_thread(future: Future[Any], outcome: Outcome, state: dict[Any, Any]) -> None:
@@ -157,7 +156,7 @@ def complete_all(futures: Sequence[Future[Any]], outcomes: Sequence[Outcome]) ->
         try:
             refused = _complete_all(futures, outcomes, waiters, again=True)
         except BaseException:
-            start_new_thread(_complete_all, (futures, outcomes, waiters, True))
+            start_new_thread(_complete_all_in_thread, (futures, outcomes, waiters))
         else:
             if says_no_events(error):
                 return refused
@@ -175,7 +174,7 @@ def _complete_all(
         state = future._state
         if state.setdefault(OUTCOME, outcome) is outcome:
             if IGNORED in state:
-                outcome.exception()
+                outcome.mark_retrieved()
             if again or outcome.error is not None:
                 complete_in_torch(future, outcome)
             else:
@@ -184,14 +183,20 @@ def _complete_all(
             if callbacks:
                 due.append((future, outcome, state, callbacks))
         else:
-            outcome.exception()  # as in `try_complete`
+            outcome.mark_retrieved()  # as in `try_complete`
             refused.append(future)
-    # C++ released the GIL for each of them. A loop that is awake would compete for it, so loops
-    # are woken now.
+    # Loops are woken only now: one that is awake would take the GIL at each release by C++.
     for waker, of_waker in waiters.items():
         waker.wake_all(of_waker)
     _callbacks.run_all(due)
     return refused
+
+
+def _complete_all_in_thread(
+    futures: Sequence[Future[Any]], outcomes: Sequence[Outcome], waiters: dict[Waker, list[Any]]
+) -> None:
+    with suppress(KeyboardInterrupt, SystemExit):  # as in _complete_in_thread()
+        _complete_all(futures, outcomes, waiters, again=True)
 
 
 def _take_waiters(state: dict[Any, Any], waiters: dict[Waker, list[Any]]) -> list[DoneCallback]:
@@ -211,7 +216,7 @@ def _take_waiters(state: dict[Any, Any], waiters: dict[Waker, list[Any]]) -> lis
     return callbacks
 
 
-# ------------------------------------------------------- completing, by what is known
+# ----------------------------------------- completing with a value, an error, an outcome
 
 
 def complete_with_value(future: Future[Any], value: object) -> None:
@@ -243,7 +248,7 @@ def complete_as(future: Future[Any], source: Future[Any]) -> None:
 
 def try_complete_with_value(future: Future[Any], value: object) -> bool:
     """Complete a future with a value; return False if it is done already."""
-    # An outcome may record events: none is made for nothing.
+    # First the check: making an outcome may record events.
     return OUTCOME not in future._state and try_complete(
         future, outcome_of_value(value, future._devices)
     )
@@ -320,7 +325,7 @@ def ignore_error(future: Future[Any]) -> None:
     state[IGNORED] = None
     outcome = state.get(OUTCOME)
     if outcome is not None:
-        outcome.exception()
+        outcome.mark_retrieved()
 
 
 def has_failed(future: Future[Any]) -> bool:

@@ -47,6 +47,9 @@ class Outcome:
         """Return the error, and mark it as retrieved; or return None if this is a value."""
         return None
 
+    def mark_retrieved(self) -> None:
+        """If this is an error, do not log it as never retrieved."""
+
     def read(self) -> Any:
         """Return the value, or raise the error."""
         if self.error is None:
@@ -78,6 +81,9 @@ class _Error(Outcome):
     traceback: TracebackType | None
     readiness: Readiness | None
     is_retrieved: bool
+
+    def mark_retrieved(self) -> None:
+        self.is_retrieved = True
 
     def exception(self) -> BaseException | None:
         self.is_retrieved = True

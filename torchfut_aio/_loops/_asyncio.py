@@ -1,8 +1,8 @@
 """Tasks on asyncio's loops and on uvloop's: each waits on an ``asyncio.Future``.
 
 Completing such a future makes the loop resume its task in the next turn, by a separate handle.
-Here the callback that resumes the task is taken from the future and called in the wake-up: one turn
-less and, on asyncio, whose handles are written in Python, half the work.
+Here the callback that resumes the task is taken from the future and called in the wake-up. This
+saves a turn and, on asyncio, whose handles are written in Python, half of the loop's time.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from ._loop import BURST, AsyncFunction, Loop
 from ._waker import Waiter
 
 # Completing a future releases the GIL for an instant, in C++. While a loop is awake and waits for
-# the GIL, each instant costs the completing thread a system call, and every few of them the GIL:
-# both would do less than either alone. So in a burst the loop sleeps between its wake-ups, as
-# drivers of network cards do: for as long as the thread may take to complete twice as many again.
-# The figures are in benchmarks/NOTES.md.
+# the GIL, each such release costs the completing thread a system call, and every few of them give
+# the GIL to the loop: the two take longer together than one after the other. So in a burst the loop
+# sleeps between its wake-ups, as drivers of network cards do: for as long as the thread may take to
+# complete twice as many again. The figures are in benchmarks/NOTES.md.
 MANY = 100  # waiters that one wake-up finds in a burst
 PAUSE_FOR_EACH = 8e-6  # seconds until the next wake-up, for each waiter that this one found
 LONGEST_PAUSE = 1e-3
@@ -34,8 +34,8 @@ LONGEST_PAUSE = 1e-3
 class AsyncioLoop(Loop):
     """One loop of asyncio or uvloop. It does not keep the event loop alive; the waiters do.
 
-    A waiter is one of asyncio's own futures, unless the event loop makes others: tasks have a
-    fast path for these. All that a task calls of it is C: no interrupt can come while the task
+    A waiter is what ``event_loop.create_future()`` returns. That is asyncio's own future, for which
+    tasks have a fast path. A task calls nothing of it but C: no interrupt can come while the task
     suspends, or wakes up.
 
     Attributes:
@@ -48,7 +48,7 @@ class AsyncioLoop(Loop):
 
     def __init__(self, event_loop: asyncio.AbstractEventLoop) -> None:
         super().__init__()
-        self._at_once = 0  # of the queue: how many waiters one thread completed at once
+        self._at_once = 0  # how many of the queued waiters `wake_all` added
         self._burst_timer = self.alarm(self.run_wake_up)
         # What resumes a task, from when it is taken from the waiter until it is called.
         self._taken: ResumeCallback | None = None
@@ -58,11 +58,11 @@ class AsyncioLoop(Loop):
     # ------------------------------------------------------------- in any thread
 
     def wake(self, waiter: asyncio.Future[None], /) -> None:
-        # Finding out which loop runs here takes a system call, in Python 3.11.
+        # The threads are compared first: in Python 3.11, to find the running loop is a system call.
         if get_ident() == self.thread and _polls_before_it_sleeps(waiter.get_loop()):
             self.resume(waiter)
         else:
-            # As in Loop.wake(): a call less for threads that complete many futures.
+            # A copy of Loop.wake(): a call less for threads that complete many futures.
             self.queue.append(waiter)
             if self.wake_up is None:
                 self.schedule_wake_up()
@@ -80,7 +80,7 @@ class AsyncioLoop(Loop):
                 event_loop.call_soon(function)
             else:
                 call = event_loop.call_soon_threadsafe(function)
-                if event_loop.is_closed():  # perhaps within this: asyncio's keeps the call then
+                if event_loop.is_closed():  # perhaps within the call: asyncio's never runs it then
                     call.cancel()
                     return False
         except RuntimeError:
@@ -102,7 +102,7 @@ class AsyncioLoop(Loop):
     # ------------------------------------------------------ in the loop's own thread
 
     def waiter(self) -> asyncio.Future[None]:
-        # As in Loop.waiter(), with a call less.
+        # A copy of Loop.waiter(), with a call less.
         if self.before_wait is not None:
             self.before_wait()
         if self.wake_up is not None:
@@ -121,8 +121,8 @@ class AsyncioLoop(Loop):
             waiter.set_result(None)
 
     def run_wake_up(self) -> None:
-        # Unlike Loop.run_wake_up(), threads schedule another wake-up from here on: one of the tasks
-        # may run the loop within its step.
+        # Unlike in Loop.run_wake_up(), this comes first, so that threads schedule another wake-up:
+        # one of the tasks may run the loop within its step.
         self.wake_up = None
         self._renewed = False
         try:
@@ -134,7 +134,7 @@ class AsyncioLoop(Loop):
 
     def _resume_tasks(self, count: int) -> None:
         waiters = self.queue
-        at_once, self._at_once = self._at_once, 0  # such waiters are no burst
+        at_once, self._at_once = self._at_once, 0  # these do not count as a burst
         if count - at_once >= MANY:
             self._start_burst_timer(count)
         # In debug mode each task has a separate handle, so that the slow ones can be logged.
@@ -143,8 +143,8 @@ class AsyncioLoop(Loop):
             if not waiters:
                 return  # a task that ran its loop within this has resumed the others
             waiter = waiters[0]
-            # None for tasks written in Python: these are what runs a loop within a loop, which then
-            # has to find the others.
+            # None for tasks written in Python, such as those of nest_asyncio. They may run the loop
+            # within their step, so they take it in a handle, after the others of this queue.
             if not debug and (callback := resume_callback(waiter)) is not None:
                 self._taken = callback
                 waiter.remove_done_callback(callback[0])
@@ -196,7 +196,7 @@ class AsyncioLoop(Loop):
         self._running().create_task(function(*args)).add_done_callback(lambda _: ended())
 
     def watch(self, timer: TimerFd, function: Callable[[TimerFd], object]) -> None:
-        # In an empty context: that of the task which happens to need it first must not leak.
+        # In an empty context, or the timer would keep that of the task that needed it first.
         add_reader = self._running().add_reader
         contextvars.Context().run(add_reader, timer.value, function, timer)
 
@@ -241,7 +241,7 @@ def _polls_before_it_sleeps(event_loop: asyncio.AbstractEventLoop) -> bool:
     """Return True if ``event_loop`` runs in this thread, and is in a task or a callback.
 
     A signal handler, or a finaliser, may also run while asyncio's loop is about to sleep
-    or asleep. Only a write to its pipe makes it notice what these schedule.
+    or asleep. Only a write to its pipe makes it notice the calls that they schedule.
     """
     return running_loop() is event_loop and (
         asyncio.current_task(event_loop) is not None or _cpython.in_callback_of(event_loop)
@@ -251,7 +251,8 @@ def _polls_before_it_sleeps(event_loop: asyncio.AbstractEventLoop) -> bool:
 _Loops = weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncioLoop]
 _loops: _Loops = weakref.WeakKeyDictionary()
 
-# So many loops are checked whenever one is new; more only when their number has doubled.
+# With at most so many loops, each new one triggers a search for closed ones; with more, only the
+# doubling of their number does.
 _FEW = 16
 _check_at = _FEW
 
@@ -282,6 +283,6 @@ def _abandon_closed() -> None:
     for ref in _loops.keyrefs():  # a list, as other threads may add to the dict
         other = ref()
         if other is not None and other.is_closed():
-            loop = _loops.pop(other, None)  # it is not asked for again
+            loop = _loops.pop(other, None)
             if loop is not None:
                 loop.abandon()
