@@ -292,6 +292,22 @@ def test_sleeping_loop_runs_a_call_from_a_signal_handler(new_loop):
     loop.close()
 
 
+@on_asyncios_loops
+def test_loop_that_moves_between_threads_is_found_in_each(new_loop):
+    async def thread_of_this_loop():
+        return _loops.current().thread
+
+    loop, threads = new(new_loop), []
+    with running(lambda: threads.append(loop.run_until_complete(thread_of_this_loop()))):
+        pass
+    for _ in range(2):
+        assert loop.run_until_complete(thread_of_this_loop()) == threading.get_ident()
+        with running(lambda: threads.append(loop.run_until_complete(thread_of_this_loop()))):
+            pass
+    assert threading.get_ident() not in threads
+    loop.close()
+
+
 class ClosesWithinACall(asyncio.SelectorEventLoop):
     """Is closed, as by another thread, after a call has found it open and before it is listed."""
 

@@ -55,7 +55,8 @@ class _AsFuture:
     becomes an `RpcError`, which is also of the original's own type.
 
     If nothing can complete a source any more, because it was garbage-collected or its event loop
-    has closed, the future is cancelled.
+    has closed, the future is cancelled. (A ``torch.futures.Future`` with a callback is never
+    garbage-collected while it is pending: the callback refers to it from C++.)
 
     For a source that is pending, it returns the same future each time, so that a call after a
     timeout leaves nothing behind. For an event or a stream, it makes one each time, and one thread

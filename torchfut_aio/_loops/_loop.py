@@ -20,6 +20,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator, Iterable
 from importlib import import_module
+from threading import get_ident
 from typing import Any, ClassVar, Protocol
 
 from .._cpython import running_loop
@@ -263,12 +264,13 @@ def running() -> Loop | None:
     event_loop = running_loop()
     if event_loop is None:
         return None
-    loop: Loop = _this_thread.loop
-    if loop is None or loop.event_loop() is not event_loop:  # type: ignore[attr-defined]
+    loop = _this_thread.loop
+    # Not the last one either if it has run in another thread since then.
+    if loop is None or loop.event_loop() is not event_loop or loop.thread != get_ident():
         from ._asyncio import loop_of
 
         loop = _this_thread.loop = loop_of(event_loop)
-    return loop
+    return loop  # type: ignore[no-any-return]
 
 
 def _current_function(library: str) -> Callable[[], Loop | None]:
