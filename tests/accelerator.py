@@ -1,8 +1,8 @@
 """The accelerator that device tests run on: the simulated one, a real GPU, or torch_openreg.
 
-``TORCHFUT_AIO_TEST_DEVICE=cuda`` chooses, or ``openreg``; the tests are the same. A kernel that
-"runs until woken" does so on each, so "while the kernels run" is a fact in a test, and a copy that
-is made too early has the old value.
+``TORCHFUT_AIO_TEST_DEVICE`` selects it: ``cuda``, ``openreg``, or the simulated device by default.
+The tests are the same. On each device a kernel can run until `wake` is called, so a test controls
+whether kernels are still running, and a copy made too early has the old value.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .threads import PATIENCE
 
 DEVICE = os.environ.get("TORCHFUT_AIO_TEST_DEVICE", "sim")
 if DEVICE == "sim":
-    gpus.hide()  # before anything counts them
+    gpus.hide()  # before any code counts the GPUs
 FIRST, SECOND = f"{DEVICE}:0", f"{DEVICE}:1"
 
 OLD, NEW = [0.0, 0.0], [7.0, 7.0]
@@ -36,13 +36,13 @@ simulated_only = pytest.mark.skipif(
     DEVICE != "sim", reason="only the simulated device fails in this way when it is told to"
 )
 
-# The same holds for a future that was told its devices and one that was not.
+# The promise holds for futures with and without declared devices.
 told_or_not = pytest.mark.parametrize("devices", [[FIRST], None], ids=["declared", "undeclared"])
 
 
 @pytest.fixture(scope="session")
 def accelerator_module() -> Any:
-    """The device's functions; builds the simulated one, unless that has been done before."""
+    """Return the module of the device; build the simulated device unless it is cached."""
     if DEVICE != "sim":
         return importlib.import_module(f"tests.{DEVICE}_device")
     if not shutil.which(os.environ.get("CXX", "c++")) and "CI" not in os.environ:
@@ -52,13 +52,13 @@ def accelerator_module() -> Any:
 
 @pytest.fixture
 def accelerator(accelerator_module: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
-    """The device under test, at rest."""
+    """The device under test, idle."""
     needs_two = request.node.get_closest_marker("several_devices") is not None
     if needs_two and accelerator_module.device_count() < 2:
         pytest.skip("this machine has one accelerator")
     write_zeros(accelerator_module)
     accelerator_module.reset_counters()
-    _events._pools.clear()  # of events of a backend that an earlier test played
+    _events._pools.clear()  # drop events of a backend that an earlier test emulated
     yield accelerator_module
     accelerator_module.reset()
 
@@ -74,16 +74,16 @@ def consumer(accelerator: Any) -> torch.Stream:
 
 
 def needs(accelerator: Any, feature: str) -> None:
-    """Skips the test on a device that has no such thing, as its module says."""
+    """Skip the test if the device lacks the feature, as its module says."""
     if feature in getattr(accelerator, "LACKS", ()):
         pytest.skip(f"{DEVICE} has no {feature}")
 
 
 def ends_soon(stream: torch.Stream) -> bool:
-    """Returns whether all that is enqueued on ``stream`` ends within a second.
+    """Return whether all work on ``stream`` ends within a second.
 
-    Streams of a GPU share a few hardware queues. So one may wait for another that is held up,
-    although nothing orders it after that; but not each one does.
+    Streams of a GPU share a few hardware queues, so an idle stream may wait behind another one that
+    is held up.
     """
     given_up = time.monotonic() + 1
     while not (ended := stream.query()) and time.monotonic() < given_up:
@@ -91,14 +91,15 @@ def ends_soon(stream: torch.Stream) -> bool:
     return ended
 
 
-# Whether a stream will soon write zeros, or is held up by a kernel that is not to end yet, nobody
-# can tell. So those that `being_filled` returns are written before a test begins.
+# A stream cannot say whether it is about to write zeros, or is held up by a kernel that a test
+# releases later. So the zeros that `being_filled` returns are written before a test begins.
 _zeros: dict[torch.device, list[torch.Tensor]] = {}
-_memory: list[Any] = []  # of theirs: not to be freed while a kernel may still write to it
+# Their memory, which must not be freed while a kernel may still write to it.
+_memory: list[Any] = []
 
 
 def write_zeros(accelerator: Any, count: int = 80) -> None:
-    """Writes tensors for `being_filled`, on each device, which is at rest."""
+    """Write the tensors for `being_filled` on each device, while it is idle."""
     _memory.clear()
     for index in range(min(2, accelerator.device_count())):
         device = torch.device(DEVICE, index)
@@ -108,14 +109,14 @@ def write_zeros(accelerator: Any, count: int = 80) -> None:
 
 
 def being_filled(accelerator: Any, device: str = FIRST, value: float = 7) -> torch.Tensor:
-    """A tensor of zeros, and a kernel on the current stream that fills it once woken."""
+    """Return a tensor of zeros, and enqueue a kernel that fills it when `wake` is called."""
     tensor = _zeros[torch.device(device)].pop()
     accelerator.fill_after(tensor, value, PATIENCE)
     return tensor
 
 
 def completed_on(stream: torch.Stream, accelerator: Any, devices: Any) -> Future[Any]:
-    """A future that is done, with a value that is being filled on ``stream``."""
+    """Return a completed future whose value is still being filled on ``stream``."""
     fut: Future[Any] = Future(devices=devices)
     with stream:
         fut.set_result(being_filled(accelerator))
@@ -123,7 +124,7 @@ def completed_on(stream: torch.Stream, accelerator: Any, devices: Any) -> Future
 
 
 def read_on_current_stream(tensor: torch.Tensor) -> torch.Tensor:
-    """Enqueues a copy to the host, which has the value that is there when its turn comes."""
+    """Enqueue a copy to the host; it has the values of the moment at which it runs."""
     host = torch.empty_like(tensor, device="cpu", pin_memory=True)
     return host.copy_(tensor, non_blocking=True)
 

@@ -1,6 +1,6 @@
 """Processes of one torch.distributed group, on loopback: gloo, and RPC over TensorPipe.
 
-Each does what it is told, one thing after the other, and gives back what came of it.
+Each process runs one function at a time, and sends back its result or its error.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import anyio
 
 from .threads import PATIENCE, PATIENCE_WITH_PROCESSES
 
-# A process that is forked from one that has imported what it needs starts at once. There is one
-# such server for all; it ignores what is not installed.
+# All processes are forked from one server that has imported these modules, so they start at once.
+# The server ignores modules that are not installed.
 PROCESSES = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
 PROCESSES.set_forkserver_preload(
     ["torch.distributed._functional_collectives", "tests.services", "tests.http_service"]
@@ -40,7 +40,7 @@ def run_on(loop: str, function: Callable[..., Any], *args: Any) -> Any:
 
 
 class Cluster:
-    """So many worker processes, called ``worker0`` and so on to RPC."""
+    """A number of worker processes, named ``worker0`` and so on in RPC."""
 
     def __init__(self, size: int, *, uvloop: bool = True, rpc: bool = True) -> None:
         self._folder = tempfile.TemporaryDirectory()
@@ -68,7 +68,7 @@ class Cluster:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Ends the processes; without an error, they must end well by themselves."""
+        """Close the processes; after a test without an error they must exit with 0."""
         for pipe in self._pipes:
             pipe.close()
         for process in self.processes:
@@ -85,12 +85,12 @@ class Cluster:
     killed = False
 
     def start(self, rank: int, function: Callable[..., Any], *args: Any) -> None:
-        """Has one of them call ``function(*args)``, pickled by name."""
-        # As bytes: of tensors, PyTorch would pass descriptors, by a socket that it keeps.
+        """Start ``function(*args)`` in one process; the function is pickled by name."""
+        # As bytes: PyTorch would send tensors as file descriptors, through a socket it keeps open.
         self._pipes[rank].send_bytes(pickle.dumps((function, args)))
 
     def result(self, rank: int) -> Any:
-        """Returns what it gave, or raises."""
+        """Return the result of the function that `start` started, or raise."""
         assert self._pipes[rank].poll(PATIENCE_WITH_PROCESSES), f"worker {rank} hangs"
         outcome, text = pickle.loads(self._pipes[rank].recv_bytes())
         if text is not None:
@@ -105,7 +105,7 @@ class Cluster:
         return [self.result(rank) for rank in range(len(self._pipes))]
 
     def everywhere(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """Has each call ``function(*args)``, all at the same time."""
+        """Run ``function(*args)`` in all processes at once."""
         for rank in range(len(self._pipes)):
             self.start(rank, function, *args)
         return self.results()

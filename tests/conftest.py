@@ -1,4 +1,4 @@
-"""What every test shares: the loops that async tests run on, and guards around each."""
+"""Fixtures for every test: the loops of async tests, and checks around each test."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from blockbuster import BlockBuster
 from hypothesis import HealthCheck, settings
 from torch.distributed import rpc
 
-import torchfut_aio._loops._trio  # noqa: F401  the first wait would import it, and take a lock
+import torchfut_aio._loops._trio  # noqa: F401  or the first wait imports it, and takes a lock
 
 from . import explorer
 from .accelerator import accelerator, accelerator_module, consumer, producer
@@ -31,7 +31,7 @@ from .threads import PATIENCE, until
 
 __all__ = ["accelerator", "accelerator_module", "consumer", "producer"]
 
-# How long an example takes says how busy the machine is.
+# The duration of an example depends on the load of the machine only.
 settings.register_profile(
     "at any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
@@ -48,13 +48,13 @@ def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
     seed = config.getoption("randomly_seed", None)
-    if seed is not None:  # without -q, it is in the header, too
+    if seed is not None:  # without -q, the header shows it too
         terminalreporter.write_line(f"to repeat this order: --randomly-seed={seed}")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def nothing_turns_the_gil_on() -> Iterator[None]:
-    """Fail a run that was to be without the GIL, if anything has turned it on."""
+    """Fail a run that was meant to be without the GIL, if an import has enabled the GIL."""
     yield
     has_none = sysconfig.get_config_var("Py_GIL_DISABLED") and os.environ.get("PYTHON_GIL") == "0"
     if has_none and sys._is_gil_enabled():
@@ -63,17 +63,17 @@ def nothing_turns_the_gil_on() -> Iterator[None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def collections_are_quick() -> None:
-    """Spare the garbage collector what earlier tests have imported and cached."""
+    """Exempt objects that earlier tests imported or cached from garbage collection."""
     explorer.freeze()
 
 
 @pytest.fixture(scope="session")
 def block_buster() -> Iterator[BlockBuster]:
-    """Patch blocking calls for all tests, as that takes longer than many a test."""
+    """Patch blocking calls once for all tests, which takes longer than many a test."""
     buster = BlockBuster()
     # pytest itself looks for source files while it rewrites assertions.
     buster.functions["os.stat"].can_block_in("_pytest/assertion/rewrite.py", {"exec_module"})
-    # A pool that has become garbage takes leave of its tracker in whatever thread collects it.
+    # A pool that is garbage-collected unregisters from its tracker, in any thread.
     tracker = "multiprocessing/resource_tracker.py"
     buster.functions["os.write"].can_block_in(tracker, {"_send", "_write"})
     yield buster
@@ -83,20 +83,20 @@ def block_buster() -> Iterator[BlockBuster]:
 @pytest.fixture(autouse=True)
 def nothing_blocks_a_loop(block_buster: BlockBuster) -> BlockBuster:
     """Raise an error in code that blocks while an asyncio or uvloop loop runs."""
-    block_buster.activate()  # unless it is active, as most tests leave it
+    block_buster.activate()  # a no-op if it is active, as most tests leave it
     return block_buster
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind() -> Iterator[None]:
-    """Fails a test that leaves a thread behind, a process or a socket."""
+    """Fail a test that leaves a thread, a process or a socket behind."""
     threads, processes, before = set(threading.enumerate()), set(active_children()), sockets()
     yield
     for thread in set(threading.enumerate()) - threads:
         if not thread.daemon or thread.name.startswith("torchfut_aio"):
             thread.join(PATIENCE)
             assert not thread.is_alive(), thread
-    # Those of workers that several tests share come with their first test.
+    # Workers shared by several tests start during the first of these.
     assert all(process.name.startswith("worker") for process in set(active_children()) - processes)
     if sockets() > before:
         gc.collect()
@@ -104,7 +104,7 @@ def nothing_is_left_behind() -> Iterator[None]:
 
 
 def sockets() -> int:
-    """How many sockets this process has open; 0 where nobody can tell."""
+    """Return how many sockets this process has open; 0 where /proc is missing."""
     number = 0
     for descriptor in glob.glob("/proc/self/fd/*"):
         with suppress(OSError):
@@ -114,7 +114,7 @@ def sockets() -> int:
 
 @pytest.fixture(scope="session")
 def group_of_one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A process group of this process alone, for DDP, which leaves a socket when first used."""
+    """A process group of one process, for DDP, which opens a socket on first use."""
     store = dist.FileStore(str(tmp_path_factory.mktemp("group") / "store"), 1)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(1, 1))
@@ -124,14 +124,14 @@ def group_of_one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tensorpipe() -> None:
-    """What RPC needs; some builds of PyTorch, such as Debian's, have RPC without it."""
+    """Skip the test if RPC lacks TensorPipe, as in Debian's build of PyTorch."""
     if getattr(rpc, "_is_tensorpipe_available", None) is False:
         pytest.skip("this build of PyTorch has no TensorPipe, so RPC cannot be started")
 
 
 @pytest.fixture(scope="session")
 def gloo_of_half(group_of_one: None) -> None:
-    """Collectives of float16, which some builds of gloo, such as Debian's, do not know."""
+    """Skip the test if gloo cannot reduce float16, as in Debian's build of PyTorch."""
     try:
         dist.all_reduce(torch.ones(1, dtype=torch.float16))
     except RuntimeError as error:
@@ -142,7 +142,7 @@ def gloo_of_half(group_of_one: None) -> None:
 
 @pytest.fixture
 def ctrl_c() -> Iterator[Callable[[], None]]:
-    """Strikes the main thread with KeyboardInterrupt, from any thread."""
+    """A function that raises KeyboardInterrupt in the main thread, from any thread."""
     main, struck = threading.get_ident(), []
 
     def handle(*_: object) -> None:
@@ -152,11 +152,12 @@ def ctrl_c() -> Iterator[Callable[[], None]]:
 
     def strike() -> None:
         struck.clear()
-        while not struck:  # a signal just before a thread blocks goes unseen for as long
+        # A signal that comes just before the thread blocks has no effect until it wakes: repeat it.
+        while not struck:
             signal.pthread_kill(main, signal.SIGINT)
             time.sleep(0.01)
 
-    # What a shell runs in the background ignores the signal.
+    # A background job of a shell ignores SIGINT.
     before = signal.signal(signal.SIGINT, handle)
     yield strike
     signal.signal(signal.SIGINT, before)
@@ -166,7 +167,7 @@ def ctrl_c() -> Iterator[Callable[[], None]]:
 def caplog(
     caplog: pytest.LogCaptureFixture, collected: Callable[[], None]
 ) -> pytest.LogCaptureFixture:
-    """As pytest's, without what is logged of garbage that earlier tests have left."""
+    """pytest's fixture, without logs of garbage that earlier tests left."""
     collected()
     caplog.clear()
     return caplog
@@ -174,16 +175,16 @@ def caplog(
 
 @pytest.fixture
 def no_collector() -> Iterator[None]:
-    """Keeps the garbage collector from running, for what has to happen without it."""
+    """Disable the garbage collector for the test."""
     gc.disable()
     yield
     gc.enable()
-    gc.collect()  # what is complained of then belongs to this test
+    gc.collect()  # so that errors logged for this garbage count for this test
 
 
 @pytest.fixture
 def collected() -> Callable[[], None]:
-    """Runs the garbage collector until nothing more turns up."""
+    """A function that runs the garbage collector until it finds no more garbage."""
 
     def collect() -> None:
         while gc.collect():

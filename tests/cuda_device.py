@@ -1,6 +1,6 @@
 """A GPU under ``torch.cuda``, of CUDA or ROCm, with the functions of the simulated device.
 
-It needs nothing but torch, and the driver that torch has loaded.
+It needs only torch, and the driver that torch has loaded.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from . import cuda_runtime
 
 device_count = torch.cuda.device_count
 
-# Where a stream waits for a number in the memory of the host, nothing computes, and no
-# time limit is needed: the driver lets a stream wait until the number is large enough.
+# The driver holds a stream up until a number in host memory is large enough. No kernel runs, and
+# no time limit is needed.
 _UNTIL_AT_LEAST = ctypes.c_uint(0)
 
 
 @functools.cache
 def _woken() -> torch.Tensor:
-    # Not when this is imported, as it gives the current device a context.
+    # Not at import: it creates a context on the current device.
     return torch.zeros(1, dtype=torch.int32).pin_memory()
 
 
 @functools.cache
 def _wait_value() -> Any:
-    """Returns ``function(stream, address, number)`` of the driver."""
+    """Return ``function(stream, address, number)`` of the driver."""
     if torch.version.hip:
         function = ctypes.CDLL("libamdhip64.so").hipStreamWaitValue32
         all_bits = ctypes.c_uint32(0xFFFFFFFF)
@@ -49,8 +49,8 @@ def _wait_until_woken() -> None:
 
 @functools.cache
 def _cycles_per_second() -> float:
-    """Measures what `torch.cuda.clock_rate` would ask nvidia-ml-py for, which need not be there."""
-    # An idle GPU is slow: the first is for its clock to speed up.
+    """Measure the clock rate: `torch.cuda.clock_rate` needs nvidia-ml-py."""
+    # The clock of an idle GPU is slow. The first kernel brings it up.
     for cycles in (10**9, 10**8):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
@@ -61,7 +61,7 @@ def _cycles_per_second() -> float:
 
 
 def sleep(seconds: float) -> None:
-    """Enqueues work of a second or less that takes that long, or that ends with `wake`."""
+    """Enqueue work of ``seconds``, or if that is over a second, work that `wake` ends."""
     if seconds > 1:
         _wait_until_woken()
     else:
@@ -76,12 +76,12 @@ def fill_after(tensor: torch.Tensor, value: float, seconds: float) -> None:
 
 
 def wake() -> None:
-    """Ends all sleep enqueued so far."""
+    """End all sleeps enqueued so far."""
     _woken().add_(1)
 
 
 def reset() -> None:
-    """Wakes all kernels and waits for them."""
+    """Wake all kernels and wait for them."""
     wake()
     for device in range(device_count()):
         torch.cuda.synchronize(device)
@@ -102,9 +102,9 @@ def _called() -> dict[str, int]:
 
 @functools.cache
 def _load_kernels() -> None:
-    """Launches what tests launch while a stream is held up.
+    """Launch each kernel that tests launch while a stream is held up.
 
-    A kernel may be loaded when it is first launched, and that may wait for the device.
+    The first launch of a kernel may load it, which may wait for the device.
     """
     for device in range(min(2, device_count())):
         tensor = torch.ones(2, device=torch.device("cuda", device))
@@ -116,7 +116,7 @@ def _load_kernels() -> None:
 
 
 def reset_counters() -> None:
-    """Measures the clock and loads kernels, while no stream is held up; begins to count."""
+    """Measure the clock and load kernels while no stream is held up; reset the counters."""
     _cycles_per_second()
     _load_kernels()
     if cuda_runtime.IS_THERE:
@@ -124,12 +124,12 @@ def reset_counters() -> None:
 
 
 def counters() -> dict[str, int]:
-    """Returns what the stand-in counts; on a GPU, skips the test."""
+    """Return the stand-in's counters; on a GPU, skip the test."""
     if not cuda_runtime.IS_THERE:
         pytest.skip("CUDA does not count what is called")
     return {name: number - _before[name] for name, number in _called().items()}
 
 
 def fail(_message: str) -> None:
-    """Skips the test: after a failed kernel the process can use CUDA no more."""
+    """Skip the test: after a failed kernel the process can no longer use CUDA."""
     pytest.skip("a failed kernel ends the use of CUDA in the process")

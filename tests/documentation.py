@@ -1,4 +1,4 @@
-"""The programs in the README and in ``docs/``, each run in a process of its own."""
+"""The programs in the README and in ``docs/``, each run in its own process."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _BLOCK = re.compile(
 
 
 class Block(NamedTuple):
-    """A block of code on a page, and what the page says that it prints.
+    """A block of code on a page, and the output that the page claims for it.
 
-    After the block, under "It prints:", or in comments that begin with ``# prints``.
+    The output follows the block, under "It prints:" or in comments that begin with ``# prints``.
     """
 
     page: str
@@ -31,7 +31,7 @@ class Block(NamedTuple):
 
 
 def blocks(language: str) -> list[Block]:
-    """Returns the blocks in that language, of all pages."""
+    """Return the blocks in that language, from all pages."""
     found = []
     for page in PAGES:
         text = page.read_text()
@@ -46,11 +46,11 @@ def blocks(language: str) -> list[Block]:
 
 
 def run(program: str) -> forks.Done:
-    """Run a program of a page in a process of its own."""
+    """Run a program of a page in a new process."""
     return forks.run(
         program,
         imported=("torch", "anyio", "trio", "torchfut_aio"),
-        # What rpc.init_rpc() of PyTorch warns of, about itself.
+        # PyTorch's rpc.init_rpc() emits this warning about itself.
         filters="error,ignore:You are using a Backend:UserWarning",
         finalizes=False,
     )

@@ -1,15 +1,15 @@
-"""Raises an exception at each point, one a run, where CPython could: what must hold then, holds.
+"""Interrupt code at each point where CPython could raise an exception, one point per run.
 
-CPython looks for signals when it enters a Python function, after a call, and at a jump backwards;
-a KeyboardInterrupt arises there. MemoryError and RecursionError may arise instead of any call. ::
+CPython checks for signals on entry to a Python function, after a call, and at a backward jump; a
+KeyboardInterrupt can be raised there. MemoryError and RecursionError can replace any call. ::
 
-    for strike in strikes(torchfut_aio._timeouts):
+    for interrupt in interrupts(torchfut_aio._timeouts):
         source = Future()
-        with strike:
+        with interrupt:
             child = with_timeout(source, 0.01)
-        ...  # check what must hold, whether strike.raised or not
+        ...  # check the promise, which must hold whether interrupt.raised or not
 
-The loop ends after the first run that gets to its end before its point.
+The loop ends after the first run that ends before it reaches its point.
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ def strikes(
     at: str = "signals",
     thread: str | None = None,
 ) -> Iterator[Strike]:
-    """Gives a strike for each point in the code of ``modules``: context managers, for a run each.
+    """Yield one interrupt for each point in the code of ``modules``: context managers, one per run.
 
     Args:
-        *modules: Where to strike; a package stands for all that is in it.
-        every: Strike at every so-many-th point only.
+        *modules: The modules to interrupt; a package includes all its modules.
+        every: Use every n-th point only.
         first: The number of the first point.
-        error: What to raise.
-        do: A function to call at the point, instead of raising: what another thread might do.
-        at: "signals", where CPython looks for signals; "calls", instead of each call; or
-            "instructions", before each, where without a GIL another thread may do something.
-        thread: The name of a thread that is started meanwhile and to be struck; if None, the
-            thread that enters the context is.
+        error: The exception to raise.
+        do: A function to call at the point instead of raising: a possible step of another thread.
+        at: "signals", where CPython checks for signals; "calls", in place of each call; or
+            "instructions", before each of them: without a GIL, another thread may run there.
+        thread: The name of a thread, started within the context, to interrupt; None for the thread
+            that enters the context.
     """
     files = tuple(map(_files, modules))
-    gc.collect()  # finalisers of what ran before could be struck instead
+    gc.collect()  # or the finalisers of earlier runs could be interrupted
     try:
         for number in itertools.count(first, every):
             strike = Strike(number, files, error, do, at, thread)
@@ -73,12 +73,12 @@ def _files(module: ModuleType) -> str:
 
 
 class Strike:
-    """One strike; suppresses its own error at the end of the context.
+    """One interrupt; suppresses its own error at the end of the context.
 
     Attributes:
-        where: Where it has struck, as text; None if it has not.
-        raised: Whether its error has arrived at the context's end. Where nobody is above, as in
-            a finaliser, it does not.
+        where: The point that was interrupted, as text; None if it was not reached.
+        raised: Whether the error has propagated to the end of the context. From a finaliser it
+            does not propagate.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Strike:
         self._entered_by = threading.get_ident()
         self._outside = {frame for frame, _ in traceback.walk_stack(sys._getframe())}
         self._collects = gc.isenabled()
-        gc.disable()  # the finalisers of earlier runs are not meant
+        gc.disable()  # do not interrupt the finalisers of earlier runs
         self._tracer.start()
         return self
 
@@ -122,7 +122,7 @@ class Strike:
         return self.raised
 
     def points_of(self, frame: FrameType) -> _PointsOfFrame | None:
-        """Return what counts the points of a frame; None if it is not to be struck."""
+        """Return the points of a frame, or None if the frame must not be interrupted."""
         if self.where is not None or not frame.f_code.co_filename.startswith(self.files):
             return None
         if frame in self._outside or not self._is_thread_to_strike():
@@ -138,7 +138,7 @@ class Strike:
         return threading.current_thread().name == self.thread
 
     def pass_point(self, frame: FrameType) -> None:
-        """Strike at this point, or count it."""
+        """Count this point; interrupt if it is the chosen one."""
         self._left -= 1
         if self._left != -1:
             return
@@ -151,9 +151,9 @@ class Strike:
 
 
 class _PointsOfFrame:
-    """The points of a frame, and its last instruction.
+    """The points of a frame, and the last instruction that it ran.
 
-    It keeps no reference to the frame: that would be a cycle, which only the collector breaks.
+    It has no reference to the frame: that would be a cycle, which only the collector frees.
     """
 
     __slots__ = ("after", "at", "handlers", "last", "strike")
@@ -165,7 +165,7 @@ class _PointsOfFrame:
         self.last = -1
 
     def step(self, frame: FrameType) -> None:
-        """Strike before this instruction, or count it; a series spends most of its time here."""
+        """Count this instruction if it is a point. A series spends most of its time here."""
         last = self.last
         self.last = now = frame.f_lasti
         if now in self.at or (last in self.after and now not in self.handlers):
@@ -178,7 +178,7 @@ class _PointsOfFrame:
 
 
 class _Settrace:
-    """Traces instructions up to CPython 3.11; from 3.12 on, that leaves some out, or crashes."""
+    """Traces instructions on CPython 3.11. From 3.12 on, settrace skips some, or crashes."""
 
     def __init__(self, strike: Strike) -> None:
         self._strike = strike
@@ -202,7 +202,7 @@ class _Settrace:
 
 
 class _Monitoring:
-    """Traces instructions from CPython 3.12 on, by events that stay on for a series of strikes."""
+    """Traces instructions from CPython 3.12 on, by events that stay enabled for a whole series."""
 
     def __init__(self, strike: Strike) -> None:
         self._strike = strike
@@ -227,10 +227,10 @@ _watched: tuple[str, ...] = ()
 
 
 def _watch(files: tuple[str, ...]) -> None:
-    """Turns on the events of these files, and off those of the files before.
+    """Enable the events of these files, and disable those of the previous files.
 
-    For the whole package that takes milliseconds, and without a GIL tens of them: more than most
-    runs, so a series of strikes does it once.
+    For the whole package that takes milliseconds, and without a GIL tens of them: longer than most
+    runs. So it is done once per series.
     """
     global _watched
     if files == _watched or _monitoring is None:
@@ -250,10 +250,10 @@ _frozen: weakref.WeakSet[FunctionType] = weakref.WeakSet()
 
 
 def freeze() -> None:
-    """Spares the garbage collector all that is there now.
+    """Exempt all present objects from garbage collection.
 
-    That is hundreds of thousands of objects once PyTorch is imported: each collection that a
-    test asks for, and each series of strikes, would take a tenth of a second for them.
+    PyTorch alone creates hundreds of thousands. Each collection during a test, and each series of
+    interrupts, would take a tenth of a second longer.
     """
     gc.collect()
     _frozen.update(thing for thing in gc.get_objects() if type(thing) is FunctionType)
@@ -262,7 +262,7 @@ def freeze() -> None:
 
 @functools.cache
 def _codes(files: tuple[str, ...]) -> list[CodeType]:
-    """Returns all code of these files; looking for it takes a while."""
+    """Return all code objects of these files. Finding them is slow, so the result is cached."""
     return [
         code
         for thing in itertools.chain(_frozen, gc.get_objects())
@@ -279,7 +279,7 @@ def _with_nested(code: CodeType) -> Iterator[CodeType]:
 
 
 # Three sets of offsets. A point is at an offset of the first set, or directly after one of the
-# second, unless it is in the third.
+# second set, unless it is in the third.
 _Points = tuple[frozenset[int], frozenset[int], frozenset[int]]
 
 
@@ -292,15 +292,15 @@ def _signal_points(code: CodeType) -> _Points:
         for offset, i in instructions.items()
         if "JUMP" in i.opname and isinstance(i.argval, int) and i.argval <= offset
     }
-    # Tracing may begin after the RESUME with which a function begins, or a generator goes on.
-    # None is looked at that goes on in the midst of a yield from or await.
+    # Tracing may begin after the RESUME at which a function begins or a generator resumes. A RESUME
+    # within a yield from or an await is no point.
     offsets = list(instructions)
     entries = {
         now
         for last, now in itertools.pairwise(offsets)
         if instructions[last].opname == "RESUME" and (instructions[last].arg or 0) & 3 < 2
     }
-    # A call that raised leads to a handler, and signals are not looked for on the way there.
+    # A call that raises jumps to a handler, and CPython checks for no signals on the way.
     handlers = frozenset(entry.target for entry in dis._parse_exception_table(code))
     return frozenset(entries | backward) - handlers, frozenset(called), handlers
 
@@ -322,7 +322,7 @@ def _all(code: CodeType) -> _Points:
 
 
 def _ends_with(before: list[dis.Instruction]) -> bool:
-    """Tells whether a call is the one with which a ``with`` lets go: who could not would hang."""
+    """Return whether the call is __exit__() on leaving a ``with``: without it, tests would hang."""
     # LOAD_COMMON_CONSTANT: from CPython 3.15 on.
     loads = ("LOAD_CONST", "LOAD_COMMON_CONSTANT")
     return [i.opname in loads and i.argval is None for i in before] == [True] * 3

@@ -1,7 +1,7 @@
 """An interpreter that forks itself for each program: see `tests.forks`.
 
-It imports nothing that torch does not import, except for the modules that it is asked for: some
-programs check what is imported.
+It imports only what torch imports, and the modules that it is asked for: some programs check which
+modules are imported.
 """
 
 import atexit
@@ -20,8 +20,8 @@ from typing import Any
 def serve(*modules: str) -> tuple[CodeType, dict[str, Any]]:
     """Import modules; then return, in a fork for each request, the program and its namespace.
 
-    The caller is the main program of the interpreter. It runs the program as its last step, so
-    a fork exits as an interpreter does.
+    The caller is the main program of the interpreter. Running the program is its last step, so a
+    fork exits as an interpreter does.
     """
     for module in modules:
         importlib.import_module(module)
@@ -31,8 +31,8 @@ def serve(*modules: str) -> tuple[CodeType, dict[str, Any]]:
     os.dup2(nothing, 1)
     os.close(nothing)
     gc.collect()
-    # A collection in a fork would copy all of this memory. What is frozen is not collected at exit
-    # either, so a program that tests the exit must import the package after the fork.
+    # Without freeze(), a collection in a fork would copy all of this memory. Frozen objects are not
+    # collected at exit either: a program that tests the exit imports the package after the fork.
     gc.freeze()
     for line in requests:
         child = os.fork()
@@ -49,13 +49,13 @@ def serve(*modules: str) -> tuple[CodeType, dict[str, Any]]:
 def _program(
     code: str, arguments: list[str], folder: str, filters: str, files: list[str]
 ) -> CodeType:
-    """Make of this process what ``python -c code`` or ``python arguments`` would be."""
+    """Set up this process as ``python -c code`` or ``python arguments`` would."""
     for descriptor, path in enumerate(files, 1):
         file = os.open(path, os.O_WRONLY | os.O_APPEND)
         os.dup2(file, descriptor)
         os.close(file)
     os.chdir(folder)
-    if filters != "error":  # with which this interpreter was started
+    if filters != "error":  # the filters of this interpreter
         warnings.filters.remove(("error", None, Warning, None, 0))
         sys.warnoptions[:] = filters.split(",") if filters else []
         warnings._processoptions(sys.warnoptions)
@@ -68,11 +68,11 @@ def _program(
 
 
 def exit_without_modules() -> None:
-    """Exit as the interpreter does, but take down no module except the main one."""
+    """Exit as the interpreter does, but finalize no module except the main one."""
     threading._shutdown()
     atexit._run_exitfuncs()
     sys.modules["__main__"].__dict__.clear()
-    gc.collect()  # an error that was never retrieved is logged
+    gc.collect()  # logs errors that were never retrieved
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

@@ -1,7 +1,7 @@
-"""Programs that each need an interpreter of their own, in forks of one that has imported torch.
+"""Run programs that each need a new interpreter, as forks of one that has imported torch.
 
 A new interpreter takes seconds to import torch, and a fork starts in milliseconds. A program runs
-and exits as with ``python -W error``. `tests.cluster` has processes that serve several requests.
+and exits as with ``python -W error``. Processes for several requests are in `tests.cluster`.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ def run(
 
     Args:
         program: Its text, or its path.
-        *arguments: What ``sys.argv`` has beside the path.
-        imported: The modules that are imported before the fork.
+        *arguments: The elements of ``sys.argv`` after the path.
+        imported: The modules to import before the fork.
         filters: The value of ``PYTHONWARNINGS`` to emulate.
-        finalizes: Whether the interpreter takes down its modules at the end. For torch's, that
-            takes longer than most programs.
-        folder: The working directory. The package of this checkout can be imported anyway.
+        finalizes: Whether the interpreter finalizes all modules at exit. With torch's, this takes
+            longer than most programs.
+        folder: The working directory. The package of this checkout can always be imported.
     """
     if isinstance(program, pathlib.Path):
         code, arguments = (folder / program).read_text(), (str(program), *arguments)
@@ -91,7 +91,7 @@ class _Server:
                 **os.environ,
                 "PYTHONPATH": path,
                 "PYTHONWARNINGS": "",
-                # Also where the name of the machine leads to no address of it.
+                # For machines whose hostname resolves to no local address.
                 "GLOO_SOCKET_IFNAME": "lo",
                 "TP_SOCKET_IFNAME": "lo",
             },
@@ -111,7 +111,7 @@ class _Server:
             give_up.cancel()
             give_up.join()
         if not answer:
-            _server.cache_clear()  # the next program needs another
+            _server.cache_clear()  # the next program starts a new server
             raise AssertionError("the program hangs, or the server cannot start")
         return int(answer)
 

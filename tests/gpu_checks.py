@@ -1,10 +1,10 @@
-"""What to look at first on a GPU: a check each for what no simulated device can tell.
+"""The first checks to run on a GPU: what the simulated device cannot show.
 
     TORCHFUT_AIO_TEST_DEVICE=cuda python -m tests.gpu_checks CHECK
 
-Each takes a process of its own, as some leave it unable to use the device. It exits with 0 if the
-check passes, with 1 and a traceback if it fails, and with 77 if this machine cannot make it. On the
-simulated device, which is the default, they show that they themselves are right.
+Each check needs a new process, as some leave it unable to use the device. The exit status is 0 if
+the check passes, 1 (with a traceback) if it fails, and 77 if this machine cannot run it. By default
+the device is the simulated one, which tests the checks themselves.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from torchfut_aio._devices import _streams, record_event
 from .accelerator import DEVICE, FIRST, NEW, SECOND, being_filled, current_stream, write_zeros
 from .threads import PATIENCE, running
 
-MISSING = 77  # the exit status for what this machine cannot check
+MISSING = 77  # the exit status if this machine cannot run the check
 
 
 class CannotCheckError(Exception):
-    """This machine lacks what the check takes."""
+    """This machine lacks something that the check needs."""
 
 
 def within_patience(main: Any) -> Any:
-    """Runs ``main`` on asyncio; fails if it takes too long."""
+    """Run ``main`` on asyncio; fail if it takes too long."""
     return asyncio.run(asyncio.wait_for(main, PATIENCE))
 
 
@@ -63,7 +63,7 @@ def blocking_policy(accelerator: Any) -> None:
 
 
 def failed_kernel(accelerator: Any) -> None:
-    """A kernel's error reaches all who wait for its stream, and nobody hangs."""
+    """All waits for a stream raise its kernel's error, and none hangs."""
     stream, other = torch.Stream(FIRST), torch.Stream(FIRST)
 
     async def main() -> list[Any]:
@@ -87,7 +87,7 @@ def failed_kernel(accelerator: Any) -> None:
         return ended
 
     awaited, copy, _ = within_patience(main())
-    # Of the other stream, only CUDA says that it has failed, too.
+    # CUDA reports the error on the other stream too; other devices do not.
     for error in (awaited, copy):
         assert isinstance(error, RuntimeError), type(error)
 
@@ -97,7 +97,7 @@ async def _awaited(fut: Future[Any]) -> Any:
 
 
 def capture(accelerator: Any) -> None:
-    """A thread captures a graph in "global" mode, while another awaits kernels."""
+    """Awaiting kernels works while another thread captures a graph in "global" mode."""
     if DEVICE == "sim":
         raise CannotCheckError("the simulated device captures no graphs")
     tensor, stream = torch.zeros(2, device=FIRST), torch.Stream(FIRST)
@@ -107,7 +107,7 @@ def capture(accelerator: Any) -> None:
         with stream:
             accelerator.fill_after(tensor, 7, 0.001)
         await synchronize(stream)
-        prepared.set()  # the clock is measured, the kernels are loaded, and the package has events
+        prepared.set()  # clock measured, kernels loaded, events of the package created
         await asyncio.to_thread(begun.wait, PATIENCE)
         for n in range(50):
             with stream:
@@ -141,7 +141,7 @@ def capture(accelerator: Any) -> None:
 
 
 def copies(accelerator: Any) -> None:
-    """A copy of an idle tensor is not late, whatever runs on 33 streams, or is called back."""
+    """A copy of an idle tensor is not delayed by kernels or callbacks on 33 other streams."""
     idle = torch.full((2,), 7.0, device=FIRST)
     current_stream().synchronize()
 
@@ -153,7 +153,7 @@ def copies(accelerator: Any) -> None:
             fut.add_done_callback(lambda _: None)
             with stream:
                 accelerator.sleep(PATIENCE)
-                fut.set_result(idle)  # the callback has a stream that waits for this one
+                fut.set_result(idle)  # the callback's stream waits for this one
         assert (await to_host(idle)).tolist() == NEW
         assert not streams[0].query()
         accelerator.wake()
@@ -162,12 +162,12 @@ def copies(accelerator: Any) -> None:
 
 
 def external_streams(accelerator: Any) -> None:
-    """Stream 2, another one in each thread, is not taken for one; nor one whose id is a pointer."""
+    """The ids 2 (another stream in each thread) and a pointer (reused) do not identify a stream."""
     if DEVICE == "sim":
         raise CannotCheckError("the simulated device has no external streams")
     write_zeros(accelerator)
     other: Future[Any] = Future()
-    # Once it is destroyed, another may have its pointer.
+    # After the stream is destroyed, another may get the same pointer.
     pointer = torch.cuda.Stream(FIRST).cuda_stream
     assert record_event(torch.cuda.ExternalStream(pointer)).stream is None
 
@@ -194,7 +194,7 @@ def external_streams(accelerator: Any) -> None:
 
 
 def contexts(accelerator: Any) -> None:
-    """Nothing makes a context on the first device where the program uses the second only."""
+    """A program that uses only the second device gets no context on the first."""
     if accelerator.device_count() < 2:
         raise CannotCheckError("this machine has one device")
     if DEVICE == "sim":
@@ -202,7 +202,7 @@ def contexts(accelerator: Any) -> None:
     has_context = getattr(torch._C, f"_{DEVICE}_hasPrimaryContext")
 
     def in_thread() -> None:
-        # Or else torch itself would make device 0 current at the end of each ``with stream``.
+        # Otherwise torch itself would make device 0 current at the end of each ``with stream``.
         torch.accelerator.set_device_index(1)
         stream, event = torch.Stream(SECOND), torch.Event(DEVICE)
 
@@ -263,4 +263,4 @@ if __name__ == "__main__":
     status = main(*sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)  # after a kernel's error, what a device does at exit may abort
+    os._exit(status)  # after a kernel's error, the device's exit handlers may abort

@@ -9,10 +9,10 @@ import torch
 
 
 def hide() -> None:
-    """Let torch find no GPU in this process, from now on.
+    """Hide all GPUs from torch in this process.
 
-    Where it finds one, memory allocated with ``pin_memory=True`` is CUDA's, whatever the
-    accelerator is. Processes that this one starts find theirs.
+    If torch finds one, ``pin_memory=True`` allocates CUDA's memory even with another accelerator.
+    Child processes are not affected.
     """
     variables = dict.fromkeys(("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"), "")
     with mock.patch.dict(os.environ, variables):

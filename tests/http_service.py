@@ -1,4 +1,4 @@
-"""The HTTP server among the examples, with functions that misbehave when told."""
+"""The example HTTP server, with functions that misbehave on demand."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import http_server
 
 
 def serve(gate: str, output: str, log: str, constants: dict[str, Any]) -> None:
-    """Serves on a free port, with some of the constants of the example changed."""
+    """Run the server on a free port, with some constants of the example changed."""
     for path, descriptor in ((output, 1), (log, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), descriptor)
     warnings.simplefilter("error")
@@ -24,7 +24,7 @@ def serve(gate: str, output: str, log: str, constants: dict[str, Any]) -> None:
     vars(http_server).update(constants)
 
     def classify(images: list[torch.Tensor]) -> list[int]:
-        """Answers with the first pixel, once the file ``gate`` is there."""
+        """Return the first pixel, once the file ``gate`` exists."""
         while not os.path.exists(gate):
             time.sleep(0.001)
         numbers = [(image.flatten()[:2] * 16).tolist() for image in images]
@@ -36,7 +36,7 @@ def serve(gate: str, output: str, log: str, constants: dict[str, Any]) -> None:
         return [round(first) for first, _ in numbers]
 
     def next_tokens(texts: list[str]) -> list[list[str]]:
-        """Continues "b5." with "bbbbb."; such tokens can be large enough to fill buffers."""
+        """Continue "b5." with "bbbbb."; such tokens can be large enough to fill buffers."""
         for error in (OSError, SystemExit, KeyboardInterrupt):
             if any(text.startswith(error.__name__) for text in texts):
                 raise error("the model is broken")

@@ -1,6 +1,6 @@
-"""Programs that use other libraries; ``test_integrations.py`` runs each in a process of its own.
+"""Programs that use other libraries; ``test_integrations.py`` runs each in a new process.
 
-In the processes of the other tests, what these libraries leave behind would be in the way.
+These libraries leave global state behind, which would disturb other tests.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def ray() -> None:
 
     @ray.remote
     class Gate:
-        """Lets who waits pass when it is opened."""
+        """An event for functions of another library."""
 
         def __init__(self) -> None:
             self.opened = asyncio.Event()
@@ -107,7 +107,7 @@ def dask() -> None:
         assert await gather([fut, client.submit(pow, 2, 10)]) == [True, 1024]
         with pytest.raises(ZeroDivisionError):
             await as_future(client.submit(divmod, 1, 0))
-        # Not pending, for whoever comes late.
+        # A source that is already done when it is adopted.
         assert await as_future(source) is True
 
     with distributed.Client(
@@ -229,7 +229,7 @@ def gevent() -> None:
     gevent.spawn_later(0.1, own.set_result, 3)
     assert own.wait(PATIENCE) == 3
     assert len(ticks) - before > 1  # other greenlets have run
-    # Of a pool of gevent's own, by its AsyncResult: there is no such adapter, but a link.
+    # gevent's own pool returns an AsyncResult. There is no adapter for it; it has link().
     linked = Future[int]()
     gevent.get_hub().threadpool.spawn(pow, 2, 5).rawlink(lambda it: linked.set_result(it.get()))
     assert linked.wait(PATIENCE) == 32

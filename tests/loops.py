@@ -13,9 +13,9 @@ AsyncTest = Callable[..., Coroutine[Any, Any, None]]
 
 
 def on_every_loop(test: AsyncTest) -> AsyncTest:
-    """Runs an async test on asyncio and uvloop (pytest-asyncio) and on trio (anyio).
+    """Run an async test on asyncio and uvloop (pytest-asyncio) and on trio (anyio).
 
-    The body may use anyio, and nothing of a particular loop.
+    The body may use anyio, but no particular loop.
     """
 
     @functools.wraps(test)

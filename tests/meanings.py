@@ -1,4 +1,4 @@
-"""What stands for many values, one for each future or item, and what does not."""
+"""Values that count as a sequence, one item for each future, and values that do not."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LISTS = [
     pytest.param(np.array([1, 2]), id="numpy"),
 ]
 
-# Each with the name of its type, as an error has it. All that have items have two.
+# Each with the name of its type, as in an error. All sequences have two items.
 NOT_LISTS = [
     pytest.param(values, name, id=name)
     for values, name in [

@@ -1,7 +1,6 @@
-"""All that is tested on a GPU, and a report of it: see ``scripts/test-on-gpu``.
+"""All tests for a GPU, and a report of them: see ``scripts/test-on-gpu``.
 
-Each part runs in a process of its own, with a time limit, so that none can keep another from being
-reported.
+Each part runs in a new process with a time limit, so that every other part is still reported.
 """
 
 from __future__ import annotations
@@ -47,10 +46,10 @@ class Result(NamedTuple):
 
 
 def parts(quick: bool, folder: Path) -> list[Part]:
-    """All parts, in the order in which to look at them."""
+    """Return all parts, most important first."""
     python = [sys.executable, "-m"]
     suite = [*python, "pytest", "-p", "no:cacheprovider", "-q", "-m", "device", "tests"]
-    # A quick one is saved nowhere, but for its output.
+    # A quick benchmark saves nothing; only its output is kept.
     watcher = ["--quick"] if quick else ["--save", "--folder", str(folder)]
     return [
         *(
@@ -73,7 +72,7 @@ def parts(quick: bool, folder: Path) -> list[Part]:
 
 
 def run(part: Part) -> Result:
-    """Runs a part, and ends it with all that it has started if it takes too long."""
+    """Run a part; kill it and its child processes if it takes too long."""
     environment = os.environ | {"TORCHFUT_AIO_TEST_DEVICE": "cuda", "PYTHONFAULTHANDLER": "1"}
     start = time.monotonic()
     process = subprocess.Popen(
@@ -92,7 +91,7 @@ def run(part: Part) -> Result:
         if outcome == "passed" and not output.strip():
             outcome, output = "failed", "It printed nothing, so it has not shown that it ran.\n"
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGABRT)  # which shows where each thread is
+        os.killpg(process.pid, signal.SIGABRT)  # which prints the stack of each thread
         try:
             output, _ = process.communicate(timeout=10)
         except subprocess.TimeoutExpired:
@@ -103,7 +102,7 @@ def run(part: Part) -> Result:
 
 
 def gpus() -> list[str]:
-    """Describes the GPUs of this machine."""
+    """Describe the GPUs of this machine."""
     described = []
     for n in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(n)
@@ -112,7 +111,7 @@ def gpus() -> list[str]:
 
 
 def driver() -> str:
-    """Names the driver, as far as it tells."""
+    """Return the name of the driver, if it is known."""
     if torch.version.hip:
         return f"ROCm {torch.version.hip}"
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -124,7 +123,7 @@ def driver() -> str:
 
 
 def report(results: Iterable[Result], gpus: Sequence[str], driver: str, when: datetime) -> str:
-    """Returns the report as Markdown."""
+    """Return the report as Markdown."""
     results = list(results)
     facts = {
         "date": when.isoformat(timespec="seconds"),
@@ -174,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"== {part.name}", flush=True)
         results.append(run(part))
         print(f"{results[-1].output}{part.name}: {results[-1].outcome}", flush=True)
-        # After each, so that what is known stays if this is cut off.
+        # After each part, so that an aborted run keeps its results.
         path.write_text(report(results, gpus(), driver(), when))
     print(f"written to {os.path.relpath(path, ROOT)}")
     return 0 if results and all(result.is_well for result in results) else 1

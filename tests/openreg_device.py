@@ -1,9 +1,9 @@
 """torch_openreg, PyTorch's example of an accelerator, with the functions of the simulated device.
 
-Its streams are threads of the host, and run what is enqueued in order. But the host fills and
-copies at once, whatever the streams have to do. So this replaces these operations: they are
-enqueued on the current stream, as on other accelerators. Any other operation copies its tensors to
-the host and back, and so waits for the current stream.
+Its streams are threads of the host, which run jobs in order. But openreg fills and copies at once,
+without waiting for the stream. So this module replaces these operations: they are enqueued on the
+current stream, as on other accelerators. Any other operation copies its tensors to the host and
+back, and so waits for the current stream.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ LACKS = {"sparse tensors"}
 
 
 class Event(torch.Event):
-    """As ``torch.cuda.Event``, which openreg has no counterpart of."""
+    """The counterpart of ``torch.cuda.Event``, which openreg lacks."""
 
     def __new__(cls, enable_timing: bool = False) -> Event:
         return super().__new__(cls, "openreg", enable_timing=enable_timing)
@@ -66,7 +66,7 @@ def _check(status: int) -> None:
 
 @contextlib.contextmanager
 def _current(index: int) -> Iterator[None]:
-    """Makes a device current."""
+    """Make a device current."""
     before = torch.accelerator.current_device_index()
     torch.accelerator.set_device_index(index)
     try:
@@ -77,9 +77,9 @@ def _current(index: int) -> Iterator[None]:
 
 @functools.cache
 def _queue_beside(stream: torch.Stream) -> torch.Stream:
-    """Returns a stream that runs what is enqueued on ``stream``.
+    """Return a stream that runs the jobs enqueued on ``stream``.
 
-    torch has the address that openreg's functions take only for external streams.
+    openreg's functions need a stream's address, which torch has only for external streams.
     """
     address = ctypes.c_void_p()
     with _current(stream.device_index):
@@ -95,17 +95,17 @@ def _enqueue(stream: torch.Stream, launch: Callable[[ctypes.c_void_p], int]) -> 
     queue.wait_event(stream.record_event())
     _check(launch(ctypes.c_void_p(queue.stream_id)))
     stream.wait_event(queue.record_event())
-    # A stream of openreg is idle, to a query, once its last job has begun.
+    # A query of an openreg stream returns True when its last job has started. So add one more.
     stream.record_event()
 
 
-# Those that torch.Stream returns, and those of callbacks, take turns. The first is the default
-# stream, too, and the last is for copies: a test begins between them.
+# torch.Stream returns each of these in turn, and so do callbacks. The first is the default stream
+# as well, and the last one is for copies: a test begins between them.
 _STREAMS = 32
 
 
 def _draw_until(index: int) -> None:
-    """Takes streams until the turn is at the next one."""
+    """Take streams from torch until the next one has this index."""
     for device in range(device_count()):
         while torch.Stream(f"openreg:{device}").stream_id >> 4 != index:
             pass
@@ -117,25 +117,25 @@ for _index in range(device_count()):
 
 
 def sleep(seconds: float) -> None:
-    """Enqueues a kernel that does nothing but take that long, or that ends with `wake`."""
+    """Enqueue a kernel that sleeps for ``seconds``, or until `wake`."""
     stream = torch.accelerator.current_stream()
     _enqueue(stream, lambda queue: _sleeper.enqueue_sleep(queue, ctypes.c_double(seconds)))
 
 
 def wake() -> None:
-    """Ends the sleep of all kernels enqueued so far."""
+    """End the sleep of all kernels enqueued so far."""
     _sleeper.wake_all()
 
 
 def fill_after(tensor: torch.Tensor, value: float, seconds: float) -> None:
-    """Enqueues `sleep`, then fills."""
+    """Enqueue `sleep`, then fill the tensor."""
     with _current(tensor.device.index):
         sleep(seconds)
         tensor.fill_(value)
 
 
 def reset() -> None:
-    """Wakes all kernels and waits for them."""
+    """Wake all kernels and wait for them."""
     wake()
     for index in range(device_count()):
         with _current(index):
@@ -145,7 +145,7 @@ def reset() -> None:
 
 # -------------------------------------------------------------------- fills and copies
 
-_in_use: list[torch.UntypedStorage] = []  # by copies: openreg frees memory at once
+_in_use: list[torch.UntypedStorage] = []  # by copies: openreg frees memory without waiting for them
 
 
 def _is_on_device(tensor: torch.Tensor) -> bool:
@@ -154,7 +154,7 @@ def _is_on_device(tensor: torch.Tensor) -> bool:
 
 @contextlib.contextmanager
 def _on_host(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The same memory as a tensor of the host, which can be read and written meanwhile."""
+    """Yield the tensor's memory as a host tensor, to read and write."""
     if not _is_on_device(tensor):
         yield tensor
         return
@@ -187,7 +187,7 @@ def _copy_from(
     _in_use.extend((source.untyped_storage(), target.untyped_storage()))
     addresses = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (target, source)]
     size = ctypes.c_size_t(target.numel() * target.itemsize)
-    kind = 2 * _is_on_device(source) + _is_on_device(target)  # as orMemcpyKind numbers them
+    kind = 2 * _is_on_device(source) + _is_on_device(target)  # the numbers of orMemcpyKind
     first, last = streams[0], streams[-1]
     first.wait_event(last.record_event())
     _enqueue(first, lambda queue: _openreg.orMemcpyAsync(*addresses, size, kind, queue))
@@ -199,7 +199,7 @@ def _copy_from(
 
 
 def _is_plain(source: torch.Tensor, target: torch.Tensor) -> bool:
-    """Return True if copying is copying bytes, which openreg does on a stream."""
+    """Return True for a plain copy of bytes, which openreg can do on a stream."""
     return (
         (source.dtype, source.shape) == (target.dtype, target.shape)
         and source.is_contiguous()
@@ -219,7 +219,7 @@ def _item(tensor: torch.Tensor) -> Any:
 
 _operations = torch.library.Library("aten", "IMPL")
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # openreg's own copies, and the items, are replaced
+    warnings.simplefilter("ignore")  # openreg's own copies, and item(), are replaced
     for _name, _function in {
         "_copy_from": _copy_from,
         "fill_.Scalar": _fill,
@@ -233,7 +233,7 @@ with warnings.catch_warnings():
 
 
 def reset_counters() -> None:
-    """Lets the test have streams of its own; nothing counts."""
+    """Draw a fresh stream for the test; there are no counters to reset."""
     _draw_until(0)
 
 

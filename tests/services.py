@@ -1,4 +1,4 @@
-"""What runs in the processes of a `Cluster`: functions called remotely, and their callers."""
+"""Functions that run in the processes of a `Cluster`: those called by RPC, and their callers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .threads import PATIENCE, PATIENCE_WITH_PROCESSES
 
 
 def collectives(loop: str) -> dict[str, Any]:
-    """Awaits every kind of collective; returns what came of it."""
+    """Await every kind of collective; return their results."""
     rank, size = dist.get_rank(), dist.get_world_size()
 
     async def main() -> dict[str, Any]:
@@ -67,7 +67,7 @@ def collectives(loop: str) -> dict[str, Any]:
 
 
 def all_reduce_that_waits_for_others(loop: str, functional: bool) -> tuple[bool, float]:
-    """Rank 0 lets the others begin only when it has tried to await it."""
+    """Rank 0 lets the others begin only after it has tried to await the result."""
     store = dist.distributed_c10d._get_default_store()
     begin = f"begin on {loop}, {functional}"
 
@@ -91,7 +91,7 @@ def all_reduce_that_waits_for_others(loop: str, functional: bool) -> tuple[bool,
 
 
 def all_reduce(functional: bool) -> Any:
-    """Begins to reduce a tensor of one; returns the work, or a tensor that waits when used."""
+    """Start to reduce one number; return the work, or a tensor that waits on first use."""
     if functional:
         from torch.distributed import _functional_collectives
 
@@ -100,7 +100,7 @@ def all_reduce(functional: bool) -> Any:
 
 
 def all_reduce_without_the_last(loop: str) -> str:
-    """Returns what an await raises when a peer dies meanwhile, on a loop that goes on."""
+    """Return the error of an await when a peer dies; the loop must keep running."""
 
     async def main() -> str:
         try:
@@ -127,7 +127,7 @@ class Terse(Exception):
 
 
 def of_no_other_process(kind: str) -> Exception:
-    """Returns an error of a type that a caller cannot find by its name, or cannot make."""
+    """Return an error whose type a caller cannot import, or cannot construct."""
 
     class Local(Exception):
         pass
@@ -183,7 +183,7 @@ _released = threading.Semaphore(0)
 
 
 def blocks() -> None:
-    """Returns when `release` is called, in the same process."""
+    """Return when `release` is called in the same process."""
     assert _released.acquire(timeout=PATIENCE_WITH_PROCESSES)
 
 
@@ -210,7 +210,7 @@ _all_there: asyncio.Event | None = None
 
 @async_rpc
 async def meet(number: int, expected: int) -> tuple[int, int]:
-    """Returns when so many calls are in flight at once."""
+    """Return when ``number`` calls are in flight at once."""
     global _arrived, _all_there
     if _all_there is None:
         _all_there, _arrived = asyncio.Event(), 0
@@ -269,7 +269,7 @@ def wait_until_started() -> None:
     assert _started.wait(PATIENCE)
 
 
-# ------------------------------------------------------------------ its callers
+# ------------------------------------------------------------------ the callers
 
 
 def call(function: Any, *args: Any, **kwargs: Any) -> Any:
@@ -283,7 +283,7 @@ async def _call(function: Any, args: Any, kwargs: Any) -> Any:
 def failure(
     loop: str, function: Any, *args: Any, timeout: float = PATIENCE_WITH_PROCESSES / 2
 ) -> tuple[str, str]:
-    """Returns the type and the text of what awaiting a call raises."""
+    """Return the type and the text of the error of an awaited call."""
 
     async def main() -> tuple[str, str]:
         with pytest.raises(RpcError) as caught:
@@ -295,7 +295,7 @@ def failure(
 
 
 def failure_of_a_reference(loop: str, function: Any, *args: Any) -> tuple[str, str]:
-    """Returns the type and the text of what awaiting a remote value raises."""
+    """Return the type and the text of the error of an awaited remote value."""
 
     async def main() -> tuple[str, str]:
         with pytest.raises(RpcError) as caught:
@@ -307,7 +307,7 @@ def failure_of_a_reference(loop: str, function: Any, *args: Any) -> tuple[str, s
 
 
 def value_of_a_reference(loop: str) -> tuple[bool, int]:
-    """Awaits a remote value, which a call makes that the loop goes on to make."""
+    """Await a remote value that becomes ready only when the same loop makes a second call."""
 
     async def main() -> tuple[bool, int]:
         reference = rpc.remote("worker1", seven)
@@ -323,7 +323,7 @@ def value_of_a_reference(loop: str) -> tuple[bool, int]:
 
 
 def failures(function: Any, number: int) -> list[str]:
-    """Returns the texts of so many calls that fail."""
+    """Return the texts of the errors of ``number`` calls."""
 
     async def main() -> list[str]:
         calls = [
@@ -365,7 +365,7 @@ def errors_that_nobody_retrieved() -> list[str]:
 
 
 def many_calls(loop: str, number: int) -> int:
-    """Makes so many calls at once; returns how many threads of the callee served them."""
+    """Make ``number`` calls at once; return how many threads of the callee ran them."""
 
     async def main() -> int:
         calls = [as_future(rpc.rpc_async("worker1", meet, args=(n, number))) for n in range(number)]
@@ -390,7 +390,7 @@ def through_a_reference() -> list[Any]:
 
 
 def serve_on_portal(loop: str) -> None:
-    """Serves on a portal in another thread, until told to stop."""
+    """Serve RPC on a portal in another thread, until `stop_portal`."""
     options = {"asyncio": {}, "uvloop": {"use_uvloop": True}, "trio": {}}[loop]
     backend = "trio" if loop == "trio" else "asyncio"
     stack = ExitStack()
@@ -407,7 +407,7 @@ def stop_portal() -> None:
 
 
 def call_and_keep(function: Any, *args: Any) -> None:
-    """Calls, and leaves the future to `kept`."""
+    """Make a call, and keep its future for `kept`."""
     _kept.append(as_future(rpc.rpc_async("worker1", function, args=args)))
 
 
@@ -415,7 +415,7 @@ _kept: list[Any] = []
 
 
 def kept() -> tuple[str, str]:
-    """Returns what became of the call: a type and a text."""
+    """Return the outcome of that call: a type and a text."""
     fut = _kept.pop()
 
     async def main() -> tuple[str, str]:
@@ -430,7 +430,7 @@ def kept() -> tuple[str, str]:
 
 
 def shut_down(graceful: bool, ours: bool) -> list[str]:
-    """Shuts RPC down, and returns the names of the threads that are left."""
+    """Shut RPC down, and return the names of the remaining threads."""
     if ours:
         shutdown(graceful)
     else:
@@ -464,7 +464,7 @@ async def overlapping_mean(state: Any, bucket: dist.GradBucket) -> torch.Tensor:
 
 @async_comm_hook
 async def in_two_steps(pauses: dict[int, float], bucket: dist.GradBucket) -> torch.Tensor:
-    """Two collectives after pauses that differ from rank to rank, on a group of their own."""
+    """Two collectives on their own group, after pauses that differ from rank to rank."""
     index = bucket.index()
     await asyncio.sleep(pauses[index % len(pauses)])
     tensor = bucket.buffer().div_(dist.get_world_size())
@@ -481,7 +481,7 @@ async def in_two_steps(pauses: dict[int, float], bucket: dist.GradBucket) -> tor
 
 @async_comm_hook
 async def in_two_groups(pauses: dict[int, float], bucket: dist.GradBucket) -> torch.Tensor:
-    """Two collectives: one at once, on the default group, and one later, on another."""
+    """Two collectives: one immediately, on the default group; one later, on another group."""
     tensor = bucket.buffer().div_(dist.get_world_size())
     largest = tensor.abs().max()
     await as_future(dist.all_reduce(largest, op=dist.ReduceOp.MAX, async_op=True))
@@ -493,7 +493,7 @@ async def in_two_groups(pauses: dict[int, float], bucket: dist.GradBucket) -> to
 
 @async_comm_hook
 async def of_neighbours(state: Any, bucket: dist.GradBucket) -> torch.Tensor:
-    """The mean with the gradients of the rank before: sent to one, received from the other."""
+    """The mean with the previous rank's gradients: send to one neighbour, receive from another."""
     rank, size = dist.get_rank(), dist.get_world_size()
     received = torch.empty_like(bucket.buffer())
     sending = dist.isend(bucket.buffer(), (rank + 1) % size)
@@ -505,12 +505,12 @@ _group: Any = None
 
 
 def group_of_hooks() -> Any:
-    """Returns the group for what hooks start after they have suspended."""
+    """Return the group for collectives that hooks start after they have suspended."""
     return _group
 
 
 def make_group_of_hooks() -> None:
-    """Makes that group, once, on all ranks."""
+    """Create that group once, on all ranks."""
     global _group
     _group = _group or dist.new_group()
 
@@ -527,7 +527,7 @@ async def overlapping(state: Any, bucket: dist.GradBucket) -> torch.Tensor:
     tensor = bucket.buffer().div_(dist.get_world_size())
     await as_future(dist.all_reduce(tensor, async_op=True))
     with anyio.move_on_after(PATIENCE):
-        # At first, all is one bucket.
+        # In the first step there is only one bucket.
         while _most == 1 and not bucket.is_last():  # noqa: ASYNC110
             await asyncio.sleep(0.001)
     _running -= 1
@@ -550,23 +550,23 @@ async def breaks(state: dict[str, Any], bucket: dist.GradBucket) -> Any:
 def trained(
     hook: Any, state: Any, steps: int, backend_hook: Any = None, extra: Any = torch.nn.Identity
 ) -> Any:
-    """Trains with DDP; returns the losses and the weights, and those of plain DDP."""
+    """Train with DDP; return the losses and the weights, and those of plain DDP."""
     return [_train(hook, state, steps, extra), _train(backend_hook, None, steps, extra)]
 
 
 def trained_with_collectives(hook: Any, steps: int) -> Any:
-    """As `trained`, where the model's backward pass reduces, too."""
+    """Run `trained` with a model whose backward pass uses collectives as well."""
     make_group_of_hooks()
     return trained(hook, _pauses(), steps, extra=_SumsGradients)
 
 
 def trained_with_unused_parameters(hook: Any, steps: int) -> Any:
-    """As `trained`, where DDP reduces which parameters are used."""
+    """Run `trained` with a model for which DDP also reduces the set of used parameters."""
     return trained(hook, None, steps, extra=_Unused)
 
 
 def neighbours_hook(state, bucket):  # type: ignore[no-untyped-def]  # DDP checks annotations
-    """Does what `of_neighbours` does, and blocks."""
+    """Do the same as `of_neighbours`, but block."""
     rank, size = dist.get_rank(), dist.get_world_size()
     everyone = [torch.empty_like(bucket.buffer()) for _ in range(size)]
     dist.all_gather(everyone, bucket.buffer())
@@ -576,7 +576,7 @@ def neighbours_hook(state, bucket):  # type: ignore[no-untyped-def]  # DDP check
 
 
 class _Sums(torch.autograd.Function):
-    """Reduces in the backward pass, as many numbers as a bucket of `_model` has."""
+    """All-reduces in the backward pass, as many numbers as a bucket of `_model` has."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
@@ -612,7 +612,7 @@ def _model(hook: Any, state: Any, extra: Any = torch.nn.Identity) -> Any:
     torch.manual_seed(0)
     layers = [module for _ in range(4) for module in (torch.nn.Linear(64, 64), extra())]
     model = torch.nn.Sequential(*layers, torch.nn.Linear(64, 1))
-    # Small enough for each layer to be a bucket of its own.
+    # Small enough that each layer has its own bucket.
     ddp = torch.nn.parallel.DistributedDataParallel(
         model, bucket_cap_mb=0.01, find_unused_parameters=extra is _Unused
     )
@@ -650,7 +650,7 @@ def most_at_once(steps: int) -> Any:
 
 
 def broken(how: str, at: int) -> list[tuple[str, str]]:
-    """Returns what ``backward()`` raises, time after time."""
+    """Return what each call of ``backward()`` raises."""
     state = {"how": how, "at": at}
     ddp = _model(breaks, state)
     raised = []
@@ -659,7 +659,7 @@ def broken(how: str, at: int) -> list[tuple[str, str]]:
             ddp(torch.ones(2, 64)).sum().backward()
         except Exception as error:
             raised.append((type(error).__name__, str(error)))
-    state["at"] = None  # training may go on
+    state["at"] = None  # training must still work
     ddp.zero_grad()
     ddp(torch.full((2, 64), float(dist.get_rank()))).sum().backward()
     bias = ddp.module[-1].bias

@@ -1,4 +1,4 @@
-"""``as_future``: other kinds of future, and those that other libraries register."""
+"""``as_future``: futures of other kinds, and types registered by other libraries."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_cancelled_concurrent_future_cancels_its_adopted_future():
 
 
 def test_library_cancelled_error_is_adopted_as_cancellation():
-    class OfALibrary(concurrent.futures.CancelledError):  # as that of dask
+    class OfALibrary(concurrent.futures.CancelledError):  # like that of dask
         pass
 
     source, error = concurrent.futures.Future(), OfALibrary("foo")
@@ -186,7 +186,7 @@ def waits_in_a_fork(fut: torch.futures.Future[torch.Tensor]) -> torch.futures.Fu
 @pytest.fixture
 def script():
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it is deprecated
+        warnings.simplefilter("ignore")  # deprecated
         yield torch.jit.script
 
 
@@ -205,7 +205,7 @@ def test_error_returned_by_a_script_fails_the_future(when, script):
 def test_error_nested_in_a_script_result_fails_the_future(script):
     failed = Future()
     failed.set_exception(Stop("foo"))
-    stand_in = script(waits)(failed)  # torch's own future gives the error itself, as a value
+    stand_in = script(waits)(failed)  # torch's own future stores the error as a value
     for value in stand_in, (torch.ones(1), stand_in), {"a": [stand_in]}:
         source = torch.futures.Future()
         source.set_result(value)
@@ -248,7 +248,7 @@ async def test_task_that_completes_too_late_is_ignored(caplog):
 @on_every_loop
 async def test_results_of_a_pool_can_be_awaited(nothing_blocks_a_loop):
     release = threading.Event()
-    pool = await anyio.to_thread.run_sync(ThreadPool, 2)  # which may start a process, and block
+    pool = await anyio.to_thread.run_sync(ThreadPool, 2)  # may start a process, and block
     try:
         late, failed = pool.apply_async(release.wait), pool.apply_async(int, ["x"])
         many = pool.map_async(abs, [-1, 2])
@@ -270,7 +270,7 @@ def test_mps_event_is_adopted_without_deriving_from_torch_event(monkeypatch):
     assert not issubclass(torch.mps.Event, torch.Event)
     reached = threading.Event()
 
-    class Event:  # there is no such device here
+    class Event:  # a class of a device that this machine lacks
         query, synchronize = reached.is_set, reached.wait
 
     monkeypatch.setattr(torch.mps, "Event", Event)
@@ -319,11 +319,11 @@ def test_pending_source_is_adopted_only_once(source_type):
 
 def test_a_source_is_told_from_a_dropped_one_with_its_id():
     parent = torch.futures.Future()
-    source = parent.then(lambda fut: None)  # C++ keeps the future, and not the object
+    source = parent.then(lambda fut: None)  # C++ keeps the future, but not the object
     fut, dropped = as_future(source), id(source)
     del source
     kept = []
-    while not kept or id(kept[-1]) != dropped:  # the memory is free, so an object will have it
+    while not kept or id(kept[-1]) != dropped:  # until the memory is reused
         kept.append(parent.then(lambda fut: None))
         assert len(kept) < 100_000
     assert as_future(kept[-1]) is not fut
@@ -361,7 +361,7 @@ def test_as_future_refuses_a_single_device_without_a_list():
         as_future(torch.futures.Future(), devices="cpu:0")
 
 
-DEVICE = "cpu:0"  # a device like any other, to the C++ future
+DEVICE = "cpu:0"  # the C++ future treats it like any other device
 
 
 @sources
@@ -443,7 +443,7 @@ def test_registering_while_a_source_is_looked_up_is_safe():
     to_register = [Another]
 
     class Meanwhile(type):
-        def __subclasscheck__(cls, _kind):  # which the look-up calls
+        def __subclasscheck__(cls, _kind):  # called by the look-up
             while to_register:
                 as_future.register(to_register.pop(), lambda source: Future())
             return False

@@ -1,4 +1,4 @@
-"""Futures and tasks of asyncio that are adopted: what becomes of them with their loop."""
+"""Adopted futures and tasks of asyncio: their outcome when their loop closes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ async def returns(value):
 def test_pending_adopted_future_fails_when_its_loop_closes(new_loop):
     loop = new_loop()
     fut, source = loop.run_until_complete(adopt_pending())
-    other = as_future(loop.create_future())  # before the loop gets to it
+    other = as_future(loop.create_future())  # the loop never runs its callback
     assert not fut.done()
     loop.close()
     for future in fut, other:
@@ -70,7 +70,7 @@ def test_closing_a_loop_fails_futures_awaited_by_other_threads(new_loop):
 
 
 class ClosesWithinACall(asyncio.SelectorEventLoop):
-    """Is closed, as by another thread, after a call has found it open and before it is listed."""
+    """Closes, as if by another thread, after a call has checked it and before it is registered."""
 
     closes = False
 
@@ -85,7 +85,7 @@ def test_loop_closed_during_adoption_completes_the_future(source_is_done):
     loop = ClosesWithinACall()
     source = loop.create_future()
     if source_is_done:
-        source.done = iter([False, False, True]).__next__  # as another thread completes it
+        source.done = iter([False, False, True]).__next__  # as if another thread completed it
         source.set_result(5)
     loop.closes = True
     fut = as_future(source)
@@ -153,7 +153,7 @@ def test_unfinished_task_fails_its_future_when_the_loop_ends(new_loop):
             task.cancel()
 
     fut = loop.run_until_complete(main())
-    cancel_all()  # as asyncio.run() does
+    cancel_all()  # like asyncio.run()
     loop.run_until_complete(returns(None))
     loop.close()
     with pytest.raises(asyncio.CancelledError):
@@ -212,7 +212,7 @@ def test_source_of_another_loop_of_this_thread_is_refused(new_loop, runs_before)
         return await adopted, await as_future(source)
 
     assert loop.run_until_complete(await_it()) == (5, 5)
-    assert asyncio.run(await_it()) == (5, 5)  # done, so anybody may read it
+    assert asyncio.run(await_it()) == (5, 5)  # done, so any loop may read it
     loop.close()
 
 
@@ -221,7 +221,7 @@ def test_full_stack_is_not_mistaken_for_a_closed_loop(new_loop):
     loop = new_loop()
     raised = 0
     for strike in strikes(_asyncio, error=RecursionError, at="calls"):
-        with strike:  # lets no other error pass
+        with strike:  # suppresses no other error
             as_future(loop.create_future())
         raised += strike.raised
     assert raised >= 10

@@ -1,4 +1,4 @@
-"""An adopted future completes, whatever stops the callback that its source calls."""
+"""An adopted future completes even if its source's callback is interrupted."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ sources = pytest.mark.parametrize("source_type", SOURCES)
 
 
 def adopt(source):
-    return as_future(source, devices=[])  # a future of ours, too, is adopted then
+    return as_future(source, devices=[])  # adopt a Future of this package as well
 
 
 def set_with_frames_left(left, source, value):
-    """Completes the source where so many more frames fit on the stack; in a thread of its own."""
+    """Complete the source, in a new thread, when ``left`` more frames fit on the stack."""
     outcome = []
 
     def down(frames):
@@ -59,7 +59,7 @@ def depth_here():
 @pytest.fixture
 def short_stack(monkeypatch):
     before = sys.getrecursionlimit()
-    # What concurrent.futures logs, and what finalisers raise, finds no stack to be formatted on.
+    # concurrent.futures' logging and finalisers' tracebacks do not fit on the full stack.
     logging.disable(logging.CRITICAL)
     monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)
     sys.setrecursionlimit(depth_here() + 300)
@@ -104,11 +104,11 @@ def test_an_interrupted_source_leaves_no_adopted_future_pending(source_type, err
         def wait(fut=fut, waited=waited):
             waited.append(fut.wait(PATIENCE))
 
-        with running(wait):  # it waits already, and nobody asks again
+        with running(wait):  # it already waits, and does not check again
             until(lambda fut=fut: fut.has_waiters())
             with strike:
                 source.set_result(5)
-            if not source.done():  # it was interrupted before it began
+            if not source.done():  # interrupted before it began
                 source.set_result(5)
         assert waited == [5], strike
 

@@ -1,4 +1,4 @@
-"""``Future[int]`` as an annotation, in a program that runs."""
+"""``Future[int]`` as an annotation in running programs."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ torch.jit.ignore(make)
 
 def use():
     fut = make()
-    return fut.wait()  # PyTorch's own could not be added to anything, either
+    return fut.wait()  # PyTorch's own supports no `+` either
 
 
 use.__annotations__["return"] = torch.Tensor
@@ -67,7 +67,7 @@ def test_annotation_survives_patching_torch_futures_future(monkeypatch):
     theirs = torch.futures.Future
     monkeypatch.setattr(torch.futures, "Future", Future)
     assert Future[int] == theirs[int]
-    assert torch._jit_internal.is_future(Future[int])  # as TorchScript asks
+    assert torch._jit_internal.is_future(Future[int])  # TorchScript's check
 
 
 def test_annotation_equals_only_the_annotation_of_pytorch():

@@ -1,6 +1,6 @@
-"""The public names and signatures are those in ``api.txt``: a change of them is one on purpose.
+"""The public names and signatures are those in ``api.txt``, so no change of them is accidental.
 
-To make one, run ``python -m tests.test_api > tests/api.txt``, and read the difference.
+To change one, run ``python -m tests.test_api > tests/api.txt``, and read the diff.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PROTOCOLS = {
 
 
 def signature(function):
-    """The signature, without parameters whose names begin with an underscore."""
+    """Return the signature, without parameters whose names begin with an underscore."""
     found = inspect.signature(function)
     shown, kinds = [], []
     for each in found.parameters.values():

@@ -1,4 +1,4 @@
-"""What asyncio and uvloop add: their combinators, debug mode, eager tasks, their pipe."""
+"""asyncio and uvloop only: their combinators, debug mode, eager tasks, their pipe."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ async def value_of(fut):
 
 
 async def pending(n=1):
-    """Futures that a thread completes with 0, 1, ... once the caller awaits."""
+    """Return futures that a thread completes with 0, 1, ... once the caller awaits."""
     futures = [Future() for _ in range(n)]
     asyncio.get_running_loop().run_in_executor(
         None, lambda: [fut.set_result(i) for i, fut in enumerate(futures)]
@@ -166,7 +166,7 @@ async def test_shielded_as_asyncio_leaves_no_waiter_behind():
     for _ in range(20):
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(asyncio.shield(fut.as_asyncio()), 0.001)
-    gc.collect()  # what the time-outs have raised refers to the last of them
+    gc.collect()  # the last timeout is referenced by the exceptions that were raised
     assert "waiters=0" in repr(fut)
     shielded = asyncio.shield(fut.as_asyncio())
     fut.set_result(5)
@@ -194,7 +194,7 @@ async def test_done_as_asyncio_is_freed_without_the_collector():
     copy.add_done_callback(lambda _: None)
     fut.set_result(5)
     assert await copy == 5
-    await asyncio.sleep(0)  # what has resumed this task refers to it
+    await asyncio.sleep(0)  # the callback that resumed this task has a reference to it
     ref = weakref.ref(copy)
     gc.disable()
     try:
@@ -266,11 +266,11 @@ def test_signal_handler_wakes_a_sleeping_loop(runner):
 
     def interrupt():
         until(lambda: "waiters=1" in repr(fut))
-        time.sleep(0.05)  # the loop gives no sign of having gone to sleep
+        time.sleep(0.05)  # allow time for the loop to block: it cannot be observed
         signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
 
     async def main():
-        return await fut  # and nothing else would wake this loop in time
+        return await fut  # the signal is the only thing that can wake this loop in time
 
     try:
         with running(interrupt):
@@ -286,9 +286,9 @@ def test_completion_just_before_the_select_wakes_asyncio(monkeypatch):
         real = selector.select
 
         def select(timeout):
-            if timeout is None or timeout > 1:  # it has made up its mind to sleep
+            if timeout is None or timeout > 1:  # it has decided to block
                 monkeypatch.undo()
-                fut.set_result("finaliser")  # as the collector would, here
+                fut.set_result("finaliser")  # as if the collector ran a finaliser here
             return real(timeout)
 
         monkeypatch.setattr(selector, "select", select)
@@ -304,7 +304,7 @@ async def test_many_completions_cause_one_wake_up(monkeypatch, nothing_blocks_a_
     futures = [Future() for _ in range(1000)]
     tasks = [asyncio.ensure_future(value_of(fut)) for fut in futures]
     await asyncio.sleep(0)
-    # The loop stands still meanwhile, so that it cannot serve some of them in between.
+    # The loop does not run until all are done, so it cannot resume some of them in between.
     with running(lambda: [fut.set_result(5) for fut in futures]):
         pass
     assert await asyncio.gather(*tasks) == [5] * 1000
@@ -312,7 +312,7 @@ async def test_many_completions_cause_one_wake_up(monkeypatch, nothing_blocks_a_
 
 
 async def burst(n=100):
-    """Awaits futures that were all completed while the loop stood still: one look finds them."""
+    """Await futures that were all completed while the loop was blocked: one poll finds them."""
     futures = [Future() for _ in range(n)]
     tasks = [asyncio.ensure_future(value_of(fut)) for fut in futures]
     await asyncio.sleep(0)
@@ -324,7 +324,7 @@ async def burst(n=100):
 
 @pytest.fixture
 def next_look(monkeypatch):
-    """Has a loop that is in a burst look again when this is called, and not by itself before."""
+    """A function that makes a loop in a burst poll; until it is called, the loop does not."""
     monkeypatch.setattr(_asyncio, "LONGEST_PAUSE", 10 * PATIENCE)
     monkeypatch.setattr(_asyncio, "PAUSE_FOR_EACH", PATIENCE)
     return lambda: _asyncio.current()._burst_timer.set(0)
@@ -354,7 +354,7 @@ async def test_loop_completions_are_not_delayed_during_a_burst(
     monkeypatch, nothing_blocks_a_loop, next_look
 ):
     nothing_blocks_a_loop.deactivate()
-    await asyncio.gather(*await burst())  # from now on the loop means to sleep for long
+    await asyncio.gather(*await burst())  # from now on the loop uses the long pause
     futures = [Future() for _ in range(10)]
     tasks = [asyncio.ensure_future(value_of(fut)) for fut in futures]
     await asyncio.sleep(0)
@@ -364,7 +364,7 @@ async def test_loop_completions_are_not_delayed_during_a_burst(
     with anyio.fail_after(PATIENCE):
         assert await asyncio.gather(*tasks) == [5] * 10
         assert pipe.writes == 0
-        next_look()  # and with what it finds, if anything, the burst is over
+        next_look()  # if it finds nothing new, the burst ends
         assert await asyncio.gather(*await pending(3)) == [0, 1, 2]
 
 
@@ -381,17 +381,17 @@ async def test_loop_stops_polling_after_a_burst(monkeypatch, nothing_blocks_a_lo
 
     monkeypatch.setattr(AsyncioLoop, "run_wake_up", run_wake_up)
     await asyncio.gather(*await burst())
-    await eventually(lambda: looks > 1)  # the last look finds nothing, a millisecond later
+    await eventually(lambda: looks > 1)  # the last poll finds nothing, a millisecond later
     await asyncio.sleep(0.05)
     assert looks == 2
-    with anyio.fail_after(PATIENCE):  # and it can be woken again
+    with anyio.fail_after(PATIENCE):  # it can be woken again
         assert await asyncio.gather(*await pending(2)) == [0, 1]
 
 
 @on_asyncio
 async def test_burst_completes_when_no_files_can_be_opened(nothing_blocks_a_loop):
     nothing_blocks_a_loop.deactivate()
-    await pending(1)  # which opens what it needs
+    await pending(1)  # opens the files that the executor and the pipe need
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, limit[1]))
     try:
@@ -421,11 +421,11 @@ def test_loops_leave_no_files_open_after_bursts(runner, nothing_blocks_a_loop):
     assert files() <= before
 
 
-# ------------------------------------------------------- what a task is told to wait for
+# ----------------------------------------------------------- futures that a task waits for
 
 
 async def completed_in_one_look(*functions):
-    """Starts tasks that await a future each, and returns them when all futures are done."""
+    """Start tasks that await a future each; return them when all futures are done."""
     futures = [Future() for _ in functions]
     tasks = [asyncio.ensure_future(function(fut)) for function, fut in zip(functions, futures)]
     await asyncio.sleep(0)
@@ -538,17 +538,17 @@ def test_task_can_run_its_loop_while_others_are_to_resume(kind, nothing_blocks_a
     leave_task, enter_task = (
         getattr(asyncio.tasks, f"{prefix}_{name}") for name in ("leave_task", "enter_task")
     )
-    # Python 3.11 has one place and one function to ask.
+    # Python 3.11 has one dict and one function for both.
     current_task = getattr(asyncio.tasks, f"{prefix}_current_task", asyncio.current_task)
     nothing_blocks_a_loop.deactivate()
 
     async def runs_the_loop(fut):
         await fut
         loop, task = asyncio.get_running_loop(), current_task()
-        leave_task(loop, task)  # as what nests loops does
+        leave_task(loop, task)  # like nest_asyncio
         if kind is asyncio.Task:
             with running(lambda: another.set_result(None)):
-                pass  # which has it look again
+                pass  # schedules another wake-up
         while not tasks[-1].done():
             loop._run_once()
         enter_task(loop, task)
@@ -614,7 +614,7 @@ async def test_debug_mode_logs_the_slow_task(caplog, nothing_blocks_a_loop, thre
     fut = Future()
     task = asyncio.create_task(value_of(fut), name="the slow one")
     await asyncio.sleep(0)
-    loop.slow_callback_duration = -1.0  # every one is slow
+    loop.slow_callback_duration = -1.0  # every step counts as slow
     if thread == "another":
         with running(lambda: fut.set_result(5)):
             pass
@@ -672,14 +672,14 @@ IMPORTS = "import asyncio, threading, time, torchfut_aio"
 def test_handle_monitor_finds_the_slow_task(first):
     begin = [SLOW_STEP_MONITOR, IMPORTS] if first == "the monitor" else [IMPORTS, SLOW_STEP_MONITOR]
     printed = forks.output("\n".join([*begin, SLOW_STEPS]))
-    assert printed.count("'1'") >= 2, printed  # more may be slow on a busy machine
+    assert printed.count("'1'") >= 2, printed  # on a busy machine other steps may be slow as well
 
 
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="new in Python 3.12")
 @on_asyncio
 async def test_eager_tasks_await_futures():
     def start_eagerly(loop, coro, **options):
-        # uvloop 0.23 passes eager_start=None, which makes asyncio's own factory start none.
+        # uvloop 0.23 passes eager_start=None, and then asyncio's own factory starts no task eagerly.
         return asyncio.Task(coro, loop=loop, eager_start=True)
 
     asyncio.get_running_loop().set_task_factory(start_eagerly)

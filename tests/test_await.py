@@ -250,7 +250,7 @@ def test_completion_after_a_loop_ended_reaches_other_waiters(backend):
         loop = asyncio.new_event_loop()
         task = loop.create_task(waits_for(fut, got))
         loop.run_until_complete(asyncio.sleep(0))
-        loop.close()  # with the task still waiting
+        loop.close()  # with a task pending
         return task
 
     task = abandoned()
@@ -265,7 +265,7 @@ def test_completion_after_a_loop_ended_reaches_other_waiters(backend):
     anyio.run(survivor, backend=backend)
     assert got == [5]
     assert not task.done()
-    task.get_coro().close()  # or asyncio complains that it was destroyed pending
+    task.get_coro().close()  # or asyncio logs that the task was destroyed pending
     task._log_destroy_pending = False
 
 

@@ -1,7 +1,7 @@
-"""Promises on devices that lack, or do, what the backends of PyTorch lack or do.
+"""Promises on devices with the limits and habits of PyTorch's other backends.
 
-The switches of the simulated device, in ``simulated_device/__init__.py``, say which backend each
-stands for.
+The switches of the simulated device emulate them; ``simulated_device/__init__.py`` says which
+backend each switch stands for.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from .waiting import Reader, pending
 pytestmark = [pytest.mark.device, simulated_only]
 
 
-# --------------------- the promises of other files, with events such as those of openreg
+# ------------------------------------- tests of other files, with events like openreg's
 
 BORROWED = {
     name: test
@@ -168,7 +168,7 @@ def test_blocking_policy_records_device_events_on_device_streams(accelerator, bl
 
 
 def in_thread(body):
-    """Runs ``body`` in a fresh thread, in which the first device is current."""
+    """Run ``body`` in a new thread, in which the first device is current."""
     done = []
     with running(lambda: done.append(body())):
         pass

@@ -2,8 +2,8 @@
 
 From Python 3.12 on, until 3.15.1, the compiler may put the jump that closes a loop where the
 exception table does not lead to the ``try`` or ``with`` around the loop (CPython issue 130279).
-A signal handler that raises at that very jump then skips ``except`` and ``finally``. A loop in a
-function of its own is safe: the call of that function is covered.
+If a signal handler raises at that jump, ``except`` and ``finally`` are skipped. A loop in a separate
+function is safe, as the call of that function is covered.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ PACKAGE = pathlib.Path(torchfut_aio.__file__).parent
 
 @pytest.fixture(autouse=True, scope="module")
 def nothing_to_finalise():
-    # What tests before have left may log a traceback when it is collected. For that, CPython 3.11
-    # parses the source, and then its parser fails if it has been called already.
+    # Garbage of earlier tests may log a traceback when it is collected. CPython 3.11 then parses the
+    # source, and its parser fails if that happens while it is already parsing.
     gc.collect()
 
 
@@ -38,28 +38,28 @@ def code_objects(code):
 
 
 def guarded_blocks(tree):
-    """Each ``try`` or ``with``, with the lines that it guards."""
+    """Yield each ``try`` or ``with``, with the lines that it guards."""
     for node in ast.walk(tree):
         if isinstance(node, (ast.With, ast.AsyncWith)):
             yield node, range(node.body[0].lineno, node.body[-1].end_lineno + 1)
         elif isinstance(node, ast.Try):
             blocks = [node.body]
-            if node.finalbody:  # which also guards what is between
+            if node.finalbody:  # which guards the handlers and the else block as well
                 blocks += [handler.body for handler in node.handlers] + [node.orelse]
             for block in filter(None, blocks):
                 yield node, range(block[0].lineno, block[-1].end_lineno + 1)
 
 
 def unguarded_jumps(source):
-    """The functions and lines of loops whose jump backward their ``try`` does not cover."""
+    """Return the functions and lines of loops whose backward jump their ``try`` does not cover."""
     guards = list(guarded_blocks(ast.parse(source)))
     found = []
     for code in code_objects(compile(source, "<source>", "exec", dont_inherit=True)):
         instructions = [i for i in dis.get_instructions(code) if i.opname != "EXTENDED_ARG"]
         lines = {i.offset: i.positions.lineno for i in instructions}
         for before, jump in itertools.pairwise(instructions):
-            # That of an await looks for no signals. The one behind CLEANUP_THROW closes no loop: it
-            # is taken where what is awaited returns although something was thrown into it.
+            # CPython checks for no signals at the jump of an await. The jump after CLEANUP_THROW
+            # closes no loop: it runs if an awaitable returns after an exception was thrown into it.
             if "JUMP_BACKWARD" not in jump.opname or "NO_INTERRUPT" in jump.opname:
                 continue
             if before.opname == "CLEANUP_THROW":
@@ -70,7 +70,7 @@ def unguarded_jumps(source):
                 for node, block in guards
                 if block.start <= min(loop)
                 and max(loop) < block.stop
-                # A function that is defined within the block runs outside of it.
+                # A function defined within the block runs outside of it.
                 and node.lineno > code.co_firstlineno
             ]
             if not around:
@@ -82,7 +82,7 @@ def unguarded_jumps(source):
 
 
 def _leads_to(code, offset, node, lines):
-    """Whether what is raised at ``offset`` arrives within ``node``."""
+    """Return whether an exception raised at ``offset`` is handled within ``node``."""
     for entry in dis._parse_exception_table(code):
         if entry.start <= offset < entry.end:
             handler = next((line for at, line in lines.items() if at >= entry.target and line), 0)

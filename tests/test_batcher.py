@@ -1,4 +1,4 @@
-"""Batches: every future completes, whatever function, thread, loop and caller do."""
+"""Batches: every future completes, whatever the function, the thread, the loop and the caller do."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def batcher_of(function=double, *, max_batch_size=8, max_wait=0.0, max_queue_siz
 
 
 def settled(futures):
-    """The futures, once all of them are done."""
+    """Return the futures when all of them are done."""
     until(lambda: all(fut.done() for fut in futures))
     return futures
 
@@ -80,7 +80,7 @@ def give_up(fut):
 
 
 class Gated:
-    """A function that returns when it may, or raises what it is given; keeps its batches."""
+    """A function that blocks until it may return, or raise ``error``; it stores its batches."""
 
     def __init__(self, error=None):
         self.batches = []
@@ -104,11 +104,11 @@ def gated():
 
 
 def running_batcher(gated, **options):
-    """A batcher whose function runs on the item 0 until it may return."""
+    """Return a batcher whose function is running, with item 0, until it may return."""
     batcher = batcher_of(gated, **options)
     first = batcher.submit(0)
     give_up = time.monotonic() + PATIENCE
-    while not gated.began.is_set():  # spins, as the test may be on a loop
+    while not gated.began.is_set():  # spins, as the test may run on a loop
         assert time.monotonic() < give_up
     return batcher, first
 
@@ -155,7 +155,7 @@ def test_batch_starts_as_soon_as_it_is_full():
         futures = [batcher.submit(n) for n in range(6)]
         assert [fut.wait(PATIENCE) for fut in futures] == [0, 2, 4, 6, 8, 10]
         last = batcher.submit(1)
-        assert not last.done()  # for lack of others
+        assert not last.done()  # the batch is not full
     assert last.value() == 2
     assert batcher.statistics().batches == 4
 
@@ -334,7 +334,7 @@ def test_row_of_a_result_tensor_keeps_no_other_rows():
 
 
 class Proxy:
-    """A value that says that it is an error, as a mock of one does, or a proxy of a framework."""
+    """A value with an exception class as ``__class__``, like a mock or a framework's proxy."""
 
     @property
     def __class__(self):
@@ -405,7 +405,7 @@ def test_items_of_a_failed_batch_get_separate_errors(error):
 
 
 def test_item_found_twice_by_the_thread_counts_once(monkeypatch):
-    """As one does that is submitted while a new thread looks what there is."""
+    """This happens to an item that is submitted while a new thread checks its queue."""
     take = _threads.Worker.take
     monkeypatch.setattr(_threads.Worker, "take", lambda worker: take(worker) * 2)
     with batcher_of(double, max_batch_size=3, max_wait=math.inf) as batcher:
@@ -436,7 +436,7 @@ def test_raising_callback_does_not_affect_other_items(gated, caplog):
     batcher.close()
 
 
-# --------------------------------------------------------------- too many, and given up
+# ------------------------------------------------------------- full queues, cancellation
 
 
 @on_every_loop
@@ -459,7 +459,7 @@ def test_cancelled_items_are_not_run(gated):
     queued = [batcher.submit(n) for n in range(1, 7)]
     for fut in queued[::2]:
         give_up(fut)
-    give_up(first)  # too late for the function, which runs
+    give_up(first)  # too late: the function is already running
     gated.may_return.set()
     batcher.close()
     assert [fut.wait(PATIENCE) for fut in queued[1::2]] == [4, 8, 12]
@@ -554,7 +554,7 @@ def test_close_timeout_fails_all_items_of_a_hanging_function(gated):
     for fut in (first, queued):
         with pytest.raises(BatcherClosedError, match="did not return in time"):
             fut.value()
-    batcher.close()  # nothing is left to wait for
+    batcher.close()  # returns at once
     gated.may_return.set()
     until(lambda: not threads())
     assert gated.batches == [[0]]
@@ -619,7 +619,7 @@ async def test_close_on_a_loop_warns_that_it_blocks(gated, nothing_blocks_a_loop
     (warning,) = caught
     assert "await aclose()" in str(warning.message)
     assert warning.filename == __file__
-    batcher.close()  # it has ended, and nothing blocks
+    batcher.close()  # the thread has ended, so this does not block
 
 
 def test_close_takes_drain_only_by_keyword():
@@ -775,7 +775,7 @@ def test_loop_end_fails_pending_items_and_leaves_no_task(backend, caplog):
 
 @pytest.fixture
 def two_loops():
-    """Two event loops of this thread, of which one runs at a time."""
+    """Two event loops in this thread; only one runs at a time."""
     loops = [asyncio.new_event_loop() for _ in range(2)]
     yield [loop.run_until_complete for loop in loops]
     for loop in loops:
@@ -799,7 +799,7 @@ def test_async_batcher_refuses_another_loop_of_its_thread(two_loops):
     with pytest.raises(RuntimeError, match="while this thread runs another loop"):
         other(submitted(batcher, 2))
     assert batcher.statistics().queued == 0
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:  # elsewhere it may be submitted
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:  # other threads may still submit
         pending = pool.submit(batcher.submit, 3).result(PATIENCE)
     for wait in (lambda: other(awaited(pending)), lambda: other(in_gather(pending))):
         with pytest.raises(RuntimeError, match="while this thread runs another loop"):
@@ -1077,7 +1077,7 @@ async def test_cancelling_all_tasks_fails_later_items(caplog):
     for _ in range(2):
         with pytest.raises(RuntimeError, match="the program has cancelled all tasks"):
             await batcher.submit(2)
-    async with batcher:  # entering it again mends it
+    async with batcher:  # entering it again restores it
         assert await batcher.submit(3) == 6
 
 
@@ -1116,7 +1116,7 @@ def test_returned_coroutine_fails_the_batch():
             batcher.submit(1).wait(PATIENCE)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of finalisers
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # in finalisers
 def test_an_interrupted_entry_can_be_repeated():
     async def main():
         for strike in explorer.strikes(_batcher, _owner_loop, _loops):
@@ -1206,8 +1206,8 @@ def test_close_returns_when_no_thread_can_start():
         batcher.submit(1)
 
 
-# One interpreter, as it takes seconds to import torch, and a fork of it for each promise. A fork
-# that comes to the end of the program exits as any interpreter.
+# Importing torch takes seconds, so one interpreter imports it, and forks itself for each promise. A
+# fork that reaches the end of the program exits like any interpreter.
 PROGRAM = """
 import atexit, os, sys, time, warnings
 from torchfut_aio import Batcher
@@ -1255,7 +1255,7 @@ def test_exit_completes_queued_items_and_fork_starts_afresh():
     assert forked.split() == ["0", "14", "2"]
 
 
-# ------------------------------------------------------------------ struck at every point
+# ----------------------------------------------------------------- interrupts at every point
 
 
 @pytest.mark.parametrize(
@@ -1315,7 +1315,7 @@ def test_item_submitted_at_any_step_of_the_thread_is_run(closes, monkeypatch):
             batcher.close()
 
     def submit_beside():
-        if closes:  # which waits for the thread that is struck
+        if closes:  # which waits for the interrupted thread
             beside.append(threading.Thread(target=submit))
             beside[0].start()
             until(lambda: batcher._worker.closing)

@@ -1,9 +1,9 @@
-"""What another thread does between two instructions, wherever that is.
+"""Steps of another thread between any two instructions of this thread.
 
-With a GIL, threads take turns at calls and backward jumps only. Without one, another thread may do
-all of its step between any two instructions of this one: between a check of an attribute and its
-use, say. Here it does, at each of them in turn, on any build. (That steps overlap within an
-instruction is for test_races.py.)
+With a GIL, threads switch only at calls and backward jumps. Without one, another thread may run a
+whole step between any two instructions of this one, for example between a check of an attribute and
+its use. These tests run such a step at each instruction in turn, on any build. (Steps that overlap
+within one instruction are in test_races.py.)
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from .threads import PATIENCE
 
 
 def between_instructions(step, *modules):
-    """Gives a strike for each instruction of the package, or of some modules of it.
+    """Yield an interrupt for each instruction of the package, or of some of its modules.
 
-    There, another thread calls ``step.now()``, which is set anew for each.
+    At that point another thread calls ``step.now()``; set `now` before each run.
     """
     errors = []
 
@@ -64,7 +64,7 @@ def between_instructions(step, *modules):
 
 
 class Step:
-    """What the other thread does: set `now` before each strike."""
+    """The other thread's step: set `now` before each run."""
 
 
 @pytest.fixture
@@ -309,7 +309,7 @@ def test_stream_can_be_iterated_while_it_closes(other):
         stream = ValueStream()
         stream.stop_listening()
         other.now = stream.close
-        # Its readers left before it was closed, so values may be missing.
+        # The stream lost its reader before it was closed, so values may be missing.
         with strike, pytest.raises(StreamClosedError, match="its values were dropped"):
             iter(stream)
 
@@ -336,7 +336,7 @@ def test_a_stream_is_left_by_its_last_iterator_only(other, how):
 
 def test_get_returns_with_a_put_at_any_step(other):
     def put(stream, puts):
-        with suppress(IndexError):  # the other thread has, or the timer
+        with suppress(IndexError):  # the other thread was faster, or the timer
             puts.pop()
             stream.put(1)
 
@@ -348,19 +348,19 @@ def test_get_returns_with_a_put_at_any_step(other):
         began = time.monotonic()
         with strike:
             got.append(stream.get(timeout=PATIENCE))
-        assert time.monotonic() - began < PATIENCE, strike  # it was woken
+        assert time.monotonic() - began < PATIENCE, strike  # it was woken, and did not time out
         timer.cancel()
         timer.join()
         assert got == [1], strike
         assert not stream._state.readers.waiting, strike
 
 
-# --------------------------------------------------------- a task about to wait, or awake
+# ------------------------------------------------- a task about to wait, or about to resume
 
 
 @every_loop
 def test_await_wakes_with_a_completion_at_any_step(other, backend, options, nothing_blocks_a_loop):
-    nothing_blocks_a_loop.deactivate()  # it waits for the other thread, within the loop
+    nothing_blocks_a_loop.deactivate()  # the other thread is joined within the loop
 
     async def main():
         with anyio.fail_after(PATIENCE):
@@ -370,7 +370,7 @@ def test_await_wakes_with_a_completion_at_any_step(other, backend, options, noth
     for strike in between_instructions(other):
         fut, got = Future(), []
         other.now = lambda: try_set(fut, 1)
-        if strike._left > 200:  # all of its way to sleep: later, nobody would complete it
+        if strike._left > 200:  # the points until the task sleeps; later, no thread would complete the future
             break
         with suppress(TimeoutError):
             timer = threading.Timer(0.02, try_set, (fut, 1))
@@ -382,7 +382,7 @@ def test_await_wakes_with_a_completion_at_any_step(other, backend, options, noth
 
 @every_loop
 def test_task_reads_a_value_put_at_any_step(other, backend, options, nothing_blocks_a_loop):
-    nothing_blocks_a_loop.deactivate()  # it waits for the other thread, within the loop
+    nothing_blocks_a_loop.deactivate()  # the other thread is joined within the loop
 
     async def main():
         with anyio.fail_after(PATIENCE):
@@ -390,7 +390,7 @@ def test_task_reads_a_value_put_at_any_step(other, backend, options, nothing_blo
                 got.extend([value async for value in stream])
 
     def put():
-        with suppress(IndexError):  # the other thread has, or the timer
+        with suppress(IndexError):  # the other thread was faster, or the timer
             puts.pop()
             stream.put(1)
             stream.close()

@@ -1,6 +1,6 @@
-"""A completion that comes between two steps of somebody who is about to wait.
+"""A completion between two steps of a waiter that is about to wait.
 
-Repetition under load (test_stress.py) meets these moments by chance; here they are made.
+Repetition under load (test_stress.py) hits these moments by chance; these tests hit each of them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ moments = pytest.mark.parametrize("moment", ["before", "after"])
 
 
 class Racing(dict):
-    """The state of a future that completes just before, or just after, somebody follows it."""
+    """State of a future that completes just before, or just after, a waiter is added."""
 
     def __init__(self, fut, moment):
         super().__init__()
@@ -81,7 +81,7 @@ def test_as_completed_about_to_wait_sees_the_completion():
 
     class Racing(dict):
         def __setitem__(self, waiter, _):
-            fut.set_result(None)  # before the waiter is there, so nobody wakes it
+            fut.set_result(None)  # before the waiter is stored, so it is not woken
             super().__setitem__(waiter, None)
 
     completed._state.waiters.waiting = Racing()
@@ -95,7 +95,7 @@ async def value_of(fut):
 @pytest.mark.parametrize("new_loop", [asyncio.SelectorEventLoop, uvloop.new_event_loop])
 def test_completion_within_an_await_resumes_an_asyncio_task(new_loop):
     loop = new_loop()
-    # As a signal handler or a finaliser might, at each point of the await.
+    # As a signal handler or a finaliser might do, at each point of the await.
     for strike in strikes(_future, _loops, do=lambda: fut.try_set_result("in between")):
         fut = Future()
         loop.call_soon(loop.call_soon, fut.try_set_result, "later")
@@ -109,7 +109,7 @@ def test_trio_task_interrupted_before_it_waits_wakes_up(monkeypatch):
     real = trio.lowlevel.wait_task_rescheduled
 
     def wait_task_rescheduled(abort):
-        fut.set_result("in between")  # as a signal handler or a finaliser might, here
+        fut.set_result("in between")  # as a signal handler or a finaliser might do
         return real(abort)
 
     async def main():

@@ -1,4 +1,4 @@
-"""Callbacks and chains: who runs them, when, in which order, and what their errors become."""
+"""Callbacks and chains: which thread runs them, when, in which order, and their errors."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_callback_can_add_callbacks_to_its_future():
 
 
 def test_callback_can_wait_for_a_future_that_it_completes():
-    # Ever deeper, so that the callback which completes what is waited for is put off.
+    # So deep that the callback that completes the future is deferred.
     def deeper(n):
         fut = Future()
         child = fut.then(lambda f: deeper(n - 1) if n else 0)
@@ -437,7 +437,7 @@ def test_then_returns_a_future_result_without_unwrapping_it():
 def test_finaliser_can_complete_the_first_future_of_a_thread(monkeypatch):
     ran, real = [], _callbacks._Nesting
 
-    def finalised():  # as if the collector ran here
+    def finalised():  # as if the collector ran a finaliser here
         monkeypatch.setattr(_callbacks, "_Nesting", real)
         inner = Future()
         inner.add_done_callback(lambda _: ran.append("inner"))

@@ -1,6 +1,6 @@
-"""A graph that another thread captures, and what the package does meanwhile.
+"""The package works while another thread captures a graph, and does not invalidate the capture.
 
-It takes CUDA, or the stand-in for it: the simulated device captures no graphs.
+These tests need CUDA, or the stand-in for it: the simulated device captures no graphs.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ beside_a_capture = pytest.mark.usefixtures("capture")
 
 @pytest.fixture(params=["global", "thread_local"])
 def capture(accelerator, request):
-    """Another thread captures, and is to end well."""
+    """Another thread captures a graph; the capture must succeed."""
     with capturing(accelerator, request.param) as errors:
         yield
         accelerator.wake()
@@ -53,8 +53,8 @@ def capture(accelerator, request):
 
 @contextlib.contextmanager
 def capturing(accelerator, mode):
-    """Has another thread capture, on a stream of the ring of ``torch.Stream``; gives its errors."""
-    accelerator.wake()  # the memory that kernels watch is there
+    """Capture in another thread, on one of the streams of ``torch.Stream``; yield its errors."""
+    accelerator.wake()  # allocates the memory that kernels watch
     begun, end, graph = threading.Event(), threading.Event(), torch.cuda.CUDAGraph()
     stream, errors = torch.cuda.Stream(FIRST), []
     counter = torch.zeros(1, device=FIRST)
@@ -124,7 +124,7 @@ async def test_await_retries_queries_during_a_global_capture(
             accelerator.wake()
             await polled()
             assert [reader.outcome for reader in readers] == ["pending"] * 3
-    assert "captur" in str(errors)  # there was no way to spare it
+    assert "captur" in str(errors)  # without the driver's function, the capture cannot be spared
     assert [readers[1].outcome, readers[2].outcome] == [None, None]
     assert readers[0].outcome.tolist() == NEW
 
@@ -184,7 +184,7 @@ def test_combined_futures_do_not_disturb_a_capture(accelerator, producer, consum
 
 
 def values_of(combined):
-    """The values in what a combination returned."""
+    """Return the values that a combination returned."""
     parts = combined.wait() if isinstance(combined, Future) else combined
     if isinstance(parts[0], concurrent.futures.Future):
         return [part.result(PATIENCE) for part in parts]

@@ -237,7 +237,7 @@ def test_wait_all_raises_the_error_of_a_callback():
         assert isinstance(caught.value, CallbackError)
 
 
-# -------------------------------------------------------------------- all of them alike
+# ----------------------------------------------------------------- the same for each of them
 
 
 @pytest.mark.parametrize(
@@ -360,7 +360,7 @@ async def test_as_completed_adds_one_waiter_and_no_tasks():
         assert all(repr(fut) == "<Future pending waiters=0 callbacks=1>" for fut in futures)
         assert len([t for t in anyio.get_running_tasks() if "first" in str(t.name)]) == 1
         futures[7].set_result(None)
-    # Left half way, it leaves nothing behind.
+    # An iteration that stops half way leaves nothing behind.
     assert all("callbacks=0" in repr(fut) for fut in futures if fut is not futures[7])
 
 

@@ -1,4 +1,4 @@
-"""Context variables: a callback and a task have those of the code that added or started them."""
+"""Callbacks and tasks run in the context of the code that added or started them."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_deferred_chain_keeps_its_contexts(value_of_this_test):
 
 @on_every_loop
 async def test_tasks_run_in_the_context_of_their_caller(nothing_blocks_a_loop):
-    nothing_blocks_a_loop.deactivate()  # the portal does, as it starts and stops
+    nothing_blocks_a_loop.deactivate()  # the portal blocks on start and stop
 
     async def query():
         await anyio.lowlevel.checkpoint()

@@ -1,4 +1,4 @@
-"""A completion serves everybody, whatever strikes in the middle of it."""
+"""A completion reaches all waiters and callbacks, even if it is interrupted."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from torchfut_aio import (
 from .explorer import strikes
 from .threads import PATIENCE, until
 
-# Every point if this is 1.
+# 1: every point.
 EVERY = int(os.environ.get("TORCHFUT_AIO_TEST_EVERY", "1"))
 
 MODULES = (_core, _future, _to_stdlib, _many, _as_completed)
@@ -40,7 +40,7 @@ errors = pytest.mark.parametrize(
 
 @pytest.fixture(autouse=True)
 def quiet(caplog):
-    """What goes wrong in a callback is logged; here it is made to."""
+    """Disable logging: these tests make callbacks fail."""
     caplog.set_level(logging.CRITICAL, "torchfut_aio")
 
 
@@ -52,12 +52,12 @@ class Waiter:
 
 
 class Followers:
-    """One of each kind that may depend on a future."""
+    """One object of each kind that depends on a future."""
 
     def __init__(self, fut):
         self.waiter, self.ran = Waiter(), []
         if not _core.add_waiter(fut, self.waiter, self.waiter):
-            self.waiter.woken = True  # there is no need to
+            self.waiter.woken = True  # the future was already done
         fut.add_done_callback(self.ran.append)
         self.child = fut.then(lambda fut: "child")
         self.grandchild = self.child.then(lambda child: "grandchild")
@@ -106,7 +106,7 @@ def test_interrupted_set_result_is_complete_or_undone(outcome, error, at):
 def test_interrupted_long_chain_completes_to_its_end():
     for strike in strikes(*MODULES, every=17 * EVERY):
         fut = last = Future()
-        for _ in range(40):  # longer than completions nest
+        for _ in range(40):  # deeper than completions nest
             last = last.then(lambda parent: parent.value())
         with strike:
             fut.set_result(5)
@@ -261,7 +261,7 @@ def test_interrupted_as_completed_can_be_resumed(late):
             if not other.done():
                 other.set_result(None)
         yielded += completed
-        # What was struck just as it gave one may have lost it to the loop that was to have it.
+        # A run that was interrupted just as it yielded a future may have lost that future.
         assert len(yielded) >= 3
         assert len(set(yielded)) == len(yielded)
         assert set(yielded) <= set(futures)
@@ -279,7 +279,7 @@ def test_completion_on_a_full_stack_completes_all_dependants(left):
     for _ in range(40):
         last = last.then(lambda parent: parent.value())
     gathered = gather([last, fut])
-    threading.Thread(target=lambda: None).start()  # imports what it needs, not so deep
+    threading.Thread(target=lambda: None).start()  # imports what it needs, while the stack is not yet deep
     at = len(traceback_of_this_thread())
     try:
         nested(sys.getrecursionlimit() - at - left)

@@ -1,4 +1,4 @@
-"""What is private to CPython and asyncio is not relied on: each use has a public way beside it."""
+"""Each use of a private name of CPython or asyncio has a fallback that is public."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ PACKAGE = pathlib.Path(torchfut_aio.__file__).parent
 
 
 class FuturesInPython(asyncio.SelectorEventLoop):
-    """A loop with futures of its own."""
+    """A loop with its own future class."""
 
     def create_future(self):
         return asyncio.futures._PyFuture(loop=self)
 
 
 class TurnsOfItsOwn(asyncio.SelectorEventLoop):
-    """A loop that takes its turns itself, as those of toolkits for windows do."""
+    """A loop with its own `_run_once`, like those of GUI toolkits."""
 
     def _run_once(self):
         timers = [timer for timer in self._scheduled if not timer.cancelled()]
@@ -52,7 +52,7 @@ class TurnsOfItsOwn(asyncio.SelectorEventLoop):
 
 
 class NoReaders(asyncio.SelectorEventLoop):
-    """A loop that cannot watch files, and says so as asyncio's own of Windows does."""
+    """A loop that cannot watch files, and raises NotImplementedError like asyncio's on Windows."""
 
     def add_reader(self, *args):
         if threading.get_ident() == getattr(self, "_thread_id", None):
@@ -61,7 +61,7 @@ class NoReaders(asyncio.SelectorEventLoop):
 
 
 class NoReadersAnyMore(NoReaders):
-    """A loop that cannot watch files, and says so as one that gives them to a thread does."""
+    """A loop that cannot watch files, and raises another error."""
 
     def add_reader(self, *args):
         try:
@@ -71,11 +71,11 @@ class NoReadersAnyMore(NoReaders):
 
 
 class OwnTask(asyncio.tasks._PyTask):
-    """A task that is written in Python."""
+    """A task of the Python implementation."""
 
 
 class Subclass(asyncio.Task):
-    """A task of a class that is derived from asyncio's."""
+    """A task of a subclass of asyncio.Task."""
 
 
 LOOPS = [FuturesInPython, TurnsOfItsOwn, NoReaders, NoReadersAnyMore]
@@ -140,7 +140,7 @@ def test_resume_callback_is_read_only_from_asyncio_futures():
 
     async def main():
         loop = asyncio.get_running_loop()
-        assert _cpython.resume_callback(loop.create_future()) is None  # nobody waits
+        assert _cpython.resume_callback(loop.create_future()) is None  # without a waiter
         for future in (loop.create_future(), Strange(), asyncio.futures._PyFuture()):
             assert await found_for(future, nothing) is None
         for kind in (asyncio.Task, Subclass):
@@ -150,7 +150,7 @@ def test_resume_callback_is_read_only_from_asyncio_futures():
             callback, _ = _cpython.resume_callback(future)
             assert callback.__self__ is task
             future.set_result("resumed")
-            assert _cpython.resume_callback(future) is None  # it is done
+            assert _cpython.resume_callback(future) is None  # done
             assert await task == "resumed"
         future = loop.create_future()
         task = OwnTask(wait_for(future), loop=loop)
@@ -223,7 +223,7 @@ async def keeps_state():
     return await main()
 print(asyncio.run(main()), asyncio.run(keeps_state()), torchfut_aio.debug.pending_futures())
 """
-# What is not there when the package is imported, and what has to be there again for asyncio.
+# Code that removes a name before the package is imported, and code that restores it for asyncio.
 GONE = {
     "asyncio._get_running_loop": ("del asyncio._get_running_loop", ""),
     "asyncio.Handle._run": (
@@ -241,7 +241,7 @@ def test_package_works_without_private_names_of_cpython():
     for gone, after in GONE.values():
         program = f"{before}\n{gone}{USE.format(after=after)}"
         assert forks.output(program, filters="ignore") == "5 5 []\n", gone
-    # Then futures and tasks are written in Python; torch imports asyncio.
+    # In this case futures and tasks are those in Python. torch imports asyncio.
     program = f"import sys; sys.modules['_asyncio'] = None; {before}{USE.format(after='')}"
     command = [sys.executable, "-W", "ignore", "-c", program]
     assert subprocess.check_output(command, timeout=PATIENCE_WITH_PROCESSES) == b"5 5 []\n"
@@ -251,7 +251,7 @@ def test_interpreter_that_loses_callbacks_is_refused(monkeypatch):
     monkeypatch.setattr(sys, "_is_gil_enabled", lambda: False, raising=False)
     monkeypatch.setattr(sys, "version_info", (3, 14, 4))
     with pytest.raises(ImportError, match="PYTHON_GIL=1"):
-        runpy.run_path(_cpython.__file__)  # as the first import does
+        runpy.run_path(_cpython.__file__)  # like the first import
     monkeypatch.setattr(sys, "version_info", (3, 14, 5))
     runpy.run_path(_cpython.__file__)
     monkeypatch.setattr(sys, "version_info", (3, 13, 0))
@@ -273,7 +273,7 @@ def test_move_to_front_keeps_the_order_of_the_other_keys(kind):
     class Shared(kind):
         def __delitem__(self, key):
             super().__delitem__(key)
-            if key == 2:  # another thread deletes one and inserts one
+            if key == 2:  # another thread deletes one key and inserts another
                 super().__delitem__(3)
                 self["later"] = None
 
@@ -298,7 +298,7 @@ def test_private_names_of_cpython_are_used_in_one_module():
 
 
 def test_no_module_reads_the_local_variables_of_frames():
-    # That writes to the frame, and crashes the thread that runs it.
+    # Reading f_locals writes to the frame, and crashes the thread that runs it.
     for path in PACKAGE.rglob("*.py"):
         nodes = [*ast.walk(ast.parse(path.read_text()))]
         assert not any(isinstance(n, ast.Attribute) and n.attr == "f_locals" for n in nodes), path

@@ -1,4 +1,4 @@
-"""What the call of a DDP hook does before it returns, and after; without other processes."""
+"""DDP hooks: the steps before the hook's call returns, and after; in one process."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _background_loop_ends():
 
 
 class Bucket:
-    """A bucket that DDP knows nothing of."""
+    """A bucket that DDP does not know."""
 
     def __init__(self, index=0, buffer=None):
         tensor = torch.ones(1) if buffer is None else buffer
@@ -52,7 +52,7 @@ def done(value=None):
 
 
 def hook_that_notes(steps, overlap=False):
-    """A hook that notes its steps, and awaits its state between them."""
+    """Return a hook that records its steps, and awaits its state between them."""
 
     @async_comm_hook(overlap=overlap)
     async def hook(state, bucket):
@@ -138,7 +138,7 @@ def test_first_await_of_a_hook_suspends_even_if_done(finished):
         steps.append(bucket.index())
         return bucket.buffer()
 
-    # It may not go on before the other; without suspending, it would.
+    # It must not resume before the other; without the suspension, it would.
     futures = [hook(lambda: release, Bucket(0)), hook(finished, Bucket(1))]
     assert steps == []
     release.set_result(None)
@@ -207,7 +207,7 @@ class Odd(Exception):
 
 
 def hook_that_raises(steps, at, overlap=False):
-    """A hook that raises at the steps in ``at``, such as "first 0", before it suspends."""
+    """Return a hook that raises at the steps in ``at``; "first 0" is one before it suspends."""
 
     @async_comm_hook(overlap=overlap)
     async def hook(state, bucket):
@@ -246,7 +246,7 @@ def test_hook_that_raises_later_stops_hooks_of_later_buckets():
     futures = [hook(release, Bucket(index)) for index in range(4)]
     release.set_result(None)
     assert errors_of(futures) == ["None"] + ["Odd('then 1')"] * 3
-    # That it has raised by now must not count: it may not have on other ranks.
+    # The hook has already raised here, but perhaps not on other ranks. So that must not count.
     late = hook(done(), Bucket(4))
     assert errors_of([late]) == ["Odd('then 1')"]
     assert steps == [*[f"first {index}" for index in range(4)], "then 0", "then 1", "first 4"]
@@ -428,7 +428,7 @@ def test_hook_calls_return_while_the_loop_shuts_down():
             futures.append(hook_that_notes([])(Future(), Bucket()))
         over.set()
 
-    gc.disable()  # which fails the future of a task that is lost
+    gc.disable()  # the collector fails the future of a lost task
     try:
         with running(train):
             until(lambda: shutdown(graceful=False) or over.is_set())
@@ -494,7 +494,7 @@ def test_hook_call_raises_if_backward_blocks_the_loop(monkeypatch, nothing_block
     monkeypatch.setattr(_ddp, "_CHECK", 0.01)
     raised = []
 
-    def call():  # as in PyTorch's thread for an accelerator
+    def call():  # like PyTorch's thread for an accelerator
         with pytest.raises(RuntimeError, match=r"anyio\.to_thread\.run_sync") as caught:
             hook_that_notes([])(done(), Bucket())
         raised.append(caught.value)
@@ -577,7 +577,7 @@ def test_hook_can_use_a_bucket_that_kernels_still_fill(accelerator, producer, co
     with producer:
         fut = enqueues_a_read_of_the_bucket(read, Bucket(buffer=being_filled(accelerator)))
     assert not producer.query()
-    with consumer:  # as the optimiser does
+    with consumer:  # like the optimizer
         torch._C.Future.wait(fut)
         read.append(read_on_current_stream(fut.value()))
     accelerator.wake()

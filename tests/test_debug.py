@@ -1,4 +1,4 @@
-"""Who waits for what: the list, the recording, and its trace; and what is left of them."""
+"""The list of waiters, recordings and their traces, and that they leave nothing behind."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 def waiting_for(future):
-    """Who waits for the future, as kinds and names."""
+    """Return the kinds and names of the future's waiters."""
     return [(each.kind, each.name) for each in listed(future).waiters]
 
 
@@ -65,18 +65,18 @@ def listed(future):
 
 
 def listed_stream(stream):
-    """What is listed of the stream; None if nothing waits for it."""
+    """Return the entry of the stream; None if nothing waits for it."""
     streams = [each for each in pending_futures() if isinstance(each, PendingStream)]
     return next((each for each in streams if each.stream is stream), None)
 
 
 def places_of(who):
-    """Where the tasks wait, without the numbers of the lines."""
+    """Return where the tasks wait, without line numbers."""
     return [each.where and each.where.rpartition(":")[0] for each in who]
 
 
 def seen_at(*places):
-    """What `places_of` returns: without a GIL, only the thread of a task could look."""
+    """Return what `places_of` returns here: without a GIL, other threads cannot inspect a task."""
     return [*places] if has_gil else [None] * len(places)
 
 
@@ -88,7 +88,7 @@ def log(future):
 
 
 async def spawn(group, function, name):
-    """Starts a task of that name, and returns when it waits."""
+    """Start a task of that name; return when it waits."""
     group.start_soon(function, name=name)
     await anyio.wait_all_tasks_blocked()
 
@@ -210,7 +210,7 @@ async def numbers(future):
 
 
 class Request:
-    """Waits for a future when it is awaited."""
+    """An awaitable that awaits a future."""
 
     def __init__(self, future):
         self.future = future
@@ -358,7 +358,7 @@ async def test_unnamed_task_is_listed_with_its_place():
 @on_asyncio
 async def test_task_with_only_library_frames_has_no_place():
     future = Future()
-    task = asyncio.ensure_future(future)  # asyncio wraps it in a coroutine of its own
+    task = asyncio.ensure_future(future)  # asyncio wraps it in a new coroutine
     await asyncio.sleep(0)
     assert waiting_for(future) == [("task", task.get_name())]
     assert places_of(listed(future).waiters) == [None]
@@ -395,7 +395,7 @@ def test_thread_not_started_by_python_has_no_name():
 
 
 class Gate:
-    """A function for batchers that returns once it is open; async, too."""
+    """A function for batchers, sync or async, that returns once the gate is open."""
 
     def __init__(self):
         self.open = threading.Event()
@@ -513,7 +513,7 @@ def test_readers_of_a_dropped_stream_are_listed(no_collector):
     reader.join(PATIENCE)
 
 
-# ---------------------------------------------------------- futures that are the package's own
+# ------------------------------------------------------- futures that are internal to the package
 
 
 @on_every_loop
@@ -589,7 +589,7 @@ def test_pending_futures_lists_the_oldest_wait_first():
     assert ours == [first, second, unknown]
 
 
-# ------------------------------------------------------------------ while recording, all is as ever
+# --------------------------------------------------------------- recording changes no behaviour
 
 
 @on_every_loop
@@ -676,7 +676,7 @@ def test_pending_future_is_collected_during_a_recording(collected):
 
 
 def methods():
-    """What a recording may replace."""
+    """Return every method that a recording may replace."""
     return [{**vars(kind)} for kind in (Future, _core.FunctionCallback, _core.ThenCallback)]
 
 
@@ -740,7 +740,7 @@ class Shown:
         }
 
     def on(self, line):
-        """The slices of the line of that name, in order, as names."""
+        """Return the names of the slices on the line of that name, in order."""
         return [e["name"] for e in self.slices(line)]
 
     def slices(self, line):
@@ -833,7 +833,7 @@ async def test_await_of_a_just_completed_future_is_not_recorded(tmp_path):
     class Racing(Future):
         def done(self):
             was_done = super().done()
-            self.try_set_result(5)  # right after it was asked
+            self.try_set_result(5)  # right after it returned False
             return was_done
 
     with Recording() as recording:
@@ -866,7 +866,7 @@ def test_trace_shares_the_clock_of_the_pytorch_profiler(tmp_path):
     (outer,) = [e for e in shown.events if e.get("name", "").endswith("locals>.callback")]
     (inner,) = [e for e in shown.events if e.get("name") == "within the callback"]
     assert (outer["pid"], outer["tid"]) == (inner["pid"], inner["tid"])
-    # The profiler's clock and Python's agree to some microseconds.
+    # The profiler's clock and Python's differ by microseconds.
     assert outer["ts"] - 1e3 <= inner["ts"]
     assert inner["ts"] + inner["dur"] <= outer["ts"] + outer["dur"] + 1e3
 
@@ -892,7 +892,7 @@ def test_pending_futures_can_be_called_while_others_complete():
     gc.collect()
 
 
-# Threads list what waits while others wait, wake, and are done, and one makes tuples.
+# Some threads list the waiters while others wait, wake and finish, and one allocates tuples.
 STRESS = """
 import asyncio, gc, os, random, sys, threading, trio, uvloop
 from torchfut_aio import Future, ValueStream

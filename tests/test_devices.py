@@ -30,7 +30,7 @@ pytestmark = pytest.mark.device
 either_way = pytest.mark.parametrize("method", ["add_done_callback", "then"])
 
 
-# ------------------------------------------------- what the other tests take for granted
+# ------------------------------------------------------------- assumptions of the other tests
 
 
 def test_early_read_on_the_simulated_device_sees_the_old_value(accelerator, producer, consumer):
@@ -258,7 +258,7 @@ def test_tensors_are_found_at_any_depth_of_the_value(
         assert not producer.query()
         late = torch.Event(DEVICE)
         late.record()
-        assert not late.query()  # the stream waits, whatever the value looks like
+        assert not late.query()  # the stream waits, whatever the value contains
         accelerator.wake()
         assert unpacked(value).tolist() == NEW
 
@@ -304,7 +304,7 @@ def test_callback_stream_is_dedicated_and_ordered(accelerator, producer, devices
     seen, fut, default = [], Future(devices=devices), current_stream()
 
     def callback(f):
-        assert not producer.query()  # it runs before the kernels are done
+        assert not producer.query()  # the callback runs before the kernels are done
         seen.append((current_stream(), read_on_current_stream(f.value())))
 
     with producer:

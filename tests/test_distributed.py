@@ -1,4 +1,4 @@
-"""Real processes: collectives, RPC and DDP, awaited and served."""
+"""Collectives, RPC and DDP between real processes: calling, serving, awaiting."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ needs_rpc = pytest.mark.usefixtures("tensorpipe")
 
 @pytest.fixture(scope="module", params=["asyncio", "uvloop"])
 def pair(request, tensorpipe):
-    """Two processes; async functions are served on that kind of loop."""
+    """Two processes whose async functions run on that kind of loop."""
     with Cluster(2, uvloop=request.param == "uvloop") as cluster:
         cluster.loop = request.param
         yield cluster
@@ -166,7 +166,7 @@ def test_remote_value_raises_the_same_error_as_a_call(pair, loop, function, kind
 
 
 def test_many_remote_errors_each_keep_their_traceback(pair):
-    # Perhaps the callee's future has gone before PyTorch asks for its value.
+    # The callee's future may be freed before PyTorch asks for its value.
     for text in pair.call(0, services.failures, services.fails_at_once, 500):
         assert "in fails\n" in text
 
@@ -201,8 +201,8 @@ def test_callee_death_fails_the_call_within_the_timeout():
         cluster.start(0, services.kept)
         cluster.kill(1)
         name, text = cluster.result(0)
-        assert name == "ConnectionError", text  # which a TimeoutError is not
-        # Without a graceful end: that would wait for the dead.
+        assert name == "ConnectionError", text  # and not TimeoutError
+        # A graceful shutdown would wait for the dead process.
         cluster.start(0, services.shut_down, False, True)
         cluster.start(2, services.shut_down, False, True)
         assert [cluster.result(0), cluster.result(2)] == [[], []]
@@ -274,7 +274,7 @@ def test_ungraceful_shutdown_fails_calls_in_flight(ours):
         cluster.call(1, services.wait_until_started)
         cluster.call(1, services.shut_down, False, ours)
         name, text = cluster.call(0, services.kept)
-        # The callee says why, or its connection ends before it can; in time, either way.
+        # Either the callee sends the reason, or its connection ends before that; both happen in time.
         assert name in ("CancelledError", "ConnectionError")
         assert "was shut down" in text or "eof" in text or "closed" in text
         cluster.call(0, services.shut_down, False, ours)
@@ -398,7 +398,7 @@ def test_background_loop_restarts_after_a_shutdown():
 
 def test_ungraceful_shutdown_cancels_calls_with_a_reason():
     with background_loop_ends():
-        for _ in range(100):  # perhaps before the loop has begun
+        for _ in range(100):  # sometimes before the loop has started
             fut = hangs()
             shutdown(graceful=False)
             assert fut.done()
@@ -461,7 +461,7 @@ def test_ungraceful_shutdown_cancels_calls_on_a_portal(loop):
 
 
 class LosesACall(asyncio.SelectorEventLoop):
-    """Drops a call, as when Ctrl-C strikes just before it is made."""
+    """Drops a call, as when KeyboardInterrupt is raised just before it runs."""
 
     loses = False
 
@@ -555,7 +555,7 @@ def test_finaliser_can_call_during_another_call():
         try:
             give_up = time.monotonic() + PATIENCE
             calls = 0
-            # The collector runs no finaliser here while it runs one in another thread.
+            # This thread runs no finalisers while another one runs the collector.
             while calls < 2000 or len(futures) == calls:
                 assert time.monotonic() < give_up, "no finaliser has called"
                 Notifies()
@@ -577,7 +577,7 @@ def test_signal_handler_can_call_and_shut_down():
             futures.append(double(1))
             shutdown(graceful=False)
             handled += 1
-            # Not all the time: if this takes longer than that, the others would never go on.
+            # No interval timer: if the handler is slower than the interval, nothing else would run.
             signal.setitimer(signal.ITIMER_REAL, 0.01)
 
         before = signal.signal(signal.SIGALRM, handler)
@@ -595,7 +595,7 @@ def test_signal_handler_can_call_and_shut_down():
 
 
 def while_the_thread_is_being_started(monkeypatch, function):
-    """Has ``function`` called in the middle of the call that starts the background loop."""
+    """Call ``function`` within the call that starts the background loop."""
     start = threading.Thread.start
 
     def starts(thread):
@@ -618,7 +618,7 @@ def test_shutdown_waits_for_a_thread_about_to_start(monkeypatch):
     def wait():
         beside.start()
         assert shutting_down.wait(PATIENCE)
-        beside.join(0.05)  # it is to go on waiting
+        beside.join(0.05)  # it must keep waiting
 
     beside = threading.Thread(target=shuts_down)
     with background_loop_ends():
@@ -636,7 +636,7 @@ def test_calls_succeed_after_system_exit_ended_the_loop():
         until(lambda: not _background_loop.is_running())
         assert fut.done()
         assert double(2).wait(PATIENCE) == 4
-        until(lambda: len(background_threads()) == 1)  # the other one is ending
+        until(lambda: len(background_threads()) == 1)  # the other thread is ending
 
 
 def test_call_raises_if_the_loop_thread_cannot_start():
@@ -713,7 +713,7 @@ def test_call_from_a_task_that_a_shutdown_cancels_is_cancelled(caplog):
         assert started.wait(PATIENCE)
         shutdown(graceful=False)
         assert isinstance(fut.exception(), concurrent.futures.CancelledError)
-        assert not caplog.text  # as if a task had not ended
+        assert not caplog.text  # no warning that a task has not ended
 
 
 def test_forked_child_has_a_separate_background_loop():
@@ -738,7 +738,7 @@ print(double(2).wait(60))
 distributed.shutdown()
 print(distributed._background_loop.is_running())
 """
-    # From Python 3.12 on, a fork beside other threads warns.
+    # From Python 3.12 on, a fork beside other threads emits a warning.
     assert forks.output(program, filters="ignore") == "4\nFalse\n0\n"
 
 
@@ -788,7 +788,7 @@ async def test_a_shutdown_on_a_loop_warns_that_it_blocks():
 
 
 def same(trained):
-    """Tells that losses and weights are those of plain DDP, bit for bit."""
+    """Return whether losses and weights are those of plain DDP, bit for bit."""
     (losses, weights), (plain_losses, plain_weights) = trained
     pairs = zip(weights, plain_weights)
     return losses == plain_losses and all(torch.equal(ours, plain) for ours, plain in pairs)
@@ -833,7 +833,7 @@ def test_hooks_overlap_on_request(four):
         assert most > 1
 
 
-@pytest.mark.parametrize(("bucket", "times"), [(0, 4), (1, 3)])  # at first, all is one bucket
+@pytest.mark.parametrize(("bucket", "times"), [(0, 4), (1, 3)])  # in the first step there is one bucket
 @pytest.mark.parametrize("how", ["raises", "raises at once"])
 def test_backward_raises_the_error_of_a_hook(four, how, bucket, times):
     for raised in four.everywhere(services.broken, how, bucket):
@@ -896,7 +896,7 @@ def test_work_without_a_future_is_done_with_its_kernels(accelerator):
 
     class Enqueues(NoFuture):
         def wait(self, timeout=None):
-            accelerator.sleep(PATIENCE)  # as NCCL: what it orders is the current stream
+            accelerator.sleep(PATIENCE)  # like NCCL, which orders the current stream
             enqueued.set()
             return super().wait(timeout)
 
@@ -910,11 +910,11 @@ def test_work_without_a_future_is_done_with_its_kernels(accelerator):
     assert fut.wait(PATIENCE) is None
 
 
-# ------------------------------------------------------------------- works of others
+# ------------------------------------------------------------------- works of other backends
 
 
 class NoFuture(dist.Work):
-    """A work that tells only who blocks."""
+    """A work without a future: the only way to await it is to block."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What is documented is true: docstrings, README, ``docs/``, and torch's own documentation."""
+"""The documentation is true: docstrings, README, ``docs/``, and torch's own documentation."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def check_examples(text, name, names):
 
 
 def documented():
-    """Every docstring of the package that has an example, by its name."""
+    """Return every docstring of the package that has an example, by name."""
     found = pkgutil.walk_packages(torchfut_aio.__path__, "torchfut_aio.")
     for module in (torchfut_aio, *(importlib.import_module(each.name) for each in found)):
         for name, thing in vars(module).items():
             if name.startswith("_") or getattr(thing, "__module__", None) != module.__name__:
                 continue
             if type(thing).__module__ == "typing":
-                continue  # the docstring of a ParamSpec is Python's
+                continue  # a ParamSpec inherits Python's docstring
             members = vars(thing).items() if isinstance(thing, type) else ()
             for where, doc in [(name, thing.__doc__)] + [
                 (f"{name}.{member}", getattr(value, "__doc__", None)) for member, value in members
@@ -75,7 +75,7 @@ TORCHS = {
 
 @pytest.mark.parametrize("name", TORCHS)
 def test_examples_of_torch_documentation_run_as_written(name):
-    # With our futures in the place of torch's, and nothing else changed.
+    # With our futures in place of torch's, and no other change.
     ours = types.SimpleNamespace(futures=torchfut_aio, ones=torch.ones)
     check_examples(TORCHS[name], name, {"torch": ours})
 
@@ -96,8 +96,8 @@ def is_app(block):
     [
         pytest.param(block, loop, id=f"{block.page}:{block.line}-{loop}")
         for block in blocks("python")
-        if not is_app(block)  # which the server runs
-        and block.page != "docs/guides/seeing.md"  # which test_debug.py runs: they write files
+        if not is_app(block)  # run by the server
+        and block.page != "docs/guides/seeing.md"  # test_debug.py runs these: they write files
         for loop in (RUN if RUN["asyncio"] in block.code else ["asyncio"])
     ],
 )
@@ -107,7 +107,7 @@ def test_documentation_programs_print_the_stated_output(block, loop):
     done = documentation.run(block.code.replace(RUN["asyncio"], RUN[loop]))
     if "float16" in block.code and "Invalid scalar type" in done.stderr:
         pytest.skip("this build of PyTorch has a gloo that reduces no float16")
-    # But what some builds of gloo print of themselves.
+    # Some builds of gloo print messages of their own.
     errors = re.sub(r"^\[\./gloo/.* INFO .*\n", "", done.stderr, flags=re.MULTILINE)
     assert (done.returncode, errors) == (0, "")
     assert done.stdout == block.printed
@@ -132,7 +132,7 @@ def test_documentation_servers_return_the_stated_answers(tmp_path, page):
 
 @contextlib.contextmanager
 def served(folder):
-    """The address at which a server runs the ``app.py`` in the folder."""
+    """Run the ``app.py`` in the folder on a server; yield its address."""
     with subprocess.Popen(
         [sys.executable, *SERVE.replace("8000", "0").split()[1:]],
         cwd=folder,
@@ -153,7 +153,7 @@ def served(folder):
 
 
 def answer_to(curl, address):
-    """What curl would print for the answer, from another address."""
+    """Return what curl would print for the answer from another address."""
     path = re.search(r"http://127.0.0.1:8000(/[^\s']*)", curl)[1]
     body = re.search(r"-d '(.*?)'", curl)
     request = urllib.request.Request(

@@ -1,4 +1,4 @@
-"""A future is itself, whatever ``==`` and ``hash`` say of it."""
+"""A future is compared by identity, whatever its ``==`` and ``hash`` return."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .threads import PATIENCE, running
 
 
 def equal(base):
-    """Classes whose instances are all equal: two have one hash, one has none."""
+    """Classes whose instances are all equal: two with a constant hash, one without a hash."""
 
     class Equal(base):
         def __eq__(self, other):

@@ -1,4 +1,4 @@
-"""The examples run, and show what they say they do."""
+"""The examples run, and print what they claim."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 
 
 def printed_by(example, *arguments):
-    """What an example prints; it has to end well, and without a warning."""
+    """Return what an example prints; it must exit with 0 and emit no warning."""
     return forks.output(EXAMPLES / example, *arguments)
 
 
@@ -22,7 +22,7 @@ def printed_by(example, *arguments):
 def test_task_group_example_uses_timely_results_only(loop):
     seconds, queries = 0.25, []
     pattern = r"query (\d) +(.*, (\d) given up): documents (.*)$"
-    # What answers in time is up to the machine, too. Given enough time, all but one do.
+    # Which replies arrive in time depends on the machine. Given enough time, all but one do.
     while any(given_up > "1" for _, _, given_up, _ in queries) or not queries:
         seconds *= 2
         assert seconds < PATIENCE
@@ -30,7 +30,7 @@ def test_task_group_example_uses_timely_results_only(loop):
         assert re.search(rf"event loop +{loop}$", printed, flags=re.M)
         queries = re.findall(pattern, printed, flags=re.M)
     assert [how for _, how, _, _ in queries] == ["4 shards answered, 1 failed, 1 given up"] * 5
-    # Each query is a document itself. Those whose shard answers find themselves.
+    # Each query is a document in the index, so its shard finds the query itself.
     found = {number: documents.split(", ") for number, _, _, documents in queries}
     assert all(len(documents) == 3 for documents in found.values())
     assert [number for number, (best, *_) in found.items() if number == best] == ["0", "1", "3"]

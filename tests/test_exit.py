@@ -1,4 +1,4 @@
-"""Once the interpreter is finalizing, nothing waits for a thread, as none runs any more."""
+"""During finalization nothing waits for a thread, as no thread runs any more."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 from . import forks
 
-# What the finaliser of an object of a module does, when the interpreter clears the module.
+# Code in the finaliser of a module's object, which runs when the interpreter clears the module.
 CASES = {
     "close": "batcher.close(); print('closed')",
     "close with a timeout": "batcher.close(timeout=1000); print('closed')",

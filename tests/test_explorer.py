@@ -1,4 +1,4 @@
-"""The explorer itself: it strikes everywhere, once a run, and in every function of a module."""
+"""The explorer interrupts every point once, one per run, in every function of a module."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""A failure keeps nothing alive: once its error is dropped, what it held is freed.
+"""A failure keeps nothing alive: once the error is dropped, all that it referenced is freed.
 
-The traceback of an error has the frames that it passed, and these their callers, among them frames
-of this package. If a local of one of these leads back to the error, only the garbage collector
-frees what is in the frames: tensors, of which the collector knows no sizes.
+The traceback of an error has the frames that it passed, and these have their callers, among them
+frames of this package. If a local variable of such a frame leads back to the error, only the garbage
+collector frees the frames' objects: tensors, whose sizes the collector does not know.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ DOORS = {}
 
 
 def door(function):
-    """Adds a way in which a failure reaches the code that waits for it."""
+    """Register a way in which a failure reaches the code that waits for it."""
     DOORS[function.__name__] = function
     return function
 
@@ -72,7 +72,7 @@ async def forward_soon(*_):
 
 
 def in_thread(function, *args):
-    """Calls it in a thread; an executor's frames would keep the arguments with the error."""
+    """Call the function in a thread. (An executor's frames would keep the arguments alive.)"""
 
     def call():
         nonlocal args
@@ -86,7 +86,7 @@ def in_thread(function, *args):
 
 
 def failed():
-    """A future that fails in a thread, with an error that a function raised there."""
+    """Return a future that fails in a thread, with an error that a function raised there."""
     fut = Future()
     threading.Thread(target=fail, args=(fut,)).start()
     return fut
@@ -98,7 +98,7 @@ def fail(fut):
     except OutOfMemory as error:
         fut.set_exception(error)
     finally:
-        del fut  # a frame of the error: the cycle would be this test's own
+        del fut  # the error refers to this frame: the test itself would create a cycle
 
 
 @door
@@ -282,7 +282,7 @@ async def of_asyncio():
 
 
 async def in_a_task_of_asyncio():
-    with suppress(OutOfMemory):  # asyncio.run() has a cycle of its own
+    with suppress(OutOfMemory):  # asyncio.run() itself has a cycle
         await as_future(asyncio.create_task(forward_soon()))
 
 
@@ -373,7 +373,7 @@ async def recorded_when_done():
 @pytest.mark.filterwarnings("ignore::torchfut_aio.BlockingWaitWarning")
 @pytest.mark.parametrize("name", DOORS)
 async def test_failure_keeps_no_tensors_alive(name, no_collector, nothing_blocks_a_loop):
-    nothing_blocks_a_loop.deactivate()  # some doors do, on purpose
+    nothing_blocks_a_loop.deactivate()  # some doors block on purpose
     held.clear()
     await let_go(DOORS[name])
     await eventually(lambda: held and not any(activations() is not None for activations in held))
@@ -410,5 +410,5 @@ async def settled(futures):
 
 
 async def let_go(way):
-    with suppress(RuntimeError):  # torch makes one of it
+    with suppress(RuntimeError):  # torch converts the error
         await way()

@@ -1,6 +1,6 @@
-"""The stand-in for CUDA, as Python sees it: whether PyTorch runs on it, and what it was asked.
+"""Python access to the stand-in for CUDA: whether PyTorch runs on it, and which calls it got.
 
-See ``README.md``. It is there in the environment of ``scripts/test-on-cuda-runtime`` only.
+See ``README.md``. The stand-in exists only in the environment of ``scripts/test-on-cuda-runtime``.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ def _library() -> ctypes.CDLL | None:
     if torch.version.cuda is None:
         return None
     try:
-        library = ctypes.CDLL("libcudart.so.13")  # which torch has loaded
+        library = ctypes.CDLL("libcudart.so.13")  # already loaded by torch
         library.cuda_standin_calls.restype = ctypes.c_uint64
         library.cuda_standin_unknown_kernel.restype = ctypes.c_char_p
-    except (OSError, AttributeError):  # there is no such library, or it is NVIDIA's
+    except (OSError, AttributeError):  # the library is missing, or is NVIDIA's
         return None
     return library
 
@@ -35,7 +35,7 @@ def calls(function: str) -> int:
 
 
 def unknown_kernels(after: int = 0) -> list[str]:
-    """Return the kernels that were launched but are not known, without the first ``after``."""
+    """Return the unknown kernels that were launched, without the first ``after``."""
     assert _standin
     names: list[str] = []
     while name := _standin.cuda_standin_unknown_kernel(ctypes.c_size_t(after + len(names))):

@@ -1,4 +1,4 @@
-"""The tests of the stand-in take an environment in which PyTorch runs on it."""
+"""Skip the stand-in's tests unless PyTorch runs on the stand-in."""
 
 from . import IS_THERE
 

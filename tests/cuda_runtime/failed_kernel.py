@@ -2,7 +2,7 @@
 
     python -m tests.cuda_runtime.failed_kernel asyncio|trio [blocking]
 
-It prints what became of each wait, and of each use of the package afterwards, as JSON.
+It prints, as JSON, the outcome of each wait, and of each later use of the package.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ async def awaited(awaitable: Awaitable[Any]) -> Any:
 
 
 async def note(name: str, use: Callable[[], Awaitable[Any]]) -> None:
-    """Wait, and note which error it raised."""
+    """Wait, and record the error that the wait raised."""
     try:
         with anyio.fail_after(PATIENCE):
             outcomes[name] = f"returned {await use()}"
@@ -57,7 +57,7 @@ def completed(value: object, devices: list[str] | None = None) -> Future[Any]:
 async def main(backend: str) -> None:
     on_device = torch.zeros(4, device="cuda")
     torch.cuda.synchronize()
-    await to_host(on_device)  # all that a first time makes is there
+    await to_host(on_device)  # so that what is created on first use exists
     failing, other = torch.Stream("cuda:0"), torch.Stream("cuda:0")
     with other:
         torch.cuda._sleep(60_000 * MILLISECOND)
@@ -121,14 +121,15 @@ async def main(backend: str) -> None:
         "as_future of the event": lambda: awaited(as_future(event)),
     }
     for name, use in uses.items():
-        # A use may raise before there is anything to await.
+        # A use may raise before it returns an awaitable.
         async def begin_and_await(use: Callable[[], Awaitable[Any]] = use) -> Any:
             return await use()
 
         await note(f"afterwards: {name}", begin_and_await)
     outcomes["pending"] = f"{poll_statistics().pending}"
     print(json.dumps(outcomes), flush=True)
-    os._exit(0)  # PyTorch aborts the process when it frees the tensors of this function
+    # PyTorch aborts the process when it frees the tensors of this function.
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-"""A plugin for pytest: a test that launches a kernel which the stand-in does not know fails.
+"""A pytest plugin: a test fails if it launches a kernel that the stand-in does not know.
 
-The launch raises, too. But the program under test may catch that error, or raise it somewhere
-else.
+The launch raises too, but the program under test may catch that error, or raise it elsewhere.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the stand-in's kernels compute is what the host computes."""
+"""The stand-in's kernels compute the same values as the host."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The stand-in does what CUDA's documentation says, where the tests of the package rely on it.
+"""The stand-in behaves as CUDA's documentation says, as far as the package's tests rely on it.
 
-Each case is a program of its own, as some read settings, and some leave the device unusable.
+Each case runs in its own process: some depend on settings, and some leave the device unusable.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ UNSUPPORTED = "CUDA error: operation not permitted when stream is capturing"
 INVALIDATED = "CUDA error: operation failed due to a previous error during capture"
 ASSERTED = "CUDA error: device-side assert triggered"
 
-# A program, and what it prints.
+# Each case: a program, and its output.
 CASES = {
     "a kernel that is not known raises, and is noted": (
         """
@@ -295,7 +295,7 @@ captured(fork)
 
 @pytest.fixture(scope="module")
 def printed():
-    """What each program prints."""
+    """The output of each program."""
     ending = "\nimport os, sys\nsys.stdout.flush()\nos._exit(0)"
     return outputs(BEFORE, {name: program + ending for name, (program, _) in CASES.items()})
 

@@ -1,13 +1,11 @@
-"""A device named ``sim`` for tests: host threads that behave as an accelerator's streams.
+"""A device named ``sim`` for tests: host threads that behave like an accelerator's streams.
 
-Importing this builds the C++ extension, once for each version of its source and of torch,
-and registers two devices, ``sim:0`` and ``sim:1``, for the rest of the process. From then
-on ``torch.accelerator`` and integers for devices mean these. Where there is a GPU, torch finds
-it no more in this process.
+Importing this builds the C++ extension, once for each version of its source and of torch, and
+registers two devices, ``sim:0`` and ``sim:1``, for the rest of the process. After that
+``torch.accelerator`` and integers for devices mean these, and torch finds no GPU in this process.
 
-Kernels are enqueued with ``fill_`` and ``copy_`` and with the functions below, on the
-current stream. Any other operation is computed by the host, which waits for the current
-streams first.
+``fill_``, ``copy_`` and the functions below enqueue kernels on the current stream. Any other
+operation waits for the current streams, and is computed by the host.
 """
 
 from __future__ import annotations
@@ -37,11 +35,11 @@ _CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "torc
 
 
 def _build() -> ModuleType:
-    # The ninja of an environment that has not been activated is found, too.
+    # Also find ninja in an environment that is not activated.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     with mock.patch.dict(os.environ, PATH=path), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        # A CUDA build may print that it has found no CUDA, which it need not.
+        # A CUDA build of torch may print that CUDA is missing, which does not matter here.
         with contextlib.redirect_stderr(io.StringIO()):
             from torch.utils import cpp_extension
 
@@ -51,24 +49,24 @@ def _build() -> ModuleType:
         folder = _CACHE / f"simulated_device-{key}"
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "one_at_a_time", "w") as lock:
-            # The lock that load() itself uses outlives a process that was killed.
+            # The lock of load() itself remains if its process is killed.
             fcntl.flock(lock, fcntl.LOCK_EX)
             (folder / "lock").unlink(missing_ok=True)
             return cpp_extension.load(
                 "simulated_device",
                 str(_HERE / "simulated_device.cpp"),
-                # What torch compiled takes the time; of ours, most kernels sleep.
+                # Without optimisation: torch's headers dominate the build, and most kernels sleep.
                 extra_cflags=["-O0"],
                 build_directory=str(folder),
             )
 
 
 _extension = _build()
-# After the threads of Python have ended and before the interpreter goes.
+# After Python's threads have ended, and before the interpreter is finalized.
 atexit.register(_extension.shut_down)
 
 sleep = _extension.sleep
-"""``sleep(seconds)`` enqueues a kernel that does nothing but take that long."""
+"""``sleep(seconds)`` enqueues a kernel that sleeps."""
 fill_after = _extension.fill_after
 """``fill_after(tensor, value, seconds)`` enqueues a kernel that sleeps, then fills."""
 wake = _extension.wake
@@ -77,50 +75,50 @@ fail = _extension.fail
 """``fail(message)`` enqueues a kernel that fails. The stream runs no further kernel, and
 queries and synchronisations of it, and of events recorded on it later, raise an error."""
 take_new_streams_away = _extension.take_new_streams_away
-"""``take_new_streams_away()``, until the next reset, as all functions below:
-``torch.Stream(device)`` raises, as on MPS and other backends that have the default stream only."""
+"""``take_new_streams_away()``: until the next reset, ``torch.Stream(device)`` raises, as on MPS and
+other backends that have only the default stream. (All functions below last until the reset.)"""
 take_events_away = _extension.take_events_away
-"""``take_events_away()``: whatever is asked of events raises "Backend doesn't support events.", as
-on out-of-tree backends that have none."""
+"""``take_events_away()``: every use of an event raises "Backend doesn't support events.", as on
+out-of-tree backends without events."""
 refuse_events = _extension.refuse_events
-"""``refuse_events()``: recording events, and having streams wait for them, raises an error, as on
-CUDA once a kernel has failed."""
+"""``refuse_events()``: recording an event, and making a stream wait for one, raises an error, as on
+CUDA after a failed kernel."""
 keep_first_recordings = _extension.keep_first_recordings
-"""``keep_first_recordings()``: an event that is recorded again while it is pending is done at its
+"""``keep_first_recordings()``: an event that is recorded again while pending completes with the
 first recording, as on torch_openreg."""
 count_contexts = _extension.count_contexts
-"""``count_contexts()``: from now on a device has a context if it was made current, or was current
-while the device was asked anything, as on CUDA."""
+"""``count_contexts()``: a device gets a context when it is made current, or is used while it is
+current, as on CUDA."""
 has_context = _extension.has_context
-"""``has_context(index)`` tells whether a device has a context."""
+"""``has_context(index)`` returns whether a device has a context."""
 
 
 def reset() -> None:
-    """Wakes all kernels, waits for them, forgets all failures, and is as at first."""
+    """Wake all kernels, wait for them, and restore the initial state, without failures."""
     global Event
     _extension.reset()
     Event = EventOfCuda
-    side_stream.cache_clear()  # it may be the current one, as a test has taken new ones away
+    side_stream.cache_clear()  # a test that took new streams away may have cached the current one
 
 
 def take_event_class_of(backend: str) -> None:
-    """Has ``sim.Event``, until the next reset, take what that of a backend takes.
+    """Make ``sim.Event`` behave like a backend's class, until the next reset.
 
-    That of "xpu" has no argument ``blocking``; that of "mps" is no ``torch.Event`` either. That of
-    "cuda before 2026" can be recorded on streams of the device's own class only.
+    "xpu" has no argument ``blocking``; "mps" lacks it too, and is no subclass of ``torch.Event``.
+    "cuda before 2026" can be recorded only on streams of the device's own class.
     """
     global Event
     Event = {"xpu": EventOfXpu, "mps": EventOfMps, "cuda before 2026": EventOfOldCuda}[backend]
 
 
 counters = _extension.counters
-"""``counters()`` returns how often what was called, as a dict: ``event_queries``,
-``events_created``, ``events_destroyed`` and blocking ``synchronizations``."""
+"""``counters()`` returns the number of calls, as a dict: ``event_queries``, ``events_created``,
+``events_destroyed`` and blocking ``synchronizations``."""
 reset_counters = _extension.reset_counters
 
 
 def finished_at(stream: torch.Stream) -> float:
-    """Returns when the latest kernel of ``stream`` finished, by ``time.monotonic()``."""
+    """Return when the latest kernel of ``stream`` finished, by ``time.monotonic()``."""
     when: float = _extension.finished_at(stream.device_index, stream.stream_id)
     return when
 
@@ -132,14 +130,14 @@ torch._C._sim_hasPrimaryContext = has_context  # type: ignore[attr-defined]  # a
 
 
 class EventOfXpu(torch.Event):
-    """As ``torch.xpu.Event``."""
+    """Like ``torch.xpu.Event``."""
 
     def __new__(cls, enable_timing: bool = False) -> EventOfXpu:
         return super().__new__(cls, "sim", enable_timing=enable_timing)
 
 
 class EventOfMps:
-    """As ``torch.mps.Event``."""
+    """Like ``torch.mps.Event``."""
 
     def __init__(self, enable_timing: bool = False) -> None:
         self._event = torch.Event("sim", enable_timing=enable_timing)
@@ -149,14 +147,14 @@ class EventOfMps:
 
 
 class EventOfCuda(torch.Event):
-    """As ``torch.cuda.Event``."""
+    """Like ``torch.cuda.Event``."""
 
     def __new__(cls, enable_timing: bool = False, blocking: bool = False) -> EventOfCuda:
         return super().__new__(cls, "sim", enable_timing=enable_timing, blocking=blocking)
 
 
 class EventOfOldCuda(EventOfCuda):
-    """As ``torch.cuda.Event`` was, but it raises where that one broke the process."""
+    """Like the old ``torch.cuda.Event``, but raises where that one corrupted the process."""
 
     def record(self, stream: torch.Stream | None = None) -> None:
         if not isinstance(stream, Stream):
@@ -168,10 +166,10 @@ Event: type = EventOfCuda
 
 
 class Stream(torch.Stream):
-    """As ``torch.cuda.Stream``."""
+    """Like ``torch.cuda.Stream``."""
 
     def __new__(cls, device: object = None, priority: int = 0, **kwargs: int) -> Stream:
-        if kwargs:  # the pieces of one that is there
+        if kwargs:  # the id and device of an existing stream
             return super().__new__(cls, priority=priority, **kwargs)
         return super().__new__(cls, device or "sim", priority=priority)
 
@@ -183,7 +181,7 @@ synchronize = torch.accelerator.synchronize
 
 
 def _maybe_exchange_device(index: int) -> int:
-    """As that of ``torch.cuda``, which remembers a device without a context as the current one."""
+    """Like that of ``torch.cuda``, which stores even a device without a context as current."""
     before: int = _extension.set_current_device_without_context(index)
     return before
 
@@ -201,8 +199,8 @@ def _is_in_bad_fork() -> bool:
 
 
 def _lazy_init() -> None:
-    """Nothing is left to do; but for torch 2.7, a device without this is never initialised."""
+    """Do nothing. Without this function, torch 2.7 never initialises the device."""
 
 
 def manual_seed_all(seed: int) -> None:
-    """Random numbers are made by the host."""
+    """Do nothing: the host generates the random numbers."""
