@@ -35,7 +35,7 @@ LOOPS = {
 
 
 def run_on(loop: str, function: Callable[..., Any], *args: Any) -> Any:
-    """Runs an async function on that kind of loop, in this thread."""
+    """Run an async function on that kind of loop, in this thread."""
     return anyio.run(function, *args, **LOOPS[loop])
 
 

@@ -69,7 +69,7 @@ def sleep(seconds: float) -> None:
 
 
 def fill_after(tensor: torch.Tensor, value: float, seconds: float) -> None:
-    """Enqueues `sleep`, then fills."""
+    """Enqueue `sleep`, then fill the tensor."""
     with torch.cuda.device(tensor.device):
         sleep(seconds)
         tensor.fill_(value)

@@ -238,10 +238,10 @@ def reset_counters() -> None:
 
 
 def counters() -> dict[str, int]:
-    """Skips the test."""
+    """Skip the test."""
     pytest.skip("torch_openreg does not count what is called")
 
 
 def fail(_message: str) -> None:
-    """Skips the test."""
+    """Skip the test."""
     pytest.skip("no kernel of torch_openreg fails")

@@ -679,7 +679,7 @@ def test_handle_monitor_finds_the_slow_task(first):
 @on_asyncio
 async def test_eager_tasks_await_futures():
     def start_eagerly(loop, coro, **options):
-        # uvloop 0.23 passes eager_start=None, and then asyncio's own factory starts no task eagerly.
+        # uvloop 0.23 passes eager_start=None; asyncio's own factory then starts no task eagerly.
         return asyncio.Task(coro, loop=loop, eager_start=True)
 
     asyncio.get_running_loop().set_task_factory(start_eagerly)

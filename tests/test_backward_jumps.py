@@ -2,8 +2,8 @@
 
 From Python 3.12 on, until 3.15.1, the compiler may put the jump that closes a loop where the
 exception table does not lead to the ``try`` or ``with`` around the loop (CPython issue 130279).
-If a signal handler raises at that jump, ``except`` and ``finally`` are skipped. A loop in a separate
-function is safe, as the call of that function is covered.
+If a signal handler raises at that jump, ``except`` and ``finally`` are skipped. A loop in a
+separate function is safe, as the call of that function is covered.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ PACKAGE = pathlib.Path(torchfut_aio.__file__).parent
 
 @pytest.fixture(autouse=True, scope="module")
 def nothing_to_finalise():
-    # Garbage of earlier tests may log a traceback when it is collected. CPython 3.11 then parses the
-    # source, and its parser fails if that happens while it is already parsing.
+    # Garbage of earlier tests may log a traceback when it is collected. CPython 3.11 then parses
+    # the source, and its parser fails if that happens while it is already parsing.
     gc.collect()
 
 

@@ -1,4 +1,4 @@
-"""Batches: every future completes, whatever the function, the thread, the loop and the caller do."""
+"""Batches: every future completes, whatever function, thread, loop and caller do."""
 
 from __future__ import annotations
 

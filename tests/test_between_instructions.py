@@ -370,7 +370,8 @@ def test_await_wakes_with_a_completion_at_any_step(other, backend, options, noth
     for strike in between_instructions(other):
         fut, got = Future(), []
         other.now = lambda: try_set(fut, 1)
-        if strike._left > 200:  # the points until the task sleeps; later, no thread would complete the future
+        # The points until the task sleeps. Later, no thread would complete the future.
+        if strike._left > 200:
             break
         with suppress(TimeoutError):
             timer = threading.Timer(0.02, try_set, (fut, 1))

@@ -279,7 +279,8 @@ def test_completion_on_a_full_stack_completes_all_dependants(left):
     for _ in range(40):
         last = last.then(lambda parent: parent.value())
     gathered = gather([last, fut])
-    threading.Thread(target=lambda: None).start()  # imports what it needs, while the stack is not yet deep
+    # The first start of a thread may import modules: not on the deep stack.
+    threading.Thread(target=lambda: None).start()
     at = len(traceback_of_this_thread())
     try:
         nested(sys.getrecursionlimit() - at - left)

@@ -274,7 +274,7 @@ def test_ungraceful_shutdown_fails_calls_in_flight(ours):
         cluster.call(1, services.wait_until_started)
         cluster.call(1, services.shut_down, False, ours)
         name, text = cluster.call(0, services.kept)
-        # Either the callee sends the reason, or its connection ends before that; both happen in time.
+        # The callee sends the reason, or its connection ends before that; in time in either case.
         assert name in ("CancelledError", "ConnectionError")
         assert "was shut down" in text or "eof" in text or "closed" in text
         cluster.call(0, services.shut_down, False, ours)
@@ -833,7 +833,7 @@ def test_hooks_overlap_on_request(four):
         assert most > 1
 
 
-@pytest.mark.parametrize(("bucket", "times"), [(0, 4), (1, 3)])  # in the first step there is one bucket
+@pytest.mark.parametrize(("bucket", "times"), [(0, 4), (1, 3)])  # at first there is one bucket
 @pytest.mark.parametrize("how", ["raises", "raises at once"])
 def test_backward_raises_the_error_of_a_hook(four, how, bucket, times):
     for raised in four.everywhere(services.broken, how, bucket):

@@ -1,8 +1,8 @@
 """A failure keeps nothing alive: once the error is dropped, all that it referenced is freed.
 
 The traceback of an error has the frames that it passed, and these have their callers, among them
-frames of this package. If a local variable of such a frame leads back to the error, only the garbage
-collector frees the frames' objects: tensors, whose sizes the collector does not know.
+frames of this package. If a local variable of such a frame leads back to the error, only the
+garbage collector frees the frames' objects: tensors, whose sizes the collector does not know.
 """
 
 from __future__ import annotations

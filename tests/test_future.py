@@ -1,4 +1,4 @@
-"""The synchronous face: each promise of torch's documentation, and where torch breaks it."""
+"""Futures in threads: each promise of torch's documentation, and where torch breaks it."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ def test_set_exception_accepts_any_base_exception(error):
 
 
 class Double:
-    """What a mocking library makes: it says that it is an exception, and is none."""
+    """Like a mock: its ``__class__`` is an exception type, but it is no exception."""
 
     __class__ = ValueError
 

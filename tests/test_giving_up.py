@@ -1,4 +1,4 @@
-"""Giving up, through to the worker: cancel, completing unless done, and whether anybody waits."""
+"""Cancellation as seen by the worker: cancel, try_set_result, has_waiters."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ async def test_cancel_wakes_all_waiters():
     async def client():
         try:
             await fut
-        except concurrent.futures.CancelledError as error:  # so an error of its own, not its end
+        except concurrent.futures.CancelledError as error:  # raised by the task itself
             told.append(str(error))
 
     def thread():
@@ -277,7 +277,7 @@ def test_cpp_consumers_of_a_cancelled_future_get_an_error():
         torch._C.Future.wait(fut)
 
 
-# -------------------------------------------------------------------- completing unless done
+# -------------------------------------------------------------------- try_set_result
 
 
 @pytest.mark.parametrize("first", ["set_result", "cancel"])
@@ -324,7 +324,7 @@ def test_exactly_one_racing_try_set_returns_true():
 def test_try_set_that_loses_a_late_race_returns_false(monkeypatch):
     fut = Future()
 
-    class Late:  # while its value is looked at, another thread completes the future
+    class Late:  # another thread completes the future while this value is searched
         def __reduce_ex__(self, protocol):
             return int, (5,)
 
@@ -348,7 +348,7 @@ def test_callbacks_run_before_try_set_returns():
     assert ran == [5]
 
 
-# ------------------------------------------------------------------- whether anybody waits
+# ------------------------------------------------------------------- has_waiters
 
 
 @pytest.mark.parametrize(
@@ -414,7 +414,7 @@ def test_finished_timeouts_and_iterators_do_not_count_as_waiters():
 
 @pytest.fixture
 def client():
-    """The documentation's recipe for giving up, as it stands there."""
+    """The recipe for cancellation, taken from the documentation."""
     [recipe] = [
         block.code
         for block in blocks("python")
@@ -426,7 +426,7 @@ def client():
 
 
 class Model(torch.nn.Module):
-    """Tells each image's number; holds the first batch until it may go on."""
+    """Classifies each image as its number; blocks on the first batch until it may go on."""
 
     def __init__(self, error=None):
         super().__init__()
@@ -459,9 +459,9 @@ def test_worker_survives_clients_that_cancel(client, quickstart, error):
         max_wait=0,
         max_queue_size=64,
     )
-    began = batcher.submit(torch.tensor(1))  # is in the model when its client gives up
+    began = batcher.submit(torch.tensor(1))  # in the model when its client cancels
     assert model.begun.wait(PATIENCE)
-    waits = batcher.submit(torch.tensor(2))  # is still in the queue then
+    waits = batcher.submit(torch.tensor(2))  # still queued then
     for fut in (began, waits):
         with pytest.raises(TimeoutError):
             asyncio.run(client(fut, 0.001))

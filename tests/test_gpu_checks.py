@@ -1,4 +1,4 @@
-"""What is run on a GPU, as far as it can be tried without one."""
+"""The checks for a GPU, as far as they run without one."""
 
 from __future__ import annotations
 

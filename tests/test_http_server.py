@@ -1,4 +1,4 @@
-"""The HTTP server among the examples, as a process of its own, under the clients that it fears."""
+"""The example HTTP server in a separate process, with slow, silent and vanishing clients."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from .threads import PATIENCE, PATIENCE_WITH_PROCESSES, until
 datasets = pytest.importorskip("sklearn.datasets", reason="the classifier learns from its digits")
 for module in ("starlette", "uvicorn"):
     pytest.importorskip(module, reason="the HTTP server needs it: see the extra server")
-http_service = importlib.import_module("tests.http_service")  # which needs all of these
+http_service = importlib.import_module("tests.http_service")  # requires the modules above
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 
 
 class Served:
-    """A server that runs: where, and how to end it."""
+    """A running server: its address, and ways to stop it."""
 
     def __init__(self, process, output, gate=None):
         self.process = process
@@ -46,7 +46,7 @@ class Served:
         return int(found[1]) if found else None
 
     def exit_code(self, timeout=PATIENCE_WITH_PROCESSES):
-        """Waits until the server has ended; None if it does not in time."""
+        """Wait until the server has exited; return None after ``timeout``."""
         with suppress(subprocess.TimeoutExpired):
             if isinstance(self.process, subprocess.Popen):
                 return self.process.wait(timeout)
@@ -82,12 +82,12 @@ def ended_at_last(server, log):
 
 @pytest.fixture(autouse=True)
 def clients_are_quick(nothing_blocks_a_loop):
-    nothing_blocks_a_loop.deactivate()  # only clients run on a loop of this process
+    nothing_blocks_a_loop.deactivate()  # loops of this process run only clients
 
 
 @pytest.fixture
 def serve(tmp_path):
-    """Starts a server, with some of its constants changed; its gate is open unless told."""
+    """Start a server with some of its constants changed, and with an open gate by default."""
 
     @contextmanager
     def serve(*, is_open=True, **constants):
@@ -117,7 +117,7 @@ def text_request(prompt, length):
 
 
 class Connection:
-    """A connection that speaks HTTP/1.1, and knows whether a response was whole."""
+    """An HTTP/1.1 connection, which detects incomplete responses."""
 
     opened: ClassVar[list] = []
 
@@ -130,7 +130,7 @@ class Connection:
         return cls(*await asyncio.open_connection("127.0.0.1", server.port, **options))
 
     async def ask(self, data):
-        """Returns the status, the headers and the body; None if not one byte came."""
+        """Return the status, the headers and the body; None if the response is empty."""
         self.writer.write(data)
         return await self.response()
 
@@ -165,7 +165,7 @@ class Connection:
 
 
 def tokens(body):
-    """The tokens in an event stream, and how it ended."""
+    """Return the tokens in an event stream, and its last event."""
     *events, last = body.decode().strip().split("\n\n")
     return [json.loads(event.removeprefix("data: ")) for event in events], last
 
@@ -284,7 +284,7 @@ def test_request_that_takes_too_long_gets_504_and_is_skipped(serve):
 def test_texts_beyond_the_limit_get_503(serve):
     async def main(server):
         connections = [await Connection.open(server) for _ in range(6)]
-        for connection in connections[:5]:  # which do not read
+        for connection in connections[:5]:  # none of them reads
             connection.writer.write(text_request("a50000", 1000))
             await connection.reader.readuntil(b"data: ")
         assert (await connections[5].ask(text_request("b1", 5)))[0] == 503
@@ -299,7 +299,7 @@ def test_texts_beyond_the_limit_get_503(serve):
         run(main(server))
 
 
-# ------------------------------------------------------------------ clients that leave
+# ------------------------------------------------------------------ clients that disconnect
 
 
 def test_server_survives_300_disconnecting_clients_without_leaks(serve):
@@ -316,7 +316,7 @@ def test_server_survives_300_disconnecting_clients_without_leaks(serve):
             await connection.close()
         await eventually(server, lambda s: s["texts"] == 0)
         until(lambda: server.sockets() <= before + 10)
-        await statistics(server)  # so the handler of who left last has run since, too
+        await statistics(server)  # so the handler of the last lost client has run
         server.open_gate()
         for n, (status, _, body) in enumerate(await asyncio.gather(*stay)):
             assert (status, json.loads(body)) == (200, {"digit": n})
@@ -329,7 +329,7 @@ def test_server_survives_300_disconnecting_clients_without_leaks(serve):
         run(main(server))
 
 
-# ----------------------------------------------------------------------------- slow ones
+# ----------------------------------------------------------------------------- slow clients
 
 
 def test_slow_reader_gets_its_whole_text_and_delays_no_other(serve):
@@ -344,7 +344,7 @@ def test_slow_reader_gets_its_whole_text_and_delays_no_other(serve):
         for _ in range(3):
             status, _, body = await ask(server, text_request("b1", 1000))
             assert (status, tokens(body)) == (200, (["b."] * 1000, "event: end\ndata:"))
-        assert (await statistics(server))["texts"] == 1  # which is far from its end
+        assert (await statistics(server))["texts"] == 1  # far from its end
         written, last = tokens(await slow.chunks())
         assert written == ["a" * 50000 + "."] * 120
         assert last == "event: end\ndata:"
@@ -469,7 +469,7 @@ def test_a_shutdown_under_load_drops_no_response(serve, signal_number, tmp_path)
             if headers.get("connection") == "close":
                 refused.append(n)
                 break
-            await asyncio.sleep(0.1 * random.random())  # it thinks, and its connection is idle
+            await asyncio.sleep(0.1 * random.random())  # an idle connection
         await connection.close()
 
     async def connects_anew(server, n):

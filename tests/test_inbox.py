@@ -1,4 +1,4 @@
-"""What is posted to a loop: no order of steps leaves a waiter behind."""
+"""The queue of a loop: no order of steps loses a waiter."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torchfut_aio._loops._loop import Loop
 
 
 class HandCrankedLoop(Loop):
-    """A loop whose turns the test takes, and on which no task waits."""
+    """A loop that runs only when the test calls `turn`; no task waits on it."""
 
     checkpoint = spawn = watch = unwatch = call_later = None
 
@@ -37,7 +37,7 @@ class HandCrankedLoop(Loop):
 
     def turn(self):
         for _ in range(len(self.scheduled)):
-            call = self.scheduled.pop(0)  # kept while it runs, as the loops keep it
+            call = self.scheduled.pop(0)  # referenced while it runs, as in real loops
             call()
 
 
@@ -110,10 +110,10 @@ def test_closed_loop_keeps_no_posts():
 def test_inbox_schedules_another_call_if_the_loop_drops_one():
     loop = HandCrankedLoop()
     loop.wake(0)
-    loop.scheduled.pop()  # Ctrl-C struck before it was made
+    loop.scheduled.pop()  # KeyboardInterrupt was raised before the call
     assert loop.wake_ups == 2
     loop.turn()
-    assert (loop.resumed, loop.wake_ups) == ([0], 2)  # a call that was made is not asked for again
+    assert (loop.resumed, loop.wake_ups) == ([0], 2)  # a call that has run is not scheduled again
     loop.wake(1)
     loop.turn()
     assert (loop.resumed, loop.wake_ups) == ([0, 1], 3)
@@ -139,4 +139,4 @@ def test_waiter_announces_each_wait_on_any_kind_of_loop(monkeypatch):
     assert (announced, loop.wake_ups) == ([loop], 0)
     loop.wake(0)
     loop.waiter()
-    assert (announced, loop.wake_ups) == ([loop, loop], 2)  # that under way may be lost
+    assert (announced, loop.wake_ups) == ([loop, loop], 2)  # the pending wake-up may be lost

@@ -1,4 +1,4 @@
-"""What other libraries hand out is adopted, with the real thing: ``nox -s integrations``."""
+"""Futures of other libraries are adopted, with the real libraries: ``nox -s integrations``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .threads import PATIENCE_WITH_PROCESSES
 
 
 def skip_without(library):
-    """Skips a test, without importing here what changes asyncio or exceptions for all."""
+    """Skip a test if a library is missing; importing it here would change asyncio for all tests."""
     if importlib.util.find_spec(library) is None:
         pytest.skip(f"install the extra `integrations` to test {library}")
 
@@ -25,7 +25,7 @@ def run(program, *, first=""):
         capture_output=True,
         text=True,
         timeout=PATIENCE_WITH_PROCESSES,
-        # Ray asks for a token to start on this machine otherwise.
+        # Otherwise Ray needs a token to start on this machine.
         env={**os.environ, "RAY_AUTH_MODE": "disabled"},
     )
     assert done.returncode == 0, done.stdout + done.stderr

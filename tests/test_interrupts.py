@@ -1,4 +1,4 @@
-"""Ctrl-C in the middle of a completion, delivered for real, at every place by chance."""
+"""Real Ctrl-C during a completion, at random points."""
 
 from __future__ import annotations
 
@@ -16,12 +16,11 @@ from .threads import PATIENCE, running, until
 
 
 class Alarm:
-    """Strikes this thread with KeyboardInterrupt, once, about when something happens in it.
+    """Raises KeyboardInterrupt once in this thread, at about the moment of some event.
 
-    How long it takes to get there, and for a signal to arrive, depends on the machine, on what
-    else runs there, and on the Python. So the alarm aims by where it has struck so far: earlier
-    or later, until about half of its strikes come before that. Around there it scatters as far
-    as what is struck takes, either way.
+    How long the event and the signal take depends on the machine, its load and the Python. So the
+    alarm learns from its interrupts: it aims earlier or later until about half of them come before
+    the event. Around that time it varies by half of what the interrupted call takes, either way.
     """
 
     def __init__(self):
@@ -31,7 +30,7 @@ class Alarm:
         self.turn = itertools.count()
 
     def __enter__(self):
-        gc.disable()  # what other tools hooked into it could be struck instead
+        gc.disable()  # finalisers of other tools could be interrupted instead
         self.before = signal.signal(signal.SIGALRM, self.strike)
         return self
 
@@ -46,7 +45,7 @@ class Alarm:
             raise KeyboardInterrupt
 
     def set(self):
-        """Has it strike; if it should be even earlier than at once, returns that much later."""
+        """Start the alarm. If it should fire before now, return only that much later."""
         after = self.aim + self.took * (next(self.turn) % 64 / 32 - 0.5)
         self.armed = True
         signal.setitimer(signal.ITIMER_REAL, max(after, 1) / 1e6)
@@ -55,12 +54,12 @@ class Alarm:
             pass
 
     def learn(self, early):
-        """Is told whether it struck before what it should strike about."""
+        """Learn whether the interrupt came before the event."""
         self.aim += self.took / 64 if early else -self.took / 64
 
 
 class Waiter:
-    """Counts how often it is woken; its own waker, too."""
+    """Counts how often it is woken; it is its own waker."""
 
     woken = 0
 
@@ -69,7 +68,7 @@ class Waiter:
 
 
 def struck(complete, fut, alarm):
-    """Tells whether the alarm struck before ``complete`` had returned, about when it is done."""
+    """Return whether the alarm interrupted ``complete``; aim at the moment when it is done."""
     start = time.perf_counter()
     try:
         alarm.set()
@@ -81,12 +80,12 @@ def struck(complete, fut, alarm):
         return True
     alarm.learn(early=False)
     took = (time.perf_counter() - start) * 1e6
-    alarm.took += (min(took, 4 * alarm.took) - alarm.took) / 64  # or it was preempted
+    alarm.took += (min(took, 4 * alarm.took) - alarm.took) / 64  # or the thread was preempted
     return False
 
 
 def rounds(number, enough):
-    """Yields so often, and then until ``enough()``."""
+    """Yield ``number`` times, and then until ``enough()``."""
     for n in itertools.count():
         if n == number:
             give_up = time.monotonic() + PATIENCE

@@ -1,4 +1,4 @@
-"""Whatever strikes between a completion and its task, nobody else is lost, no loop goes deaf."""
+"""A completion that is interrupted on its way to its task loses no other task, and no loop."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from .threads import PATIENCE, running
 
 
 class NoReaders(asyncio.SelectorEventLoop):
-    """A loop that cannot watch files, but for its own pipe."""
+    """A loop that cannot watch files, except its own pipe."""
 
     def add_reader(self, *args):
         if threading.get_ident() == getattr(self, "_thread_id", None):
@@ -43,15 +43,15 @@ NEW_LOOPS = {
     "without readers": NoReaders,
 }
 
-# From CPython 3.12 on, to begin to trace takes long.
+# From CPython 3.12 on, starting to trace is slow.
 EVERY = 1 if sys.version_info < (3, 12) else 7
 
 on_asyncios_loops = pytest.mark.parametrize("new_loop", NEW_LOOPS.values(), ids=NEW_LOOPS)
-# One of them strikes where CPython looks for signals, the other instead of calls.
+# The first is raised where CPython checks for signals, the second in place of calls.
 whatever_strikes = pytest.mark.parametrize(
     ("error", "at"), [(KeyboardInterrupt, "signals"), (MemoryError, "calls")]
 )
-# What a finaliser raises, it cannot pass on.
+# An exception in a finaliser does not propagate.
 finalisers_may_be_struck = pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning"
 )
@@ -60,12 +60,12 @@ finalisers_may_be_struck = pytest.mark.filterwarnings(
 @pytest.fixture(autouse=True)
 def quiet(nothing_blocks_a_loop, caplog, monkeypatch):
     nothing_blocks_a_loop.deactivate()
-    monkeypatch.setattr(_asyncio, "MANY", 16)  # a burst is that of 20 tasks
+    monkeypatch.setattr(_asyncio, "MANY", 16)  # so 20 tasks are a burst
     caplog.set_level(logging.CRITICAL, "asyncio")
 
 
 def strikes(*modules, **options):
-    """Strikes whose traceback nobody keeps: it would keep what the loop was about to call."""
+    """Interrupts without a traceback, which would keep a reference to the loop's pending call."""
     for strike in explorer.strikes(*modules, every=EVERY, **options):
         yield Forgetful(strike)
 
@@ -75,7 +75,7 @@ class Forgetful:
         self.strike = strike
 
     def __enter__(self):
-        gc.disable()  # finalisers of earlier runs could be struck instead
+        gc.disable()  # finalisers of earlier runs could be interrupted instead
         return self.strike.__enter__()
 
     def __exit__(self, *error):
@@ -97,14 +97,14 @@ def run(loop, task):
     for _ in range(10):
         try:
             return loop.run_until_complete(task)
-        except RuntimeError as error:  # a stop that Ctrl-C kept the loop from comes now
+        except RuntimeError as error:  # a stop that was delayed by an interrupt
             if "stopped before" not in str(error):
                 raise
     raise AssertionError("the loop does not run any more")
 
 
 class Waits:
-    """Tasks of a loop that each wait for a future."""
+    """Tasks of a loop that each await a future."""
 
     def __init__(self, loop, count):
         self.loop = loop
@@ -116,7 +116,7 @@ class Waits:
         return self
 
     def complete(self):
-        """Completes all of them in another thread, while the loop stands still."""
+        """Complete all futures in another thread, while the loop does not run."""
         with running(self.complete_here):
             pass
         return self
@@ -127,21 +127,21 @@ class Waits:
                 fut.set_result(n)
 
     def end(self):
-        """Runs the loop until all the tasks have ended."""
+        """Run the loop until all tasks have ended."""
         waiting = self.loop.create_task(asyncio.wait(self.tasks, timeout=PATIENCE))
         run(self.loop, waiting)
         assert not waiting.result()[1], "tasks are still asleep"
         return self
 
     def check(self, struck=0):
-        """Checks that all but so many have their value, and that no waiter is left."""
+        """Check that all but ``interrupted`` tasks have a value, and that no waiter is left."""
         ended = [task.cancelled() or task.exception() for task in self.tasks]
         assert sum(error is not None for error in ended) <= struck
         assert all("waiters=0" in repr(fut) or fut.done() for fut in self.futures)
 
 
 def check_that_it_serves(loop):
-    for count in (1, 20, 20, 1):  # 20 in one look are a burst
+    for count in (1, 20, 20, 1):  # 20 in one poll are a burst
         Waits(loop, count).park().complete().end().check()
 
 
@@ -229,8 +229,8 @@ def test_interrupt_during_cancellation_loses_no_other_waiter(new_loop, error, at
         waits.complete()
         with strike:
             waits.end()
-        # The frames of the tasks that were cancelled in the same turn keep what the loop was about
-        # to call, so it takes another task that waits.
+        # The frames of the tasks that were cancelled in the same turn refer to the loop's pending
+        # call, so only another task that waits renews it.
         check_that_it_serves(loop)
         waits.end().check(struck=3)
         loop.close()
@@ -248,13 +248,13 @@ def test_interrupted_loop_cleanup_leaks_no_waiter_or_file(new_loop, error, at):
     for strike in strikes(_loops, error=error, at=at):
         loop = new(new_loop)
         Waits(loop, 20).park().complete().end()
-        left = Waits(loop, 20).park().complete()  # which the loop will not see
+        left = Waits(loop, 20).park().complete()  # the loop closes before it wakes them
         for task in left.tasks:
             task._log_destroy_pending = False
         another = new(new_loop)
         loop.close()
         with strike:
-            Waits(another, 1).park()  # which clears up after the one that has closed
+            Waits(another, 1).park()  # cleans up after the closed loop
         check_that_it_serves(another)
         another.close()
         del loop, left, task, another
@@ -267,7 +267,7 @@ def test_waiting_task_renews_a_wake_up_lost_to_a_traceback(error, at):
     for strike in explorer.strikes(_loop, _asyncio, error=error, at=at):
         loop = new(asyncio.SelectorEventLoop)
         waits = Waits(loop, 2).park().complete()
-        with strike:  # which keeps the traceback, with the call that the loop was to make
+        with strike:  # keeps the traceback, and with it the loop's pending call
             waits.end()
         Waits(loop, 1).park().complete().end().check()
         waits.end().check()
@@ -309,7 +309,7 @@ def test_loop_that_moves_between_threads_is_found_in_each(new_loop):
 
 
 class ClosesWithinACall(asyncio.SelectorEventLoop):
-    """Is closed, as by another thread, after a call has found it open and before it is listed."""
+    """Closes, as if by another thread, after a call has checked it and before it is registered."""
 
     closes = False
 
@@ -337,13 +337,13 @@ def test_loop_closed_during_call_soon_keeps_no_function():
     assert gone() is None
 
 
-# ------------------------------------------------------------------ a further kind of loop
+# ------------------------------------------------------------------ another kind of loop
 
 
 class OneTask(_loops.Loop):
-    """A loop that runs one task, which it resumes when somebody has posted its waiter."""
+    """A loop that runs one task, and resumes it when its waiter is woken."""
 
-    spawn = watch = unwatch = call_later = None  # for devices and background tasks
+    spawn = watch = unwatch = call_later = None  # only for devices and background tasks
 
     def __init__(self):
         super().__init__()
@@ -478,7 +478,7 @@ def test_trio_task_rescheduled_by_others_raises_and_cleans_up():
             await trio.testing.wait_all_tasks_blocked()
             trio.lowlevel.reschedule(tasks[0])
             await trio.testing.wait_all_tasks_blocked()
-            assert "waiters=1" in repr(fut)  # of the second await
+            assert "waiters=1" in repr(fut)  # the second await
             with running(lambda: fut.set_result(5)):
                 pass
         assert len(told) == 1
@@ -559,7 +559,7 @@ def test_alarm_with_a_raising_function_neither_stops_nor_spins(new_loop):
 
 
 class AlarmInTheLoop(Alarm):
-    """Does not strike asyncio's own `run_forever`, which may be left running by that."""
+    """Does not interrupt asyncio's `run_forever`, which would leave the loop marked as running."""
 
     def strike(self, signum, frame):
         if frame.f_code.co_name == "run_forever":
@@ -568,7 +568,7 @@ class AlarmInTheLoop(Alarm):
             super().strike()
 
 
-# Of asyncio.wait, which a strike may end between making a coroutine and awaiting it.
+# An interrupt may end asyncio.wait after it has made a coroutine and before it awaits it.
 @pytest.mark.filterwarnings("ignore:coroutine '_?wait' was never awaited:RuntimeWarning")
 @on_asyncios_loops
 def test_real_ctrl_c_leaves_the_loop_responsive(new_loop):

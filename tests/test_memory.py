@@ -1,4 +1,4 @@
-"""Nothing is left behind: memory that stays flat, and cycles that are collected."""
+"""Nothing leaks: memory stays flat, and cycles are collected."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .threads import running
 
 
 class Growth:
-    """Bytes that Python has allocated and not freed since the block was entered."""
+    """Bytes allocated by Python within the block and not freed."""
 
     def __enter__(self):
         gc.collect()
@@ -72,7 +72,7 @@ def test_timed_out_awaits_of_many_tasks_keep_memory_flat():
                 await round_of(1000)
         return growth.bytes
 
-    # If each left a waiter behind, that would be several times as much.
+    # A waiter left behind by each wait would take several times as much.
     assert asyncio.run(main()) < 400_000
     assert repr(fut) == "<Future pending waiters=0 callbacks=0>"
 
@@ -97,7 +97,7 @@ def resident():
 
 
 def test_futures_made_awaited_and_dropped_keep_memory_flat(nothing_blocks_a_loop, gone):
-    nothing_blocks_a_loop.deactivate()  # it makes this take ten times as long
+    nothing_blocks_a_loop.deactivate()  # BlockBuster makes this ten times slower
 
     async def value(fut):
         return await fut
@@ -111,16 +111,16 @@ def test_futures_made_awaited_and_dropped_keep_memory_flat(nothing_blocks_a_loop
             await asyncio.gather(setting, *tasks)
 
     asyncio.run(rounds_of_5000(10))
-    before = resident()  # what C++ allocates too
+    before = resident()  # includes C++ allocations
     asyncio.run(rounds_of_5000(30))
-    assert resident() - before < 150_000 * 27  # what malloc() gives takes 32 bytes at least
+    assert resident() - before < 150_000 * 27  # an allocation of malloc() takes at least 32 bytes
 
 
 @pytest.fixture
 def gone(monkeypatch):
-    """Returns a function that makes something, and returns what a collection leaves of it."""
-    # A finaliser logs an error, and pytest keeps what is logged. From CPython 3.15 on, the
-    # collector clears weak references after it has called the finalisers, not before.
+    """A function that calls ``make``, collects garbage, and returns the objects that survive."""
+    # Finalisers log errors, and pytest keeps log records. From CPython 3.15 on, the collector
+    # clears weak references only after it has called the finalisers.
     monkeypatch.setattr(logging.getLogger("torchfut_aio.unretrieved"), "disabled", True)
 
     def gone(make):
@@ -168,7 +168,7 @@ def test_future_with_a_cyclic_error_is_collected(read, gone):
         try:
             raise ValueError(fut)
         except ValueError as error:
-            fut.set_exception(error)  # the traceback holds this frame, and it the future
+            fut.set_exception(error)  # a cycle: traceback, this frame, future
         if read:
             with pytest.raises(ValueError, match="Future"):
                 fut.wait()

@@ -1,4 +1,4 @@
-"""What importing costs, and what the package says of itself."""
+"""The cost of an import, the order of layers, the rules for handlers, the metadata."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ later = torchfut_aio.Future()
 assert asyncio.run(main()) == 10
 print([m for m in sys.modules if m.split(".")[0] in ("trio", "uvloop", "anyio", "sniffio")])
 """
-    # Not one module beyond torch's own, whatever torch's version imports by itself.
+    # No module beyond those of torch itself, whichever these are in this version.
     assert forks.output(program).split() == ["[]", "[]"]
 
 
@@ -89,7 +89,7 @@ def test_public_objects_are_named_after_their_import_path(module):
             assert [*typing.get_type_hints(thing)] == [f.name for f in dataclasses.fields(thing)]
 
 
-# From the bottom to the top: each imports from those before it only.
+# From bottom to top: each module imports only from those before it.
 LAYERS = [
     "_public",
     "_cpython",
@@ -122,7 +122,7 @@ LAYERS = [
 
 
 def imported(path):
-    """The parts of the package that a module imports when it runs, by their names."""
+    """Return the parts of the package that a module imports at run time, by name."""
     package = [*path.relative_to(ROOT).parent.parts]
     tree = ast.parse(path.read_text())
     typing_only = {
@@ -163,10 +163,10 @@ def is_reraise(statement):
 
 
 def takes_any_runtime_error(tree):
-    """The lines where a RuntimeError is caught, and a RecursionError is taken for it.
+    """Yield the lines where a handler of RuntimeError would swallow a RecursionError.
 
-    A handler of RecursionError may raise it on before, or the handler of RuntimeError may begin
-    with a look at the state or the text, and raise on what it does not know.
+    An earlier handler of RecursionError may re-raise it. Or the handler of RuntimeError may begin
+    with an `if` that checks the state or the text, and re-raises unknown errors.
     """
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and "suppress" in names(node.func):

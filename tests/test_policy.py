@@ -1,4 +1,4 @@
-"""The policy that the program sets."""
+"""The poll policy that a program sets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is private to PyTorch is not relied on: each use has a public way beside it, or refuses."""
+"""Each use of a private name of PyTorch has a public fallback, or raises an error that says so."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from . import forks
 
 PACKAGE = pathlib.Path(torchfut_aio.__file__).parent
 
-# The package is imported after the fork, once something has been taken away.
+# The package is imported after the fork, when a name has been removed.
 BEFORE = """
 import asyncio, sys, threading
 import anyio.from_thread, torch
@@ -98,7 +98,7 @@ assert "torchfut_aio._rpc_errors" not in sys.modules
 use()
 """
 
-# Torch itself calls this by its name.
+# torch itself calls this by name.
 RENAME_UNWRAP = """
 theirs = torch._C.Future._set_unwrap_func
 del torch._C.Future._set_unwrap_func
@@ -156,7 +156,7 @@ ALL_WORK = {
 
 
 def printed(name):
-    """The lines that the use of the package prints without a name."""
+    """Return what the use of the package prints without a name, as lines."""
     return run(f"{CASES[name]}\n{USE}").splitlines()
 
 
@@ -207,7 +207,7 @@ def test_serve_on_accepts_agents_other_than_tensorpipe():
 
 
 def test_cpp_future_class_is_found_without_its_name():
-    # In the first line, torch itself takes the class by its name.
+    # In the first line, torch itself refers to the class by name.
     assert printed("Future")[1:] == lines(ALL_WORK)[1:]
 
 

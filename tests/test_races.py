@@ -1,7 +1,7 @@
-"""Two threads that do a step each at the same moment, thousands of times.
+"""Two threads that run one step each at the same moment, thousands of times.
 
-Without a GIL the two steps overlap for real: what is not one step shows. With one they are at least
-in either order.
+Without a GIL the two steps really overlap, which shows steps that are not atomic. With a GIL they
+run in either order.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ RACES = 1_000 if has_gil else 4_000
 
 
 def race(first, second, races=RACES):
-    """Calls ``first(n)`` and ``second(n)`` at the same moment, for each n, in a thread each."""
+    """Call ``first(n)`` and ``second(n)`` at the same moment, for each n, in two threads."""
     at = [-1, -1]
 
     def runner(own, step):
@@ -47,10 +47,10 @@ def race(first, second, races=RACES):
                     while at[1 - own] < n:
                         spins += 1
                         if spins % 1000 == 0:
-                            time.sleep(0)  # the other needs this core, or the GIL
+                            time.sleep(0)  # the other thread needs this core, or the GIL
                     step(n)
             finally:
-                at[own] = races  # the other does not wait for a thread that has failed
+                at[own] = races  # if this thread has failed, the other must not wait for it
 
         return run
 
@@ -80,7 +80,7 @@ def test_one_of_two_racing_setters_wins():
     assert all(futures[n].value() == (own, n) for own in (0, 1) for n in won[own])
 
 
-# A future that has none yet, and one that has some.
+# A future without callbacks, and one with some.
 alone_or_not = pytest.mark.parametrize("others", [0, 2], ids=["alone", "behind others"])
 
 
@@ -154,7 +154,7 @@ def test_two_threads_share_an_as_completed():
 
 def test_has_waiters_can_be_called_while_callbacks_change():
     fut, over = Future(), threading.Event()
-    fut.add_done_callback(print)  # so that the answer is always the same
+    fut.add_done_callback(print)  # keeps the answer constant
 
     def come_and_go():
         try:
@@ -207,7 +207,7 @@ async def test_completion_at_the_deadline_has_one_outcome():
 
 @on_every_loop
 async def test_a_loop_about_to_sleep_is_woken():
-    # One future at a time: the loop has nothing else to do, and the thread has the next at once.
+    # One future at a time, so the loop has nothing else to do when the thread completes it.
     work = [Future() for _ in range(2_000)]
     awaited = threading.Semaphore(0)
 
@@ -246,7 +246,7 @@ def test_each_key_of_a_queue_is_taken_once_and_in_order():
                     continue
                 try:
                     del queue[key]
-                except KeyError:  # the other has taken it
+                except KeyError:  # another thread has taken it
                     continue
                 taken.append(key)
 
@@ -278,7 +278,7 @@ def check_read(read):
         assert [n for producer, n in read if producer == k] == list(range(PUTS))
 
 
-# Without a limit, and with one that keeps the threads waiting.
+# Without a limit, and with a limit that makes the threads wait.
 max_sizes = pytest.mark.parametrize("max_size", [None, 3])
 
 
@@ -302,7 +302,7 @@ def test_thread_reads_values_of_four_threads_once(max_size):
 @max_sizes
 def test_two_threads_share_the_values_of_four_threads(max_size):
     stream, read = ValueStream(max_size=max_size), [[], []]
-    readers = [iter(stream), iter(stream)]  # both are there before the first value
+    readers = [iter(stream), iter(stream)]  # both exist before the first value
     with running(
         lambda: read[0].extend(readers[0]),
         lambda: read[1].extend(readers[1]),

@@ -1,4 +1,4 @@
-"""What a future knows of its kernels: streams that cannot be ordered, values that resist."""
+"""Readiness: streams that cannot be ordered, values that cannot be searched."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_dependants_complete_on_a_device_that_cannot_order(accelerator, broken):
     else:
         combined, _ = readiness_on(torch.Stream(FIRST), accelerator)
         accelerator.refuse_events()
-        fut.set_result(tensor)  # which records events: the device's error
+        fut.set_result(tensor)  # raises the device's error while it records events
         combined.run(lambda: seen.append(fut))
         assert "the device is lost" in str(fut.exception())
     assert set(seen) == {fut}
@@ -118,7 +118,7 @@ def test_ctrl_c_before_a_callback_never_runs_it_twice(accelerator, producer):
         try:
             with strike:
                 readiness.run(lambda calls=calls: calls.append(None))
-        except KeyboardInterrupt as error:  # in the place of one that C++ has swallowed
+        except KeyboardInterrupt as error:  # in place of one that C++ has swallowed
             interrupt = error
         assert len(calls) == 1 or strike.raised
         assert len(calls) <= 1
@@ -128,7 +128,7 @@ def test_ctrl_c_before_a_callback_never_runs_it_twice(accelerator, producer):
     assert struck > 5
 
 
-# ----------------------------------------------------------------------- told when ready
+# ----------------------------------------------------------------------- callbacks when ready
 
 
 @on_asyncio
@@ -168,11 +168,11 @@ async def test_joint_readiness_waits_for_all_parts(accelerator, producer, consum
     assert reader.outcome is None
 
 
-# ------------------------------------------------------------------- values that resist
+# ------------------------------------------------------------------- values that raise
 
 
 class WithClass:
-    """As werkzeug's LocalProxy outside of its context."""
+    """Like werkzeug's LocalProxy outside of its context."""
 
     @property
     def __class__(self):
@@ -225,7 +225,7 @@ class Slotted:
         raise RuntimeError(name)
 
 
-# Made by each test, as pytest would ask them what they are.
+# Created in each test: pytest would inspect parameters, and fail.
 hostile = pytest.mark.parametrize(
     "make",
     [

@@ -46,7 +46,7 @@ pytestmark = pytest.mark.device
 
 
 def failed_on(stream, accelerator):
-    """A future that is done, with a value on ``stream``, where a kernel has failed before."""
+    """Return a done future whose value is on ``stream``, after a kernel that failed."""
     with stream:
         accelerator.fail("the kernel failed")
         fut = completed_on(stream, accelerator, None)
@@ -433,7 +433,7 @@ def test_interrupted_as_completed_yields_the_remaining_futures(
         futures[2].set_result(1)
 
         async def first(completed=completed, got=got):
-            # Not returned: the loop may be struck after the task has ended.
+            # Not a return value: the loop may be interrupted after the task has ended.
             got.append(await anext(completed))
 
         with strike:
@@ -548,7 +548,7 @@ async def test_failed_kernel_fails_only_awaits_on_its_stream(
     for error in outcomes[1], outcomes[2], outcomes[4], outcomes[5]:
         assert isinstance(error, RuntimeError)
         assert "the kernel failed" in str(error)
-    # The future is done, and has its value; that its stream failed, others are told, too.
+    # The future has its value. Each use of the value raises the stream's error.
     assert late.done()
     assert late.exception() is None
     with pytest.raises(RuntimeError, match="the kernel failed"):
@@ -613,7 +613,7 @@ async def test_randomly_cancelled_awaits_do_not_affect_others(accelerator):
         accelerator.reset()
         resumed.clear()
         given_up.clear()
-        # All zeros are there before the first kernel holds the stream up.
+        # The zeros are written before the first kernel holds the stream up.
         tensors, futures = torch.zeros(20, 2, device=FIRST).unbind(), []
         current_stream().synchronize()
         with stream:

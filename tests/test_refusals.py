@@ -1,4 +1,4 @@
-"""What is refused, is refused at once, in a few words that name the cure, and is not formatted."""
+"""Invalid arguments raise at once, with a short error that names the cure, without formatting."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def nothing_is_formatted():
 
 
 class Silent:
-    """To format it would wait for a kernel, or for a peer."""
+    """An object whose formatting would wait for a kernel, or for a peer."""
 
     def __repr__(self, _format=""):
         formatted.append(traceback.format_stack())
@@ -115,7 +115,7 @@ def test_repr_of_a_future_formats_only_builtin_values(value):
     for error in RuntimeError(value), KeyError(value), RuntimeError("foo", value):
         failed = Future()
         failed.set_exception(error)
-        assert failed.exception() is error  # or it would be logged
+        assert failed.exception() is error  # otherwise it would be logged
         assert len(repr(failed)) < 1000
         child = Future()
         failed = child.then(lambda fut, error=error: raises(error))

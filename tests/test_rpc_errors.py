@@ -1,4 +1,4 @@
-"""Errors on their way through C++: what becomes of them, and what is left as it is."""
+"""Errors on their way through C++: which are restored, and which are left unchanged."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ class Unprintable(Exception):
 
 
 def adopted(text, kind=RuntimeError):
-    """What `as_future` makes of a future of torch that failed with that text."""
+    """Return what `as_future` makes of the error of a torch future that failed with that text."""
     fut = torch.futures.Future()
     fut.set_exception(kind(text))
     return as_future(fut).exception()
 
 
 def remote(told, *, name="ValueError", worker="On WorkerInfo(id=1, name=w):\n"):
-    """What a caller is told of a function that raised."""
+    """Return the text that a caller gets when a remote function raised."""
     trace = f'Traceback (most recent call last):\n  File "f.py", line 1, in f\n    f()\n{told}\n'
     return f"{name}: {worker}repr\n{trace}\n\nAt:\n  internal.py(236): _handle_exception\n"
 
 
 def not_made(shown, told):
-    """What a caller is told if the error cannot be made from a text."""
+    """Return the text that a caller gets when the error cannot be constructed from a text."""
     return remote(told, name="RuntimeError").replace(
         "On WorkerInfo(id=1, name=w):\nrepr",
         "Failed to create original exception type. Error msg was no. Original exception on "
@@ -127,7 +127,7 @@ def test_error_types_not_delivered_by_torch_are_unchanged():
 
 @contextmanager
 def worker():
-    """As in a process that takes part in RPC."""
+    """Emulate a process that takes part in RPC."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_rpc_errors, "this_worker", lambda: "WorkerInfo(id=1, name=w)")
         yield
@@ -159,7 +159,7 @@ def test_long_error_texts_are_parsed_quickly():
 
 
 def _value_in_cpp(fut):
-    """What C++ has of a failed future for a value."""
+    """Return the value of a failed future in C++."""
     seen = []
     torch._C.Future.add_done_callback(fut, lambda done: None)
     torch._C.Future._set_unwrap_func(fut, seen.append)
@@ -183,7 +183,7 @@ def test_sent_error_includes_the_traceback():
 
 
 def sent_for(error):
-    """The error that RPC raises at a caller, which may be another program."""
+    """Return the error that RPC raises in the caller, which may be another program."""
     fut = Future()
     with worker():
         fut.set_exception(error)
@@ -197,7 +197,7 @@ def test_error_class_is_imported_by_name_at_the_caller(monkeypatch, tmp_path):
     (tmp_path / "of_a_library.py").write_text("class Wrong(Exception):\n    pass\n")
     monkeypatch.syspath_prepend(tmp_path)
     error = importlib.import_module("of_a_library").Wrong("x")
-    del sys.modules["of_a_library"]  # the function that was called may import it when it runs
+    del sys.modules["of_a_library"]  # the caller may not have imported it
     bases = type(sent_for(error)).__bases__
     assert bases == (RpcError, sys.modules.pop("of_a_library").Wrong)
 

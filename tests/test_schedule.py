@@ -1,4 +1,4 @@
-"""When to poll: what is learned of a stream, on made-up waits and wake-ups."""
+"""When to poll: what the schedule learns of a stream, with simulated waits and wake-ups."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ POLICY = PollPolicy()
 
 
 def lived_through(waits, late=lambda pause: 30e-6, new_schedule=LearnedSchedule):
-    """Returns how late each of ``waits`` was noticed, and how many polls it took."""
+    """Return how late each of ``waits`` was noticed, and the number of polls for it."""
     schedule, lateness, polls = new_schedule(), [], []
     for wait in waits:
         now, count = 0.0, 0
@@ -44,7 +44,7 @@ def unlike(seconds, count, seed=1):
 def test_similar_waits_are_noticed_at_once_with_few_polls(seconds):
     lateness, polls = lived_through(alike(seconds, 200))
     assert statistics.median(lateness[20:]) < 100e-6
-    # Besides those near the end, one each time that the longest pause is over.
+    # In addition to the polls near the end, one after each pause of maximal length.
     assert statistics.mean(polls[20:]) < 4 + seconds / POLICY.max_interval
 
 

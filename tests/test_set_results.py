@@ -1,4 +1,4 @@
-"""Many futures completed at once: ``set_results``."""
+"""``set_results``: complete many futures at once."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def test_racing_setters_complete_each_future_once():
 
 
 class Waiter:
-    """Its own waker."""
+    """It is its own waker."""
 
     woken = 0
 
@@ -274,7 +274,7 @@ def without_events(accelerator):
 
 
 def seen(fut):
-    """What Python, C++ and callbacks see of a future."""
+    """Return the outcome of a future in Python, in C++ and in callbacks."""
     in_callback, in_cpp = [], None
     fut.add_done_callback(lambda fut: in_callback.append(fut.done()))
     try:

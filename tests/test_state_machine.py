@@ -1,4 +1,4 @@
-"""Hypothesis looks for a sequence of operations in which ours and the documentation differ."""
+"""Hypothesis searches for operations after which a future differs from its documentation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ outcomes = st.one_of(
 
 
 class Model:
-    """What the documentation says of one future: an outcome, and who has been told."""
+    """A future as documented: its outcome, and the callbacks that have run."""
 
     def __init__(self, fut):
         self.fut = fut
@@ -31,7 +31,7 @@ class Model:
 
     def complete(self, outcome):
         if self.outcome is not None:
-            return  # a child or a combined future that somebody completed before
+            return  # a child or a combined future that the program has already completed
         self.outcome = outcome
         for act in self.on_done:
             act()
@@ -128,7 +128,7 @@ class FutureAgainstItsDocumentation(RuleBasedStateMachine):
         def expect(just_done=None):
             failures = [m.outcome for m in models if m.outcome and m.outcome[0] != "result"]
             if early and just_done is not None and just_done.outcome[0] != "result":
-                combined.complete(just_done.outcome)  # the first that it is told of
+                combined.complete(just_done.outcome)  # the first that was done
             elif not all(m.outcome for m in models):
                 return
             elif failures:

@@ -45,7 +45,7 @@ MODULES = (_stream, _stream_state, _waiters)
 
 
 def waiting(stream):
-    """How many wait for a value, and for room."""
+    """Return how many wait for a value, and for room."""
     return len(stream._state.readers.waiting), len(stream._state.writers.waiting)
 
 
@@ -53,7 +53,7 @@ async def read_all(stream):
     return [value async for value in stream]
 
 
-# -------------------------------------------------------------------------- the simple
+# -------------------------------------------------------------------------- simple cases
 
 
 @on_every_loop
@@ -223,7 +223,7 @@ def test_stream_methods_check_their_arguments():
         ValueStream().put(1, timeout="1")
     with pytest.raises(ValueError, match="NaN"):
         ValueStream().put_many([1], timeout=float("nan"))
-    for positional in (lambda s: s.put(1, True), lambda s: s.put_many([1], 1)):  # as of queue.Queue
+    for positional in (lambda s: s.put(1, True), lambda s: s.put_many([1], 1)):  # like queue.Queue
         with pytest.raises(TypeError, match="positional"):
             positional(ValueStream())
     stream = ValueStream(max_size=3)
@@ -356,7 +356,7 @@ async def test_close_wakes_all_waiting_readers_and_writers():
     assert list(full) == [1]
 
 
-# ------------------------------------------------------------------- several of each
+# ------------------------------------------------------------- several producers and readers
 
 
 @on_every_loop
@@ -440,7 +440,7 @@ async def test_cancelled_reads_neither_lose_nor_repeat_values():
                     tg.cancel_scope.cancel()
                 if len(got) >= 500:
                     break
-                if len(got) == before:  # or the loop would take the GIL from the producer
+                if len(got) == before:  # otherwise the loop would take the GIL from the producer
                     await eventually(lambda: len(stream) or stream.closed)
         async for value in values:
             got.append(value)
@@ -481,13 +481,13 @@ async def test_one_wake_up_covers_all_values_and_streams_of_a_loop(monkeypatch):
     monkeypatch.setattr(type(ours), "call_soon", counted)
     thread = threading.Thread(target=produce)
     thread.start()
-    while thread.is_alive():  # the loop stands still meanwhile
+    while thread.is_alive():  # the loop does not run meanwhile
         pass
     assert asked == [ours]
     assert await asyncio.gather(*readers) == [[*range(10)]] * 30
 
 
-# ------------------------------------------------------------------------ listening
+# ------------------------------------------------------------------------ readers
 
 
 @on_every_loop
@@ -664,7 +664,7 @@ def test_value_put_too_late_does_not_count_as_unread():
     readers = [iter(stream)]
 
     class Values(OrderedDict):
-        def __setitem__(self, *item):  # a put that has found the stream open
+        def __setitem__(self, *item):  # a put that has seen an open stream
             stream.close()
             assert list(readers[0]) == []
             super().__setitem__(*item)
@@ -711,7 +711,7 @@ def test_unread_close_error_is_logged(caplog):
     assert "foo" in caplog.text
 
 
-# ---------------------------------------------------------------------- one value at a time
+# ------------------------------------------------------------------------------- get, aget
 
 
 @on_every_loop
@@ -931,7 +931,7 @@ def test_first_get_raises_the_error_itself_and_keeps_no_frame(no_collector):
             fail()
     except ValueError as error:
         raised = id(error)
-    assert kept[0]() is not None  # until it is retrieved
+    assert kept[0]() is not None  # not yet retrieved
     assert read(stream) == raised
     assert kept[0]() is None
     assert read(stream) != raised
@@ -995,11 +995,11 @@ async def test_error_raised_by_get_stays_the_same_for_listeners():
             assert caught.value is error
 
 
-# -------------------------------------------------------------------------- a model
+# -------------------------------------------------------------------------- against a model
 
 
 class StreamAgainstAModel(RuleBasedStateMachine):
-    """Operations that need not wait, in any order."""
+    """Operations that do not wait, in any order."""
 
     def __init__(self):
         super().__init__()
@@ -1020,7 +1020,7 @@ class StreamAgainstAModel(RuleBasedStateMachine):
     def teardown(self):
         self.loop.close()
         for stream in self.streams:
-            stream.stop_listening()  # or an error that was not read would be logged
+            stream.stop_listening()  # an error that was not read would be logged
 
     def refuses(self, n):
         return self.ends[n] is not None or self.left[n]
@@ -1104,7 +1104,7 @@ class StreamAgainstAModel(RuleBasedStateMachine):
         if self.left[n]:
             with pytest.raises(StreamClosedError):
                 self.streams[n].listen()
-        else:  # before the other leaves
+        else:  # before the other one is removed
             with self.blocks[n]:
                 self.blocks[n] = contextlib.ExitStack()
                 self.listeners[n] = self.blocks[n].enter_context(self.streams[n].listen())
@@ -1140,7 +1140,7 @@ TestStreamAgainstAModel = StreamAgainstAModel.TestCase
 
 
 class Waiter:
-    """Its own waker."""
+    """It is its own waker."""
 
     woken = 0
     gone = False
@@ -1182,7 +1182,7 @@ READS = {
 
 
 def at_once(coroutine):
-    """Returns what a coroutine returns that need not wait."""
+    """Return the result of a coroutine that does not suspend."""
     try:
         coroutine.send(None)
     except StopIteration as stop:
@@ -1216,7 +1216,7 @@ def test_interrupted_read_during_a_put_keeps_the_stream_limit(read):
         def wake(self, waiter):
             super().wake(waiter)
             if self.woken == 1:
-                stream.put("b")  # in the place of the one that is read
+                stream.put("b")  # in the slot of the value that is read
                 raise KeyboardInterrupt
 
     writer = Writer()
@@ -1279,13 +1279,13 @@ def test_an_interrupted_end_wakes_all_or_can_be_repeated(end):
             else:
                 getattr(stream, end)()
         if not stream._state.end:
-            continue  # untouched
+            continue  # interrupted before it changed anything
         ended += 1
         until(lambda: reader.woken and writer.woken)
     assert ended
 
 
-# What happens in between two steps may be done by another thread, a signal handler or a finaliser.
+# Another thread, a signal handler or a finaliser may run between any two steps.
 
 
 @pytest.mark.parametrize("second", ["put", "put_many", "read", "get", "close", "stop_listening"])
@@ -1325,7 +1325,7 @@ def test_interleaved_operations_read_or_refuse_each_value_once(max_size, first, 
 
 
 class Racing(OrderedDict):
-    """The values of a stream that ends, for everybody, just before one more is stored."""
+    """The values of a stream that ends just before one more value is stored."""
 
     def __init__(self, stream, end, got):
         super().__init__()
@@ -1569,7 +1569,7 @@ def test_deferred_callbacks_run_before_a_thread_blocks():
     assert got == [5]
 
 
-# -------------------------------------------------------------------- what stays in its process
+# -------------------------------------------------------------------- forks and pickling
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
@@ -1606,7 +1606,7 @@ def test_stream_cannot_be_passed_to_another_process():
     assert next(iter(stream)) == 1
 
 
-# ----------------------------------------------------------------------- what put_many takes
+# ----------------------------------------------------------------------- put_many's argument
 
 
 @pytest.mark.parametrize(

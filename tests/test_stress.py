@@ -1,4 +1,4 @@
-"""Races, by repetition under load."""
+"""Races, repeated under load."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ every_loop = pytest.mark.parametrize(
 
 @pytest.fixture(params=[None, 1e-6], ids=["", "switching"])
 def switch_interval(request):
-    """As it is, and with threads that take turns as often as they can."""
+    """Use the default interval, and one at which threads switch as often as possible."""
     before = sys.getswitchinterval()
     if request.param is not None:
         sys.setswitchinterval(request.param)

@@ -1,4 +1,4 @@
-"""Awaiting a device itself: synchronize, to_host, and events and streams as futures."""
+"""Awaiting the device: synchronize, to_host, and events and streams as futures."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ async def test_synchronize_returns_at_once_if_the_work_is_done(accelerator, prod
     for target in (event, torch.Event(DEVICE), "cpu"):
         assert await synchronize(target) is None
     assert poll_statistics().polls == 0
-    # A GPU reaches an event that is recorded now a moment later, even if it is idle.
+    # An event that is recorded now completes a moment later, even on an idle GPU.
     for target in (producer, None):
         assert await synchronize(target) is None
 
@@ -363,7 +363,7 @@ def test_threads_adopting_first_at_once_share_a_watcher_thread(accelerator, prod
             pass
         until(lambda: watchers() == _background._watching.threads())
         assert len(watchers()) == 1
-        assert _background._watching.end(PATIENCE)  # another thread continues
+        assert _background._watching.end(PATIENCE)  # another thread takes over
         more = as_future(recorded(producer))
         accelerator.wake()
         assert gather([*futures, more]).wait(PATIENCE) == [None] * 5

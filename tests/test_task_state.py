@@ -34,12 +34,12 @@ from .explorer import strikes
 from .loops import on_asyncio, on_every_loop
 from .threads import PATIENCE, alongside, running
 
-# 1 is every point.
+# 1: every point.
 EVERY = int(os.environ.get("TORCHFUT_AIO_TEST_EVERY", "3"))
 
 
 def state():
-    """What a task can see of the state."""
+    """Return the state that a task can observe."""
     return {
         "grad": torch.is_grad_enabled(),
         "inference": torch.is_inference_mode_enabled(),
@@ -55,7 +55,7 @@ def state():
 
 @contextmanager
 def set_and_left(setter, value):
-    """Sets without a context manager of torch's; nobody sets it back."""
+    """Set without one of torch's context managers, so that it is not reset."""
     setter(value)
     yield
 
@@ -80,7 +80,7 @@ in_every_way = pytest.mark.parametrize("way", WAYS)
 changed = [way for way in WAYS if way not in ("enable_grad", "no inference_mode", "no autocast")]
 
 
-# ------------------------------------------------------------------------- whose it is
+# ------------------------------------------------------------------- one state per task
 
 
 @on_every_loop
@@ -120,11 +120,11 @@ async def test_task_keeps_its_state_across_an_await(way):
         torch._C._set_grad_enabled,
         lambda on: torch.set_autocast_enabled("cpu", not on),
     ):
-        setter(True)  # which this test may have left
+        setter(True)  # this test may have changed it
 
 
 class Program:
-    """Enters and leaves contexts as it is told, with an await after each; notes what it sees."""
+    """Enters and leaves contexts in the order of its steps; awaits and records after each."""
 
     def __init__(self, steps):
         self.steps = steps
@@ -150,7 +150,7 @@ def suspended():
 
 
 def run_in_turns(coroutines, order):
-    """Drives coroutines step by step in the given order, then each to its end."""
+    """Run coroutines step by step in the given order, then each to its end."""
     waiting = dict(enumerate(coroutines))
     for number in [*order, *(n for n in waiting for _ in range(100))]:
         if number in waiting:
@@ -206,7 +206,7 @@ async def test_task_local_state_functions_can_await_each_other():
     assert torch.is_grad_enabled()
 
 
-# ------------------------------------------------------------------ errors and endings
+# ---------------------------------------------------------------- errors and cancellation
 
 
 @on_every_loop
@@ -311,7 +311,7 @@ def test_task_local_state_refuses_non_async_functions(func):
 
 
 def ended(coroutine):
-    """Whether nothing of it is left to run; it may have been struck before its start."""
+    """Return whether the coroutine has ended, or never started because it was interrupted."""
     before = inspect.getcoroutinestate(coroutine)
     coroutine.close()
     return before in (inspect.CORO_CREATED, inspect.CORO_CLOSED)
@@ -339,7 +339,7 @@ def test_interrupted_steps_leave_the_thread_state_as_it_was(ambient):
                 run_in_turns([task_local_state(inner)], [])
             assert state() == before, strike
             assert ended(inner), strike
-            assert len(seen) <= 1, strike  # it cleaned up, unless it was struck before its start
+            assert len(seen) <= 1, strike  # it cleaned up, or was interrupted before its start
         assert seen == [(not inference, True)]
 
 
@@ -348,7 +348,7 @@ def test_autocast_cache_is_not_shared_between_states():
 
     async def served():
         with torch.autocast("cpu"), torch.no_grad():
-            torch.mm(weight, weight)  # autocast keeps the weight that it has cast, without gradient
+            torch.mm(weight, weight)  # autocast caches the cast weight, without gradient
             await suspended()
 
     serving = task_local_state(served())
@@ -508,7 +508,7 @@ def checked():
 
 
 async def soon():
-    """A future that is done in a moment."""
+    """Yield a future that is done in a moment."""
     fut = Future()
     async with anyio.create_task_group() as tg:
 
@@ -531,7 +531,7 @@ async def test_await_with_an_unexpected_state_warns_at_its_line(checked, way):
         with WAYS[way]():
             with pytest.warns(TaskStateWarning, match="this task awaits with another") as caught:
                 await awaited(fut)
-            torch.set_grad_enabled(True)  # which this test may have left
+            torch.set_grad_enabled(True)  # this test may have changed it
             torch.set_autocast_enabled("cpu", False)
     [warning] = caught
     line = awaited.__code__.co_firstlineno + 1
@@ -542,7 +542,7 @@ async def test_await_with_an_unexpected_state_warns_at_its_line(checked, way):
 async def test_await_with_the_expected_state_does_not_warn(checked):
     async for fut in soon():
         with torch.no_grad():
-            set_task_state_checks()  # from now on this one
+            set_task_state_checks()  # the expected state is now this one
             assert await fut == 5
 
 
@@ -563,7 +563,7 @@ async def awaited_without_grad(fut):
 async def test_as_asyncio_does_not_warn(checked):
     async for fut in soon():
         with torch.no_grad():
-            copy = fut.as_asyncio()  # nothing is awaited here
+            copy = fut.as_asyncio()  # without an await
         assert await copy == 5
 
 

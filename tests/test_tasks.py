@@ -1,4 +1,4 @@
-"""Tasks as futures: ``start_soon``, and what anyio calls a future."""
+"""Tasks as futures: ``start_soon``, and ``as_future`` of anyio's objects."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from .threads import PATIENCE, alongside, needs_gil, running, until
 
 on_a_thread = anyio.to_thread.run_sync
 
-# For tests that end a loop, or have one in another thread.
+# For tests that end a loop, or run one in another thread.
 each_loop = pytest.mark.parametrize(
     "loop",
     [
@@ -53,7 +53,7 @@ in_either_group = pytest.mark.parametrize("kind", ["anyio", "native"])
 
 
 def task_group(kind):
-    """A group of anyio, or of the library that runs the loop."""
+    """Return a task group of anyio, or of the loop's own library."""
     if kind == "anyio":
         return anyio.create_task_group()
     return trio.open_nursery() if trio.lowlevel.in_trio_run() else asyncio.TaskGroup()
@@ -87,7 +87,7 @@ async def waits_for(event):
 
 
 def ends_with(error):
-    """Expects that very error, as it is or in an exception group."""
+    """Expect this error, alone or in an exception group."""
     return pytest.RaisesGroup(
         pytest.RaisesExc(type(error), check=lambda caught: caught is error),
         allow_unwrapped=True,
@@ -232,7 +232,7 @@ def test_system_exit_fails_the_future_and_leaves_the_group(loop, kind, kind_of_e
 
     with ends_with(error):
         anyio.run(main, **loop)
-    collected()  # asyncio complains of it here, and not in the middle of another test
+    collected()  # so that asyncio logs it here, and not during another test
     bystander, failed, unstarted = futures
     assert failed.exception() is error
     assert is_cancelled(bystander)
@@ -307,7 +307,7 @@ async def test_task_cancelled_before_its_first_step_cancels_its_future():
 
 
 @on_asyncio
-# Of any task of anyio to which that happens, and it is in a cycle.
+# anyio's task, which is in a cycle, never starts.
 @pytest.mark.filterwarnings("ignore:coroutine '_run' was never awaited")
 async def test_unstarted_anyio_task_cancels_its_future(collected):
     async with anyio.create_task_group() as tg:
@@ -348,7 +348,7 @@ async def test_group_aborted_before_a_first_step_fails_the_future():
 def test_closing_a_loop_fails_the_futures_of_remaining_tasks(new_loop, started):
     async def main():
         group = asyncio.TaskGroup()
-        await group.__aenter__()  # and nobody ever exits
+        await group.__aenter__()  # no __aexit__() follows
         fut = start_soon(group, anyio.sleep_forever)
         if started:
             await asyncio.sleep(0)
@@ -364,7 +364,7 @@ def test_closing_a_loop_fails_the_futures_of_remaining_tasks(new_loop, started):
         errors.append(caught.value)
 
     with running(wait), warnings.catch_warnings():
-        # As of any task that never ran: its coroutine was never awaited.
+        # A task that never started: its coroutine was never awaited.
         warnings.simplefilter("default" if started else "ignore")
         until(lambda: "waiters=1" in repr(fut))
         loop.close()
@@ -374,7 +374,7 @@ def test_closing_a_loop_fails_the_futures_of_remaining_tasks(new_loop, started):
     assert "sleep_forever was cancelled" in str(fut.exception())
 
 
-# ------------------------------------------------------- somebody else completes it first
+# ------------------------------------------------------- completed by other code first
 
 
 @on_every_loop
@@ -609,7 +609,7 @@ def test_loops_can_submit_to_each_other_at_once(loop, nothing_blocks_a_loop):
     both = threading.Barrier(2)
 
     async def ask(other):
-        both.wait(PATIENCE)  # both stand still until each is about to submit to the other
+        both.wait(PATIENCE)  # both block until each is about to submit to the other
         return await gather([start_soon(other, double, n) for n in range(20)])
 
     with start_blocking_portal(**loop) as first, start_blocking_portal(**loop) as second:
@@ -669,7 +669,7 @@ def test_start_soon_on_a_portal_refuses_non_async_functions(loop):
 @needs_gil("anyio's portal may block for ever when it stops")
 @each_loop
 @pytest.mark.parametrize("cancel", [True, False])
-# Of anyio's own, on trio: its group may close between the portal's look and the start.
+# anyio's own on trio: the group may close between the portal's check and the start.
 @pytest.mark.filterwarnings("ignore:coroutine 'BlockingPortal._call_func' was never awaited")
 def test_futures_of_a_stopping_portal_all_complete(loop, cancel):
     for _ in range(20):
@@ -680,21 +680,21 @@ def test_futures_of_a_stopping_portal_all_complete(loop, cancel):
                 try:
                     while True:
                         futures.append(start_soon(portal, double, 5))
-                except RuntimeError:  # it has stopped
+                except RuntimeError:  # the portal has stopped
                     return
 
             with running(client, client):
                 until(lambda: len(futures) > 20)
                 portal.call(portal.stop, cancel)
         assert all(is_cancelled(fut) or fut.value() == 10 for fut in futures)
-    gc.collect()  # anyio's coroutine, here and not in a later test
+    gc.collect()  # collects anyio's coroutine here, and not in a later test
 
 
-# ------------------------------------------------------- as_future of what anyio has
+# ------------------------------------------------------- as_future of anyio's objects
 
 
 def finished(outcome):
-    """An anyio.Future with an outcome: a value, an error, or None for a cancellation."""
+    """Return a done anyio.Future: a value, an error, or None for a cancellation."""
     source = anyio.Future()
     complete(source, outcome)
     return source
@@ -895,7 +895,7 @@ def test_task_handle_is_refused_without_a_running_loop(loop):
                 handles.append(tg.start_soon(fails, Stop("foo")))
 
     anyio.run(main, **loop)
-    for handle in handles:  # anyio cannot tell how they ended, either
+    for handle in handles:  # anyio does not know their outcome either
         with pytest.raises(RuntimeError, match="in the thread of its event loop"):
             as_future(handle)
 
@@ -928,7 +928,7 @@ def test_adopted_anyio_future_is_done_when_its_loop_is_closed(new_loop):
     assert is_cancelled(fut)
 
 
-# --------------------------------------------------------------- at home in task groups
+# --------------------------------------------------------------- tasks in other groups
 
 
 async def tries(fut, seconds, into):

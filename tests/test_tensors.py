@@ -1,4 +1,4 @@
-"""Which tensors in a value are found, what the search costs, and what it keeps."""
+"""Which tensors in a value are found, the cost of the search, and what it keeps alive."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Data:
 
 
 class Registered:
-    """What holds a tensor where only torch's pytree finds it."""
+    """A container whose tensor only torch's pytree finds."""
 
     def __init__(self, tensor):
         self.read = lambda: tensor
@@ -62,7 +62,7 @@ others = [
 
 
 def is_ordered():
-    """Whether the current stream waits for a kernel."""
+    """Return whether the current stream waits for a kernel."""
     late = torch.Event(DEVICE)
     late.record(current_stream())
     return not late.query()
@@ -141,7 +141,7 @@ def test_value_too_large_to_search_orders_streams(accelerator, producer, consume
         assert tensor.tolist() == NEW
 
 
-# --------------------------------------------------------------------------- at one moment
+# --------------------------------------------------------- many tensors, one moment
 
 
 @pytest.mark.parametrize("devices", [[FIRST], None], ids=["declared", "undeclared"])
@@ -164,7 +164,7 @@ def test_rows_of_a_batch_share_one_event(accelerator, producer, devices, monkeyp
     assert [row.tolist() for row in together.wait()] == [NEW] * 5
 
 
-# -------------------------------------------------------------------------- what is kept
+# -------------------------------------------------------------------------- references
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The threads of the package: what they promise, at every point where one may be interrupted."""
+"""The package's threads: their promises, with interrupts at every point."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NAME = "torchfut_aio worker in a test"
 
 
 class Sets(Worker):
-    """Sets events; or calls functions, which are its work, too."""
+    """A worker whose work items are events to set, or functions to call."""
 
     def __init__(self, linger=0.0):
         super().__init__(NAME)
@@ -54,14 +54,14 @@ def threads():
 
 
 def submits(worker):
-    """Submits an event, and returns it."""
+    """Submit an event, and return it."""
     event = threading.Event()
     worker.submit(event)
     return event
 
 
 def submits_beside(worker):
-    """Submits an event in another thread, and returns it."""
+    """Submit an event in another thread, and return it."""
     events = []
     with running(lambda: events.append(submits(worker))):
         pass
@@ -104,7 +104,7 @@ def test_finalisers_can_submit_work_at_any_time():
 
     class Finalised:
         def __init__(self):
-            self.me = self  # for the collector to find, at any allocation
+            self.me = self  # a cycle: only the collector frees it, at any allocation
 
         def __del__(self):
             events.append(submits(worker))
@@ -162,7 +162,7 @@ def test_submission_does_not_rely_on_a_failed_thread_start(monkeypatch):
 
 
 # --------------------------------------------------------------- interrupted at every point
-# Not within CPython's threading, where no signal handler runs: see test_timeouts.py for real ones.
+# Not within CPython's threading, where no signal handler runs: test_timeouts.py has real signals.
 
 
 @pytest.mark.parametrize("there_is_a_thread", [False, True])
@@ -230,7 +230,7 @@ BLOCKING = f"{NAME} that blocks"
 
 
 def blocked(thread, function=lambda: None):
-    """Submits a function; returns the event that is set when it has been called."""
+    """Submit a function; return an event that is set when it has been called."""
     event = threading.Event()
     thread.submit(lambda error: event.set(), function)
     return event
@@ -279,7 +279,7 @@ def test_notification_that_raises_does_not_end_a_blocking_thread(error, caplog):
 
 
 class TakenEarly(deque):
-    """What is new to a worker, whose thread finds each item before it is listed as new."""
+    """New items, each of which the thread finds just before it is listed as new."""
 
     def append(self, item):
         self.worker.ensure_thread()
@@ -423,7 +423,7 @@ def test_work_submitted_at_interpreter_exit_is_run_or_refused():
         worker = Prints()
         atexit.register(late)
     """)
-    if sys.version_info[:2] == (3, 12):  # the one that starts no thread at exit
+    if sys.version_info[:2] == (3, 12):  # 3.12 starts no thread at exit
         assert printed == "can't create new thread at interpreter shutdown: {}\n"
     else:
         assert printed == "late\n"

@@ -1,4 +1,4 @@
-"""``with_timeout``: a future with a deadline, and the one thread that looks after them."""
+"""``with_timeout``: futures with a deadline, and the one thread for all deadlines."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def timers():
 
 @pytest.fixture(autouse=True)
 def timer(monkeypatch):
-    """A timer for each test, so that what goes wrong with it does so in one; it has to end."""
+    """A new timer for each test, whose thread must end."""
     timer = _timeouts._Timer("torchfut_aio timeouts")
     monkeypatch.setattr(_timeouts, "_timer", timer)
     yield timer
@@ -69,7 +69,7 @@ def timer(monkeypatch):
 
 @pytest.fixture
 def looked_after(timer):
-    """A timeout that is pending meanwhile, so that the thread is there."""
+    """A source with a pending timeout, so that the timer's thread exists."""
     source = Future()
     with_timeout(source, LATER)
     yield source
@@ -124,12 +124,12 @@ def test_deadlines_expire_in_order():
     gather(late).wait(PATIENCE)
     assert sorted(came) == sorted(between)
     for one, next_one in itertools.combinations(came, 2):
-        # On a machine that stopped for long in between, another order may be the right one.
+        # If the machine stopped in between, the order is not known.
         assert between[one][0] < between[next_one][1]
 
 
 def test_an_earlier_deadline_does_not_wait_for_a_later_one(looked_after, timer):
-    until(lambda: timer._wakes_at < math.inf)  # the thread sleeps until the later one
+    until(lambda: timer._wakes_at < math.inf)  # the thread sleeps until the later deadline
     late = with_timeout(Future(), SOON)
     assert type(late.then(Future.exception).wait(PATIENCE / 2)) is TimeoutError
 
@@ -217,11 +217,11 @@ def test_with_timeout_refuses_non_futures():
 
 
 def completed_before_its_time(source, value):
-    """A timeout of ``source`` that was completed with ``value`` shortly before it was over."""
+    """Return a timeout of ``source``, completed with ``value`` shortly before its deadline."""
     seconds = SOON
     while True:
         fut = with_timeout(source, seconds)
-        with suppress(InvalidStateError):  # it was over
+        with suppress(InvalidStateError):  # the deadline has passed
             fut.set_result(value)
             return fut
         seconds *= 2
@@ -232,7 +232,7 @@ def test_future_with_a_timeout_can_be_completed_by_others(caplog):
     on_time, late = with_timeout(source, LATER), completed_before_its_time(slow, "mine")
     on_time.set_result("mine")
     source.set_result("its own")
-    until(lambda: not timers())  # the deadline of the other is over
+    until(lambda: not timers())  # the deadline of the other one has passed
     assert on_time.value() == late.value() == "mine"
     assert repr(slow) == IDLE
     assert not caplog.records
@@ -320,10 +320,11 @@ def test_timeouts_set_by_many_threads_share_one_thread():
 
     def served(fut):
         nonlocal most
-        if threading.current_thread() in timers():  # and not at once, where it was over already
+        # Not in with_timeout(), which runs callbacks if the deadline has already passed.
+        if threading.current_thread() in timers():
             serving.append(fut)
             most = max(most, len(serving))
-            time.sleep(0.0001)  # for another thread, if there were one
+            time.sleep(0.0001)  # time for another thread, if there were one
             serving.remove(fut)
 
     for _ in range(20):
@@ -340,7 +341,7 @@ def test_timeouts_set_by_many_threads_share_one_thread():
         with running(*[client] * 4):
             pass
         until(lambda: all(fut.done() for fut in futures))
-        # Those that start at the same moment agree on one. Another may be about to end.
+        # Threads that start at the same moment agree on one timer thread. Another may be ending.
         until(lambda: not timers())
     assert most == 1
 
@@ -376,7 +377,7 @@ def test_timer_thread_can_restart_any_number_of_times(timer):
         assert fut.value() == 5
         assert type(late.then(Future.exception).wait(PATIENCE)) is TimeoutError
     until(lambda: not timers())
-    # What is left was put while the thread was on its way out: the next one takes it.
+    # Items may have been added while the thread was ending: the next thread takes them.
     source = Future()
     with_timeout(source, LATER)
     until(timer._wakeups.empty)
@@ -459,7 +460,7 @@ def test_concurrent_timeout_expires_or_raises_without_a_thread(monkeypatch):
 
 
 def times_out():
-    """Tells whether timeouts work."""
+    """Return whether timeouts work."""
     late = with_timeout(Future(), SOON).then(Future.exception)
     return isinstance(late.wait(PATIENCE), TimeoutError)
 
@@ -518,7 +519,7 @@ def test_memory_error_in_the_timer_leaves_no_future_pending():
         with strike:
             late = [with_timeout(Future(), SOON) for _ in range(2)]
             until(lambda: strike.where or not timers())
-        assert times_out(), strike  # which starts a thread, if that one died before its first line
+        assert times_out(), strike  # starts a thread if the other one died before its first line
         until(lambda: all(fut.done() for fut in late))
         until(lambda: not timers())
 
@@ -608,10 +609,10 @@ def test_timer_thread_drops_timeouts_completed_while_it_slept(looked_after, time
     for source in sources:
         with_timeout(source, LATER)
     with_timeout(Future(), SOON)
-    until(lambda: not timer.new)  # it knows of all
+    until(lambda: not timer.new)  # the thread has taken all
     for source in sources:
         source.set_result(None)
-    late = with_timeout(Future(), SOON)  # it wakes
+    late = with_timeout(Future(), SOON)  # wakes the thread
     until(lambda: deadlines() < 2_000)
     assert isinstance(late.then(Future.exception).wait(PATIENCE), TimeoutError)
 
@@ -664,7 +665,7 @@ def test_finalisers_can_complete_sources_and_set_timeouts():
 
     class Finalised:
         def __init__(self):
-            self.me = self  # for the collector to find, at any allocation
+            self.me = self  # a cycle: only the collector frees it, at any allocation
             self.source = Future()
             made.append(with_timeout(self.source, LATER))
 
@@ -689,7 +690,7 @@ def test_finalisers_can_complete_sources_and_set_timeouts():
         gc.set_threshold(*threshold)
 
     def all_are_done():
-        gc.collect()  # it does nothing while another thread's collector calls a finaliser
+        gc.collect()  # does nothing while another thread's collector runs a finaliser
         return all(fut.done() for fut in made)
 
     until(all_are_done)

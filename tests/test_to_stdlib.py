@@ -1,4 +1,4 @@
-"""``as_concurrent``: copies of futures for what insists on one of concurrent.futures."""
+"""``as_concurrent``: copies of futures for code that requires a concurrent.futures.Future."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_cancelled_future_cancels_its_as_concurrent(kind):
 def test_running_as_concurrent_gets_the_cancellation_as_an_error():
     fut = Future()
     copy = fut.as_concurrent()
-    assert copy.set_running_or_notify_cancel()  # from here on, nobody can cancel it
+    assert copy.set_running_or_notify_cancel()  # from now on it cannot be cancelled
     fut.cancel("enough")
     assert copy.exception(0) is fut.exception()
 
@@ -211,4 +211,4 @@ def test_interrupted_completion_leaves_no_as_concurrent_pending(error, at):
         assert copy.done()
         assert copy.exception(0) is None or isinstance(copy.exception(0), error)
         assert other.done()
-        other.exception()  # or it is logged that nobody has retrieved it
+        other.exception()  # retrieve it, or it is logged

@@ -1,4 +1,4 @@
-"""PyTorch's own consumers of futures take ours, and see the completion at once."""
+"""PyTorch's own consumers of futures accept ours, and see the completion at once."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """PyTorch's own tests of futures on CUDA, of its RPC test suite, with this package's Future.
 
-They are taken from the installed torch, as they stand. Where the device under test is the
-simulated one, it takes the place of CUDA: in the strings, and under ``torch.cuda``.
+The tests are taken unchanged from the installed torch. If the device under test is the simulated
+one, it replaces CUDA: in the strings, and in ``torch.cuda``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SOURCE = pathlib.Path(torch.__file__).parent / ("testing/_internal/distributed/r
 
 
 def defined(text):
-    """Yields each function and class of the file, methods included, with its decorators."""
+    """Yield each function and class of the file, with its decorators; this includes methods."""
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             yield node
@@ -41,7 +41,7 @@ NAMES = sorted(name for name in NODES if name.startswith("test_cuda_future_"))
 
 
 def gpus(name):
-    """How many GPUs the test says it needs: ``@skip_if_lt_x_gpu(n)``."""
+    """Return how many GPUs the test requires: ``@skip_if_lt_x_gpu(n)``."""
     [decorator] = NODES[name].decorator_list
     return decorator.args[0].value
 
@@ -62,14 +62,14 @@ def case(accelerator_module):
         module = ast.Module([NODES[name]], [])
         exec(compile(module, str(SOURCE), "exec"), names)
         NODES[name].decorator_list = decorators
-    globals()["TensorWrapper"] = names["TensorWrapper"]  # pickle looks it up by its name
+    globals()["TensorWrapper"] = names["TensorWrapper"]  # pickle finds it by name
     methods = {name: names[name] for name in helpers[2:]}
     return type("Case", (unittest.TestCase,), methods)()
 
 
 @contextlib.contextmanager
 def on(thing):
-    """Makes a device or a stream current."""
+    """Make a device or a stream current."""
     index, stream = torch.accelerator.current_device_index(), torch.accelerator.current_stream()
     if isinstance(thing, torch.Stream):
         torch.accelerator.set_stream(thing)

@@ -1,4 +1,4 @@
-"""What trio adds: checkpoints, its own thread, its guest mode."""
+"""trio only: checkpoints, waits from its own thread, guest mode."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_completion_in_the_trio_thread_skips_run_sync_soon(monkeypatch):
 
 
 def run_as_guest(main):
-    """Runs ``main`` on trio as the guest of an asyncio loop; returns what it returns."""
+    """Run ``main`` on trio as the guest of an asyncio loop; return its result."""
 
     async def host():
         done = asyncio.get_running_loop().create_future()
@@ -126,7 +126,7 @@ def test_guest_and_host_tasks_await_on_their_own_loops():
             nursery.start_soon(waits_for, from_host, got)
             await trio.testing.wait_all_tasks_blocked()
             threading.Thread(target=fut.set_result, args=(5,)).start()
-        # Completed by a callback of the host, while trio sleeps in this same thread.
+        # Completed by a callback of the host, while trio sleeps in the same thread.
         host.call_later(0.01, from_guest.set_result, "callback")
         got.append(await from_guest)
         with trio.move_on_after(0.001):
@@ -139,7 +139,7 @@ def test_guest_and_host_tasks_await_on_their_own_loops():
 
 
 async def awaited_late(wrap=lambda fut: fut):
-    """Awaits a future that a thread completes when its task sleeps."""
+    """Await a future that a thread completes when the task sleeps."""
     fut = Future()
     threading.Timer(0.01, fut.set_result, ("late",)).start()
     return await wrap(fut)
@@ -173,7 +173,7 @@ def test_nested_loops_await_independently_at_any_depth():
         return [*got, await awaited_late()]
 
     assert asyncio.run(on_asyncio(1)) == ["late"] * 3
-    with pytest.raises(RuntimeError):  # trio's own rule: one run in a thread
+    with pytest.raises(RuntimeError):  # trio's own rule: one run per thread
         trio.run(on_trio, 2)
 
 
@@ -207,5 +207,5 @@ def test_a_forked_child_does_not_wake_the_loop_of_its_parent():
         os._exit(0 if loop.call_soon(bool) is False else 1)
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # from Python 3.12 on, of the fork with threads
+        warnings.simplefilter("ignore")  # from Python 3.12 on, of a fork in a process with threads
         assert trio.run(main) == 0

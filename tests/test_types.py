@@ -1,4 +1,4 @@
-"""The types that users rely on, as mypy and pyright see them; both are strict."""
+"""Users can rely on these types, as checked by mypy and pyright, both in strict mode."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ pytestmark = pytest.mark.skipif(
 
 
 def checked(module, *arguments):
-    """Runs a type checker, which has to find the package in this checkout."""
+    """Run a type checker, which must find the package in this checkout."""
     if importlib.util.find_spec(module) is None:
         pytest.skip(f"{module} is not installed; it is in the extra `test`")
-    # pyright asks the first Python on the path what it has installed.
+    # pyright searches the packages of the first Python on the path.
     path = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
     done = subprocess.run(
         [sys.executable, "-m", module, *arguments],

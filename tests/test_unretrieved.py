@@ -1,4 +1,4 @@
-"""An error that nobody has retrieved when its future goes is logged, through ``logging``."""
+"""An error that was never retrieved is logged when its future is garbage-collected."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def failed(error=None):
 
 @pytest.fixture
 def logged(caplog):
-    """What has been logged of unretrieved errors since it was last called."""
+    """Return the unretrieved errors that were logged since the last call."""
 
     def logged():
         gc.collect()

@@ -1,4 +1,4 @@
-"""Who is woken of those who wait for one thing, here for a value or for room in a stream."""
+"""Which of several waiters is woken: those for a value or for room in a stream."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def full(*values):
 
 
 def nothing_left(*streams):
-    """Whether nobody waits, and no loop is kept."""
+    """Return True if there is no waiter, and no reference to a loop."""
     waiters = [each for s in streams for each in (s._state.readers, s._state.writers)]
     return not any(each.waiting or each.lines for each in waiters)
 
 
 @pytest.fixture
 def wakes(monkeypatch):
-    """Counts the wake-ups of tasks and threads, by kind."""
+    """Count the wake-ups of tasks and threads, by kind."""
     counts = Counter()
 
     def count(kind, cls):
@@ -59,7 +59,7 @@ def wakes(monkeypatch):
     return start
 
 
-# ------------------------------------------------------------------------ how many are woken
+# ------------------------------------------------------------------------ the number of wake-ups
 
 
 @on_every_loop
@@ -73,7 +73,7 @@ async def test_many_writers_are_woken_once_each_in_order(wakes):
         await anyio.wait_all_tasks_blocked()
         assert len(stream._state.writers.waiting) == n
         assert [await anext(values) for _ in range(n + 1)] == ["first", *range(n)]
-    assert counts["task"] == 2 * n  # each writer, and the reader for each
+    assert counts["task"] == 2 * n  # each writer, and the reader once per value
     assert nothing_left(stream)
 
 
@@ -162,7 +162,7 @@ async def test_values_wake_one_reader_of_each_kind(wakes):
     assert nothing_left(stream)
 
 
-# --------------------------------------------------------------- wake-ups that are handed on
+# --------------------------------------------------------------- wake-ups that are passed on
 
 
 @on_every_loop
@@ -212,7 +212,7 @@ async def test_writer_cancelled_when_woken_passes_the_room_on():
 
 
 class Pair:
-    """Two tasks of one loop that wait on one stream, and what shows that one was served."""
+    """Tasks of one loop that wait on one stream, and a list of the values they got."""
 
     def __init__(self, kind, number=2):
         self.loop = asyncio.new_event_loop()
@@ -401,7 +401,7 @@ def test_value_put_back_wakes_a_reader_about_to_wait():
         def wake(self, waiter):
             self.calls += 1
             if self.calls == 1:
-                stream._state.readers.waiting[reader] = reader  # it has found nothing
+                stream._state.readers.waiting[reader] = reader  # a reader that has found no value
                 raise KeyboardInterrupt
 
     class Reader:
@@ -491,7 +491,7 @@ def test_stream_used_by_many_loops_keeps_none_of_them():
 
 
 def test_waiter_joining_a_removed_line_is_in_a_line_or_woken():
-    # A line is removed when it is empty; here one joins just before, or just after.
+    # A line is removed when it is empty. Here a waiter joins just before that, or just after.
     for strike in strikes(_waiters, do=lambda: waiters.line_up("late", waker)):
         waiters, waker = _waiters.Waiters(), Waker()
         waiters.waiting["late"] = waker
@@ -532,7 +532,8 @@ def test_blocked_signal_handler_wakes_before_the_interrupted_put():
             stream.put("handler", timeout=PATIENCE)
             handled.append(True)
 
-    def interrupt():  # again, if it came when the thread was just about to sleep
+    # Repeat it: a signal just before the thread blocks has no effect.
+    def interrupt():
         signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
 
     def read():

@@ -1,4 +1,4 @@
-"""The event watcher: one a loop, driven by it, and thrifty."""
+"""The event watcher: one per loop, driven by the loop, with few polls and queries."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def blocking_policy():
 
 
 def registered_with_the_loop():
-    """What the running loop would wake up for, besides what it always has."""
+    """Return the events for which the running loop would wake up, as a number."""
     try:
         loop = asyncio.get_running_loop()
     except RuntimeError:
         return trio.lowlevel.current_statistics().tasks_living
     if not hasattr(loop, "_selector"):
-        return open_files()  # uvloop does not tell
+        return open_files()  # uvloop has no list
     return len(loop._selector.get_map()), len(loop._scheduled)
 
 
@@ -59,12 +59,12 @@ def open_files():
     return sum(map(is_open, range(1024)))
 
 
-# -------------------------------------------------------------------------------- thrift
+# -------------------------------------------------------------------------------- economy
 
 
 @on_every_loop
 async def test_idle_watcher_schedules_no_timer_and_no_query(accelerator, producer, collected):
-    collected()  # the files of earlier tests' loops, which would be closed meanwhile
+    collected()  # or the files of earlier tests' loops would be closed during this test
     before = registered_with_the_loop()
     for _ in range(3):
         fut = completed_on(producer, accelerator, None)
@@ -102,10 +102,10 @@ async def test_poll_makes_one_query_per_stream(accelerator):
         assert 0 < after.queries - before.queries <= 4 * (after.polls - before.polls)
         assert accelerator.counters()["event_queries"] <= after.queries - before.queries
         accelerator.wake()
-        for stream in streams:  # the loop stands still meanwhile, so that one look finds them all
+        for stream in streams:  # the loop does not run, so one poll finds all of them
             stream.synchronize()
     assert [reader.outcome.item() for reader in readers] == list(range(1000))
-    # To find how many are done takes a few more: far fewer than there are.
+    # Finding how many are done takes a few more queries: far fewer than there are events.
     assert (
         poll_statistics().queries - after.queries
         < 4 * (poll_statistics().polls - after.polls) + 200
@@ -146,7 +146,7 @@ def test_reached_events_are_reused(accelerator, producer):
 
 
 def test_abandoned_event_is_not_recorded_again(accelerator, producer):
-    """It would tell of both places on some devices: openreg's is done at the first."""
+    """On some devices it would signal both recordings; openreg's completes at the first."""
     with producer:
         accelerator.sleep(PATIENCE)
     first = record_event(producer)
@@ -185,9 +185,9 @@ async def test_loop_learns_the_duration_of_waits_on_a_stream(accelerator, produc
             waiting = synchronize(producer)
             marked = time.monotonic()
             await waiting
-            if poll_statistics().polls > polls:  # and not over before it began
-                # At least from here to the end of the kernel, or half of that, as it was over
-                # somewhere between two looks.
+            if poll_statistics().polls > polls:  # the wait did not end before the first poll
+                # At least half the time from here to the end of the kernel, as the kernel ended
+                # somewhere between two polls.
                 least.append((0.004 - (marked - enqueued)) / 2)
                 most.append(time.monotonic() - enqueued)
     learned = poll_statistics().intervals
@@ -217,7 +217,7 @@ def test_statistics_outside_a_loop_cover_all_loops(accelerator, producer):
 
 
 class Clock:
-    """A stream whose events are reached when the test says so."""
+    """A stream whose progress the test controls."""
 
     def __init__(self):
         self.reached = 0
@@ -241,7 +241,7 @@ class Place:
 
 
 class AlwaysDue:
-    """A schedule that has a stream polled at every poll."""
+    """A schedule by which every poll polls the stream."""
 
     interval = 0.0
 
@@ -288,7 +288,7 @@ def test_exactly_the_reached_waits_are_notified_in_any_order(order, times):
 
 @given(st.data())
 def test_events_recorded_concurrently_are_queried_separately(data):
-    # The times of recording overlap, and the stream may have got the events in either order.
+    # The recordings overlap in time, so the stream may have received the events in either order.
     spans = data.draw(
         st.lists(st.tuples(st.integers(0, 20), st.integers(1, 8)), min_size=1, max_size=12)
     )
@@ -322,7 +322,7 @@ def test_trained_loop_polls_less_and_is_barely_late(monkeypatch, seconds):
         recorded.recorded_at, end = now, now + seconds
         watcher.notify_when_reached([recorded], notified.append)
         while not notified:
-            now += alarm.seconds + 30e-6  # as late as a loop wakes up
+            now += alarm.seconds + 30e-6  # a realistic delay of a loop's wake-up
             if now >= end:
                 clock.reached = 2 * n + 1
             watcher.poll()
@@ -476,7 +476,7 @@ def test_loops_closed_with_pending_waits_leave_no_file_open(
         run_one()
     done = Future()
     done.set_result(None)
-    asyncio.run(_read(done))  # the next loop that awaits clears up
+    asyncio.run(_read(done))  # the next loop that awaits cleans up
     collected()
     assert open_files() <= before
     assert poll_statistics().pending == 0
@@ -583,7 +583,7 @@ print("done")
     assert told == "done\n"
 
 
-# -------------------------------------------------------------- what might go wrong
+# -------------------------------------------------------------- errors and lost wake-ups
 
 
 @on_every_loop
@@ -609,7 +609,7 @@ async def test_raising_notification_is_logged_and_affects_no_other(accelerator, 
 
 
 class Breaks(AlwaysDue):
-    """A schedule with an error in it."""
+    """A schedule that raises."""
 
     def observe(self, poll):
         raise ZeroDivisionError
@@ -643,7 +643,7 @@ async def test_lost_wake_up_of_a_blocking_thread_is_recovered(
     async with anyio.create_task_group() as tg:
         tg.start_soon(reader)
         await pending(1)
-        # As if Ctrl-C struck the loop just as it calls what the thread has it call.
+        # As if KeyboardInterrupt was raised just before the loop called the thread's function.
         monkeypatch.setattr(_watcher.Watcher, "_unblock", lambda *args: None)
         accelerator.wake()
     assert reader.outcome.tolist() == NEW

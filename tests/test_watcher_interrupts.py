@@ -1,4 +1,4 @@
-"""Ctrl-C at every point of the watcher: its loop keeps running."""
+"""The loop of the watcher keeps running after an interrupt at any point."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .waiting import eventually
 
 pytestmark = pytest.mark.device
 
-# 1 is every point.
+# 1: every point.
 EVERY = int(os.environ.get("TORCHFUT_AIO_TEST_EVERY", "3"))
 
 WATCHER = (_readiness, _schedule, _stream_queue, _watcher)

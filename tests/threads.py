@@ -16,25 +16,25 @@ import pytest
 
 from torchfut_aio._threads import WorkerThread
 
-PATIENCE = 60.0  # seconds after which something that should happen is given up on
-# The same for a process of its own, which has to import torch first: on a machine whose load
-# is ten times its cores, that alone takes a minute.
+PATIENCE = 60.0  # seconds after which a test gives up
+# The same for a new process, which must import torch first. On a machine whose load is ten times
+# its number of cores, that alone takes a minute.
 PATIENCE_WITH_PROCESSES = 10 * PATIENCE
 
 has_gil: bool = getattr(sys, "_is_gil_enabled", lambda: True)()
 
 
 def needs_gil(why: str) -> pytest.MarkDecorator:
-    """Skips a test where there is no GIL, and says why what it tests is not so there."""
+    """Skip a test without a GIL, and say why its promise does not hold there."""
     return pytest.mark.skipif(not has_gil, reason=f"without a GIL: {why}")
 
 
 @contextmanager
 def running(*functions: Callable[[], Any]) -> Iterator[None]:
-    """Runs ``functions`` in a thread each, released together; joins them at the end.
+    """Run ``functions`` in one thread each, released together; join the threads at the end.
 
-    In a context of their own. On builds without a GIL, threads begin with that of their maker, and
-    anyio takes from it which event loop runs here.
+    Each runs in a new context. On builds without a GIL, threads inherit the context of their
+    creator, and anyio reads from it which event loop runs here.
     """
     errors: list[BaseException] = []
     start = threading.Barrier(len(functions) + 1)
@@ -62,7 +62,7 @@ def running(*functions: Callable[[], Any]) -> Iterator[None]:
 
 @asynccontextmanager
 async def alongside(*functions: Callable[[], Any]) -> AsyncIterator[None]:
-    """As `running`, for async code: joins without blocking the loop."""
+    """Like `running`, for async code: joins without blocking the loop."""
     threads = running(*functions)
     await anyio.to_thread.run_sync(threads.__enter__)
     try:
@@ -78,14 +78,14 @@ def cannot_start(thread: threading.Thread) -> None:
 
 @contextmanager
 def no_thread_starts() -> Iterator[None]:
-    """Refuses the threads that the package starts; an event loop's own, such as trio's, start."""
+    """Make the package's threads fail to start; those of an event loop, such as trio's, start."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(WorkerThread, "start", cannot_start)
         yield
 
 
 def until(condition: Callable[[], bool]) -> None:
-    """Returns once ``condition`` holds: for what gives no event of its own."""
+    """Return once ``condition`` holds: for conditions without an event."""
     give_up = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < give_up, "waited in vain"

@@ -1,6 +1,6 @@
-"""What users write, with the types that they may rely on: checkers read it, nobody runs it.
+"""Typical code of users, with the types that they may rely on: it is checked, and never runs.
 
-`test_types.py` has mypy and pyright check it, both strictly.
+`test_types.py` runs mypy and pyright on it, both in strict mode.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Batcher:
 
 
 class Numbered(Future[int]):
-    """A future of a program's own class."""
+    """A program's own subclass of Future."""
 
 
 # ----------------------------------------------------------------------- many futures
@@ -130,7 +130,7 @@ async def many(
     assert_type(await gather({1: texts}.values()), list[str])
     assert_type(await collect_all(ints), list[Future[int]])
     assert_type(collect_all([plain]).wait(), list[torch.futures.Future[float]])
-    # Refused: one iterable is what they take.
+    # Rejected: these functions take one iterable.
     gather(ints[0], texts)  # type: ignore[call-overload]
     collect_all(ints[0], texts)  # type: ignore[call-overload]
     wait_all(ints[0], texts)  # type: ignore[call-overload]

@@ -15,7 +15,7 @@ from .threads import PATIENCE
 
 
 async def polled(times: int = 5) -> None:
-    """Returns when the watcher of this loop has polled events some more times."""
+    """Return when the watcher of this loop has polled ``times`` more times."""
     enough = poll_statistics().polls + times
     with anyio.fail_after(PATIENCE):
         while poll_statistics().polls < enough:  # noqa: ASYNC110
@@ -23,14 +23,14 @@ async def polled(times: int = 5) -> None:
 
 
 async def pending(waits: int) -> None:
-    """Returns when so many waits are pending on this loop."""
+    """Return when the number of pending waits on this loop is ``waits``."""
     with anyio.fail_after(PATIENCE):
         while poll_statistics().pending != waits:
             await anyio.lowlevel.checkpoint()
 
 
 async def eventually(condition: Callable[[], bool]) -> None:
-    """As `until`, for async code; between two looks, nothing of it is with the loop."""
+    """Like `until`, for async code; between two checks, the loop has no callback of this task."""
     give_up = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < give_up, "waited in vain"
@@ -38,7 +38,7 @@ async def eventually(condition: Callable[[], bool]) -> None:
 
 
 class Reader:
-    """Awaits something in a task, and keeps what it gives or raises."""
+    """Awaits an object in a task, and stores the result or the error."""
 
     def __init__(self, awaitable: Any) -> None:
         self.awaitable = awaitable
