@@ -143,23 +143,23 @@ def gloo_of_half(group_of_one: None) -> None:
 @pytest.fixture
 def ctrl_c() -> Iterator[Callable[[], None]]:
     """A function that raises KeyboardInterrupt in the main thread, from any thread."""
-    main, struck = threading.get_ident(), []
+    main, interrupted = threading.get_ident(), []
 
     def handle(*_: object) -> None:
-        if not struck:
-            struck.append(True)
+        if not interrupted:
+            interrupted.append(True)
             raise KeyboardInterrupt
 
-    def strike() -> None:
-        struck.clear()
+    def interrupt() -> None:
+        interrupted.clear()
         # A signal that comes just before the thread blocks has no effect until it wakes: repeat it.
-        while not struck:
+        while not interrupted:
             signal.pthread_kill(main, signal.SIGINT)
             time.sleep(0.01)
 
     # A background job of a shell ignores SIGINT.
     before = signal.signal(signal.SIGINT, handle)
-    yield strike
+    yield interrupt
     signal.signal(signal.SIGINT, before)
 
 

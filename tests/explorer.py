@@ -27,10 +27,10 @@ from collections.abc import Callable, Iterator
 from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import Any
 
-__all__ = ["Strike", "freeze", "strikes"]
+__all__ = ["Interrupt", "freeze", "interrupts"]
 
 
-def strikes(
+def interrupts(
     *modules: ModuleType,
     every: int = 1,
     first: int = 0,
@@ -38,7 +38,7 @@ def strikes(
     do: Callable[[], object] | None = None,
     at: str = "signals",
     thread: str | None = None,
-) -> Iterator[Strike]:
+) -> Iterator[Interrupt]:
     """Yield one interrupt for each point in the code of ``modules``: context managers, one per run.
 
     Args:
@@ -56,10 +56,10 @@ def strikes(
     gc.collect()  # or the finalisers of earlier runs could be interrupted
     try:
         for number in itertools.count(first, every):
-            strike = Strike(number, files, error, do, at, thread)
-            yield strike
-            if strike.where is None:
-                assert number > first, "nothing was struck"
+            interrupt = Interrupt(number, files, error, do, at, thread)
+            yield interrupt
+            if interrupt.where is None:
+                assert number > first, "nothing was interrupted"
                 return
     finally:
         _watch(())
@@ -72,7 +72,7 @@ def _files(module: ModuleType) -> str:
     return module.__file__
 
 
-class Strike:
+class Interrupt:
     """One interrupt; suppresses its own error at the end of the context.
 
     Attributes:
@@ -92,7 +92,7 @@ class Strike:
     ) -> None:
         self.where: str | None = None
         self.raised = False
-        self.error = error(f"strike {number}")
+        self.error = error(f"interrupt {number}")
         self.thread = thread
         self._left = number
         self.files = files
@@ -104,7 +104,7 @@ class Strike:
     def __repr__(self) -> str:
         return f"<{self.error!r} at {self.where}>"
 
-    def __enter__(self) -> Strike:
+    def __enter__(self) -> Interrupt:
         self._entered_by = threading.get_ident()
         self._outside = {frame for frame, _ in traceback.walk_stack(sys._getframe())}
         self._collects = gc.isenabled()
@@ -125,14 +125,14 @@ class Strike:
         """Return the points of a frame, or None if the frame must not be interrupted."""
         if self.where is not None or not frame.f_code.co_filename.startswith(self.files):
             return None
-        if frame in self._outside or not self._is_thread_to_strike():
+        if frame in self._outside or not self._is_chosen_thread():
             return None
         points = self._frames.get(frame)
         if points is None:
             points = self._frames[frame] = _PointsOfFrame(self, *self._points(frame.f_code))
         return points
 
-    def _is_thread_to_strike(self) -> bool:
+    def _is_chosen_thread(self) -> bool:
         if self.thread is None:
             return threading.get_ident() == self._entered_by
         return threading.current_thread().name == self.thread
@@ -156,12 +156,16 @@ class _PointsOfFrame:
     It has no reference to the frame: that would be a cycle, which only the collector frees.
     """
 
-    __slots__ = ("after", "at", "handlers", "last", "strike")
+    __slots__ = ("after", "at", "handlers", "interrupt", "last")
 
     def __init__(
-        self, strike: Strike, at: frozenset[int], after: frozenset[int], handlers: frozenset[int]
+        self,
+        interrupt: Interrupt,
+        at: frozenset[int],
+        after: frozenset[int],
+        handlers: frozenset[int],
     ) -> None:
-        self.strike, self.at, self.after, self.handlers = strike, at, after, handlers
+        self.interrupt, self.at, self.after, self.handlers = interrupt, at, after, handlers
         self.last = -1
 
     def step(self, frame: FrameType) -> None:
@@ -169,7 +173,7 @@ class _PointsOfFrame:
         last = self.last
         self.last = now = frame.f_lasti
         if now in self.at or (last in self.after and now not in self.handlers):
-            self.strike.pass_point(frame)
+            self.interrupt.pass_point(frame)
 
     def trace(self, frame: FrameType, event: str, arg: object) -> Any:
         if event == "opcode":
@@ -180,13 +184,13 @@ class _PointsOfFrame:
 class _Settrace:
     """Traces instructions on CPython 3.11. From 3.12 on, settrace skips some, or crashes."""
 
-    def __init__(self, strike: Strike) -> None:
-        self._strike = strike
+    def __init__(self, interrupt: Interrupt) -> None:
+        self._interrupt = interrupt
 
     def start(self) -> None:
         self._before = sys.gettrace(), threading.gettrace()
         threading.settrace(self._enter_frame)
-        if self._strike.thread is None:
+        if self._interrupt.thread is None:
             sys.settrace(self._enter_frame)
 
     def stop(self) -> None:
@@ -194,7 +198,7 @@ class _Settrace:
         threading.settrace(self._before[1])  # type: ignore[arg-type]
 
     def _enter_frame(self, frame: FrameType, event: str, arg: object) -> Any:
-        points = self._strike.points_of(frame)
+        points = self._interrupt.points_of(frame)
         if points is None:
             return None
         frame.f_trace_opcodes = True
@@ -204,11 +208,11 @@ class _Settrace:
 class _Monitoring:
     """Traces instructions from CPython 3.12 on, by events that stay enabled for a whole series."""
 
-    def __init__(self, strike: Strike) -> None:
-        self._strike = strike
+    def __init__(self, interrupt: Interrupt) -> None:
+        self._interrupt = interrupt
 
     def start(self) -> None:
-        _watch(self._strike.files)
+        _watch(self._interrupt.files)
         _monitoring.register_callback(_TOOL, _monitoring.events.INSTRUCTION, self._step)
 
     def stop(self) -> None:
@@ -216,7 +220,7 @@ class _Monitoring:
 
     def _step(self, code: CodeType, offset: int) -> None:
         frame = sys._getframe(1)
-        points = self._strike.points_of(frame)
+        points = self._interrupt.points_of(frame)
         if points is not None:
             points.step(frame)
 

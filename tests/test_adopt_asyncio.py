@@ -15,7 +15,7 @@ import uvloop
 from torchfut_aio import Future, as_future, gather
 from torchfut_aio._adopt import _asyncio
 
-from .explorer import strikes
+from .explorer import interrupts
 from .loops import on_asyncio
 from .threads import PATIENCE, alongside, running
 
@@ -220,10 +220,10 @@ def test_source_of_another_loop_of_this_thread_is_refused(new_loop, runs_before)
 def test_full_stack_is_not_mistaken_for_a_closed_loop(new_loop):
     loop = new_loop()
     raised = 0
-    for strike in strikes(_asyncio, error=RecursionError, at="calls"):
-        with strike:  # suppresses no other error
+    for interrupt in interrupts(_asyncio, error=RecursionError, at="calls"):
+        with interrupt:  # suppresses no other error
             as_future(loop.create_future())
-        raised += strike.raised
+        raised += interrupt.raised
     assert raised >= 10
     loop.close()
 

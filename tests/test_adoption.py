@@ -97,7 +97,7 @@ async def test_await_completes_a_future_left_behind_by_a_full_stack(
     ("error", "at"), [(KeyboardInterrupt, "signals"), (MemoryError, "calls")], ids=["^C", "memory"]
 )
 def test_an_interrupted_source_leaves_no_adopted_future_pending(source_type, error, at, caplog):
-    for strike in explorer.strikes(_adopt, _core, error=error, at=at):
+    for interrupt in explorer.interrupts(_adopt, _core, error=error, at=at):
         source = source_type()
         fut, waited = adopt(source), []
 
@@ -106,11 +106,11 @@ def test_an_interrupted_source_leaves_no_adopted_future_pending(source_type, err
 
         with running(wait):  # it already waits, and does not check again
             until(lambda fut=fut: fut.has_waiters())
-            with strike:
+            with interrupt:
                 source.set_result(5)
             if not source.done():  # interrupted before it began
                 source.set_result(5)
-        assert waited == [5], strike
+        assert waited == [5], interrupt
 
 
 def test_adopted_future_waits_for_a_late_callback_of_its_source():

@@ -1119,16 +1119,16 @@ def test_returned_coroutine_fails_the_batch():
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # in finalisers
 def test_an_interrupted_entry_can_be_repeated():
     async def main():
-        for strike in explorer.strikes(_batcher, _owner_loop, _loops):
+        for interrupt in explorer.interrupts(_batcher, _owner_loop, _loops):
             batcher = batcher_of(double_soon)
             entry = batcher.__aenter__()
-            with strike:
+            with interrupt:
                 await entry
-            if strike.raised:
+            if interrupt.raised:
                 await batcher.__aenter__()
             async with AsyncExitStack() as stack:
                 stack.push_async_exit(batcher)
-                assert await batcher.submit(1) == 2, strike
+                assert await batcher.submit(1) == 2, interrupt
 
     asyncio.run(main())
 
@@ -1263,37 +1263,37 @@ def test_exit_completes_queued_items_and_fork_starts_afresh():
 )
 def test_interrupted_submit_loses_at_most_its_own_item(error, at):
     modules = _batcher, _batch_worker, _threads
-    for strike in explorer.strikes(*modules, error=error, at=at):
+    for interrupt in explorer.interrupts(*modules, error=error, at=at):
         batcher = batcher_of()
         before = batcher.submit(1)
-        with strike:
+        with interrupt:
             batcher.submit(2)
-        assert before.wait(PATIENCE) == 2, strike
-        assert batcher.submit(3).wait(PATIENCE) == 6, strike
+        assert before.wait(PATIENCE) == 2, interrupt
+        assert batcher.submit(3).wait(PATIENCE) == 6, interrupt
         batcher.close()
-        assert batcher.statistics().queued == 0, strike
+        assert batcher.statistics().queued == 0, interrupt
         until(lambda: not threads())
 
 
 @pytest.mark.parametrize("drain", [True, False])
 def test_interrupted_close_can_be_repeated(drain):
-    for strike in explorer.strikes(_batcher, _batch_worker, _threads):
+    for interrupt in explorer.interrupts(_batcher, _batch_worker, _threads):
         batcher = batcher_of(max_wait=math.inf)
         futures = [batcher.submit(n) for n in range(3)]
-        with strike:
+        with interrupt:
             batcher.close(drain=drain)
         batcher.close(drain=drain)
-        assert all(fut.done() for fut in futures), strike
-        assert not drain or [fut.value() for fut in futures] == [0, 2, 4], strike
+        assert all(fut.done() for fut in futures), interrupt
+        assert not drain or [fut.value() for fut in futures] == [0, 2, 4], interrupt
         until(lambda: not threads())
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_memory_error_in_the_thread_leaves_no_future_pending():
-    for strike in explorer.strikes(
+    for interrupt in explorer.interrupts(
         _batcher, _batch_worker, error=MemoryError, at="calls", thread=NAME
     ):
-        with strike:
+        with interrupt:
             batcher = batcher_of(max_batch_size=2)
             futures = [batcher.submit(n) for n in range(4)]
             give_up(batcher.submit("given up"))
@@ -1323,16 +1323,16 @@ def test_item_submitted_at_any_step_of_the_thread_is_run(closes, monkeypatch):
             with running(submit):
                 pass
 
-    for strike in explorer.strikes(_batch_worker, thread=NAME, do=submit_beside):
+    for interrupt in explorer.interrupts(_batch_worker, thread=NAME, do=submit_beside):
         batcher, late, beside = batcher_of(), [], []
-        with strike:
-            assert batcher.submit(1).wait(PATIENCE) == 2, strike
+        with interrupt:
+            assert batcher.submit(1).wait(PATIENCE) == 2, interrupt
             until(lambda: not threads())
         for thread in beside:
             thread.join(PATIENCE)
-            assert not thread.is_alive(), strike
-        assert len(late) == (strike.where is not None)
-        assert [fut.wait(PATIENCE) for fut in late] == [10] * len(late), strike
+            assert not thread.is_alive(), interrupt
+        assert len(late) == (interrupt.where is not None)
+        assert [fut.wait(PATIENCE) for fut in late] == [10] * len(late), interrupt
         batcher.close()
         until(lambda: not threads())
 

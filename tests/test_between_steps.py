@@ -14,7 +14,7 @@ import uvloop
 
 from torchfut_aio import Future, _future, _loops, as_completed, gather
 
-from .explorer import strikes
+from .explorer import interrupts
 from .loops import on_asyncio, on_every_loop
 from .threads import PATIENCE
 
@@ -96,10 +96,10 @@ async def value_of(fut):
 def test_completion_within_an_await_resumes_an_asyncio_task(new_loop):
     loop = new_loop()
     # As a signal handler or a finaliser might do, at each point of the await.
-    for strike in strikes(_future, _loops, do=lambda: fut.try_set_result("in between")):
+    for interrupt in interrupts(_future, _loops, do=lambda: fut.try_set_result("in between")):
         fut = Future()
         loop.call_soon(loop.call_soon, fut.try_set_result, "later")
-        with strike:
+        with interrupt:
             assert loop.run_until_complete(value_of(fut)) in ("in between", "later")
     loop.close()
 

@@ -28,7 +28,7 @@ from torchfut_aio import (
     wait_all,
 )
 
-from .explorer import strikes
+from .explorer import interrupts
 from .loops import on_every_loop
 from .threads import PATIENCE, alongside, running, until
 
@@ -426,10 +426,10 @@ def test_as_completed_yields_done_futures_before_it_times_out():
 
 @pytest.mark.parametrize(("error", "at"), [(KeyboardInterrupt, "signals"), (MemoryError, "calls")])
 def test_interrupted_as_completed_times_out_and_cleans_up(error, at):
-    for strike in strikes(_as_completed, error=error, at=at):
+    for interrupt in interrupts(_as_completed, error=error, at=at):
         never, early = Future(), done(1)
         completed = as_completed([never, early], timeout=0.001)
-        with strike, pytest.raises(TimeoutError):
+        with interrupt, pytest.raises(TimeoutError):
             list(completed)
         with pytest.raises(TimeoutError):
             list(completed)

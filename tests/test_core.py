@@ -23,7 +23,7 @@ from torchfut_aio import (
     gather,
 )
 
-from .explorer import strikes
+from .explorer import interrupts
 from .threads import PATIENCE, until
 
 # 1: every point.
@@ -85,11 +85,11 @@ class Followers:
 @pytest.mark.parametrize("outcome", [5, ValueError("foo")], ids=["value", "error"])
 def test_interrupted_set_result_is_complete_or_undone(outcome, error, at):
     served = untouched = 0
-    for strike in strikes(*MODULES, every=EVERY, error=error, at=at):
+    for interrupt in interrupts(*MODULES, every=EVERY, error=error, at=at):
         fut = Future()
         followers = Followers(fut)
         setter = fut.set_exception if isinstance(outcome, Exception) else fut.set_result
-        with strike:
+        with interrupt:
             setter(outcome)
         if fut.done():
             followers.check_served(fut)
@@ -104,11 +104,11 @@ def test_interrupted_set_result_is_complete_or_undone(outcome, error, at):
 
 
 def test_interrupted_long_chain_completes_to_its_end():
-    for strike in strikes(*MODULES, every=17 * EVERY):
+    for interrupt in interrupts(*MODULES, every=17 * EVERY):
         fut = last = Future()
         for _ in range(40):  # deeper than completions nest
             last = last.then(lambda parent: parent.value())
-        with strike:
+        with interrupt:
             fut.set_result(5)
         assert last.done() == fut.done()
 
@@ -158,13 +158,13 @@ def test_one_of_two_interleaved_setters_wins(outcome):
         else:
             won.add("other")
 
-    for strike in strikes(*MODULES, every=EVERY, do=set_other):
+    for interrupt in interrupts(*MODULES, every=EVERY, do=set_other):
         fut = Future()
         followers = Followers(fut)
         setter = fut.set_exception if isinstance(outcome, Exception) else fut.set_result
         won, lost = set(), set()
         try:
-            with strike:
+            with interrupt:
                 setter(outcome)
         except InvalidStateError:
             lost.add("one")
@@ -178,9 +178,9 @@ def test_one_of_two_interleaved_setters_wins(outcome):
 
 
 def test_completion_at_any_step_of_adding_waiters_wakes_them():
-    for strike in strikes(*MODULES, every=EVERY, do=lambda: fut.set_result(5)):
+    for interrupt in interrupts(*MODULES, every=EVERY, do=lambda: fut.set_result(5)):
         fut = Future()
-        with strike:
+        with interrupt:
             followers = Followers(fut)
         if not fut.done():
             fut.set_result(5)
@@ -195,9 +195,9 @@ def test_waiters_added_at_any_step_of_a_completion_are_woken():
         late.append(fut.then(lambda fut: fut.value()))
         late.append(gather([fut]))
 
-    for strike in strikes(*MODULES, every=EVERY, do=follow):
+    for interrupt in interrupts(*MODULES, every=EVERY, do=follow):
         fut = Future()
-        with strike:
+        with interrupt:
             fut.set_result(5)
         assert [child.value() for child in late if child.done()] == [5, [5]][: len(late)]
         late.clear()
@@ -207,10 +207,10 @@ def test_callback_removed_during_completion_is_run_or_removed():
     def remove():
         removed.append(fut.remove_done_callback(ran.append))
 
-    for strike in strikes(*MODULES, every=EVERY, do=remove):
+    for interrupt in interrupts(*MODULES, every=EVERY, do=remove):
         fut, ran, removed = Future(), [], []
         fut.add_done_callback(ran.append)
-        with strike:
+        with interrupt:
             fut.set_result(5)
         assert len(ran) + sum(removed) == 1
 
@@ -236,22 +236,22 @@ def test_waiters_and_callbacks_are_never_compared():
 
 @errors
 def test_interrupted_wait_leaves_no_waiter_behind(error, at):
-    for strike in strikes(*MODULES, every=EVERY, error=error, at=at):
+    for interrupt in interrupts(*MODULES, every=EVERY, error=error, at=at):
         fut = Future()
-        with strike, pytest.raises((TimeoutError, error)):
+        with interrupt, pytest.raises((TimeoutError, error)):
             fut.wait(timeout=0)
         assert repr(fut) == "<Future pending waiters=0 callbacks=0>"
 
 
 @pytest.mark.parametrize("late", [0, 2])
 def test_interrupted_as_completed_can_be_resumed(late):
-    for strike in strikes(*MODULES, every=EVERY):
+    for interrupt in interrupts(*MODULES, every=EVERY):
         futures = [Future() for _ in range(4)]
         completed = as_completed(futures)
         for fut in futures[late:]:
             fut.set_result(None)
         yielded = []
-        with strike:
+        with interrupt:
             for fut in completed:
                 yielded.append(fut)
                 if len(yielded) == 4 - late:

@@ -42,7 +42,7 @@ from torchfut_aio.serving._stream import state_of
 from torchfut_aio.serving._stream_state import StreamState
 
 from . import forks
-from .explorer import strikes
+from .explorer import interrupts
 from .loops import on_asyncio, on_every_loop
 from .threads import PATIENCE, has_gil, needs_gil, until
 from .waiting import eventually
@@ -701,14 +701,14 @@ def test_only_one_recording_can_be_active():
 @pytest.mark.parametrize(("at", "error"), [("signals", KeyboardInterrupt), ("calls", MemoryError)])
 def test_an_interrupted_completion_wakes_all_while_recording(at, error):
     before = methods()
-    for strike in strikes(debug, at=at, error=error):
+    for interrupt in interrupts(debug, at=at, error=error):
         with Recording():
             future = Future()
             waiter = threading.Thread(target=future.wait)
             waiter.start()
             until(future.has_waiters)
             children = [future.then(lambda fut: 6), gather([future])]
-            with strike:
+            with interrupt:
                 future.set_result(5)
             if not future.done():
                 future.set_result(5)
@@ -716,7 +716,7 @@ def test_an_interrupted_completion_wakes_all_while_recording(at, error):
             assert not waiter.is_alive()
             until(lambda children=children: all(child.done() for child in children))
             values = [child.exception() or child.value() for child in children]
-            if strike.where is None:
+            if interrupt.where is None:
                 assert values == [6, [5]]
     assert methods() == before
 

@@ -650,35 +650,37 @@ def test_call_raises_if_the_loop_thread_cannot_start():
 @pytest.mark.parametrize("there_is_a_loop", [False, True])
 def test_interrupted_call_loses_itself_and_no_other(there_is_a_loop):
     with background_loop_ends():
-        for strike in explorer.strikes(_background_loop, _threads):
+        for interrupt in explorer.interrupts(_background_loop, _threads):
             if there_is_a_loop:
                 assert double(0).wait(PATIENCE) == 0
             else:
                 shutdown()
-            with strike:
+            with interrupt:
                 fut = double(1)
-            assert strike.raised == (strike.where is not None), strike
-            assert strike.raised or fut.wait(PATIENCE) == 2, strike
-            assert double(2).wait(PATIENCE) == 4, strike
+            assert interrupt.raised == (interrupt.where is not None), interrupt
+            assert interrupt.raised or fut.wait(PATIENCE) == 2, interrupt
+            assert double(2).wait(PATIENCE) == 4, interrupt
 
 
 @pytest.mark.parametrize("there_is_a_loop", [False, True])
 def test_interrupted_call_loses_no_call_of_other_threads(there_is_a_loop):
-    def call_beside_and_strike():
+    def call_beside_and_interrupt():
         with running(lambda: others.append(double(3))):
             pass
         raise KeyboardInterrupt
 
     with background_loop_ends():
-        for strike in explorer.strikes(_background_loop, _threads, do=call_beside_and_strike):
+        for interrupt in explorer.interrupts(
+            _background_loop, _threads, do=call_beside_and_interrupt
+        ):
             others = []
             if there_is_a_loop:
                 assert double(0).wait(PATIENCE) == 0
             else:
                 shutdown()
-            with suppress(KeyboardInterrupt), strike:
+            with suppress(KeyboardInterrupt), interrupt:
                 double(1)
-            assert all(other.wait(PATIENCE) == 6 for other in others), strike
+            assert all(other.wait(PATIENCE) == 6 for other in others), interrupt
 
 
 def test_shutdown_at_any_step_of_a_call_loses_no_call():
@@ -688,12 +690,12 @@ def test_shutdown_at_any_step_of_a_call_loses_no_call():
         shutdown(graceful=False)
 
     with background_loop_ends():
-        for strike in explorer.strikes(_background_loop, _threads, do=call_and_shut_down):
+        for interrupt in explorer.interrupts(_background_loop, _threads, do=call_and_shut_down):
             others = []
-            with strike:
+            with interrupt:
                 others.append(double(1))
             until(lambda: all(other.done() for other in others))
-            assert len(others) == (1 if strike.where is None else 3), strike
+            assert len(others) == (1 if interrupt.where is None else 3), interrupt
             shutdown(graceful=False)
 
 

@@ -29,14 +29,14 @@ HERE = sys.modules[__name__]
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 def test_explorer_interrupts_each_step_in_turn(error):
     reached, where = [], []
-    for strike in explorer.strikes(HERE, error=error):
+    for interrupt in explorer.interrupts(HERE, error=error):
         done = []
-        with strike:
+        with interrupt:
             scenario(done)
-        assert strike.raised == (strike.where is not None)
-        if strike.where:
+        assert interrupt.raised == (interrupt.where is not None)
+        if interrupt.where:
             reached.append(tuple(done))
-            where.append(strike.where.partition(",")[0])
+            where.append(interrupt.where.partition(",")[0])
     steps = ["entered", 0, 1, "left"]
     assert list(dict.fromkeys(reached)) == [tuple(steps[:n]) for n in range(5)]
     assert reached == sorted(reached, key=len)
@@ -45,9 +45,9 @@ def test_explorer_interrupts_each_step_in_turn(error):
 
 def test_explorer_can_raise_in_place_of_calls():
     reached = []
-    for strike in explorer.strikes(HERE, error=MemoryError, at="calls"):
+    for interrupt in explorer.interrupts(HERE, error=MemoryError, at="calls"):
         done = []
-        with strike:
+        with interrupt:
             scenario(done)
         reached.append(len(done))
     assert reached == [0, 1, 1, 2, 3, 3, 4]
@@ -55,39 +55,39 @@ def test_explorer_can_raise_in_place_of_calls():
 
 def test_explorer_skips_steps_on_request():
     def places(**options):
-        for strike in explorer.strikes(HERE, **options):
-            with strike:
+        for interrupt in explorer.interrupts(HERE, **options):
+            with interrupt:
                 scenario([])
-            if strike.where:
-                yield strike.where
+            if interrupt.where:
+                yield interrupt.where
 
     assert list(places(every=3)) == list(places())[::3]
 
 
 def test_explorer_series_can_alternate_and_stop_tracing():
     def places(*series):
-        for strikes in zip(*series, strict=False):
-            with strikes[0]:
+        for interrupts in zip(*series, strict=False):
+            with interrupts[0]:
                 scenario([])
-            for theirs in strikes[1:]:
+            for theirs in interrupts[1:]:
                 with theirs:
                     textwrap.dedent(" text")
                 assert "textwrap.py" in theirs.where
-            yield strikes[0].where
+            yield interrupts[0].where
 
-    theirs = explorer.strikes(textwrap, at="instructions")
-    alone = [*places(explorer.strikes(HERE))]
-    assert [*places(explorer.strikes(HERE), theirs)] == alone
+    theirs = explorer.interrupts(textwrap, at="instructions")
+    alone = [*places(explorer.interrupts(HERE))]
+    assert [*places(explorer.interrupts(HERE), theirs)] == alone
     if sys.version_info >= (3, 12):
         assert sys.monitoring.get_tool(explorer._TOOL) is None
 
 
 def test_explorer_can_call_a_function_instead_of_raising():
-    for strike in explorer.strikes(HERE, do=lambda: done.append("other")):
+    for interrupt in explorer.interrupts(HERE, do=lambda: done.append("other")):
         done = []
-        with strike:
+        with interrupt:
             scenario(done)
-        assert done.count("other") == (strike.where is not None)
+        assert done.count("other") == (interrupt.where is not None)
         assert "left" in done
 
 
@@ -97,12 +97,12 @@ def test_explorer_can_interrupt_another_thread():
     def see():
         seen.append(threading.current_thread())
 
-    for strike in explorer.strikes(HERE, thread="struck", do=see):
-        thread = threading.Thread(target=scenario, args=([],), name="struck")
-        with strike:
+    for interrupt in explorer.interrupts(HERE, thread="interrupted", do=see):
+        thread = threading.Thread(target=scenario, args=([],), name="interrupted")
+        with interrupt:
             scenario([])
             thread.start()
             thread.join()
-        if strike.where:
+        if interrupt.where:
             assert seen.pop() is thread
     assert not seen

@@ -85,10 +85,10 @@ def test_post_after_an_interrupted_wake_up_wakes_the_loop():
     loop = HandCrankedLoop()
     real = loop.call_soon
 
-    def struck(function):
+    def interrupted(function):
         raise KeyboardInterrupt
 
-    loop.call_soon = struck
+    loop.call_soon = interrupted
     with pytest.raises(KeyboardInterrupt):
         loop.wake(0)
     loop.call_soon = real

@@ -31,7 +31,7 @@ class Alarm:
 
     def __enter__(self):
         gc.disable()  # finalisers of other tools could be interrupted instead
-        self.before = signal.signal(signal.SIGALRM, self.strike)
+        self.before = signal.signal(signal.SIGALRM, self.interrupt)
         return self
 
     def __exit__(self, *error):
@@ -39,7 +39,7 @@ class Alarm:
         signal.signal(signal.SIGALRM, self.before)
         gc.enable()
 
-    def strike(self, *args):
+    def interrupt(self, *args):
         if self.armed:
             self.armed = False
             raise KeyboardInterrupt
@@ -67,7 +67,7 @@ class Waiter:
         self.woken += 1
 
 
-def struck(complete, fut, alarm):
+def interrupted(complete, fut, alarm):
     """Return whether the alarm interrupted ``complete``; aim at the moment when it is done."""
     start = time.perf_counter()
     try:
@@ -92,16 +92,16 @@ def rounds(number, enough):
         if n >= number:
             if enough():
                 return
-            assert time.monotonic() < give_up, "the alarm has not struck where it should"
+            assert time.monotonic() < give_up, "the alarm has not interrupted where it should"
         yield
 
 
 @pytest.mark.parametrize("first", ["waiter", "callback"])
 @pytest.mark.parametrize("outcome", [5, ValueError("foo")], ids=["result", "error"])
 def test_ctrl_c_in_set_result_leaves_it_complete_or_undone(outcome, first):
-    strikes = untouched = 0
+    interrupts = untouched = 0
     with Alarm() as alarm:
-        for _ in rounds(12_000, lambda: strikes > untouched > 0):
+        for _ in rounds(12_000, lambda: interrupts > untouched > 0):
             fut, waiter, ran = Future(), Waiter(), []
             enter = [
                 lambda fut=fut, waiter=waiter: _core.add_waiter(fut, waiter, waiter),
@@ -111,10 +111,10 @@ def test_ctrl_c_in_set_result_leaves_it_complete_or_undone(outcome, first):
                 step()
             is_error = isinstance(outcome, Exception)
             setter = fut.set_exception if is_error else fut.set_result
-            if not struck(lambda setter=setter: setter(outcome), fut, alarm):
+            if not interrupted(lambda setter=setter: setter(outcome), fut, alarm):
                 assert (fut.done(), waiter.woken, ran) == (True, 1, [fut])
                 continue
-            strikes += 1
+            interrupts += 1
             if fut.done():
                 assert torch._C.Future.done(fut)
                 assert waiter.woken >= 1
@@ -127,25 +127,25 @@ def test_ctrl_c_in_set_result_leaves_it_complete_or_undone(outcome, first):
 
 
 def test_ctrl_c_in_a_setter_leaves_no_child_pending():
-    strikes = 0
+    interrupts = 0
     with Alarm() as alarm:
-        for _ in rounds(12_000, lambda: strikes > 0):
+        for _ in rounds(12_000, lambda: interrupts > 0):
             fut = Future()
             child = fut.then(lambda f: "child")
-            if struck(lambda fut=fut: fut.set_result(5), fut, alarm) and fut.done():
-                strikes += 1
+            if interrupted(lambda fut=fut: fut.set_result(5), fut, alarm) and fut.done():
+                interrupts += 1
                 assert child.done()
                 assert child.exception() or child.value() == "child"
 
 
 def test_ctrl_c_in_a_setter_loses_no_dependent_completion():
-    strikes = 0
+    interrupts = 0
     with Alarm() as alarm:
-        for _ in rounds(12_000, lambda: strikes > 0):
+        for _ in rounds(12_000, lambda: interrupts > 0):
             fut = Future()
             combined, completed = gather([fut]), as_completed([fut])
-            if struck(lambda fut=fut: fut.set_result(5), fut, alarm) and fut.done():
-                strikes += 1
+            if interrupted(lambda fut=fut: fut.set_result(5), fut, alarm) and fut.done():
+                interrupts += 1
                 assert combined.done()
                 assert combined.exception() or combined.value() == [5]
                 assert next(completed) is fut

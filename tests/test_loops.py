@@ -48,11 +48,11 @@ EVERY = 1 if sys.version_info < (3, 12) else 7
 
 on_asyncios_loops = pytest.mark.parametrize("new_loop", NEW_LOOPS.values(), ids=NEW_LOOPS)
 # The first is raised where CPython checks for signals, the second in place of calls.
-whatever_strikes = pytest.mark.parametrize(
+any_interrupt = pytest.mark.parametrize(
     ("error", "at"), [(KeyboardInterrupt, "signals"), (MemoryError, "calls")]
 )
 # An exception in a finaliser does not propagate.
-finalisers_may_be_struck = pytest.mark.filterwarnings(
+finalisers_may_be_interrupted = pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning"
 )
 
@@ -64,29 +64,29 @@ def quiet(nothing_blocks_a_loop, caplog, monkeypatch):
     caplog.set_level(logging.CRITICAL, "asyncio")
 
 
-def strikes(*modules, **options):
+def interrupts(*modules, **options):
     """Interrupts without a traceback, which would keep a reference to the loop's pending call."""
-    for strike in explorer.strikes(*modules, every=EVERY, **options):
-        yield Forgetful(strike)
+    for interrupt in explorer.interrupts(*modules, every=EVERY, **options):
+        yield WithoutTraceback(interrupt)
 
 
-class Forgetful:
-    def __init__(self, strike):
-        self.strike = strike
+class WithoutTraceback:
+    def __init__(self, interrupt):
+        self.interrupt = interrupt
 
     def __enter__(self):
         gc.disable()  # finalisers of earlier runs could be interrupted instead
-        return self.strike.__enter__()
+        return self.interrupt.__enter__()
 
     def __exit__(self, *error):
         try:
-            return self.strike.__exit__(*error)
+            return self.interrupt.__exit__(*error)
         finally:
-            self.strike.error.__traceback__ = None
+            self.interrupt.error.__traceback__ = None
             gc.enable()
 
     def __repr__(self):
-        return repr(self.strike)
+        return repr(self.interrupt)
 
 
 async def value_of(fut):
@@ -133,10 +133,10 @@ class Waits:
         assert not waiting.result()[1], "tasks are still asleep"
         return self
 
-    def check(self, struck=0):
+    def check(self, interrupted=0):
         """Check that all but ``interrupted`` tasks have a value, and that no waiter is left."""
         ended = [task.cancelled() or task.exception() for task in self.tasks]
-        assert sum(error is not None for error in ended) <= struck
+        assert sum(error is not None for error in ended) <= interrupted
         assert all("waiters=0" in repr(fut) or fut.done() for fut in self.futures)
 
 
@@ -152,14 +152,14 @@ def new(new_loop):
 
 
 @on_asyncios_loops
-@whatever_strikes
+@any_interrupt
 @pytest.mark.parametrize("count", [1, 20], ids=["a wake-up", "a burst"])
-@finalisers_may_be_struck
+@finalisers_may_be_interrupted
 def test_interrupted_loop_loses_no_waiter(new_loop, error, at, count):
-    for strike in strikes(_loops, error=error, at=at):
+    for interrupt in interrupts(_loops, error=error, at=at):
         loop = new(new_loop)
         waits = Waits(loop, count).park().complete()
-        with strike:
+        with interrupt:
             waits.end()
         waits.end().check()
         check_that_it_serves(loop)
@@ -167,14 +167,14 @@ def test_interrupted_loop_loses_no_waiter(new_loop, error, at, count):
 
 
 @on_asyncios_loops
-@whatever_strikes
-@finalisers_may_be_struck
+@any_interrupt
+@finalisers_may_be_interrupted
 def test_interrupt_after_a_burst_loses_no_waiter(new_loop, error, at):
-    for strike in strikes(_loops, error=error, at=at):
+    for interrupt in interrupts(_loops, error=error, at=at):
         loop = new(new_loop)
         Waits(loop, 20).park().complete().end()
         waits = Waits(loop, 2).park().complete()
-        with strike:
+        with interrupt:
             waits.end()
             loop.run_until_complete(asyncio.sleep(0.003))  # longer than a pause
         waits.end().check()
@@ -183,30 +183,30 @@ def test_interrupt_after_a_burst_loses_no_waiter(new_loop, error, at):
 
 
 @on_asyncios_loops
-@whatever_strikes
+@any_interrupt
 def test_task_interrupted_before_it_waits_leaves_no_waiter(new_loop, error, at):
     loop = new(new_loop)
-    for strike in strikes(_loops, error=error, at=at):
+    for interrupt in interrupts(_loops, error=error, at=at):
         waits = Waits(loop, 3)
-        with strike:
+        with interrupt:
             waits.park()
-        waits.complete().end().check(struck=1)
+        waits.complete().end().check(interrupted=1)
         check_that_it_serves(loop)
     loop.close()
 
 
 @on_asyncios_loops
-@whatever_strikes
+@any_interrupt
 @pytest.mark.parametrize("where", ["elsewhere", "in a task"])
 def test_thread_interrupted_during_completion_loses_no_waiter(new_loop, error, at, where):
-    for strike in strikes(_loops, error=error, at=at):
+    for interrupt in interrupts(_loops, error=error, at=at):
         loop = new(new_loop)
         waits = Waits(loop, 3).park()
 
         async def complete(waits=waits):
             waits.complete_here()
 
-        with strike:
+        with interrupt:
             if where == "in a task":
                 loop.run_until_complete(complete())
             else:
@@ -218,34 +218,34 @@ def test_thread_interrupted_during_completion_loses_no_waiter(new_loop, error, a
 
 
 @on_asyncios_loops
-@whatever_strikes
-@finalisers_may_be_struck
+@any_interrupt
+@finalisers_may_be_interrupted
 def test_interrupt_during_cancellation_loses_no_other_waiter(new_loop, error, at):
-    for strike in strikes(_loops, error=error, at=at):
+    for interrupt in interrupts(_loops, error=error, at=at):
         loop = new(new_loop)
         waits = Waits(loop, 6).park()
         for task in waits.tasks[::2]:
             task.cancel()
         waits.complete()
-        with strike:
+        with interrupt:
             waits.end()
         # The frames of the tasks that were cancelled in the same turn refer to the loop's pending
         # call, so only another task that waits renews it.
         check_that_it_serves(loop)
-        waits.end().check(struck=3)
+        waits.end().check(interrupted=3)
         loop.close()
 
 
 @on_asyncios_loops
-@whatever_strikes
-@finalisers_may_be_struck
+@any_interrupt
+@finalisers_may_be_interrupted
 def test_interrupted_loop_cleanup_leaks_no_waiter_or_file(new_loop, error, at):
     def files():
         gc.collect()
         return len(os.listdir("/proc/self/fd"))
 
     before = None
-    for strike in strikes(_loops, error=error, at=at):
+    for interrupt in interrupts(_loops, error=error, at=at):
         loop = new(new_loop)
         Waits(loop, 20).park().complete().end()
         left = Waits(loop, 20).park().complete()  # the loop closes before it wakes them
@@ -253,7 +253,7 @@ def test_interrupted_loop_cleanup_leaks_no_waiter_or_file(new_loop, error, at):
             task._log_destroy_pending = False
         another = new(new_loop)
         loop.close()
-        with strike:
+        with interrupt:
             Waits(another, 1).park()  # cleans up after the closed loop
         check_that_it_serves(another)
         another.close()
@@ -262,12 +262,12 @@ def test_interrupted_loop_cleanup_leaks_no_waiter_or_file(new_loop, error, at):
     assert files() <= before
 
 
-@whatever_strikes
+@any_interrupt
 def test_waiting_task_renews_a_wake_up_lost_to_a_traceback(error, at):
-    for strike in explorer.strikes(_loop, _asyncio, error=error, at=at):
+    for interrupt in explorer.interrupts(_loop, _asyncio, error=error, at=at):
         loop = new(asyncio.SelectorEventLoop)
         waits = Waits(loop, 2).park().complete()
-        with strike:  # keeps the traceback, and with it the loop's pending call
+        with interrupt:  # keeps the traceback, and with it the loop's pending call
             waits.end()
         Waits(loop, 1).park().complete().end().check()
         waits.end().check()
@@ -414,28 +414,28 @@ def what_is_raised_by(function):
         return error
 
 
-@whatever_strikes
+@any_interrupt
 @pytest.mark.parametrize("timers", ["timerfd", "of the loop"])
 @pytest.mark.parametrize("where", ["elsewhere", "in a task"])
-@finalisers_may_be_struck
+@finalisers_may_be_interrupted
 def test_interrupted_trio_run_resumes_all_tasks_or_ends(error, at, where, timers, monkeypatch):
     if timers == "of the loop":
         monkeypatch.setattr(_alarm, "new_timer", lambda: None)
 
-    async def wait(fut, got, struck):
+    async def wait(fut, got, interrupted):
         try:
             got.append(await fut)
         except error as raised:
-            struck.append(raised)
+            interrupted.append(raised)
 
     async def main():
         for _ in range(2):
-            futures, got, struck = [Future() for _ in range(3)], [], []
+            futures, got, interrupted = [Future() for _ in range(3)], [], []
             rang = trio.Event()
             with trio.fail_after(PATIENCE):
                 async with trio.open_nursery() as nursery:
                     for fut in futures:
-                        nursery.start_soon(wait, fut, got, struck)
+                        nursery.start_soon(wait, fut, got, interrupted)
                     await trio.testing.wait_all_tasks_blocked()
                     for fut in futures:
                         if where == "elsewhere":
@@ -445,8 +445,8 @@ def test_interrupted_trio_run_resumes_all_tasks_or_ends(error, at, where, timers
                             try:
                                 fut.set_result(None)
                             except error as raised:
-                                struck.append(raised)
-            assert len(got) >= 3 - len(struck)
+                                interrupted.append(raised)
+            assert len(got) >= 3 - len(interrupted)
             alarm = _loops.current().alarm(rang.set)
             alarm.set(0.001)
             with trio.fail_after(PATIENCE):
@@ -454,10 +454,10 @@ def test_interrupted_trio_run_resumes_all_tasks_or_ends(error, at, where, timers
             alarm.close()
             await trio.testing.wait_all_tasks_blocked()
 
-    for strike in strikes(_loops, error=error, at=at):
-        with strike:
+    for interrupt in interrupts(_loops, error=error, at=at):
+        with interrupt:
             raised = what_is_raised_by(lambda: trio.run(main))
-        assert raised is None or contains(raised, error), strike
+        assert raised is None or contains(raised, error), interrupt
     trio.run(main)
 
 
@@ -491,10 +491,10 @@ def test_trio_task_rescheduled_by_others_raises_and_cleans_up():
 
 
 @on_asyncios_loops
-@whatever_strikes
-@finalisers_may_be_struck
+@any_interrupt
+@finalisers_may_be_interrupted
 def test_interrupted_alarm_works_and_closes_no_other_file(new_loop, error, at):
-    for strike in strikes(_alarm, error=error, at=at):
+    for interrupt in interrupts(_alarm, error=error, at=at):
         loop = new(new_loop)
         rang = asyncio.Event()
 
@@ -513,7 +513,7 @@ def test_interrupted_alarm_works_and_closes_no_other_file(new_loop, error, at):
             await rings(alarm)
 
         used = []
-        with strike, suppress(TimeoutError):
+        with interrupt, suppress(TimeoutError):
             loop.run_until_complete(use())
         if used:
             run(loop, loop.create_task(rings(used[0])))
@@ -561,18 +561,18 @@ def test_alarm_with_a_raising_function_neither_stops_nor_spins(new_loop):
 class AlarmInTheLoop(Alarm):
     """Does not interrupt asyncio's `run_forever`, which would leave the loop marked as running."""
 
-    def strike(self, signum, frame):
+    def interrupt(self, signum, frame):
         if frame.f_code.co_name == "run_forever":
             signal.setitimer(signal.ITIMER_REAL, 5e-4)
         else:
-            super().strike()
+            super().interrupt()
 
 
 # An interrupt may end asyncio.wait after it has made a coroutine and before it awaits it.
 @pytest.mark.filterwarnings("ignore:coroutine '_?wait' was never awaited:RuntimeWarning")
 @on_asyncios_loops
 def test_real_ctrl_c_leaves_the_loop_responsive(new_loop):
-    struck = 0
+    interrupted = 0
     with AlarmInTheLoop() as alarm:
         loop = new(new_loop)
 
@@ -588,10 +588,10 @@ def test_real_ctrl_c_leaves_the_loop_responsive(new_loop):
             try:
                 loop.run_until_complete(serving)
             except KeyboardInterrupt:
-                struck += 1
+                interrupted += 1
                 alarm.armed = False
                 Waits(loop, 1).park().complete().end().check()
             serving.cancel()
         check_that_it_serves(loop)
         loop.close()
-    assert struck > 50
+    assert interrupted > 50

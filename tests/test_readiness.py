@@ -17,7 +17,7 @@ from .accelerator import (
     read_on_current_stream,
     simulated_only,
 )
-from .explorer import strikes
+from .explorer import interrupts
 from .loops import on_asyncio, on_every_loop
 from .threads import PATIENCE
 from .waiting import Reader, pending
@@ -112,20 +112,20 @@ def test_error_of_a_callback_is_raised_unchanged(accelerator, producer, error, c
 
 def test_ctrl_c_before_a_callback_never_runs_it_twice(accelerator, producer):
     readiness, _ = readiness_on(producer, accelerator)
-    struck = 0
-    for strike in strikes(_readiness):
-        calls, interrupt = [], None
+    interrupted = 0
+    for interrupt in interrupts(_readiness):
+        calls, swallowed = [], None
         try:
-            with strike:
+            with interrupt:
                 readiness.run(lambda calls=calls: calls.append(None))
         except KeyboardInterrupt as error:  # in place of one that C++ has swallowed
-            interrupt = error
-        assert len(calls) == 1 or strike.raised
+            swallowed = error
+        assert len(calls) == 1 or interrupt.raised
         assert len(calls) <= 1
-        if strike.where is not None:
-            struck += 1
-            assert strike.raised or interrupt is not None
-    assert struck > 5
+        if interrupt.where is not None:
+            interrupted += 1
+            assert interrupt.raised or swallowed is not None
+    assert interrupted > 5
 
 
 # ----------------------------------------------------------------------- callbacks when ready

@@ -37,7 +37,7 @@ from .accelerator import (
     several_devices,
     told_or_not,
 )
-from .explorer import strikes
+from .explorer import interrupts
 from .loops import on_asyncio, on_every_loop
 from .threads import PATIENCE, alongside, running, until
 from .waiting import Reader, eventually, pending, polled
@@ -425,7 +425,7 @@ def test_interrupted_as_completed_yields_the_remaining_futures(
     async def read(completed):
         return [fut async for fut in completed]
 
-    for strike in strikes(_as_completed, error=error, at=at, every=3):
+    for interrupt in interrupts(_as_completed, error=error, at=at, every=3):
         futures, got = [Future() for _ in range(3)], []
         completed = as_completed(futures)
         with producer:
@@ -436,7 +436,7 @@ def test_interrupted_as_completed_yields_the_remaining_futures(
             # Not a return value: the loop may be interrupted after the task has ended.
             got.append(await anext(completed))
 
-        with strike:
+        with interrupt:
             if where == "thread":
                 got.append(next(completed))
             else:
@@ -513,9 +513,9 @@ async def test_cancelled_as_asyncio_leaves_no_wait_in_the_watcher(accelerator, p
 async def test_interrupted_as_asyncio_leaves_no_wait_after_the_kernels(accelerator, producer):
     fut = completed_on(producer, accelerator, None)
     await asyncio.sleep(0)
-    for strike in strikes(_to_stdlib, _readiness, _watcher):
+    for interrupt in interrupts(_to_stdlib, _readiness, _watcher):
         target = asyncio.get_running_loop().create_future()
-        with strike:
+        with interrupt:
             _to_stdlib.copy_when_ready(fut, target)
     accelerator.wake()
     assert (await target).tolist() == NEW

@@ -22,7 +22,7 @@ from torchfut_aio import (
 )
 
 from .accelerator import FIRST, NEW, SECOND, being_filled, simulated_only, told_or_not
-from .explorer import strikes
+from .explorer import interrupts
 from .loops import on_asyncio, on_every_loop
 from .threads import PATIENCE, alongside, running, until
 from .waiting import polled
@@ -203,7 +203,7 @@ class Waiter:
 def test_whatever_strikes_all_are_untouched_or_all_are_served(error, at, caplog):
     caplog.set_level(logging.CRITICAL, "torchfut_aio")
     served = untouched = 0
-    for strike in strikes(_core, _many, error=error, at=at):
+    for interrupt in interrupts(_core, _many, error=error, at=at):
         futures, ran = futures_of(3), []
         waiters = [Waiter() for _ in futures]
         for fut, waiter in zip(futures, waiters, strict=True):
@@ -211,7 +211,7 @@ def test_whatever_strikes_all_are_untouched_or_all_are_served(error, at, caplog)
             fut.add_done_callback(ran.append)
         children = [fut.then(lambda _: "child") for fut in futures]
         values = [1, ValueError("foo"), 3]
-        with strike:
+        with interrupt:
             set_results(futures, values)
         if not any(fut.done() for fut in futures):
             untouched += 1

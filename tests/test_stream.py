@@ -35,7 +35,7 @@ from torchfut_aio import (
 from torchfut_aio.serving import _stream, _stream_state
 
 from .accelerator import FIRST, NEW, being_filled, read_on_current_stream, simulated_only
-from .explorer import strikes
+from .explorer import interrupts
 from .loops import on_asyncio, on_every_loop
 from .test_memory import Growth
 from .threads import PATIENCE, alongside, running, until
@@ -1153,18 +1153,18 @@ class Waiter:
 @pytest.mark.parametrize("max_size", [None, 5])
 def test_an_interrupted_put_is_done_or_not_and_wakes_readers(max_size, many):
     done = not_done = 0
-    for strike in strikes(*MODULES):
+    for interrupt in interrupts(*MODULES):
         stream, reader = ValueStream(max_size=max_size), Waiter()
         stream.put("before")
         stream._state.readers.waiting[reader] = reader
-        with strike:
+        with interrupt:
             stream.put_many(["a", "b"]) if many else stream.put("a")
         if len(stream) > 1:
             done += 1
             until(lambda: reader.woken)
         else:
             not_done += 1
-            assert strike.raised
+            assert interrupt.raised
         got = [next(iterator) for iterator in [iter(stream)] for _ in range(len(stream))]
         assert got in (["before"], ["before", "a"], ["before", "a", "b"])
         if max_size is not None:
@@ -1193,12 +1193,12 @@ def at_once(coroutine):
 
 @pytest.mark.parametrize("read", READS.values(), ids=READS)
 def test_an_interrupted_read_loses_no_value_and_no_wake_up(read):
-    for strike in strikes(*MODULES):
+    for interrupt in interrupts(*MODULES):
         stream, writer, got = ValueStream(max_size=2), Waiter(), []
         stream.put_many(["a", "b"])
         values = iter(stream)
         stream._state.writers.waiting[writer] = writer
-        with strike:
+        with interrupt:
             read(stream, values, got)
         assert len(got) + len(stream) == 2
         if got:
@@ -1243,12 +1243,12 @@ def test_stream_works_after_an_interrupted_waiting_task(how):
     async def read(stream, values):
         return await (anext(values) if how == "anext" else stream.aget())
 
-    for strike in strikes(*MODULES):
+    for interrupt in interrupts(*MODULES):
         stream, loop = ValueStream(), asyncio.new_event_loop()
         values = aiter(stream)
         task = loop.create_task(read(stream, values))
         with running(lambda: stream.put("a")):
-            with strike:
+            with interrupt:
                 loop.run_until_complete(task)
             if not task.done():
                 loop.run_until_complete(asyncio.wait([task]))
@@ -1264,13 +1264,13 @@ def test_stream_works_after_an_interrupted_waiting_task(how):
 @pytest.mark.parametrize("end", ["close", "stop_listening", "drop", "block"])
 def test_an_interrupted_end_wakes_all_or_can_be_repeated(end):
     ended = 0
-    for strike in strikes(*MODULES):
+    for interrupt in interrupts(*MODULES):
         stream, reader, writer = ValueStream(max_size=1), Waiter(), Waiter()
         stream.put(1)
         listeners = [iter(stream)]
         stream._state.readers.waiting[reader] = reader
         stream._state.writers.waiting[writer] = writer
-        with strike:
+        with interrupt:
             if end == "drop":
                 listeners.clear()
             elif end == "block":
@@ -1292,7 +1292,7 @@ def test_an_interrupted_end_wakes_all_or_can_be_repeated(end):
 @pytest.mark.parametrize("first", ["put", "put_many", "read", "get"])
 @pytest.mark.parametrize("max_size", [None, 4])
 def test_interleaved_operations_read_or_refuse_each_value_once(max_size, first, second):
-    for strike in strikes(*MODULES, do=lambda: act(second, "d")):
+    for interrupt in interrupts(*MODULES, do=lambda: act(second, "d")):
         stream, accepted, got = ValueStream(max_size=max_size), ["a", "b"], []
         values = iter(stream)
         stream.put_many(["a", "b"])
@@ -1312,7 +1312,7 @@ def test_interleaved_operations_read_or_refuse_each_value_once(max_size, first, 
                 else:
                     getattr(stream, kind)()
 
-        with strike:
+        with interrupt:
             act(first, "c")
         stream.close()
         got += values

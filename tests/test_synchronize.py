@@ -371,18 +371,18 @@ def test_threads_adopting_first_at_once_share_a_watcher_thread(accelerator, prod
 
 
 def test_interrupted_adoption_leaves_nothing_and_harms_no_other(accelerator, producer):
-    for strike in explorer.strikes(_background, _threads):
+    for interrupt in explorer.interrupts(_background, _threads):
         with producer:
             accelerator.sleep(PATIENCE)
-        with strike:
+        with interrupt:
             fut = as_future(producer)
-        assert not strike.where or strike.raised, strike
+        assert not interrupt.where or interrupt.raised, interrupt
         other = as_future(recorded(producer))
         accelerator.wake()
-        assert other.wait(PATIENCE) is None, strike
-        assert strike.where or fut.wait(PATIENCE) is None
+        assert other.wait(PATIENCE) is None, interrupt
+        assert interrupt.where or fut.wait(PATIENCE) is None
         until(lambda: not watchers())
-        assert not _background._watching.work, strike
+        assert not _background._watching.work, interrupt
 
 
 def test_failed_thread_start_leaves_no_notification_behind(accelerator, producer):

@@ -30,7 +30,7 @@ from torchfut_aio._loops import Loop
 from torchfut_aio.debug import set_task_state_checks
 
 from .accelerator import FIRST, SECOND, being_filled, current_stream, several_devices
-from .explorer import strikes
+from .explorer import interrupts
 from .loops import on_asyncio, on_every_loop
 from .threads import PATIENCE, alongside, running
 
@@ -332,14 +332,14 @@ def test_interrupted_steps_leave_the_thread_state_as_it_was(ambient):
 
     with ambient():
         inference, before = torch.is_inference_mode_enabled(), state()
-        for strike in strikes(task_state, _tasks, every=EVERY):
+        for interrupt in interrupts(task_state, _tasks, every=EVERY):
             seen.clear()
             inner = own()
-            with strike:
+            with interrupt:
                 run_in_turns([task_local_state(inner)], [])
-            assert state() == before, strike
-            assert ended(inner), strike
-            assert len(seen) <= 1, strike  # it cleaned up, or was interrupted before its start
+            assert state() == before, interrupt
+            assert ended(inner), interrupt
+            assert len(seen) <= 1, interrupt  # it cleaned up, or was interrupted before its start
         assert seen == [(not inference, True)]
 
 
@@ -488,12 +488,12 @@ def test_interrupted_steps_restore_devices_and_streams(accelerator):
             await suspended()
 
     before = seen()
-    for strike in strikes(task_state, _tasks, every=EVERY):
+    for interrupt in interrupts(task_state, _tasks, every=EVERY):
         inner = own()
-        with strike:
+        with interrupt:
             run_in_turns([task_local_state(inner)], [])
-        assert seen() == before, strike
-        assert ended(inner), strike
+        assert seen() == before, interrupt
+        assert ended(inner), interrupt
 
 
 # ------------------------------------------------------------------------ the warning

@@ -167,60 +167,60 @@ def test_submission_does_not_rely_on_a_failed_thread_start(monkeypatch):
 
 @pytest.mark.parametrize("there_is_a_thread", [False, True])
 def test_interrupted_submission_loses_its_item_and_no_other(there_is_a_thread):
-    for strike in explorer.strikes(_threads):
+    for interrupt in explorer.interrupts(_threads):
         worker, event = Sets(PATIENCE if there_is_a_thread else 0), threading.Event()
         before = submits(worker)
         until(before.is_set if there_is_a_thread else lambda: not threads())
-        with strike:
+        with interrupt:
             worker.submit(event)
-        assert strike.raised == (strike.where is not None), strike
-        assert strike.raised or event.wait(PATIENCE), strike
-        assert submits(worker).wait(PATIENCE), strike
-        assert not worker.work, strike
+        assert interrupt.raised == (interrupt.where is not None), interrupt
+        assert interrupt.raised or event.wait(PATIENCE), interrupt
+        assert submits(worker).wait(PATIENCE), interrupt
+        assert not worker.work, interrupt
         worker.end(PATIENCE)
         until(lambda: not threads())
 
 
 def test_interrupted_submission_takes_no_other_threads_work_away():
-    def submit_beside_and_strike():
+    def submit_beside_and_interrupt():
         events.append(submits_beside(worker))
         raise KeyboardInterrupt
 
-    for strike in explorer.strikes(_threads, do=submit_beside_and_strike):
+    for interrupt in explorer.interrupts(_threads, do=submit_beside_and_interrupt):
         worker, events = Sets(), []
         try:
-            with strike:
+            with interrupt:
                 events.append(submits(worker))
         except KeyboardInterrupt:
             pass
         assert len(events) == 1
-        assert events[0].wait(PATIENCE), strike
+        assert events[0].wait(PATIENCE), interrupt
         until(lambda: not threads())
 
 
 @pytest.mark.parametrize("submit", [submits, submits_beside])
 def test_work_submitted_during_another_submission_is_run(submit):
-    for strike in explorer.strikes(_threads, do=lambda: events.append(submit(worker))):
+    for interrupt in explorer.interrupts(_threads, do=lambda: events.append(submit(worker))):
         worker, events = Sets(), []
-        with strike:
+        with interrupt:
             events.append(submits(worker))
-        assert len(events) == 1 + (strike.where is not None)
-        assert all(event.wait(PATIENCE) for event in events), strike
+        assert len(events) == 1 + (interrupt.where is not None)
+        assert all(event.wait(PATIENCE) for event in events), interrupt
         assert worker.most == 1
         until(lambda: not threads())
 
 
 @pytest.mark.parametrize("linger", [0.0, 0.01])
 def test_work_submitted_at_any_step_of_the_thread_is_run(linger):
-    for strike in explorer.strikes(
+    for interrupt in explorer.interrupts(
         _threads, thread=NAME, do=lambda: events.append(submits_beside(worker))
     ):
         worker, events = Sets(linger), []
-        with strike:
+        with interrupt:
             events.append(submits(worker))
             until(lambda: not threads())
-        assert len(events) == 1 + (strike.where is not None)
-        assert all(event.wait(PATIENCE) for event in events), strike
+        assert len(events) == 1 + (interrupt.where is not None)
+        assert all(event.wait(PATIENCE) for event in events), interrupt
         assert worker.most == 1
 
 
@@ -241,25 +241,25 @@ def test_call_withdrawn_from_a_blocking_thread_harms_no_other():
         blocking.work.pop(first, None)
 
     notified = []
-    for strike in explorer.strikes(_threads, thread=BLOCKING, do=withdraw):
+    for interrupt in explorer.interrupts(_threads, thread=BLOCKING, do=withdraw):
         blocking, first = BlockingThread(BLOCKING), notified.append
-        with strike:
+        with interrupt:
             blocking.submit(first, lambda: None)
-            assert blocked(blocking).wait(PATIENCE), strike
-        assert blocked(blocking).wait(PATIENCE), strike
+            assert blocked(blocking).wait(PATIENCE), interrupt
+        assert blocked(blocking).wait(PATIENCE), interrupt
         assert not blocking.work
     assert notified
 
 
 def test_submitting_at_any_step_of_a_blocking_thread_gets_called():
-    for strike in explorer.strikes(
+    for interrupt in explorer.interrupts(
         _threads, thread=BLOCKING, do=lambda: events.append(blocked(blocking))
     ):
         blocking, events = BlockingThread(BLOCKING), []
-        with strike:
+        with interrupt:
             events.append(blocked(blocking))
-            until(lambda: strike.where or not blocking.threads())
-        assert all(event.wait(PATIENCE) for event in events), strike
+            until(lambda: interrupt.where or not blocking.threads())
+        assert all(event.wait(PATIENCE) for event in events), interrupt
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
@@ -333,11 +333,11 @@ def test_end_waits_for_the_thread_and_hands_over_remaining_work():
 
 
 def test_end_at_any_step_of_a_submission_loses_no_work():
-    for strike in explorer.strikes(_threads, do=lambda: worker.end(PATIENCE)):
+    for interrupt in explorer.interrupts(_threads, do=lambda: worker.end(PATIENCE)):
         worker = Sets(linger=0.01)
-        with strike:
+        with interrupt:
             event = submits(worker)
-        assert event.wait(PATIENCE), strike
+        assert event.wait(PATIENCE), interrupt
         until(lambda: not threads())
 
 

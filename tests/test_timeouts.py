@@ -467,59 +467,59 @@ def times_out():
 
 @pytest.mark.parametrize("seconds", [SOON, LATER, 0])
 def test_interrupted_with_timeout_leaves_nothing_with_its_source(seconds):
-    for strike in explorer.strikes(_timeouts, _threads):
+    for interrupt in explorer.interrupts(_timeouts, _threads):
         source = Future()
-        with strike:
+        with interrupt:
             fut = with_timeout(source, seconds)
-        assert strike.raised == (strike.where is not None), strike
-        if strike.raised:
-            assert repr(source) == IDLE, strike
+        assert interrupt.raised == (interrupt.where is not None), interrupt
+        if interrupt.raised:
+            assert repr(source) == IDLE, interrupt
         elif seconds == LATER:
             source.set_result(5)
             assert fut.value() == 5
         else:
             fut.then(Future.exception).wait(PATIENCE)
-        assert times_out(), strike
+        assert times_out(), interrupt
         until(lambda: not timers())
 
 
 def test_interrupted_with_timeout_loses_no_other_timeouts():
-    def set_another_and_strike():
+    def set_another_and_interrupt():
         with running(lambda: others.append(with_timeout(source, LATER))):
             pass
         raise KeyboardInterrupt
 
-    for strike in explorer.strikes(_timeouts, _threads, do=set_another_and_strike):
+    for interrupt in explorer.interrupts(_timeouts, _threads, do=set_another_and_interrupt):
         source, others = Future(), []
-        with suppress(KeyboardInterrupt), strike:
+        with suppress(KeyboardInterrupt), interrupt:
             with_timeout(Future(), SOON)
-        assert len(others) == (strike.where is not None)
-        assert not any(other.done() for other in others), strike
+        assert len(others) == (interrupt.where is not None)
+        assert not any(other.done() for other in others), interrupt
         source.set_result(5)
-        assert all(other.value() == 5 for other in others), strike
+        assert all(other.value() == 5 for other in others), interrupt
         until(lambda: not timers())
 
 
 def test_interrupted_completion_leaves_no_timeout_pending(timer):
-    for strike in explorer.strikes(_timeouts, _threads):
+    for interrupt in explorer.interrupts(_timeouts, _threads):
         source = Future()
         fut = with_timeout(source, LATER)
-        with strike:
+        with interrupt:
             source.set_result(5)
-        assert fut.done(), strike
-        assert not timer.work, strike
+        assert fut.done(), interrupt
+        assert not timer.work, interrupt
         until(lambda: not timers())
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_memory_error_in_the_timer_leaves_no_future_pending():
-    for strike in explorer.strikes(
+    for interrupt in explorer.interrupts(
         _timeouts, _threads, error=MemoryError, at="calls", thread="torchfut_aio timeouts"
     ):
-        with strike:
+        with interrupt:
             late = [with_timeout(Future(), SOON) for _ in range(2)]
-            until(lambda: strike.where or not timers())
-        assert times_out(), strike  # starts a thread if the other one died before its first line
+            until(lambda: interrupt.where or not timers())
+        assert times_out(), interrupt  # starts a thread if the other one died before its first line
         until(lambda: all(fut.done() for fut in late))
         until(lambda: not timers())
 
@@ -533,7 +533,7 @@ def test_real_ctrl_c_does_not_stop_later_timeouts(there_is_a_thread):
         logging.getLogger("torchfut_aio.unretrieved").disabled = True
         sys.unraisablehook = lambda _: None  # threading has weak references with callbacks
 
-        def strike(signum, frame):
+        def interrupt(signum, frame):
             if armed:
                 armed.clear()
                 raise KeyboardInterrupt
@@ -543,8 +543,8 @@ def test_real_ctrl_c_does_not_stop_later_timeouts(there_is_a_thread):
             while armed:
                 pass
 
-        armed, strikes = [], 0
-        signal.signal(signal.SIGALRM, strike)
+        armed, interrupts = [], 0
+        signal.signal(signal.SIGALRM, interrupt)
         kept = with_timeout(Future(), 3600) if {there_is_a_thread} else None
         for n in range(300):
             give_up = time.monotonic() + 30
@@ -555,10 +555,10 @@ def test_real_ctrl_c_does_not_stop_later_timeouts(there_is_a_thread):
                 signal.setitimer(signal.ITIMER_REAL, (n % 60 * 5 + 1) * 1e-6)
                 attempt()
             except KeyboardInterrupt:
-                strikes += 1
+                interrupts += 1
             late = with_timeout(Future(), 0.0001).then(lambda fut: type(fut.exception()))
             assert late.wait(30) is TimeoutError
-        print(strikes)
+        print(interrupts)
     """)
     assert int(printed) > 200
 

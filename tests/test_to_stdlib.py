@@ -13,7 +13,7 @@ import pytest
 from torchfut_aio import Future, _core, _to_stdlib, as_future
 
 from .accelerator import FIRST, NEW, SECOND, being_filled, completed_on, told_or_not
-from .explorer import strikes
+from .explorer import interrupts
 from .loops import on_asyncio
 from .threads import PATIENCE, alongside, running, until
 
@@ -200,13 +200,13 @@ def test_cancelling_as_concurrent_during_kernels_wakes_waiters(accelerator, prod
 
 @pytest.mark.parametrize(("error", "at"), [(KeyboardInterrupt, "signals"), (MemoryError, "calls")])
 def test_interrupted_completion_leaves_no_as_concurrent_pending(error, at):
-    for strike in strikes(_to_stdlib, _core, error=error, at=at):
+    for interrupt in interrupts(_to_stdlib, _core, error=error, at=at):
         fut = Future()
         copy, other = fut.as_concurrent(), fut.then(lambda f: f.value())
-        with strike:
+        with interrupt:
             fut.set_result(5)
         fut.try_set_result(5)
-        if strike.raised is not None:
+        if interrupt.raised is not None:
             until(lambda: copy.done() and other.done())
         assert copy.done()
         assert copy.exception(0) is None or isinstance(copy.exception(0), error)

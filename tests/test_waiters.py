@@ -17,7 +17,7 @@ import pytest
 from torchfut_aio import ValueStream, _loops, _waiters
 from torchfut_aio.serving import _stream, _stream_state
 
-from .explorer import strikes
+from .explorer import interrupts
 from .loops import on_every_loop
 from .threads import PATIENCE, alongside, running, until
 from .waiting import eventually
@@ -264,13 +264,13 @@ pairs = pytest.mark.parametrize("kind", ["readers", "getters", "writers"])
 @pairs
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_waiter_cancelled_at_any_step_leaves_no_other_asleep(kind, which):
-    for strike in strikes(*MODULES, do=lambda: pair.tasks[which].cancel()):
+    for interrupt in interrupts(*MODULES, do=lambda: pair.tasks[which].cancel()):
         pair = Pair(kind)
-        with strike:
+        with interrupt:
             pair.event()
             pair.turns()
         pair.turns()
-        assert pair.served == [1], strike
+        assert pair.served == [1], interrupt
         pair.close()
         assert nothing_left(pair.stream)
 
@@ -278,45 +278,45 @@ def test_a_waiter_cancelled_at_any_step_leaves_no_other_asleep(kind, which):
 @pairs
 @pytest.mark.parametrize("cancelled", [False, True], ids=["", "cancelled"])
 def test_a_waiter_interrupted_at_any_step_leaves_no_other_asleep(kind, cancelled):
-    for strike in strikes(*MODULES):
+    for interrupt in interrupts(*MODULES):
         pair = Pair(kind)
-        with strike:
+        with interrupt:
             pair.event()
             if cancelled:
                 pair.tasks[0].cancel()
             pair.turns()
         pair.turns()
         if pair.happened():
-            assert pair.served or pair.tasks[1].done(), strike
+            assert pair.served or pair.tasks[1].done(), interrupt
         for _ in range(2):
             if not all(task.done() for task in pair.tasks):
                 with contextlib.suppress(StopIteration):
                     pair.event()
                     pair.turns()
-        assert all(task.done() for task in pair.tasks), strike
+        assert all(task.done() for task in pair.tasks), interrupt
         pair.close()
 
 
 @pairs
 @pytest.mark.parametrize("number", [1, 2])
 def test_an_event_interrupted_at_any_step_loses_no_waiter(kind, number):
-    for strike in strikes(*MODULES, _loops):
+    for interrupt in interrupts(*MODULES, _loops):
         pair = Pair(kind, number)
-        with strike:
+        with interrupt:
             pair.event()
         pair.turns()
-        assert pair.served or not pair.happened(), strike
+        assert pair.served or not pair.happened(), interrupt
         while len(pair.served) < number:
             before = len(pair.served)
             pair.event()
             pair.turns()
-            assert len(pair.served) > before, strike
+            assert len(pair.served) > before, interrupt
         pair.close()
 
 
 @pairs
 def test_waiter_being_added_at_any_step_is_woken(kind):
-    for strike in strikes(*MODULES, do=lambda: pair.event()):
+    for interrupt in interrupts(*MODULES, do=lambda: pair.event()):
         pair = Pair(kind, number=1)
         pair.event()
         pair.turns()
@@ -324,13 +324,13 @@ def test_waiter_being_added_at_any_step_is_woken(kind):
         if kind == "writers":
             assert next(pair.values) == 1
             pair.stream.put("full again")
-        with strike:
+        with interrupt:
             pair.add()
             pair.turn()
-        if strike.where is None:
+        if interrupt.where is None:
             pair.event()
         pair.turns()
-        assert pair.served == [1, 1], strike
+        assert pair.served == [1, 1], interrupt
         pair.close()
 
 
@@ -348,24 +348,24 @@ threads_read = pytest.mark.parametrize("how", [read_by_next, read_by_get])
 
 @threads_read
 def test_thread_starting_to_wait_at_any_step_is_woken(how):
-    for strike in strikes(*MODULES, thread="struck", do=lambda: stream.put(1)):
+    for interrupt in interrupts(*MODULES, thread="interrupted", do=lambda: stream.put(1)):
         stream, got = ValueStream(), []
         read = how(stream)
         thread = threading.Thread(
-            target=lambda read=read, got=got: got.append(read()), name="struck"
+            target=lambda read=read, got=got: got.append(read()), name="interrupted"
         )
-        with strike:
+        with interrupt:
             thread.start()
             until(lambda: stream._state.readers.waiting or got)
-            if strike.where is None:
+            if interrupt.where is None:
                 stream.put(1)
             thread.join(PATIENCE)
-        assert got[:1] == [1], strike
+        assert got[:1] == [1], interrupt
 
 
 @threads_read
 def test_a_thread_interrupted_at_any_step_leaves_no_other_asleep(how):
-    for strike in strikes(*MODULES, thread="struck"):
+    for interrupt in interrupts(*MODULES, thread="interrupted"):
         stream, got = ValueStream(), []
         read_one = how(stream)
 
@@ -376,18 +376,18 @@ def test_a_thread_interrupted_at_any_step_leaves_no_other_asleep(how):
                 got.append(None)
 
         other = threading.Thread(target=read)
-        with strike:
-            struck = threading.Thread(target=read, name="struck")
-            struck.start()
+        with interrupt:
+            interrupted = threading.Thread(target=read, name="interrupted")
+            interrupted.start()
             until(lambda: stream._state.readers.waiting or got)
             other.start()
             until(lambda: len(stream._state.readers.waiting) + len(got) == 2)
             stream.put(1)
             until(lambda: 1 in got)
             stream.put(2)
-            struck.join(PATIENCE)
+            interrupted.join(PATIENCE)
             other.join(PATIENCE)
-        assert not struck.is_alive()
+        assert not interrupted.is_alive()
         assert not other.is_alive()
         assert 1 in got
         assert None in got or sorted(got) == [1, 2]
@@ -492,25 +492,25 @@ def test_stream_used_by_many_loops_keeps_none_of_them():
 
 def test_waiter_joining_a_removed_line_is_in_a_line_or_woken():
     # A line is removed when it is empty. Here a waiter joins just before that, or just after.
-    for strike in strikes(_waiters, do=lambda: waiters.line_up("late", waker)):
+    for interrupt in interrupts(_waiters, do=lambda: waiters.line_up("late", waker)):
         waiters, waker = _waiters.Waiters(), Waker()
         waiters.waiting["late"] = waker
         waiters.waiting["early"] = waker
         waiters.line_up("early", waker)
-        with strike:
+        with interrupt:
             waiters.waiting.pop("early")
             waiters.leave_line("early", waker)
         in_line = "late" in waiters.lines.get(waker, {})
-        assert strike.where is None or in_line or waker.woken == ["late"]
+        assert interrupt.where is None or in_line or waker.woken == ["late"]
 
 
 def test_line_removed_while_a_waiter_joins_is_replaced():
-    for strike in strikes(_waiters, do=lambda: waiters.leave_line("early", waker)):
+    for interrupt in interrupts(_waiters, do=lambda: waiters.leave_line("early", waker)):
         waiters, waker = _waiters.Waiters(), Waker()
         waiters.line_up("early", waker)
-        with strike:
+        with interrupt:
             waiters.line_up("late", waker)
-        assert "late" in waiters.lines[waker], strike
+        assert "late" in waiters.lines[waker], interrupt
 
 
 class Waker:

@@ -12,7 +12,7 @@ from torchfut_aio import Future, PollPolicy, poll_statistics, set_poll_policy, s
 from torchfut_aio._devices import _readiness, _schedule, _stream_queue, _watcher
 
 from .accelerator import FIRST, being_filled, write_zeros
-from .explorer import strikes
+from .explorer import interrupts
 from .threads import PATIENCE
 from .waiting import eventually
 
@@ -88,17 +88,17 @@ def test_interrupted_watcher_resumes_other_tasks_and_new_ones(accelerator, loop,
 
     loop.run_until_complete(asyncio.sleep(0))
     idle = registered(loop)
-    for strike in strikes(*WATCHER, every=EVERY):
+    for interrupt in interrupts(*WATCHER, every=EVERY):
         accelerator.reset()
         write_zeros(accelerator, 1)
         tasks.clear()
         main = loop.create_task(wait())
-        with strike:
+        with interrupt:
             loop.run_until_complete(main)
         loop.run_until_complete(settle())
         errors = [task.exception() for task in [main, *tasks] if not task.cancelled()]
-        struck = [raised for raised in errors if raised is not None]
-        assert all(isinstance(raised, KeyboardInterrupt) for raised in struck), strike
-        assert len(struck) <= 1, strike
+        interrupted = [raised for raised in errors if raised is not None]
+        assert all(isinstance(raised, KeyboardInterrupt) for raised in interrupted), interrupt
+        assert len(interrupted) <= 1, interrupt
         loop.run_until_complete(wait_again())
-        assert registered(loop) == idle, strike
+        assert registered(loop) == idle, interrupt
