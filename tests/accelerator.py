@@ -33,11 +33,13 @@ OLD, NEW = [0.0, 0.0], [7.0, 7.0]
 several_devices = pytest.mark.several_devices
 
 simulated_only = pytest.mark.skipif(
-    DEVICE != "sim", reason="only the simulated device fails in this way when it is told to"
+    DEVICE != "sim", reason="only the simulated device can be made to fail in this way"
 )
 
 # The promise holds for futures with and without declared devices.
-told_or_not = pytest.mark.parametrize("devices", [[FIRST], None], ids=["declared", "undeclared"])
+declared_or_not = pytest.mark.parametrize(
+    "devices", [[FIRST], None], ids=["declared", "undeclared"]
+)
 
 
 @pytest.fixture(scope="session")

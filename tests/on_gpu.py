@@ -116,10 +116,12 @@ def driver() -> str:
         return f"ROCm {torch.version.hip}"
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        told = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60).stdout
+        output = subprocess.run(
+            query, capture_output=True, text=True, check=True, timeout=60
+        ).stdout
     except (OSError, subprocess.SubprocessError):
-        told = "unknown\n"
-    return f"{told.splitlines()[0]}, CUDA {torch.version.cuda}"
+        output = "unknown\n"
+    return f"{output.splitlines()[0]}, CUDA {torch.version.cuda}"
 
 
 def report(results: Iterable[Result], gpus: Sequence[str], driver: str, when: datetime) -> str:

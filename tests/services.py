@@ -39,9 +39,9 @@ def collectives(loop: str) -> dict[str, Any]:
         mine = torch.full((size,), float(rank + 1))
         await as_future(dist.all_reduce(mine, async_op=True))
         found["all_reduce"] = mine
-        told = torch.tensor([float(rank)])
-        await as_future(dist.broadcast(told, src=size - 1, async_op=True))
-        found["broadcast"] = told
+        broadcast = torch.tensor([float(rank)])
+        await as_future(dist.broadcast(broadcast, src=size - 1, async_op=True))
+        found["broadcast"] = broadcast
         everyone = [torch.empty(1) for _ in range(size)]
         await as_future(dist.all_gather(everyone, torch.tensor([float(rank)]), async_op=True))
         found["all_gather"] = torch.cat(everyone)
@@ -348,7 +348,7 @@ _notes = _Notes()
 _unretrieved = logging.getLogger("torchfut_aio.unretrieved")
 
 
-def begin_to_note_errors_that_nobody_retrieved() -> None:
+def collect_unretrieved_errors() -> None:
     gc.collect()
     _notes.errors.clear()
     _unretrieved.addHandler(_notes)
@@ -358,7 +358,7 @@ def drop_the_error_of_a_direct_call() -> None:
     fails_at_once("odd").then(lambda _: None).wait(PATIENCE)
 
 
-def errors_that_nobody_retrieved() -> list[str]:
+def unretrieved_errors() -> list[str]:
     gc.collect()
     _unretrieved.removeHandler(_notes)
     return _notes.errors

@@ -92,10 +92,10 @@ def test_cancelled_concurrent_future_cancels_its_adopted_future():
 
 
 def test_library_cancelled_error_is_adopted_as_cancellation():
-    class OfALibrary(concurrent.futures.CancelledError):  # like that of dask
+    class LibraryCancelledError(concurrent.futures.CancelledError):  # like that of dask
         pass
 
-    source, error = concurrent.futures.Future(), OfALibrary("foo")
+    source, error = concurrent.futures.Future(), LibraryCancelledError("foo")
     fut = as_future(source)
     source.set_exception(error)
     assert type(fut.exception()) is CancelledError
@@ -311,10 +311,10 @@ def test_pending_source_is_adopted_only_once(source_type):
     assert all(as_future(source) is fut for _ in range(1000))
     source.set_result(None)
     assert as_future(source).done()
-    gone = weakref.ref(fut), weakref.ref(source)
+    refs = weakref.ref(fut), weakref.ref(source)
     del fut, source
     gc.collect()
-    assert [ref() for ref in gone] == [None, None]
+    assert [ref() for ref in refs] == [None, None]
 
 
 def test_a_source_is_told_from_a_dropped_one_with_its_id():
@@ -442,13 +442,13 @@ def test_registering_while_a_source_is_looked_up_is_safe():
 
     to_register = [Another]
 
-    class Meanwhile(type):
+    class RegistersDuringLookUp(type):
         def __subclasscheck__(cls, _kind):  # called by the look-up
             while to_register:
                 as_future.register(to_register.pop(), lambda source: Future())
             return False
 
-    class Asked(metaclass=Meanwhile):
+    class Asked(metaclass=RegistersDuringLookUp):
         pass
 
     fut = Future()

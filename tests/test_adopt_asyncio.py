@@ -247,7 +247,7 @@ async def test_loop_keeps_no_reference_to_a_completed_adoption(collected):
     fut, source = await adopt_pending()
     source.set_result(5)
     assert await fut == 5
-    gone = weakref.ref(fut), weakref.ref(source)
+    refs = weakref.ref(fut), weakref.ref(source)
     del fut, source
     collected()
-    assert [ref() for ref in gone] == [None, None]
+    assert [ref() for ref in refs] == [None, None]

@@ -323,7 +323,7 @@ async def burst(n=100):
 
 
 @pytest.fixture
-def next_look(monkeypatch):
+def next_poll(monkeypatch):
     """A function that makes a loop in a burst poll; until it is called, the loop does not."""
     monkeypatch.setattr(_asyncio, "LONGEST_PAUSE", 10 * PATIENCE)
     monkeypatch.setattr(_asyncio, "PAUSE_FOR_EACH", PATIENCE)
@@ -332,7 +332,7 @@ def next_look(monkeypatch):
 
 @on_asyncio
 async def test_loop_polls_during_a_burst_without_being_woken(
-    monkeypatch, nothing_blocks_a_loop, next_look
+    monkeypatch, nothing_blocks_a_loop, next_poll
 ):
     nothing_blocks_a_loop.deactivate()
     pipe = Pipe(monkeypatch)
@@ -343,7 +343,7 @@ async def test_loop_polls_during_a_burst_without_being_woken(
     await asyncio.sleep(0)
     with running(lambda: late.set_result(6)):
         pass
-    next_look()
+    next_poll()
     with anyio.fail_after(PATIENCE):
         assert await asyncio.gather(waiting, late_too, *tasks) == [6, 6] + [5] * 100
     assert pipe.writes == 1
@@ -351,7 +351,7 @@ async def test_loop_polls_during_a_burst_without_being_woken(
 
 @on_asyncio
 async def test_loop_completions_are_not_delayed_during_a_burst(
-    monkeypatch, nothing_blocks_a_loop, next_look
+    monkeypatch, nothing_blocks_a_loop, next_poll
 ):
     nothing_blocks_a_loop.deactivate()
     await asyncio.gather(*await burst())  # from now on the loop uses the long pause
@@ -364,26 +364,26 @@ async def test_loop_completions_are_not_delayed_during_a_burst(
     with anyio.fail_after(PATIENCE):
         assert await asyncio.gather(*tasks) == [5] * 10
         assert pipe.writes == 0
-        next_look()  # if it finds nothing new, the burst ends
+        next_poll()  # if it finds nothing new, the burst ends
         assert await asyncio.gather(*await pending(3)) == [0, 1, 2]
 
 
 @on_asyncio
 async def test_loop_stops_polling_after_a_burst(monkeypatch, nothing_blocks_a_loop):
     nothing_blocks_a_loop.deactivate()
-    looks = 0
+    polls = 0
     real = AsyncioLoop.run_wake_up
 
     def run_wake_up(loop):
-        nonlocal looks
-        looks += 1
+        nonlocal polls
+        polls += 1
         real(loop)
 
     monkeypatch.setattr(AsyncioLoop, "run_wake_up", run_wake_up)
     await asyncio.gather(*await burst())
-    await eventually(lambda: looks > 1)  # the last poll finds nothing, a millisecond later
+    await eventually(lambda: polls > 1)  # the last poll finds nothing, a millisecond later
     await asyncio.sleep(0.05)
-    assert looks == 2
+    assert polls == 2
     with anyio.fail_after(PATIENCE):  # it can be woken again
         assert await asyncio.gather(*await pending(2)) == [0, 1]
 
@@ -424,7 +424,7 @@ def test_loops_leave_no_files_open_after_bursts(runner, nothing_blocks_a_loop):
 # ----------------------------------------------------------- futures that a task waits for
 
 
-async def completed_in_one_look(*functions):
+async def completed_in_one_poll(*functions):
     """Start tasks that await a future each; return them when all futures are done."""
     futures = [Future() for _ in functions]
     tasks = [asyncio.ensure_future(function(fut)) for function, fut in zip(functions, futures)]
@@ -442,7 +442,7 @@ async def test_tasks_resume_in_the_order_of_the_completions(nothing_blocks_a_loo
     async def wait(fut):
         resumed.append(await fut)
 
-    await asyncio.gather(*await completed_in_one_look(*[wait] * 50))
+    await asyncio.gather(*await completed_in_one_poll(*[wait] * 50))
     assert resumed == list(range(50))
 
 
@@ -458,7 +458,7 @@ async def test_each_task_resumes_in_its_own_context(nothing_blocks_a_loop):
         number.set("changed after the await")
         return mine
 
-    assert await asyncio.gather(*await completed_in_one_look(*[wait] * 5)) == [True] * 5
+    assert await asyncio.gather(*await completed_in_one_poll(*[wait] * 5)) == [True] * 5
     assert number.get() is None
 
 
@@ -514,7 +514,7 @@ def test_task_ending_the_loop_leaves_others_for_its_next_run(new_loop, kind, not
         raise kind
 
     async def main():
-        tasks[:] = await completed_in_one_look(value_of, stop, value_of, value_of)
+        tasks[:] = await completed_in_one_poll(value_of, stop, value_of, value_of)
         return await value_of(never)
 
     never, tasks = Future(), []
@@ -557,7 +557,7 @@ def test_task_can_run_its_loop_while_others_are_to_resume(kind, nothing_blocks_a
     async def main():
         asyncio.get_running_loop().set_task_factory(lambda loop, coro: kind(coro, loop=loop))
         rest.append(asyncio.ensure_future(value_of(another)))
-        tasks[:] = await completed_in_one_look(value_of, runs_the_loop, value_of, value_of)
+        tasks[:] = await completed_in_one_poll(value_of, runs_the_loop, value_of, value_of)
         return await asyncio.gather(*tasks)
 
     another, rest, tasks = Future(), [], []
@@ -566,18 +566,18 @@ def test_task_can_run_its_loop_while_others_are_to_resume(kind, nothing_blocks_a
 
 @on_asyncio
 async def test_cancelled_await_is_freed_without_the_collector():
-    gone = []
+    refs = []
     gc.disable()
     try:
         for _ in range(10):
             task = asyncio.ensure_future(value_of(Future()))
-            gone.append(weakref.ref(task))
+            refs.append(weakref.ref(task))
             await asyncio.sleep(0)
             task.cancel()
             await asyncio.wait([task])
             del task
         await asyncio.sleep(0)
-        assert [ref() for ref in gone] == [None] * 10
+        assert [ref() for ref in refs] == [None] * 10
     finally:
         gc.enable()
 
@@ -697,10 +697,10 @@ def test_package_does_not_keep_a_closed_loop(new_loop):
     loop.call_soon(fut.set_result, 5)
     assert loop.run_until_complete(value_of(fut)) == 5
     loop.close()
-    gone = weakref.ref(loop)
+    ref = weakref.ref(loop)
     del loop
     gc.collect()
-    assert gone() is None
+    assert ref() is None
 
 
 @pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
@@ -713,10 +713,10 @@ def test_done_future_does_not_keep_the_loop_that_awaited_it(new_loop):
     loop.call_soon(fut.set_result, 5)
     assert loop.run_until_complete(task) == 5
     loop.close()
-    gone = weakref.ref(loop)
+    ref = weakref.ref(loop)
     del loop, task
     gc.collect()
-    assert gone() is None
+    assert ref() is None
 
 
 def test_loops_closed_before_a_completion_are_not_kept():

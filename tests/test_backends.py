@@ -30,8 +30,8 @@ from .accelerator import (
     being_filled,
     completed_on,
     current_stream,
+    declared_or_not,
     simulated_only,
-    told_or_not,
 )
 from .loops import on_every_loop
 from .threads import running
@@ -68,7 +68,7 @@ def blocking_policy():
 # ------------------------------------------------------------------------ no events at all
 
 
-@told_or_not
+@declared_or_not
 def test_value_is_returned_unchanged_without_events(accelerator, producer, devices):
     accelerator.take_events_away()
     fut, seen = Future(devices=devices), []
@@ -82,7 +82,7 @@ def test_value_is_returned_unchanged_without_events(accelerator, producer, devic
 
 
 @on_every_loop
-@told_or_not
+@declared_or_not
 async def test_await_without_events_waits_without_blocking_the_loop(accelerator, producer, devices):
     accelerator.take_events_away()
     fut = completed_on(producer, accelerator, devices)
@@ -126,7 +126,7 @@ async def test_values_are_copied_and_combined_without_new_streams(accelerator):
 
 
 @on_every_loop
-@told_or_not
+@declared_or_not
 async def test_unorderable_torch_future_fails_its_adopted_future(accelerator, producer, devices):
     source = torch.futures.Future(devices=devices)
     with producer:
@@ -142,7 +142,7 @@ async def test_unorderable_torch_future_fails_its_adopted_future(accelerator, pr
 
 @on_every_loop
 @pytest.mark.parametrize("backend", ["xpu", "mps", "cuda before 2026"])
-@told_or_not
+@declared_or_not
 async def test_blocking_policy_supports_any_event_class(
     accelerator, producer, blocking_policy, devices, backend
 ):

@@ -667,11 +667,11 @@ def test_dropped_batcher_runs_queued_items_and_ends_its_thread(gated):
 
 @on_every_loop
 async def test_an_async_function_runs_on_the_loop_that_entered():
-    async def who(items):
+    async def thread_of(items):
         await anyio.lowlevel.checkpoint()
         return [threading.get_ident() for _ in items]
 
-    async with batcher_of(who) as batcher:
+    async with batcher_of(thread_of) as batcher:
         assert await batcher.submit(1) == threading.get_ident()
 
 

@@ -413,10 +413,10 @@ def test_pending_long_chain_can_be_garbage_collected():
     fut = last = Future()
     for _ in range(100_000):
         last = last.then(lambda f: f.value())
-    gone = weakref.ref(last)
+    ref = weakref.ref(last)
     del fut, last
     gc.collect()
-    assert gone() is None
+    assert ref() is None
 
 
 def test_callbacks_can_complete_any_number_of_futures_in_turn():

@@ -379,10 +379,10 @@ async def test_cancelled_as_completed_can_be_resumed():
 def test_dropped_as_completed_leaves_no_callback_behind():
     futures = [Future() for _ in range(3)]
     completed = as_completed(futures)
-    gone = weakref.ref(completed)
+    ref = weakref.ref(completed)
     del completed
     gc.collect()
-    assert gone() is None
+    assert ref() is None
     assert all("callbacks=0" in repr(fut) for fut in futures)
 
 

@@ -51,7 +51,7 @@ class Waiter:
         self.woken += 1
 
 
-class Followers:
+class Dependants:
     """One object of each kind that depends on a future."""
 
     def __init__(self, fut):
@@ -64,11 +64,11 @@ class Followers:
         self.gathered, self.collected = gather([fut, fut]), collect_all([fut])
         self.completed = as_completed([fut])
 
-    def dependants(self):
+    def futures(self):
         return [self.child, self.grandchild, self.gathered, self.collected]
 
-    def check_served(self, fut):
-        until(lambda: all(dependant.done() for dependant in self.dependants()))
+    def check_completed(self, fut):
+        until(lambda: all(future.done() for future in self.futures()))
         until(lambda: self.waiter.woken)
         until(lambda: torch._C.Future.done(fut))
         assert len(self.ran) <= 1
@@ -76,7 +76,7 @@ class Followers:
         assert not _core.waiters_of(fut)
 
     def check_untouched(self):
-        assert not any(dependant.done() for dependant in self.dependants())
+        assert not any(future.done() for future in self.futures())
         assert not self.waiter.woken
         assert not self.ran
 
@@ -84,23 +84,23 @@ class Followers:
 @errors
 @pytest.mark.parametrize("outcome", [5, ValueError("foo")], ids=["value", "error"])
 def test_interrupted_set_result_is_complete_or_undone(outcome, error, at):
-    served = untouched = 0
+    completed = untouched = 0
     for interrupt in interrupts(*MODULES, every=EVERY, error=error, at=at):
         fut = Future()
-        followers = Followers(fut)
+        dependants = Dependants(fut)
         setter = fut.set_exception if isinstance(outcome, Exception) else fut.set_result
         with interrupt:
             setter(outcome)
         if fut.done():
-            followers.check_served(fut)
-            served += 1
+            dependants.check_completed(fut)
+            completed += 1
         else:
-            followers.check_untouched()
+            dependants.check_untouched()
             setter(outcome)
-            followers.check_served(fut)
+            dependants.check_completed(fut)
             untouched += 1
         assert (fut.exception() or fut.value()) is outcome
-    assert served > untouched > 0
+    assert completed > untouched > 0
 
 
 def test_interrupted_long_chain_completes_to_its_end():
@@ -160,7 +160,7 @@ def test_one_of_two_interleaved_setters_wins(outcome):
 
     for interrupt in interrupts(*MODULES, every=EVERY, do=set_other):
         fut = Future()
-        followers = Followers(fut)
+        dependants = Dependants(fut)
         setter = fut.set_exception if isinstance(outcome, Exception) else fut.set_result
         won, lost = set(), set()
         try:
@@ -174,18 +174,18 @@ def test_one_of_two_interleaved_setters_wins(outcome):
         assert not won & lost
         other = fut.exception() or fut.value()
         assert (other is outcome) == (won == {"one"})
-        followers.check_served(fut)
+        dependants.check_completed(fut)
 
 
 def test_completion_at_any_step_of_adding_waiters_wakes_them():
     for interrupt in interrupts(*MODULES, every=EVERY, do=lambda: fut.set_result(5)):
         fut = Future()
         with interrupt:
-            followers = Followers(fut)
+            dependants = Dependants(fut)
         if not fut.done():
             fut.set_result(5)
-        followers.check_served(fut)
-        assert followers.ran == [fut]
+        dependants.check_completed(fut)
+        assert dependants.ran == [fut]
 
 
 def test_waiters_added_at_any_step_of_a_completion_are_woken():

@@ -224,7 +224,7 @@ async def keeps_state():
 print(asyncio.run(main()), asyncio.run(keeps_state()), torchfut_aio.debug.pending_futures())
 """
 # Code that removes a name before the package is imported, and code that restores it for asyncio.
-GONE = {
+REMOVED = {
     "asyncio._get_running_loop": ("del asyncio._get_running_loop", ""),
     "asyncio.Handle._run": (
         "run = asyncio.Handle._run; del asyncio.Handle._run",
@@ -238,9 +238,9 @@ GONE = {
 
 def test_package_works_without_private_names_of_cpython():
     before = "import asyncio, sys, threading, torch"
-    for gone, after in GONE.values():
-        program = f"{before}\n{gone}{USE.format(after=after)}"
-        assert forks.output(program, filters="ignore") == "5 5 []\n", gone
+    for removal, after in REMOVED.values():
+        program = f"{before}\n{removal}{USE.format(after=after)}"
+        assert forks.output(program, filters="ignore") == "5 5 []\n", removal
     # In this case futures and tasks are those in Python. torch imports asyncio.
     program = f"import sys; sys.modules['_asyncio'] = None; {before}{USE.format(after='')}"
     command = [sys.executable, "-W", "ignore", "-c", program]
@@ -305,7 +305,7 @@ def test_no_module_reads_the_local_variables_of_frames():
         assert not any(isinstance(n, ast.Constant) and n.value == "f_locals" for n in nodes), path
 
 
-@needs_gil("only the thread of a task could look where it waits")
+@needs_gil("other threads cannot inspect where a task waits")
 def test_place_of_a_non_coroutine_is_none(monkeypatch):
     class Strange:
         cr_await = cr_frame = "not a frame"
@@ -330,13 +330,13 @@ def test_calling_module_keeps_no_locals():
     class Local:
         pass
 
-    def look():
+    def call():
         local = Local()
         assert _cpython.calling_module() is not None
         return weakref.ref(local)
 
     gc.disable()
     try:
-        assert look()() is None
+        assert call()() is None
     finally:
         gc.enable()

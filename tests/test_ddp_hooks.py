@@ -488,7 +488,7 @@ def test_backward_on_the_background_loop_raises():
         train().wait(PATIENCE)
 
 
-@needs_gil("whether another thread is in backward(), no thread can look up safely")
+@needs_gil("no thread can safely check whether another one is in backward()")
 def test_hook_call_raises_if_backward_blocks_the_loop(monkeypatch, nothing_blocks_a_loop):
     nothing_blocks_a_loop.deactivate()
     monkeypatch.setattr(_ddp, "_CHECK", 0.01)

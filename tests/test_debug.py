@@ -70,9 +70,9 @@ def listed_stream(stream):
     return next((each for each in streams if each.stream is stream), None)
 
 
-def places_of(who):
+def places_of(waiters):
     """Return where the tasks wait, without line numbers."""
-    return [each.where and each.where.rpartition(":")[0] for each in who]
+    return [each.where and each.where.rpartition(":")[0] for each in waiters]
 
 
 def seen_at(*places):
@@ -80,7 +80,7 @@ def seen_at(*places):
     return [*places] if has_gil else [None] * len(places)
 
 
-shows_places = needs_gil("only the thread of a task could look where it waits")
+shows_places = needs_gil("other threads cannot inspect where a task waits")
 
 
 def log(future):
@@ -195,10 +195,10 @@ def test_pending_futures_keeps_no_future_alive(no_collector):
 
 
 def test_uninitialised_objects_are_not_listed():
-    half_made = Future.__new__(Future)
-    assert not any(pending.future is half_made for pending in listed_futures())
-    half_made = ValueStream.__new__(ValueStream), StreamState.__new__(StreamState)
-    assert listed_stream(half_made[0]) is None
+    uninitialised = Future.__new__(Future)
+    assert not any(pending.future is uninitialised for pending in listed_futures())
+    uninitialised = ValueStream.__new__(ValueStream), StreamState.__new__(StreamState)
+    assert listed_stream(uninitialised[0]) is None
 
 
 # ------------------------------------------------------------------------ where tasks wait
@@ -496,19 +496,21 @@ def test_stream_is_listed_with_its_waiting_threads():
 
 
 def test_readers_of_a_dropped_stream_are_listed(no_collector):
-    def lonely():
+    def only_reader():
         streams = [each for each in pending_futures() if isinstance(each, PendingStream)]
-        return [each for each in streams if each.readers == (Waiter(kind="thread", name="lonely"),)]
+        return [
+            each for each in streams if each.readers == (Waiter(kind="thread", name="only_reader"),)
+        ]
 
     stream = ValueStream()
     state = state_of(stream)
-    reader = threading.Thread(target=list, args=(iter(stream),), name="lonely")
+    reader = threading.Thread(target=list, args=(iter(stream),), name="only_reader")
     reader.start()
     del stream
-    until(lonely)
-    (found,) = lonely()
+    until(only_reader)
+    (found,) = only_reader()
     assert found.stream is None
-    assert str(found) == "<ValueStream dropped by its producer>\n  thread lonely, reads"
+    assert str(found) == "<ValueStream dropped by its producer>\n  thread only_reader, reads"
     state.close(None)
     reader.join(PATIENCE)
 
@@ -874,14 +876,14 @@ def test_trace_shares_the_clock_of_the_pytorch_profiler(tmp_path):
 def test_pending_futures_can_be_called_while_others_complete():
     stop = threading.Event()
 
-    def churn():
+    def allocate_and_collect():
         while not stop.is_set():
             future = Future()
             future.add_done_callback(log)
             future.then(log)
             future.set_result(5)
 
-    thread = threading.Thread(target=churn)
+    thread = threading.Thread(target=allocate_and_collect)
     thread.start()
     try:
         for _ in range(5):
@@ -899,7 +901,7 @@ from torchfut_aio import Future, ValueStream
 from torchfut_aio.debug import pending_futures
 
 sys.setswitchinterval(1e-5)
-gc.freeze()  # what is here already need not be looked at
+gc.freeze()  # exempt the objects that already exist
 errors, found, stop = [], set(), threading.Event()
 
 def watched(function, *args):
@@ -911,7 +913,7 @@ def watched(function, *args):
             stop.set()
     return threading.Thread(target=run)
 
-def look():
+def list_waiters():
     for _ in range(ROUNDS):
         for pending in pending_futures():
             str(pending)
@@ -966,7 +968,7 @@ def block():
 
 loops = [watched(asyncio.run, on_asyncio()), watched(uvloop.run, on_asyncio())]
 loops += [watched(trio.run, on_trio), watched(block), watched(fill_tuples)]
-threads = [*loops, watched(look), watched(look)]
+threads = [*loops, watched(list_waiters), watched(list_waiters)]
 for thread in threads:
     thread.start()
 for thread in threads:

@@ -19,9 +19,9 @@ from .accelerator import (
     being_filled,
     completed_on,
     current_stream,
+    declared_or_not,
     read_on_current_stream,
     several_devices,
-    told_or_not,
 )
 from .threads import PATIENCE, running, until
 
@@ -69,9 +69,9 @@ def test_failed_kernel_raises_in_every_synchronisation(accelerator, producer, co
     with producer:
         accelerator.fail("the kernel failed")
     late.record(producer)
-    for look in (late.synchronize, late.query, producer.synchronize, producer.query):
+    for use in (late.synchronize, late.query, producer.synchronize, producer.query):
         with pytest.raises(RuntimeError, match="the kernel failed"):
-            look()
+            use()
     assert early.query()
     assert consumer.query()
     accelerator.reset()
@@ -81,7 +81,7 @@ def test_failed_kernel_raises_in_every_synchronisation(accelerator, producer, co
 # -------------------------------------------------------------- set_result, done, value
 
 
-@told_or_not
+@declared_or_not
 def test_future_is_done_while_its_kernels_still_run(accelerator, producer, devices):
     fut = completed_on(producer, accelerator, devices)
     assert not producer.query()
@@ -90,7 +90,7 @@ def test_future_is_done_while_its_kernels_still_run(accelerator, producer, devic
     assert not producer.query()
 
 
-@told_or_not
+@declared_or_not
 def test_value_returns_the_same_tensor_without_synchronising(
     accelerator, producer, consumer, devices
 ):
@@ -101,7 +101,7 @@ def test_value_returns_the_same_tensor_without_synchronising(
     assert not producer.query()
 
 
-@told_or_not
+@declared_or_not
 def test_future_methods_never_block_on_the_device(accelerator, producer, consumer, devices):
     fut, seen = Future(devices=devices), []
     child = fut.then(lambda f: f.wait().clone())
@@ -119,7 +119,7 @@ def test_future_methods_never_block_on_the_device(accelerator, producer, consume
 # --------------------------------------------------------------------------------- wait
 
 
-@told_or_not
+@declared_or_not
 def test_wait_orders_the_current_stream_without_blocking(accelerator, producer, consumer, devices):
     fut = completed_on(producer, accelerator, devices)
     with consumer:
@@ -131,7 +131,7 @@ def test_wait_orders_the_current_stream_without_blocking(accelerator, producer, 
     assert copy.tolist() == NEW
 
 
-@told_or_not
+@declared_or_not
 def test_wait_orders_only_the_current_stream(accelerator, producer, consumer, devices):
     fut = completed_on(producer, accelerator, devices)
     with consumer:
@@ -140,7 +140,7 @@ def test_wait_orders_only_the_current_stream(accelerator, producer, consumer, de
     assert not producer.query()
 
 
-@told_or_not
+@declared_or_not
 def test_each_waiting_thread_has_its_own_streams_ordered(accelerator, producer, devices):
     fut, copies = Future(devices=devices), []
 
@@ -161,7 +161,7 @@ def test_each_waiting_thread_has_its_own_streams_ordered(accelerator, producer, 
     assert len(copies) == 2
 
 
-@told_or_not
+@declared_or_not
 def test_wait_ignores_kernels_enqueued_after_the_completion(
     accelerator, producer, consumer, devices
 ):
@@ -174,7 +174,7 @@ def test_wait_ignores_kernels_enqueued_after_the_completion(
     assert not producer.query()
 
 
-@told_or_not
+@declared_or_not
 def test_wait_orders_after_the_streams_of_the_completing_thread(
     accelerator, producer, consumer, devices
 ):
@@ -193,7 +193,7 @@ def test_wait_orders_after_the_streams_of_the_completing_thread(
     assert copy.tolist() == NEW
 
 
-@told_or_not
+@declared_or_not
 def test_value_without_device_tensors_is_returned_unchanged(accelerator, devices):
     for value in (None, 5, "text", torch.ones(2), {"a": [torch.ones(2)]}, []):
         fut = Future(devices=devices)
@@ -202,7 +202,7 @@ def test_value_without_device_tensors_is_returned_unchanged(accelerator, devices
         assert fut.then(lambda f: f.value()).wait() is value
 
 
-@told_or_not
+@declared_or_not
 def test_error_is_raised_unchanged_without_synchronising(accelerator, devices):
     fut, error, seen = Future(devices=devices), ValueError("foo"), []
     fut.add_done_callback(lambda f: seen.append(f.exception()))
@@ -231,7 +231,7 @@ class Batch:
     tensor: torch.Tensor
 
 
-@told_or_not
+@declared_or_not
 @pytest.mark.parametrize(
     ("packed", "unpacked"),
     [
@@ -297,7 +297,7 @@ def test_tensors_on_several_devices_are_all_synchronised(accelerator, devices):
 # ---------------------------------------------------------------------------- callbacks
 
 
-@told_or_not
+@declared_or_not
 @either_way
 @pytest.mark.parametrize("added", ["before", "after"])
 def test_callback_stream_is_dedicated_and_ordered(accelerator, producer, devices, method, added):
@@ -322,7 +322,7 @@ def test_callback_stream_is_dedicated_and_ordered(accelerator, producer, devices
     assert copy.tolist() == NEW
 
 
-@told_or_not
+@declared_or_not
 def test_callbacks_have_separate_streams(accelerator, producer, devices):
     fut, streams = Future(devices=devices), []
     for _ in range(3):
@@ -332,7 +332,7 @@ def test_callbacks_have_separate_streams(accelerator, producer, devices):
     assert len({stream.stream_id for stream in streams}) == 3
 
 
-@told_or_not
+@declared_or_not
 def test_callback_can_wait_for_its_future_and_for_others(accelerator, producer, devices):
     other = Future(devices=devices)
     with torch.Stream(FIRST):
@@ -347,7 +347,7 @@ def test_callback_can_wait_for_its_future_and_for_others(accelerator, producer, 
     assert [copy.tolist() for copy in both.value()] == [NEW, [8.0, 8.0]]
 
 
-@told_or_not
+@declared_or_not
 def test_raising_callback_affects_no_streams_or_other_callbacks(
     accelerator, producer, devices, caplog
 ):
@@ -370,7 +370,7 @@ def test_raising_callback_affects_no_streams_or_other_callbacks(
     assert [copy.tolist() for copy in seen] == [NEW]
 
 
-@told_or_not
+@declared_or_not
 @either_way
 @pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])
 def test_ctrl_c_in_a_stream_callback_reaches_the_setter_last(
@@ -399,7 +399,7 @@ def test_ctrl_c_in_a_stream_callback_reaches_the_setter_last(
     assert copy.tolist() == NEW
 
 
-@told_or_not
+@declared_or_not
 def test_torch_consumer_callback_can_read_the_device_future(accelerator, producer, devices):
     fut, seen = Future(devices=devices), []
     combined = torch.futures.collect_all([fut])
@@ -413,7 +413,7 @@ def test_torch_consumer_callback_can_read_the_device_future(accelerator, produce
 # ------------------------------------------------------------------------------- chains
 
 
-@told_or_not
+@declared_or_not
 def test_then_callback_can_return_a_tensor_not_yet_filled(accelerator, producer, consumer, devices):
     fut = Future(devices=devices)
     child = fut.then(lambda f: being_filled(accelerator, value=8))
@@ -435,13 +435,13 @@ def test_children_inherit_the_devices(accelerator):
 
     fut = Ours(devices=[FIRST])
     grandchild = fut.then(lambda f: None).then(lambda f: torch.ones(2, device=FIRST))
-    stranger = fut.then(lambda f: torch.ones(2, device=SECOND))
+    other_child = fut.then(lambda f: torch.ones(2, device=SECOND))
     assert type(grandchild) is Ours
     assert f"devices=[{FIRST}]" in repr(grandchild)
     fut.set_result(None)
     assert grandchild.wait().tolist() == [1.0, 1.0]
     with pytest.raises(ValueError, match=rf"{SECOND}.*{FIRST}"):
-        stranger.wait()
+        other_child.wait()
 
 
 @several_devices
@@ -463,7 +463,7 @@ def test_callback_can_use_other_devices_than_its_parent(accelerator):
     assert copy.tolist() == NEW
 
 
-@told_or_not
+@declared_or_not
 def test_long_chain_runs_in_order_while_the_kernels_run(accelerator, producer, consumer, devices):
     fut = last = Future(devices=devices)
     links = []

@@ -172,10 +172,10 @@ def test_many_remote_errors_each_keep_their_traceback(pair):
 
 
 def test_error_raised_at_the_caller_is_not_logged_at_the_callee(pair):
-    pair.call(1, services.begin_to_note_errors_that_nobody_retrieved)
+    pair.call(1, services.collect_unretrieved_errors)
     assert len(pair.call(0, services.failures, services.fails_at_once, 50)) == 50
     pair.call(1, services.drop_the_error_of_a_direct_call)
-    [error] = pair.call(1, services.errors_that_nobody_retrieved)
+    [error] = pair.call(1, services.unretrieved_errors)
     assert error.startswith("Odd(")
 
 
@@ -647,11 +647,11 @@ def test_call_raises_if_the_loop_thread_cannot_start():
         assert double(2).wait(PATIENCE) == 4
 
 
-@pytest.mark.parametrize("there_is_a_loop", [False, True])
-def test_interrupted_call_loses_itself_and_no_other(there_is_a_loop):
+@pytest.mark.parametrize("has_loop", [False, True])
+def test_interrupted_call_loses_itself_and_no_other(has_loop):
     with background_loop_ends():
         for interrupt in explorer.interrupts(_background_loop, _threads):
-            if there_is_a_loop:
+            if has_loop:
                 assert double(0).wait(PATIENCE) == 0
             else:
                 shutdown()
@@ -662,8 +662,8 @@ def test_interrupted_call_loses_itself_and_no_other(there_is_a_loop):
             assert double(2).wait(PATIENCE) == 4, interrupt
 
 
-@pytest.mark.parametrize("there_is_a_loop", [False, True])
-def test_interrupted_call_loses_no_call_of_other_threads(there_is_a_loop):
+@pytest.mark.parametrize("has_loop", [False, True])
+def test_interrupted_call_loses_no_call_of_other_threads(has_loop):
     def call_beside_and_interrupt():
         with running(lambda: others.append(double(3))):
             pass
@@ -674,7 +674,7 @@ def test_interrupted_call_loses_no_call_of_other_threads(there_is_a_loop):
             _background_loop, _threads, do=call_beside_and_interrupt
         ):
             others = []
-            if there_is_a_loop:
+            if has_loop:
                 assert double(0).wait(PATIENCE) == 0
             else:
                 shutdown()
@@ -760,7 +760,7 @@ def test_a_function_that_ignores_its_cancellation_is_reported(monkeypatch, caplo
 
 
 @pytest.mark.parametrize(
-    ("decorate", "thing", "told"),
+    ("decorate", "thing", "message"),
     [
         (async_rpc, print, "async def"),
         (async_rpc, None, "async def"),
@@ -770,8 +770,8 @@ def test_a_function_that_ignores_its_cancellation_is_reported(monkeypatch, caplo
         (async_comm_hook(overlap=True), classmethod(double), "pass the async function itself"),
     ],
 )
-def test_async_rpc_refuses_non_async_functions(decorate, thing, told):
-    with pytest.raises(TypeError, match=told):
+def test_async_rpc_refuses_non_async_functions(decorate, thing, message):
+    with pytest.raises(TypeError, match=message):
         decorate(thing)
 
 
@@ -843,18 +843,18 @@ def test_backward_raises_the_error_of_a_hook(four, how, bucket, times):
 
 
 @pytest.mark.parametrize(
-    ("how", "kind", "told"),
+    ("how", "kind", "message"),
     [
         ("list", "TypeError", "tests.services.breaks returned a list"),
         ("half", "ValueError", "bucket.buffer() has"),
     ],
 )
-def test_hook_must_return_a_tensor_of_the_bucket_size(four, how, kind, told):
+def test_hook_must_return_a_tensor_of_the_bucket_size(four, how, kind, message):
     for raised in four.everywhere(services.broken, how, 0):
         assert len(raised) == 4
         for name, text in raised:
             assert name == kind
-            assert told in text
+            assert message in text
 
 
 def test_backward_raises_the_error_of_a_future_from_a_hook(group_of_one):

@@ -125,13 +125,13 @@ def test_documentation_servers_return_the_stated_answers(tmp_path, page):
     asked = [b for b in commands if b.code.startswith("curl")]
     assert asked
     (tmp_path / "app.py").write_text(app)
-    with served(tmp_path) as address:
+    with running_server(tmp_path) as address:
         for block in asked:
             assert answer_to(block.code, address).strip() == block.printed.strip()
 
 
 @contextlib.contextmanager
-def served(folder):
+def running_server(folder):
     """Run the ``app.py`` in the folder on a server; yield its address."""
     with subprocess.Popen(
         [sys.executable, *SERVE.replace("8000", "0").split()[1:]],

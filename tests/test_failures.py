@@ -343,7 +343,7 @@ async def in_a_state_of_its_own():
 
 
 @door
-async def served():
+async def called_by_rpc():
     fut = async_rpc(forward_soon)()
     try:
         await fut
@@ -375,7 +375,7 @@ async def recorded_when_done():
 async def test_failure_keeps_no_tensors_alive(name, no_collector, nothing_blocks_a_loop):
     nothing_blocks_a_loop.deactivate()  # some doors block on purpose
     held.clear()
-    await let_go(DOORS[name])
+    await drop_error(DOORS[name])
     await eventually(lambda: held and not any(activations() is not None for activations in held))
 
 
@@ -409,6 +409,6 @@ async def settled(futures):
     return await gather(futures, return_exceptions=True)
 
 
-async def let_go(way):
+async def drop_error(way):
     with suppress(RuntimeError):  # torch converts the error
         await way()

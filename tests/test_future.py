@@ -129,19 +129,19 @@ def test_traceback_does_not_grow_with_repeated_reads():
 
 
 def test_traceback_shows_where_the_error_was_raised():
-    def the_culprit():
+    def raising_function():
         raise ValueError("foo")
 
     fut = Future()
     try:
-        the_culprit()
+        raising_function()
     except ValueError as error:
         fut.set_exception(error)
     for _ in range(2):
         with pytest.raises(ValueError, match="foo") as caught:
             fut.wait()
         names = [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
-        assert "the_culprit" in names
+        assert "raising_function" in names
 
 
 # ------------------------------------------------------------------- the second setter

@@ -43,10 +43,10 @@ from .threads import PATIENCE, alongside, running
 def test_cancelled_error_is_of_asyncio_and_concurrent_futures(kind):
     fut = Future()
     assert not fut.cancelled()
-    assert fut.cancel("the client has gone") is True
+    assert fut.cancel("the client has disconnected") is True
     assert fut.done()
     assert fut.cancelled()
-    with pytest.raises(kind, match="the client has gone") as caught:
+    with pytest.raises(kind, match="the client has disconnected") as caught:
         fut.wait()
     assert isinstance(caught.value, CancelledError)
     assert caught.value is fut.exception()
@@ -56,12 +56,12 @@ def test_cancelled_error_is_of_asyncio_and_concurrent_futures(kind):
 @pytest.mark.parametrize("copied", [lambda e: pickle.loads(pickle.dumps(e)), copy.copy])
 def test_copied_cancelled_error_keeps_type_args_and_notes(copied):
     fut = Future()
-    fut.cancel("the client has gone")
+    fut.cancel("the client has disconnected")
     fut.exception().add_note("a note")
     error = copied(fut.exception())
     assert type(error) is type(fut.exception())
     assert isinstance(error, asyncio.CancelledError)
-    assert error.args == ("the client has gone",)
+    assert error.args == ("the client has disconnected",)
     assert error.__notes__ == ["a note"]
     assert b"torchfut_aio._" not in pickle.dumps(error)
     assert type(copied(CancelledError("foo"))) is CancelledError
@@ -107,18 +107,18 @@ def test_future_failed_with_any_cancelled_error_is_cancelled(kind):
 
 @on_every_loop
 async def test_cancel_wakes_all_waiters():
-    fut, told = Future(), []
+    fut, raised = Future(), []
 
     async def client():
         try:
             await fut
         except concurrent.futures.CancelledError as error:  # raised by the task itself
-            told.append(str(error))
+            raised.append(str(error))
 
     def thread():
         with pytest.raises(CancelledError, match="enough"):
             fut.wait(PATIENCE)
-        told.append("thread")
+        raised.append("thread")
 
     async with alongside(thread):
         with anyio.fail_after(PATIENCE):
@@ -126,7 +126,7 @@ async def test_cancel_wakes_all_waiters():
                 group.start_soon(client)
                 await anyio.wait_all_tasks_blocked()
                 fut.cancel("enough")
-    assert sorted(told) == ["enough", "thread"]
+    assert sorted(raised) == ["enough", "thread"]
 
 
 @on_asyncio
@@ -315,10 +315,10 @@ def test_exactly_one_racing_try_set_returns_true():
             lambda fut=fut: fut.cancel(),
             lambda fut=fut: fut.try_set_result(2),
         ]
-        told = []
-        with running(*[lambda way=way: told.append(way()) for way in ways]):
+        results = []
+        with running(*[lambda way=way: results.append(way()) for way in ways]):
             pass
-        assert sorted(told) == [False, False, False, True]
+        assert sorted(results) == [False, False, False, True]
 
 
 def test_try_set_that_loses_a_late_race_returns_false(monkeypatch):
@@ -387,12 +387,12 @@ async def test_cancelled_task_no_longer_counts_as_a_waiter():
 def test_timed_out_thread_no_longer_counts_as_a_waiter():
     fut, seen = Future(), []
 
-    def look():
+    def poll():
         while not fut.has_waiters():
             pass
         seen.append(True)
 
-    with running(look):
+    with running(poll):
         while not seen:
             with pytest.raises(TimeoutError):
                 fut.wait(0.01)

@@ -31,7 +31,7 @@ http_service = importlib.import_module("tests.http_service")  # requires the mod
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 
 
-class Served:
+class RunningServer:
     """A running server: its address, and ways to stop it."""
 
     def __init__(self, process, output, gate=None):
@@ -68,7 +68,7 @@ class Served:
 
 
 @contextmanager
-def ended_at_last(server, log):
+def ended_at_exit(server, log):
     give_up = time.monotonic() + PATIENCE_WITH_PROCESSES
     try:
         while not server.port:
@@ -97,7 +97,7 @@ def serve(tmp_path):
         arguments = (*map(str, (gate, output, log)), constants)
         process = PROCESSES.Process(target=http_service.serve, args=arguments)
         process.start()
-        with ended_at_last(Served(process, output, gate), log) as server:
+        with ended_at_exit(RunningServer(process, output, gate), log) as server:
             yield server
 
     return serve
@@ -232,7 +232,7 @@ def test_server_classifies_digits_and_streams_texts(tmp_path):
     output, log = tmp_path / "output", tmp_path / "log"
     with output.open("w") as written, log.open("w") as errors:
         process = subprocess.Popen(command, stdout=written, stderr=errors)
-    with ended_at_last(Served(process, output), log) as server:
+    with ended_at_exit(RunningServer(process, output), log) as server:
         run(main(server))
         server.terminate()
         assert server.exit_code() == 0
@@ -356,14 +356,14 @@ def test_slow_reader_gets_its_whole_text_and_delays_no_other(serve):
 
 def test_stalled_client_is_disconnected_in_time(serve):
     async def main(server):
-        deaf, half = await Connection.open(server), await Connection.open(server)
-        deaf.writer.write(text_request("a50000", 1000))
-        await deaf.reader.readuntil(b"\r\n\r\n")
+        silent, half = await Connection.open(server), await Connection.open(server)
+        silent.writer.write(text_request("a50000", 1000))
+        await silent.reader.readuntil(b"\r\n\r\n")
         half.writer.write(request(5)[:-3])
         status, _, _ = await half.response()
         assert status == 408
         await eventually(server, lambda s: s["texts"] == 0)
-        await deaf.close()
+        await silent.close()
         await half.close()
 
     with serve(BODY_SECONDS=0.5, TEXT_SECONDS=3) as server:
@@ -372,12 +372,12 @@ def test_stalled_client_is_disconnected_in_time(serve):
 
 def test_client_without_a_complete_request_is_disconnected(serve):
     async def main(server):
-        idle, slow, served = [await Connection.open(server) for _ in range(3)]
-        assert (await served.ask(request(3)))[0] == 200
+        idle, slow, answered = [await Connection.open(server) for _ in range(3)]
+        assert (await answered.ask(request(3)))[0] == 200
         slow.writer.write(b"GET /stat")
-        served.writer.write(b"GET /stat")
-        while not all(each.reader.at_eof() for each in (idle, slow, served)):
-            for each in (slow, served):
+        answered.writer.write(b"GET /stat")
+        while not all(each.reader.at_eof() for each in (idle, slow, answered)):
+            for each in (slow, answered):
                 each.writer.write(b"a")
             await asyncio.sleep(0.05)
         assert (await ask(server, request(3)))[0] == 200
@@ -392,13 +392,13 @@ def test_client_without_a_complete_request_is_disconnected(serve):
 def test_function_error_fails_only_its_batch_of_requests(serve):
     async def main(server):
         for number, raised in ((1, "OSError"), (3, "SystemExit"), (4, "KeyboardInterrupt")):
-            told = "OSError" if number == 1 else "RuntimeError"
+            expected = "OSError" if number == 1 else "RuntimeError"
             status, _, body = await ask(server, request(1, number))
-            assert (status, json.loads(body)) == (500, {"error": told})
+            assert (status, json.loads(body)) == (500, {"error": expected})
             status, _, body = await ask(server, request(4))
             assert (status, json.loads(body)) == (200, {"digit": 4})
             status, _, body = await ask(server, text_request(raised, 5))
-            assert (status, body) == (200, f'event: error\ndata: "{told}"\n\n'.encode())
+            assert (status, body) == (200, f'event: error\ndata: "{expected}"\n\n'.encode())
             status, _, body = await ask(server, text_request("b1", 5))
             assert tokens(body) == (["b."] * 5, "event: end\ndata:")
 
@@ -436,9 +436,9 @@ def test_server_answers_and_terminates_while_the_function_hangs(serve):
 def test_server_terminates_despite_clients_that_do_not_read(serve):
     async def main(server):
         for _ in range(5):
-            deaf = await Connection.open(server)
-            deaf.writer.write(text_request("a50000", 1000))
-            await deaf.reader.readuntil(b"data: ")
+            silent = await Connection.open(server)
+            silent.writer.write(text_request("a50000", 1000))
+            await silent.reader.readuntil(b"data: ")
         server.terminate()
         assert await asyncio.to_thread(server.exit_code, PATIENCE) == 0
 

@@ -7,7 +7,7 @@ import pytest
 from torchfut_aio._loops._loop import Loop
 
 
-class HandCrankedLoop(Loop):
+class ManualLoop(Loop):
     """A loop that runs only when the test calls `turn`; no task waits on it."""
 
     checkpoint = spawn = watch = unwatch = call_later = None
@@ -42,7 +42,7 @@ class HandCrankedLoop(Loop):
 
 
 def test_posts_cause_one_wake_up_per_turn_of_the_loop():
-    loop = HandCrankedLoop()
+    loop = ManualLoop()
     for n in range(5):
         loop.wake(n)
     assert loop.wake_ups == 1
@@ -53,7 +53,7 @@ def test_posts_cause_one_wake_up_per_turn_of_the_loop():
 
 
 def test_post_during_a_turn_is_handled_in_the_next_turn():
-    loop = HandCrankedLoop()
+    loop = ManualLoop()
     loop.wake("first")
     real = loop.resume
 
@@ -70,7 +70,7 @@ def test_post_during_a_turn_is_handled_in_the_next_turn():
 
 
 def test_turn_interrupted_by_ctrl_c_continues_in_the_next():
-    loop = HandCrankedLoop()
+    loop = ManualLoop()
     for n in range(5):
         loop.wake(n)
     loop.interrupt_at = 2
@@ -82,7 +82,7 @@ def test_turn_interrupted_by_ctrl_c_continues_in_the_next():
 
 
 def test_post_after_an_interrupted_wake_up_wakes_the_loop():
-    loop = HandCrankedLoop()
+    loop = ManualLoop()
     real = loop.call_soon
 
     def interrupted(function):
@@ -98,7 +98,7 @@ def test_post_after_an_interrupted_wake_up_wakes_the_loop():
 
 
 def test_closed_loop_keeps_no_posts():
-    loop = HandCrankedLoop()
+    loop = ManualLoop()
     loop.wake(0)
     loop.closed = True
     loop.scheduled.clear()
@@ -108,7 +108,7 @@ def test_closed_loop_keeps_no_posts():
 
 
 def test_inbox_schedules_another_call_if_the_loop_drops_one():
-    loop = HandCrankedLoop()
+    loop = ManualLoop()
     loop.wake(0)
     loop.scheduled.pop()  # KeyboardInterrupt was raised before the call
     assert loop.wake_ups == 2
@@ -120,7 +120,7 @@ def test_inbox_schedules_another_call_if_the_loop_drops_one():
 
 
 def test_renew_wake_up_replaces_a_lost_wake_up_only_once():
-    loop = HandCrankedLoop()
+    loop = ManualLoop()
     loop.wake(0)
     kept = loop.scheduled.pop()
     for _ in range(3):
@@ -133,7 +133,7 @@ def test_renew_wake_up_replaces_a_lost_wake_up_only_once():
 
 
 def test_waiter_announces_each_wait_on_any_kind_of_loop(monkeypatch):
-    loop, announced = HandCrankedLoop(), []
+    loop, announced = ManualLoop(), []
     monkeypatch.setattr(Loop, "before_wait", lambda loop: announced.append(loop))
     loop.waiter()
     assert (announced, loop.wake_ups) == ([loop], 0)

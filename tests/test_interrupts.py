@@ -26,7 +26,7 @@ class Alarm:
     def __init__(self):
         self.armed = False
         self.aim = 0.0  # microseconds
-        self.took = 20.0
+        self.duration = 20.0
         self.turn = itertools.count()
 
     def __enter__(self):
@@ -46,7 +46,7 @@ class Alarm:
 
     def set(self):
         """Start the alarm. If it should fire before now, return only that much later."""
-        after = self.aim + self.took * (next(self.turn) % 64 / 32 - 0.5)
+        after = self.aim + self.duration * (next(self.turn) % 64 / 32 - 0.5)
         self.armed = True
         signal.setitimer(signal.ITIMER_REAL, max(after, 1) / 1e6)
         start = time.perf_counter()
@@ -55,7 +55,7 @@ class Alarm:
 
     def learn(self, early):
         """Learn whether the interrupt came before the event."""
-        self.aim += self.took / 64 if early else -self.took / 64
+        self.aim += self.duration / 64 if early else -self.duration / 64
 
 
 class Waiter:
@@ -79,8 +79,10 @@ def interrupted(complete, fut, alarm):
         alarm.learn(early=not fut.done())
         return True
     alarm.learn(early=False)
-    took = (time.perf_counter() - start) * 1e6
-    alarm.took += (min(took, 4 * alarm.took) - alarm.took) / 64  # or the thread was preempted
+    duration = (time.perf_counter() - start) * 1e6
+    alarm.duration += (
+        min(duration, 4 * alarm.duration) - alarm.duration
+    ) / 64  # or the thread was preempted
     return False
 
 

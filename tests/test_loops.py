@@ -140,7 +140,7 @@ class Waits:
         assert all("waiters=0" in repr(fut) or fut.done() for fut in self.futures)
 
 
-def check_that_it_serves(loop):
+def check_works(loop):
     for count in (1, 20, 20, 1):  # 20 in one poll are a burst
         Waits(loop, count).park().complete().end().check()
 
@@ -162,7 +162,7 @@ def test_interrupted_loop_loses_no_waiter(new_loop, error, at, count):
         with interrupt:
             waits.end()
         waits.end().check()
-        check_that_it_serves(loop)
+        check_works(loop)
         loop.close()
 
 
@@ -178,7 +178,7 @@ def test_interrupt_after_a_burst_loses_no_waiter(new_loop, error, at):
             waits.end()
             loop.run_until_complete(asyncio.sleep(0.003))  # longer than a pause
         waits.end().check()
-        check_that_it_serves(loop)
+        check_works(loop)
         loop.close()
 
 
@@ -191,7 +191,7 @@ def test_task_interrupted_before_it_waits_leaves_no_waiter(new_loop, error, at):
         with interrupt:
             waits.park()
         waits.complete().end().check(interrupted=1)
-        check_that_it_serves(loop)
+        check_works(loop)
     loop.close()
 
 
@@ -213,7 +213,7 @@ def test_thread_interrupted_during_completion_loses_no_waiter(new_loop, error, a
                 waits.complete_here()
         waits.complete_here()
         waits.end().check()
-        check_that_it_serves(loop)
+        check_works(loop)
         loop.close()
 
 
@@ -231,7 +231,7 @@ def test_interrupt_during_cancellation_loses_no_other_waiter(new_loop, error, at
             waits.end()
         # The frames of the tasks that were cancelled in the same turn refer to the loop's pending
         # call, so only another task that waits renews it.
-        check_that_it_serves(loop)
+        check_works(loop)
         waits.end().check(interrupted=3)
         loop.close()
 
@@ -255,7 +255,7 @@ def test_interrupted_loop_cleanup_leaks_no_waiter_or_file(new_loop, error, at):
         loop.close()
         with interrupt:
             Waits(another, 1).park()  # cleans up after the closed loop
-        check_that_it_serves(another)
+        check_works(another)
         another.close()
         del loop, left, task, another
         before = before or files()
@@ -330,11 +330,11 @@ def test_loop_closed_during_call_soon_keeps_no_function():
     def function():
         pass
 
-    gone = weakref.ref(function)
+    ref = weakref.ref(function)
     assert ours.call_soon(function) is False
     assert loop.is_closed()
     del function
-    assert gone() is None
+    assert ref() is None
 
 
 # ------------------------------------------------------------------ another kind of loop
@@ -407,7 +407,7 @@ def contains(error, kind):
     )
 
 
-def what_is_raised_by(function):
+def error_of(function):
     try:
         function()
     except BaseException as error:
@@ -431,7 +431,7 @@ def test_interrupted_trio_run_resumes_all_tasks_or_ends(error, at, where, timers
     async def main():
         for _ in range(2):
             futures, got, interrupted = [Future() for _ in range(3)], [], []
-            rang = trio.Event()
+            fired = trio.Event()
             with trio.fail_after(PATIENCE):
                 async with trio.open_nursery() as nursery:
                     for fut in futures:
@@ -447,30 +447,30 @@ def test_interrupted_trio_run_resumes_all_tasks_or_ends(error, at, where, timers
                             except error as raised:
                                 interrupted.append(raised)
             assert len(got) >= 3 - len(interrupted)
-            alarm = _loops.current().alarm(rang.set)
+            alarm = _loops.current().alarm(fired.set)
             alarm.set(0.001)
             with trio.fail_after(PATIENCE):
-                await rang.wait()
+                await fired.wait()
             alarm.close()
             await trio.testing.wait_all_tasks_blocked()
 
     for interrupt in interrupts(_loops, error=error, at=at):
         with interrupt:
-            raised = what_is_raised_by(lambda: trio.run(main))
+            raised = error_of(lambda: trio.run(main))
         assert raised is None or contains(raised, error), interrupt
     trio.run(main)
 
 
 def test_trio_task_rescheduled_by_others_raises_and_cleans_up():
     async def main():
-        fut, tasks, told = Future(), [], []
+        fut, tasks, errors = Future(), [], []
 
         async def wait():
             tasks.append(trio.lowlevel.current_task())
             try:
                 await fut
             except RuntimeError as error:
-                told.append(str(error))
+                errors.append(str(error))
             return await fut
 
         async with trio.open_nursery() as nursery:
@@ -481,8 +481,8 @@ def test_trio_task_rescheduled_by_others_raises_and_cleans_up():
             assert "waiters=1" in repr(fut)  # the second await
             with running(lambda: fut.set_result(5)):
                 pass
-        assert len(told) == 1
-        assert "other code has rescheduled" in told[0]
+        assert len(errors) == 1
+        assert "other code has rescheduled" in errors[0]
 
     trio.run(main)
 
@@ -496,27 +496,27 @@ def test_trio_task_rescheduled_by_others_raises_and_cleans_up():
 def test_interrupted_alarm_works_and_closes_no_other_file(new_loop, error, at):
     for interrupt in interrupts(_alarm, error=error, at=at):
         loop = new(new_loop)
-        rang = asyncio.Event()
+        fired = asyncio.Event()
 
-        async def rings(alarm, seconds=0.0, rang=rang):
-            rang.clear()
+        async def fires(alarm, seconds=0.0, fired=fired):
+            fired.clear()
             alarm.set(seconds)
-            await asyncio.wait_for(rang.wait(), PATIENCE)
+            await asyncio.wait_for(fired.wait(), PATIENCE)
 
-        async def use(rings=rings, rang=rang):
-            alarm = _loops.current().alarm(rang.set)
+        async def use(fires=fires, fired=fired):
+            alarm = _loops.current().alarm(fired.set)
             used.append(alarm)
-            await rings(alarm)
+            await fires(alarm)
             alarm.set(PATIENCE)
-            await rings(alarm, 1e-5)
+            await fires(alarm, 1e-5)
             alarm.close()
-            await rings(alarm)
+            await fires(alarm)
 
         used = []
         with interrupt, suppress(TimeoutError):
             loop.run_until_complete(use())
         if used:
-            run(loop, loop.create_task(rings(used[0])))
+            run(loop, loop.create_task(fires(used[0])))
         run(loop, loop.create_task(use()))
         used.clear()
         one, other = socket.socketpair()
@@ -576,7 +576,7 @@ def test_real_ctrl_c_leaves_the_loop_responsive(new_loop):
     with AlarmInTheLoop() as alarm:
         loop = new(new_loop)
 
-        async def serve(waits, microseconds):
+        async def wait_for_tasks(waits, microseconds):
             alarm.armed = True
             signal.setitimer(signal.ITIMER_REAL, microseconds / 1e6)
             await asyncio.wait(waits.tasks)
@@ -584,14 +584,14 @@ def test_real_ctrl_c_leaves_the_loop_responsive(new_loop):
 
         for n in range(600):
             waits = Waits(loop, 1 + 19 * (n % 7 == 0)).park().complete()
-            serving = loop.create_task(serve(waits, n % 150 + 1))
+            waiting = loop.create_task(wait_for_tasks(waits, n % 150 + 1))
             try:
-                loop.run_until_complete(serving)
+                loop.run_until_complete(waiting)
             except KeyboardInterrupt:
                 interrupted += 1
                 alarm.armed = False
                 Waits(loop, 1).park().complete().end().check()
-            serving.cancel()
-        check_that_it_serves(loop)
+            waiting.cancel()
+        check_works(loop)
         loop.close()
     assert interrupted > 50

@@ -96,7 +96,7 @@ def resident():
         return int(statm.read().split()[1]) * 4096
 
 
-def test_futures_made_awaited_and_dropped_keep_memory_flat(nothing_blocks_a_loop, gone):
+def test_futures_made_awaited_and_dropped_keep_memory_flat(nothing_blocks_a_loop, survivors):
     nothing_blocks_a_loop.deactivate()  # BlockBuster makes this ten times slower
 
     async def value(fut):
@@ -117,21 +117,21 @@ def test_futures_made_awaited_and_dropped_keep_memory_flat(nothing_blocks_a_loop
 
 
 @pytest.fixture
-def gone(monkeypatch):
+def survivors(monkeypatch):
     """A function that calls ``make``, collects garbage, and returns the objects that survive."""
     # Finalisers log errors, and pytest keeps log records. From CPython 3.15 on, the collector
     # clears weak references only after it has called the finalisers.
     monkeypatch.setattr(logging.getLogger("torchfut_aio.unretrieved"), "disabled", True)
 
-    def gone(make):
+    def survivors(make):
         refs = [weakref.ref(thing) for thing in make()]
         gc.collect()
         return [ref() for ref in refs if ref() is not None]
 
-    return gone
+    return survivors
 
 
-def test_pending_future_with_a_cyclic_callback_is_collected(gone):
+def test_pending_future_with_a_cyclic_callback_is_collected(survivors):
     def make():
         fut = Future()
         fut.add_done_callback(lambda f: fut)
@@ -140,10 +140,10 @@ def test_pending_future_with_a_cyclic_callback_is_collected(gone):
         both.then(lambda f: (both, fut))
         return fut, child, both
 
-    assert gone(make) == []
+    assert survivors(make) == []
 
 
-def test_pending_future_of_an_abandoned_coroutine_is_collected(gone):
+def test_pending_future_of_an_abandoned_coroutine_is_collected(survivors):
     def make():
         fut = Future()
 
@@ -158,11 +158,11 @@ def test_pending_future_of_an_abandoned_coroutine_is_collected(gone):
         asyncio.run(main())
         return [fut]
 
-    assert gone(make) == []
+    assert survivors(make) == []
 
 
 @pytest.mark.parametrize("read", [True, False])
-def test_future_with_a_cyclic_error_is_collected(read, gone):
+def test_future_with_a_cyclic_error_is_collected(read, survivors):
     def make():
         fut = Future()
         try:
@@ -174,10 +174,10 @@ def test_future_with_a_cyclic_error_is_collected(read, gone):
                 fut.wait()
         return [fut]
 
-    assert gone(make) == []
+    assert survivors(make) == []
 
 
-def test_a_failed_chain_and_adopted_future_are_collected(gone):
+def test_a_failed_chain_and_adopted_future_are_collected(survivors):
     def make():
         fut, source = Future(), concurrent.futures.Future()
         adopted = as_future(source)
@@ -188,7 +188,7 @@ def test_a_failed_chain_and_adopted_future_are_collected(gone):
             adopted.wait()
         return fut, child
 
-    assert gone(make) == []
+    assert survivors(make) == []
 
 
 def test_reading_an_error_creates_no_reference_cycle():

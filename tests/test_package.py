@@ -56,20 +56,20 @@ imported()
 
 
 def test_package_never_initialises_an_accelerator():
-    told = forks.output(
+    output = forks.output(
         "import torch, torchfut_aio; fut = torchfut_aio.Future(); fut.set_result(torch.ones(2));"
         "fut.then(lambda f: f.wait()).wait(); print(torch.cuda.is_initialized())"
     )
-    assert told == "False\n"
+    assert output == "False\n"
 
 
 def test_package_works_without_trio_uvloop_and_anyio():
-    told = forks.output(
+    output = forks.output(
         "import sys; sys.modules.update(trio=None, uvloop=None, anyio=None);"
         "import asyncio, torchfut_aio; fut = torchfut_aio.Future(); fut.set_result(5);"
         "print(asyncio.run(asyncio.wait_for(fut, 9)))"
     )
-    assert told == "5\n"
+    assert output == "5\n"
 
 
 def test_public_names_are_sorted_and_documented():
@@ -174,13 +174,13 @@ def takes_any_runtime_error(tree):
             if {"RuntimeError"} in kinds:
                 yield node.lineno
         if isinstance(node, ast.Try):
-            raised_on = False
+            reraised = False
             for handler in node.handlers:
                 kinds = names(handler.type) if handler.type else set()
                 first = handler.body[0]
-                raised_on |= "RecursionError" in kinds and is_reraise(first)
-                looks = isinstance(first, ast.If) and is_reraise(first.body[-1])
-                if "RuntimeError" in kinds and not raised_on and not looks:
+                reraised |= "RecursionError" in kinds and is_reraise(first)
+                checks = isinstance(first, ast.If) and is_reraise(first.body[-1])
+                if "RuntimeError" in kinds and not reraised and not checks:
                     yield handler.lineno
 
 

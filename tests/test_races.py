@@ -156,7 +156,7 @@ def test_has_waiters_can_be_called_while_callbacks_change():
     fut, over = Future(), threading.Event()
     fut.add_done_callback(print)  # keeps the answer constant
 
-    def come_and_go():
+    def add_and_remove():
         try:
             for _ in range(RACES):
                 fut.add_done_callback(len)
@@ -165,7 +165,7 @@ def test_has_waiters_can_be_called_while_callbacks_change():
             over.set()
 
     answers = set()
-    with running(come_and_go):
+    with running(add_and_remove):
         while not over.is_set():
             answers.add(fut.has_waiters())
     assert answers <= {True}

@@ -32,10 +32,10 @@ from .accelerator import (
     being_filled,
     completed_on,
     current_stream,
+    declared_or_not,
     ends_soon,
     read_on_current_stream,
     several_devices,
-    told_or_not,
 )
 from .explorer import interrupts
 from .loops import on_asyncio, on_every_loop
@@ -58,7 +58,7 @@ def failed_on(stream, accelerator):
 
 
 @on_every_loop
-@told_or_not
+@declared_or_not
 async def test_await_waits_for_the_kernels_without_blocking_the_loop(
     accelerator, producer, devices
 ):
@@ -79,7 +79,7 @@ async def test_await_waits_for_the_kernels_without_blocking_the_loop(
 
 
 @on_every_loop
-@told_or_not
+@declared_or_not
 async def test_await_never_blocks_on_the_device(accelerator, producer, devices):
     fut = Future(devices=devices)
     with producer:
@@ -96,7 +96,7 @@ async def test_await_never_blocks_on_the_device(accelerator, producer, devices):
 
 
 @on_every_loop
-@told_or_not
+@declared_or_not
 async def test_only_kernels_enqueued_before_the_completion_are_awaited(
     accelerator, producer, devices
 ):
@@ -109,7 +109,7 @@ async def test_only_kernels_enqueued_before_the_completion_are_awaited(
 
 
 @on_every_loop
-@told_or_not
+@declared_or_not
 async def test_kernels_of_other_streams_are_not_awaited(accelerator, producer, consumer, devices):
     slow, quick = completed_on(producer, accelerator, devices), Future(devices=devices)
     with consumer:
@@ -124,7 +124,7 @@ async def test_kernels_of_other_streams_are_not_awaited(accelerator, producer, c
 
 
 @on_every_loop
-@told_or_not
+@declared_or_not
 async def test_awaiting_again_returns_at_once(accelerator, producer, devices):
     fut = completed_on(producer, accelerator, devices)
     accelerator.wake()
@@ -135,7 +135,7 @@ async def test_awaiting_again_returns_at_once(accelerator, producer, devices):
 
 
 @on_every_loop
-@told_or_not
+@declared_or_not
 async def test_many_tasks_can_await_one_value(accelerator, producer, devices):
     fut = completed_on(producer, accelerator, devices)
     readers = [Reader(fut) for _ in range(20)]
@@ -168,7 +168,7 @@ async def test_value_on_several_devices_is_ready_when_all_parts_are(accelerator,
 
 
 @on_every_loop
-@told_or_not
+@declared_or_not
 async def test_an_error_is_raised_without_waiting_for_any_kernel(accelerator, producer, devices):
     fut = Future(devices=devices)
     with producer:
@@ -180,7 +180,7 @@ async def test_an_error_is_raised_without_waiting_for_any_kernel(accelerator, pr
 
 
 @on_every_loop
-@told_or_not
+@declared_or_not
 async def test_awaited_value_can_be_used_on_the_current_streams(
     accelerator, producer, consumer, devices
 ):
@@ -194,7 +194,7 @@ async def test_awaited_value_can_be_used_on_the_current_streams(
 
 
 @on_every_loop
-@told_or_not
+@declared_or_not
 async def test_cancelled_await_leaves_the_device_future_unchanged(accelerator, producer, devices):
     fut = completed_on(producer, accelerator, devices)
     with anyio.move_on_after(0.01) as scope:
@@ -208,7 +208,7 @@ async def test_cancelled_await_leaves_the_device_future_unchanged(accelerator, p
     assert (await fut).tolist() == NEW
 
 
-@told_or_not
+@declared_or_not
 def test_loops_in_several_threads_can_await_one_value(accelerator, producer, devices):
     fut = completed_on(producer, accelerator, devices)
     values = []
@@ -230,7 +230,7 @@ def test_loops_in_several_threads_can_await_one_value(accelerator, producer, dev
 
 
 @on_every_loop
-@told_or_not
+@declared_or_not
 async def test_stream_ordered_orders_the_stream_without_waiting(accelerator, producer, devices):
     fut, current = Future(devices=devices), torch.Stream(FIRST)
     before = torch.accelerator.current_stream()
@@ -271,7 +271,7 @@ async def test_stream_ordered_returns_the_value_or_raises_the_error(accelerator)
 
 
 @on_every_loop
-@told_or_not
+@declared_or_not
 @pytest.mark.parametrize("combine", [gather, collect_all])
 async def test_a_combined_future_is_ready_when_its_parts_are(accelerator, devices, combine):
     futures = [Future(devices=devices) for _ in range(3)]
@@ -293,7 +293,7 @@ async def test_a_combined_future_is_ready_when_its_parts_are(accelerator, device
 
 
 @on_every_loop
-@told_or_not
+@declared_or_not
 async def test_combined_future_ignores_unrelated_work_of_its_setter(accelerator, producer, devices):
     on_device, on_host = Future(devices=devices), Future()
     combined = gather([on_device, on_host])
@@ -308,7 +308,7 @@ async def test_combined_future_ignores_unrelated_work_of_its_setter(accelerator,
 
 
 @on_every_loop
-@told_or_not
+@declared_or_not
 async def test_combining_futures_does_not_order_unrelated_streams(accelerator, producer, devices):
     one = completed_on(producer, accelerator, devices)
 
@@ -329,7 +329,7 @@ async def test_combining_futures_does_not_order_unrelated_streams(accelerator, p
 
 
 @on_every_loop
-@told_or_not
+@declared_or_not
 async def test_child_is_ready_when_work_of_its_callback_is_done(accelerator, producer, devices):
     fut = Future(devices=devices)
     child = fut.then(lambda f: f.value().clone())
@@ -345,7 +345,7 @@ async def test_child_is_ready_when_work_of_its_callback_is_done(accelerator, pro
 
 
 @on_every_loop
-@told_or_not
+@declared_or_not
 async def test_as_completed_in_a_task_yields_in_order_of_readiness(
     accelerator, producer, consumer, devices
 ):
@@ -366,7 +366,7 @@ async def test_as_completed_in_a_task_yields_in_order_of_readiness(
     assert poll_statistics().pending == 0
 
 
-@told_or_not
+@declared_or_not
 def test_as_completed_in_a_thread_orders_the_current_streams(
     accelerator, producer, consumer, devices
 ):
@@ -470,7 +470,7 @@ async def test_as_completed_yields_a_future_with_a_failed_kernel(accelerator, pr
 
 
 @on_every_loop
-@told_or_not
+@declared_or_not
 async def test_adopted_torch_future_is_ready_with_its_kernels(accelerator, producer, devices):
     source = torch.futures.Future(devices=devices)
     fut = as_future(source)
@@ -486,7 +486,7 @@ async def test_adopted_torch_future_is_ready_with_its_kernels(accelerator, produ
 
 
 @on_asyncio
-@told_or_not
+@declared_or_not
 async def test_as_asyncio_completes_when_the_value_is_ready(accelerator, producer, devices):
     pending_one = Future(devices=devices)
     done_one = completed_on(producer, accelerator, devices)
@@ -526,7 +526,7 @@ async def test_interrupted_as_asyncio_leaves_no_wait_after_the_kernels(accelerat
 
 
 @on_every_loop
-@told_or_not
+@declared_or_not
 async def test_failed_kernel_fails_only_awaits_on_its_stream(
     accelerator, producer, consumer, devices
 ):

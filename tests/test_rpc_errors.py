@@ -42,15 +42,15 @@ def adopted(text, kind=RuntimeError):
     return as_future(fut).exception()
 
 
-def remote(told, *, name="ValueError", worker="On WorkerInfo(id=1, name=w):\n"):
+def remote(message, *, name="ValueError", worker="On WorkerInfo(id=1, name=w):\n"):
     """Return the text that a caller gets when a remote function raised."""
-    trace = f'Traceback (most recent call last):\n  File "f.py", line 1, in f\n    f()\n{told}\n'
+    trace = f'Traceback (most recent call last):\n  File "f.py", line 1, in f\n    f()\n{message}\n'
     return f"{name}: {worker}repr\n{trace}\n\nAt:\n  internal.py(236): _handle_exception\n"
 
 
-def not_made(shown, told):
+def not_made(shown, message):
     """Return the text that a caller gets when the error cannot be constructed from a text."""
-    return remote(told, name="RuntimeError").replace(
+    return remote(message, name="RuntimeError").replace(
         "On WorkerInfo(id=1, name=w):\nrepr",
         "Failed to create original exception type. Error msg was no. Original exception on "
         f"remote side was On WorkerInfo(id=1, name=w):\n{shown}",
@@ -144,8 +144,10 @@ def test_error_with_any_text_survives_rpc(text, kind):
     try:
         _handle_exception(pickle.loads(sent))
     except Exception as raised:
-        told = f"{type(raised).__name__}: {raised}\n\nAt:\n  internal.py(236): _handle_exception\n"
-    arrived = adopted(told)
+        message = (
+            f"{type(raised).__name__}: {raised}\n\nAt:\n  internal.py(236): _handle_exception\n"
+        )
+    arrived = adopted(message)
     assert isinstance(arrived, RpcError)
     assert isinstance(arrived, kind)
     assert repr(error) in str(arrived)

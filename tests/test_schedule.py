@@ -15,7 +15,7 @@ from torchfut_aio._devices._schedule import LearnedSchedule, Poll
 POLICY = PollPolicy()
 
 
-def lived_through(waits, late=lambda pause: 30e-6, new_schedule=LearnedSchedule):
+def simulate(waits, late=lambda pause: 30e-6, new_schedule=LearnedSchedule):
     """Return how late each of ``waits`` was noticed, and the number of polls for it."""
     schedule, lateness, polls = new_schedule(), [], []
     for wait in waits:
@@ -30,19 +30,19 @@ def lived_through(waits, late=lambda pause: 30e-6, new_schedule=LearnedSchedule)
     return lateness, polls
 
 
-def alike(seconds, count, seed=1):
+def similar(seconds, count, seed=1):
     dice = random.Random(seed)
     return [dice.gauss(seconds, 30e-6) for _ in range(count)]
 
 
-def unlike(seconds, count, seed=1):
+def varied(seconds, count, seed=1):
     dice = random.Random(seed)
     return [seconds * dice.uniform(0.1, 1.9) for _ in range(count)]
 
 
 @pytest.mark.parametrize("seconds", [0.001, 0.005, 0.02, 0.1])
 def test_similar_waits_are_noticed_at_once_with_few_polls(seconds):
-    lateness, polls = lived_through(alike(seconds, 200))
+    lateness, polls = simulate(similar(seconds, 200))
     assert statistics.median(lateness[20:]) < 100e-6
     # In addition to the polls near the end, one after each pause of maximal length.
     assert statistics.mean(polls[20:]) < 4 + seconds / POLICY.max_interval
@@ -50,7 +50,7 @@ def test_similar_waits_are_noticed_at_once_with_few_polls(seconds):
 
 @pytest.mark.parametrize("seconds", [0.001, 0.005, 0.02, 0.1])
 def test_varying_waits_are_noticed_within_half_a_millisecond(seconds):
-    lateness, polls = lived_through(unlike(seconds, 200))
+    lateness, polls = simulate(varied(seconds, 200))
     assert statistics.median(lateness) < 0.35e-3
     assert statistics.mean(polls) < 5 + seconds / 0.4e-3
 
@@ -65,13 +65,13 @@ def test_poll_intervals_grow_with_the_time_waited():
 
 @pytest.mark.parametrize(("before", "after"), [(0.005, 0.0001), (0.1, 0.0005), (0.0005, 0.02)])
 def test_schedule_relearns_a_stream_with_changed_waits(before, after):
-    lateness, _ = lived_through(alike(before, 50) + alike(after, 60))
+    lateness, _ = simulate(similar(before, 50) + similar(after, 60))
     assert max(lateness) < POLICY.max_interval + 1e-4
     assert statistics.median(lateness[-20:]) < 0.25e-3
 
 
 def test_schedule_forgets_an_outlier():
-    lateness, polls = lived_through(alike(0.005, 40) + [0.0002] + alike(0.005, 40))
+    lateness, polls = simulate(similar(0.005, 40) + [0.0002] + similar(0.005, 40))
     assert statistics.median(lateness[41:]) < 100e-6
     assert statistics.mean(polls[41:]) < 5
 
@@ -80,7 +80,7 @@ def test_schedule_compensates_for_late_wake_ups():
     def late(pause):
         return 300e-6 if pause > 1e-3 else 30e-6
 
-    lateness, _ = lived_through(alike(0.02, 100), late)
+    lateness, _ = simulate(similar(0.02, 100), late)
     assert statistics.median(lateness[30:]) < 100e-6
 
 

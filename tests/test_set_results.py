@@ -21,7 +21,7 @@ from torchfut_aio import (
     set_results,
 )
 
-from .accelerator import FIRST, NEW, SECOND, being_filled, simulated_only, told_or_not
+from .accelerator import FIRST, NEW, SECOND, being_filled, declared_or_not, simulated_only
 from .explorer import interrupts
 from .loops import on_asyncio, on_every_loop
 from .threads import PATIENCE, alongside, running, until
@@ -94,13 +94,13 @@ def test_a_value_that_is_an_exception_is_an_error():
 
 
 def test_what_is_done_keeps_its_outcome_and_is_told(caplog):
-    given_up, served, failed = futures_of(3)
-    given_up.set_exception(asyncio.CancelledError())
+    cancelled, pending, failed = futures_of(3)
+    cancelled.set_exception(asyncio.CancelledError())
     failed.set_result("before")
     unused = ValueError("nobody gets it, and the caller has it")
-    assert set_results([given_up, served, failed], ["late", 2, unused]) == [given_up, failed]
-    assert isinstance(given_up.exception(), asyncio.CancelledError)
-    assert (served.value(), failed.value()) == (2, "before")
+    assert set_results([cancelled, pending, failed], ["late", 2, unused]) == [cancelled, failed]
+    assert isinstance(cancelled.exception(), asyncio.CancelledError)
+    assert (pending.value(), failed.value()) == (2, "before")
     del unused
     gc.collect()
     assert not caplog.records
@@ -202,7 +202,7 @@ class Waiter:
 )
 def test_whatever_strikes_all_are_untouched_or_all_are_served(error, at, caplog):
     caplog.set_level(logging.CRITICAL, "torchfut_aio")
-    served = untouched = 0
+    completed = untouched = 0
     for interrupt in interrupts(_core, _many, error=error, at=at):
         futures, ran = futures_of(3), []
         waiters = [Waiter() for _ in futures]
@@ -218,17 +218,17 @@ def test_whatever_strikes_all_are_untouched_or_all_are_served(error, at, caplog)
             assert not any(waiter.woken for waiter in waiters)
             set_results(futures, values)
         else:
-            served += 1
+            completed += 1
         until(lambda: all(child.done() for child in children))
         until(lambda: all(waiter.woken for waiter in waiters))
         assert all(torch._C.Future.done(fut) for fut in futures)
         assert len(ran) <= 3
         assert [fut.exception() or fut.value() for fut in futures] == values
-    assert served > untouched > 0
+    assert completed > untouched > 0
 
 
 @on_every_loop
-@told_or_not
+@declared_or_not
 @pytest.mark.device
 async def test_values_are_ready_when_they_are_awaited(accelerator, producer, devices):
     futures = [Future(devices=devices) for _ in range(2)]
@@ -285,7 +285,7 @@ def seen(fut):
     return type(error), str(error), error or fut.value(), in_cpp, in_callback
 
 
-@told_or_not
+@declared_or_not
 @simulated_only
 @pytest.mark.device
 @pytest.mark.several_devices

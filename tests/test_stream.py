@@ -120,7 +120,7 @@ async def test_async_with_on_a_stream_is_refused_without_losing_values():
 
 @on_every_loop
 async def test_close_error_reaches_every_consumer_after_the_values():
-    stream, error, got, told = ValueStream(), ValueError("foo"), [], []
+    stream, error, got, raised = ValueStream(), ValueError("foo"), [], []
     stream.put_many(["a", "b"])
 
     async def consume():
@@ -128,7 +128,7 @@ async def test_close_error_reaches_every_consumer_after_the_values():
             async for value in stream:
                 got.append(value)
         except ValueError as caught:
-            told.append(caught)
+            raised.append(caught)
 
     async with anyio.create_task_group() as tg:
         for _ in range(3):
@@ -137,7 +137,7 @@ async def test_close_error_reaches_every_consumer_after_the_values():
         assert got == ["a", "b"]
         stream.close(error)
         stream.close(KeyError("too late"))
-    assert told == [error] * 3
+    assert raised == [error] * 3
     with pytest.raises(ValueError, match="foo"):
         next(iter(stream))
 
@@ -324,26 +324,26 @@ def test_stream_limit_holds_for_concurrent_producers():
 
 @on_every_loop
 async def test_close_wakes_all_waiting_readers_and_writers():
-    full, empty, told = ValueStream(max_size=1), ValueStream(), []
+    full, empty, ended = ValueStream(max_size=1), ValueStream(), []
     full.put(1)
 
     async def aput():
         with pytest.raises(StreamClosedError):
             await full.aput(2)
-        told.append("task")
+        ended.append("task")
 
     def put():
         with pytest.raises(StreamClosedError):
             full.put_many([2, 3])
-        told.append("thread")
+        ended.append("thread")
 
     def read():
-        told.extend(empty)
-        told.append("thread")
+        ended.extend(empty)
+        ended.append("thread")
 
     async def aread():
-        told.extend([value async for value in empty])
-        told.append("task")
+        ended.extend([value async for value in empty])
+        ended.append("task")
 
     with anyio.fail_after(PATIENCE):
         async with alongside(put, read), anyio.create_task_group() as tg:
@@ -352,7 +352,7 @@ async def test_close_wakes_all_waiting_readers_and_writers():
             await eventually(lambda: waiting(full) == (0, 2) and waiting(empty) == (2, 0))
             full.close()
             empty.close()
-    assert sorted(told) == ["task", "task", "thread", "thread"]
+    assert sorted(ended) == ["task", "task", "thread", "thread"]
     assert list(full) == [1]
 
 
@@ -481,7 +481,7 @@ async def test_one_wake_up_covers_all_values_and_streams_of_a_loop(monkeypatch):
     monkeypatch.setattr(type(ours), "call_soon", counted)
     thread = threading.Thread(target=produce)
     thread.start()
-    while thread.is_alive():  # the loop does not run meanwhile
+    while thread.is_alive():  # the loop does not run
         pass
     assert asked == [ours]
     assert await asyncio.gather(*readers) == [[*range(10)]] * 30
@@ -684,9 +684,9 @@ async def test_read_without_listeners_raises_the_first_cause():
             stream.close()
         stream.stop_listening()
         stream.close()
-        told = "the stream has ended" if closed_first else r"nothing listens .* listen\(\) block"
+        message = "the stream has ended" if closed_first else r"nothing listens .* listen\(\) block"
         for read in (stream.listen, stream.get):
-            with pytest.raises(StreamClosedError, match=told):
+            with pytest.raises(StreamClosedError, match=message):
                 read()
 
 
@@ -761,24 +761,24 @@ ENDS = {
 @on_every_loop
 @pytest.mark.parametrize(("end", "expected", "text"), ENDS.values(), ids=ENDS)
 async def test_close_wakes_all_gets_and_fails_later_ones(end, expected, text):
-    stream, told = ValueStream(), []
+    stream, ended = ValueStream(), []
 
     def get():
         with pytest.raises(expected, match=text):
             stream.get()
-        told.append("thread")
+        ended.append("thread")
 
     async def aget():
         with pytest.raises(expected, match=text):
             await stream.aget()
-        told.append("task")
+        ended.append("task")
 
     with anyio.fail_after(PATIENCE):
         async with alongside(get), anyio.create_task_group() as tg:
             tg.start_soon(aget)
             await eventually(lambda: waiting(stream) == (2, 0))
             end(stream)
-    assert sorted(told) == ["task", "thread"]
+    assert sorted(ended) == ["task", "thread"]
     await aget()
     get()
     assert stream.listening == (end is not ValueStream.stop_listening)
@@ -1045,8 +1045,8 @@ class StreamAgainstAModel(RuleBasedStateMachine):
         if self.refuses(n):
             expected = pytest.raises(StreamClosedError)
         elif number > room:
-            told = f"{room} of {number}"
-            expected = pytest.raises(TimeoutError, match=told)
+            message = f"{room} of {number}"
+            expected = pytest.raises(TimeoutError, match=message)
         else:
             expected = contextlib.nullcontext()
         with expected:
@@ -1143,7 +1143,6 @@ class Waiter:
     """It is its own waker."""
 
     woken = 0
-    gone = False
 
     def wake(self, _waiter):
         self.woken += 1

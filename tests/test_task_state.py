@@ -346,17 +346,17 @@ def test_interrupted_steps_leave_the_thread_state_as_it_was(ambient):
 def test_autocast_cache_is_not_shared_between_states():
     weight = torch.ones(2, 2, requires_grad=True)
 
-    async def served():
+    async def handler():
         with torch.autocast("cpu"), torch.no_grad():
             torch.mm(weight, weight)  # autocast caches the cast weight, without gradient
             await suspended()
 
-    serving = task_local_state(served())
-    serving.send(None)
+    coroutine = task_local_state(handler())
+    coroutine.send(None)
     with torch.autocast("cpu"):
         torch.mm(weight, weight).sum().backward()
     assert weight.grad is not None
-    serving.close()
+    coroutine.close()
 
 
 # ---------------------------------------------------------------- devices and streams

@@ -188,11 +188,11 @@ async def test_future_of_a_task_is_freed_without_the_collector(kind, outcome):
                     await anyio.wait_all_tasks_blocked()
                     scope.cancel()
         finally:
-            gone = weakref.ref(fut)
+            ref = weakref.ref(fut)
             assert fut.done()
             del fut
             try:
-                assert gone() is None
+                assert ref() is None
             finally:
                 gc.enable()
 
@@ -210,9 +210,9 @@ def test_system_exit_does_not_keep_the_future_of_its_task(loop, kind, kind_of_er
 
     with ends_with(error):
         anyio.run(main, **loop)
-    gone = weakref.ref(futures[0])
+    ref = weakref.ref(futures[0])
     assert futures.pop().exception() is error
-    assert gone() is None
+    assert ref() is None
 
 
 @each_loop
@@ -622,11 +622,11 @@ def test_loops_can_submit_to_each_other_at_once(loop, nothing_blocks_a_loop):
 def test_blocked_loop_does_not_delay_calls_to_another_portal(loop, nothing_blocks_a_loop):
     nothing_blocks_a_loop.deactivate()
 
-    async def stand_still():
+    async def block():
         assert released.wait(PATIENCE)
 
     async def main(busy, idle):
-        held = start_soon(busy, stand_still)
+        held = start_soon(busy, block)
         late = start_soon(busy, double, 1)
         assert await start_soon(idle, double, 2) == 4
         released.set()

@@ -31,13 +31,13 @@ class Sets(Worker):
     def __init__(self, linger=0.0):
         super().__init__(NAME)
         self.linger = linger
-        self.serving = self.most = 0
-        self.served_by = set()
+        self.active = self.most = 0
+        self.used = set()
 
     def run(self, thread):
-        self.serving += 1
-        self.most = max(self.most, self.serving)
-        self.served_by.add(thread)
+        self.active += 1
+        self.most = max(self.most, self.active)
+        self.used.add(thread)
         try:
             while not thread.should_end:
                 for item in self.take():
@@ -46,7 +46,7 @@ class Sets(Worker):
                 if not self.work and not self.rest(self.linger):
                     return
         finally:
-            self.serving -= 1
+            self.active -= 1
 
 
 def threads():
@@ -84,7 +84,7 @@ def test_lingering_thread_runs_later_work():
     for _ in range(100):
         assert submits(worker).wait(PATIENCE)
         assert len(threads()) == 1
-    assert len(worker.served_by) == 1
+    assert len(worker.used) == 1
     assert worker.end(PATIENCE)
     assert not threads()
 
@@ -165,12 +165,12 @@ def test_submission_does_not_rely_on_a_failed_thread_start(monkeypatch):
 # Not within CPython's threading, where no signal handler runs: test_timeouts.py has real signals.
 
 
-@pytest.mark.parametrize("there_is_a_thread", [False, True])
-def test_interrupted_submission_loses_its_item_and_no_other(there_is_a_thread):
+@pytest.mark.parametrize("has_thread", [False, True])
+def test_interrupted_submission_loses_its_item_and_no_other(has_thread):
     for interrupt in explorer.interrupts(_threads):
-        worker, event = Sets(PATIENCE if there_is_a_thread else 0), threading.Event()
+        worker, event = Sets(PATIENCE if has_thread else 0), threading.Event()
         before = submits(worker)
-        until(before.is_set if there_is_a_thread else lambda: not threads())
+        until(before.is_set if has_thread else lambda: not threads())
         with interrupt:
             worker.submit(event)
         assert interrupt.raised == (interrupt.where is not None), interrupt

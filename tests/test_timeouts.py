@@ -68,7 +68,7 @@ def timer(monkeypatch):
 
 
 @pytest.fixture
-def looked_after(timer):
+def pending_timeout(timer):
     """A source with a pending timeout, so that the timer's thread exists."""
     source = Future()
     with_timeout(source, LATER)
@@ -128,7 +128,7 @@ def test_deadlines_expire_in_order():
         assert between[one][0] < between[next_one][1]
 
 
-def test_an_earlier_deadline_does_not_wait_for_a_later_one(looked_after, timer):
+def test_an_earlier_deadline_does_not_wait_for_a_later_one(pending_timeout, timer):
     until(lambda: timer._wakes_at < math.inf)  # the thread sleeps until the later deadline
     late = with_timeout(Future(), SOON)
     assert type(late.then(Future.exception).wait(PATIENCE / 2)) is TimeoutError
@@ -316,16 +316,16 @@ def test_timeouts_share_one_thread():
 
 
 def test_timeouts_set_by_many_threads_share_one_thread():
-    serving, most = [], 0
+    active, most = [], 0
 
-    def served(fut):
+    def callback(fut):
         nonlocal most
         # Not in with_timeout(), which runs callbacks if the deadline has already passed.
         if threading.current_thread() in timers():
-            serving.append(fut)
-            most = max(most, len(serving))
+            active.append(fut)
+            most = max(most, len(active))
             time.sleep(0.0001)  # time for another thread, if there were one
-            serving.remove(fut)
+            active.remove(fut)
 
     for _ in range(20):
         futures = []
@@ -334,7 +334,7 @@ def test_timeouts_set_by_many_threads_share_one_thread():
             for n in range(20):
                 source = Future()
                 futures.append(with_timeout(source, SOON if n % 2 else LATER))
-                futures[-1].add_done_callback(served)
+                futures[-1].add_done_callback(callback)
                 if not n % 2:
                     source.set_result(n)
 
@@ -385,7 +385,7 @@ def test_timer_thread_can_restart_any_number_of_times(timer):
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, Stop, GeneratorExit])
-def test_raising_callback_does_not_end_the_timer_thread(kind, looked_after, caplog):
+def test_raising_callback_does_not_end_the_timer_thread(kind, pending_timeout, caplog):
     def callback(fut):
         if threading.current_thread() in timers():
             raise kind
@@ -403,7 +403,7 @@ def test_raising_callback_does_not_end_the_timer_thread(kind, looked_after, capl
     assert type(with_timeout(Future(), SOON).then(Future.exception).wait(PATIENCE)) is TimeoutError
 
 
-def test_raising_repr_does_not_end_the_timer_thread(looked_after):
+def test_raising_repr_does_not_end_the_timer_thread(pending_timeout):
     class Shy(Future):
         def __repr__(self):
             raise Stop
@@ -452,8 +452,8 @@ def test_concurrent_timeout_expires_or_raises_without_a_thread(monkeypatch):
             with_timeout(Future(), SOON)
     [outcome] = outcomes
     if isinstance(outcome, Future):
-        told = outcome.then(Future.exception).wait(PATIENCE)
-        assert isinstance(told, (TimeoutError, RuntimeError))
+        raised = outcome.then(Future.exception).wait(PATIENCE)
+        assert isinstance(raised, (TimeoutError, RuntimeError))
 
 
 # --------------------------------------------------------------------------- interrupts
@@ -524,8 +524,8 @@ def test_memory_error_in_the_timer_leaves_no_future_pending():
         until(lambda: not timers())
 
 
-@pytest.mark.parametrize("there_is_a_thread", [False, True])
-def test_real_ctrl_c_does_not_stop_later_timeouts(there_is_a_thread):
+@pytest.mark.parametrize("has_thread", [False, True])
+def test_real_ctrl_c_does_not_stop_later_timeouts(has_thread):
     printed = forks.output(f"""
         import logging, signal, sys, time
         from torchfut_aio import Future, _timeouts, with_timeout
@@ -545,7 +545,7 @@ def test_real_ctrl_c_does_not_stop_later_timeouts(there_is_a_thread):
 
         armed, interrupts = [], 0
         signal.signal(signal.SIGALRM, interrupt)
-        kept = with_timeout(Future(), 3600) if {there_is_a_thread} else None
+        kept = with_timeout(Future(), 3600) if {has_thread} else None
         for n in range(300):
             give_up = time.monotonic() + 30
             while kept is None and _timeouts._timer.threads():
@@ -566,7 +566,7 @@ def test_real_ctrl_c_does_not_stop_later_timeouts(there_is_a_thread):
 # ----------------------------------------------------------------------------- memory
 
 
-def test_completed_timeout_keeps_no_object_alive(looked_after, timer):
+def test_completed_timeout_keeps_no_object_alive(pending_timeout, timer):
     until(lambda: timer._wakes_at < math.inf)  # the thread sleeps
 
     def completed():
@@ -580,7 +580,7 @@ def test_completed_timeout_keeps_no_object_alive(looked_after, timer):
     assert [ref() for ref in refs] == [None] * 3
 
 
-def test_expired_timeout_keeps_no_object_alive(looked_after):
+def test_expired_timeout_keeps_no_object_alive(pending_timeout):
     source = Future()
     late = with_timeout(source, SOON)
     until(late.done)
@@ -594,7 +594,7 @@ def deadlines():
     return sum(type(thing) is _timeouts._Deadline for thing in gc.get_objects())
 
 
-def test_completed_timeouts_do_not_accumulate(looked_after, timer):
+def test_completed_timeouts_do_not_accumulate(pending_timeout, timer):
     for n in range(20_000):
         source = Future()
         with_timeout(source, LATER)
@@ -604,7 +604,7 @@ def test_completed_timeouts_do_not_accumulate(looked_after, timer):
     assert deadlines() < 4_000
 
 
-def test_timer_thread_drops_timeouts_completed_while_it_slept(looked_after, timer):
+def test_timer_thread_drops_timeouts_completed_while_it_slept(pending_timeout, timer):
     sources = [Future() for _ in range(5_000)]
     for source in sources:
         with_timeout(source, LATER)

@@ -12,7 +12,7 @@ import pytest
 
 from torchfut_aio import Future, _core, _to_stdlib, as_future
 
-from .accelerator import FIRST, NEW, SECOND, being_filled, completed_on, told_or_not
+from .accelerator import FIRST, NEW, SECOND, being_filled, completed_on, declared_or_not
 from .explorer import interrupts
 from .loops import on_asyncio
 from .threads import PATIENCE, alongside, running, until
@@ -102,11 +102,11 @@ def test_exactly_one_of_completion_and_cancellation_wins(caplog):
     for _ in range(300):
         fut = Future()
         copy = fut.as_concurrent()
-        told = []
-        with running(lambda: fut.set_result(5), lambda: told.append(copy.cancel())):
+        returned = []
+        with running(lambda: fut.set_result(5), lambda: returned.append(copy.cancel())):
             pass
         assert concurrent.futures.wait([copy], 0).not_done == set()
-        assert told == [copy.cancelled()]
+        assert returned == [copy.cancelled()]
         assert copy.cancelled() or copy.result(0) == 5
     assert not caplog.records
 
@@ -122,21 +122,21 @@ def test_done_future_and_as_concurrent_do_not_keep_each_other(cancelled):
     if cancelled:
         copy.cancel()
     fut.set_result(value)
-    gone, copy_gone, value_gone = weakref.ref(fut), weakref.ref(copy), weakref.ref(value)
+    ref, copy_ref, value_ref = weakref.ref(fut), weakref.ref(copy), weakref.ref(value)
     del fut, value
-    assert gone() is None
+    assert ref() is None
     del copy
-    assert copy_gone() is None
-    assert value_gone() is None
+    assert copy_ref() is None
+    assert value_ref() is None
 
 
 def test_pending_as_concurrent_without_references_is_collected():
     fut = Future()
-    gone = weakref.ref(fut.as_concurrent())
+    ref = weakref.ref(fut.as_concurrent())
     fut_gone = weakref.ref(fut)
     del fut
     gc.collect()
-    assert gone() is None
+    assert ref() is None
     assert fut_gone() is None
 
 
@@ -144,7 +144,7 @@ def test_pending_as_concurrent_without_references_is_collected():
 
 
 @pytest.mark.device
-@told_or_not
+@declared_or_not
 def test_as_concurrent_completes_when_the_kernels_are_done(accelerator, producer, devices):
     fut = Future(devices=devices)
     copy = fut.as_concurrent()

@@ -51,9 +51,9 @@ def test_error_held_only_by_torch_keeps_its_type_and_text():
     ours = Future()
     combined = torch.futures.collect_all([ours])
     ours.set_exception(KeyError("foo"))
-    gone = weakref.ref(ours)
+    ref = weakref.ref(ours)
     del ours
-    assert gone() is None
+    assert ref() is None
     with pytest.raises(KeyError, match="KeyError: 'foo'"):
         combined.wait()
 

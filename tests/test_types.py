@@ -63,5 +63,5 @@ def test_pyright_accepts_typical_code(tmp_path):
 
 
 def test_pyright_knows_the_type_of_every_public_name():
-    told = checked("basedpyright", "--verifytypes", "torchfut_aio", "--ignoreexternal")
-    assert "Type completeness score: 100%" in told
+    report = checked("basedpyright", "--verifytypes", "torchfut_aio", "--ignoreexternal")
+    assert "Type completeness score: 100%" in report

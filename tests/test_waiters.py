@@ -150,7 +150,7 @@ async def test_values_wake_one_reader_of_each_kind(wakes):
         for _ in range(3):
             tg.start_soon(read)
         await eventually(lambda: len(stream._state.readers.waiting) == 6)
-        assert sorted(who.kind for who in stream._state.readers.describe()) == (
+        assert sorted(each.kind for each in stream._state.readers.describe()) == (
             ["task"] * 3 + ["thread"] * 3
         )
         counts.clear()
@@ -218,7 +218,7 @@ class Pair:
         self.loop = asyncio.new_event_loop()
         self.gets, self.reads = kind == "getters", kind != "writers"
         self.stream = ValueStream() if self.reads else full("first")
-        self.values, self.served, self.tasks = aiter(self.stream), [], []
+        self.values, self.results, self.tasks = aiter(self.stream), [], []
         for _ in range(number):
             self.add()
         self.turn()
@@ -229,11 +229,11 @@ class Pair:
         self.tasks.append(self.loop.create_task(self.read() if self.reads else self.put()))
 
     async def read(self):
-        self.served.append(await (self.stream.aget() if self.gets else anext(self.values)))
+        self.results.append(await (self.stream.aget() if self.gets else anext(self.values)))
 
     async def put(self):
         await self.stream.aput(1)
-        self.served.append(1)
+        self.results.append(1)
 
     def event(self):
         if self.reads:
@@ -242,7 +242,7 @@ class Pair:
             next(self.values)
 
     def happened(self):
-        return bool(self.served) or len(self.stream) == self.reads
+        return bool(self.results) or len(self.stream) == self.reads
 
     def turns(self):
         for _ in range(4):
@@ -270,7 +270,7 @@ def test_a_waiter_cancelled_at_any_step_leaves_no_other_asleep(kind, which):
             pair.event()
             pair.turns()
         pair.turns()
-        assert pair.served == [1], interrupt
+        assert pair.results == [1], interrupt
         pair.close()
         assert nothing_left(pair.stream)
 
@@ -287,7 +287,7 @@ def test_a_waiter_interrupted_at_any_step_leaves_no_other_asleep(kind, cancelled
             pair.turns()
         pair.turns()
         if pair.happened():
-            assert pair.served or pair.tasks[1].done(), interrupt
+            assert pair.results or pair.tasks[1].done(), interrupt
         for _ in range(2):
             if not all(task.done() for task in pair.tasks):
                 with contextlib.suppress(StopIteration):
@@ -305,12 +305,12 @@ def test_an_event_interrupted_at_any_step_loses_no_waiter(kind, number):
         with interrupt:
             pair.event()
         pair.turns()
-        assert pair.served or not pair.happened(), interrupt
-        while len(pair.served) < number:
-            before = len(pair.served)
+        assert pair.results or not pair.happened(), interrupt
+        while len(pair.results) < number:
+            before = len(pair.results)
             pair.event()
             pair.turns()
-            assert len(pair.served) > before, interrupt
+            assert len(pair.results) > before, interrupt
         pair.close()
 
 
@@ -320,7 +320,7 @@ def test_waiter_being_added_at_any_step_is_woken(kind):
         pair = Pair(kind, number=1)
         pair.event()
         pair.turns()
-        assert pair.served == [1]
+        assert pair.results == [1]
         if kind == "writers":
             assert next(pair.values) == 1
             pair.stream.put("full again")
@@ -330,7 +330,7 @@ def test_waiter_being_added_at_any_step_is_woken(kind):
         if interrupt.where is None:
             pair.event()
         pair.turns()
-        assert pair.served == [1, 1], interrupt
+        assert pair.results == [1, 1], interrupt
         pair.close()
 
 
@@ -396,7 +396,7 @@ def test_a_thread_interrupted_at_any_step_leaves_no_other_asleep(how):
 
 def test_value_put_back_wakes_a_reader_about_to_wait():
     class Writer:
-        gone, calls = False, 0
+        calls = 0
 
         def wake(self, waiter):
             self.calls += 1
@@ -405,7 +405,7 @@ def test_value_put_back_wakes_a_reader_about_to_wait():
                 raise KeyboardInterrupt
 
     class Reader:
-        gone, woken = False, 0
+        woken = 0
 
         def wake(self, waiter):
             self.woken += 1
@@ -514,8 +514,6 @@ def test_line_removed_while_a_waiter_joins_is_replaced():
 
 
 class Waker:
-    gone = False
-
     def __init__(self):
         self.woken = []
 

@@ -548,7 +548,7 @@ def test_an_interpreter_exits_with_kernels_pending(accelerator, body):
 
 @pytest.mark.skipif(DEVICE != "sim", reason="CUDA does not survive a fork")
 def test_forked_child_is_not_affected_by_waits_of_its_parent(accelerator):
-    told = program_ends("""
+    output = program_ends("""
 stream = kernels()
 adopted = as_future(stream)
 async def main():
@@ -580,7 +580,7 @@ asyncio.run(main())
 adopted.wait(30)
 print("done")
 """)
-    assert told == "done\n"
+    assert output == "done\n"
 
 
 # -------------------------------------------------------------- errors and lost wake-ups
@@ -617,18 +617,18 @@ class Breaks(AlwaysDue):
 
 def test_raising_schedule_fails_only_the_waits_on_its_stream():
     schedules = iter([Breaks, AlwaysDue])
-    watcher, clock, told = Watcher(Loop(), lambda: next(schedules)()), Clock(), []
+    watcher, clock, calls = Watcher(Loop(), lambda: next(schedules)()), Clock(), []
     for n in range(2):
         recorded = clock.recorded(n, name=n)
-        watcher.notify_when_reached([recorded], lambda error, n=n: told.append((n, error)))
+        watcher.notify_when_reached([recorded], lambda error, n=n: calls.append((n, error)))
     watcher.poll()
-    [(number, error)] = told
+    [(number, error)] = calls
     assert number == 0
     assert type(error) is ZeroDivisionError
     assert len(watcher.waits.pending) == 1
     clock.reached = 10
     watcher.poll()
-    assert told[1:] == [(1, None)]
+    assert calls[1:] == [(1, None)]
     assert len(watcher.waits.pending) == 0
 
 

@@ -48,7 +48,7 @@ def complete(fut: Future[int], requests: SimpleQueue[Future[int] | None]) -> Non
     fut.set_exception(ValueError("foo"))
     assert_type(fut.try_set_result(5), bool)
     assert_type(fut.try_set_exception(KeyboardInterrupt()), bool)
-    assert_type(fut.cancel("the client has gone"), bool)
+    assert_type(fut.cancel("the client has disconnected"), bool)
     while (request := requests.get()) is not None:
         if not request.done() and request.has_waiters():
             request.try_set_result(5)

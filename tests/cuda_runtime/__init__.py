@@ -24,7 +24,7 @@ def _library() -> ctypes.CDLL | None:
 
 _standin = _library()
 
-IS_THERE = _standin is not None
+IS_INSTALLED = _standin is not None
 
 
 def calls(function: str) -> int:

@@ -1,5 +1,5 @@
 """Skip the stand-in's tests unless PyTorch runs on the stand-in."""
 
-from . import IS_THERE
+from . import IS_INSTALLED
 
-collect_ignore_glob = [] if IS_THERE else ["test_*.py"]
+collect_ignore_glob = [] if IS_INSTALLED else ["test_*.py"]

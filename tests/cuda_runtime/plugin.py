@@ -9,7 +9,7 @@ from collections.abc import Generator
 
 import pytest
 
-from . import IS_THERE, unknown_kernels
+from . import IS_INSTALLED, unknown_kernels
 
 _seen = 0
 
@@ -25,5 +25,5 @@ def pytest_runtest_teardown() -> Generator[None, None, None]:
 
 
 def pytest_configure() -> None:
-    if not IS_THERE:
+    if not IS_INSTALLED:
         raise pytest.UsageError("PyTorch does not run on the stand-in for CUDA here")
