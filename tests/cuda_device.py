@@ -44,7 +44,7 @@ def _wait_until_woken() -> None:
         ctypes.c_void_p(_woken().data_ptr()),
         ctypes.c_uint32(int(_woken().item()) + 1),
     )
-    assert status == 0, f"the driver returned {status} for a stream that is to wait"
+    assert status == 0, f"the driver returned {status} for a wait on a stream"
 
 
 @functools.cache

@@ -153,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("scripts/test-on-gpu", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="little of the benchmark")
     parser.add_argument(
-        "--folder", type=Path, help="where the report goes (default: docs/_results/gpu-DATE-TIME)"
+        "--folder", type=Path, help="folder of the report (default: docs/_results/gpu-DATE-TIME)"
     )
     parser.add_argument("parts", nargs="*", help="the names of some parts (default: all)")
     options = parser.parse_args(arguments)

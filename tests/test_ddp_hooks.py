@@ -58,7 +58,7 @@ def hook_that_notes(steps, overlap=False):
     async def hook(state, bucket):
         steps.append(f"starts {bucket.index()}")
         await state
-        steps.append(f"goes on {bucket.index()}")
+        steps.append(f"resumes {bucket.index()}")
         return bucket.buffer()
 
     return hook
@@ -88,7 +88,7 @@ def test_hooks_resume_in_the_order_of_their_buckets():
         release.set_result(None)
     for fut in futures:
         fut.wait(PATIENCE)
-    assert steps[3:] == ["goes on 0", "goes on 1", "goes on 2"]
+    assert steps[3:] == ["resumes 0", "resumes 1", "resumes 2"]
 
 
 def test_hook_that_never_suspends_keeps_later_hooks_in_order():
@@ -465,14 +465,14 @@ def test_ctrl_c_ends_the_wait_and_the_hook_continues(
         assert main_thread_blocks.wait(PATIENCE)
         ctrl_c()
         assert interrupted.wait(PATIENCE)
-        steps.append("goes on")
+        steps.append("resumes")
         return bucket.buffer()
 
     with pytest.raises(KeyboardInterrupt):
         hook(None, Bucket())
     interrupted.set()
     turns().wait(PATIENCE)
-    assert steps == ["goes on"]
+    assert steps == ["resumes"]
 
 
 @pytest.mark.usefixtures("group_of_one")

@@ -97,7 +97,7 @@ def test_what_is_done_keeps_its_outcome_and_is_told(caplog):
     cancelled, pending, failed = futures_of(3)
     cancelled.set_exception(asyncio.CancelledError())
     failed.set_result("before")
-    unused = ValueError("nobody gets it, and the caller has it")
+    unused = ValueError("not stored: the caller still has it")
     assert set_results([cancelled, pending, failed], ["late", 2, unused]) == [cancelled, failed]
     assert isinstance(cancelled.exception(), asyncio.CancelledError)
     assert (pending.value(), failed.value()) == (2, "before")

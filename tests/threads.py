@@ -88,5 +88,5 @@ def until(condition: Callable[[], bool]) -> None:
     """Return once ``condition`` holds: for conditions without an event."""
     give_up = time.monotonic() + PATIENCE
     while not condition():
-        assert time.monotonic() < give_up, "waited in vain"
+        assert time.monotonic() < give_up, "timed out"
         time.sleep(0.0005)

@@ -33,7 +33,7 @@ async def eventually(condition: Callable[[], bool]) -> None:
     """Like `until`, for async code; between two checks, the loop has no callback of this task."""
     give_up = time.monotonic() + PATIENCE
     while not condition():
-        assert time.monotonic() < give_up, "waited in vain"
+        assert time.monotonic() < give_up, "timed out"
         await anyio.sleep(0.001)
 
 

@@ -1,6 +1,6 @@
 // The few functions of cuBLAS that multiply matrices of floats, on the stand-in's streams.
 //
-// They come from libcudart.so.13, which the loader asks before libcublas.so.13.
+// They are in libcudart.so.13, which the loader searches before libcublas.so.13.
 #include <algorithm>
 #include <cstdint>
 #include <memory>
@@ -44,7 +44,7 @@ API int cublasGetPointerMode_v2(Handle* handle, int* mode) {
   return 0;
 }
 
-// Matrices are in the order of columns.
+// Matrices are in column-major order.
 template <class T>
 static int multiply(Handle* handle, int transpose_a, int transpose_b, int m, int n, int k,
                     const T* alpha, const T* a, int lda, int64_t stride_a, const T* b, int ldb,

@@ -1,4 +1,4 @@
-// The little of the driver's library that PyTorch and the tests call by themselves, as described in
+// The few functions of the driver that PyTorch and the tests call directly, as described in
 // the CUDA Driver API reference: "Primary Context Management", "Context Management" and "Stream
 // Memory Operations". The rest returns CUDA_ERROR_NOT_SUPPORTED.
 #include <cstdint>

@@ -16,11 +16,11 @@ static long setting(const char* name, long otherwise) {
 }
 
 State& state() {
-  static State* s = new State;  // never destroyed: the engine runs until the process has gone
+  static State* s = new State;  // never destroyed: the engine runs until the process ends
   return *s;
 }
 
-// When the program first calls CUDA, not when it loads the library.
+// At the program's first call of CUDA, not when it loads the library.
 static void read_settings() {
   State& s = state();
   s.count = std::min<long>(setting("CUDA_STANDIN_DEVICES", 2), kMaxDevices);
@@ -91,7 +91,7 @@ static bool step(Lock& lock, const std::shared_ptr<Stream>& stream, Clock::time_
     lock.lock();
     if (error != cudaSuccess) fail(stream->device, error);
   }
-  if (stream->ops.empty() || stream->ops.front() != op) return true;  // it has failed meanwhile
+  if (stream->ops.empty() || stream->ops.front() != op) return true;  // it has failed
   if (op->record) {
     op->record->done = true;
     op->record->at = Clock::now();
@@ -239,7 +239,7 @@ cudaError_t wait_for_stream(Lock& lock, const std::shared_ptr<Stream>& stream) {
 }
 
 // By the descriptions of cudaErrorAssert and cudaErrorIllegalAddress: any further work returns the
-// same error. That it reaches the other devices, too, is from memory.
+// same error. That other devices return it as well is from memory.
 void fail(int index, cudaError_t error) {
   State& s = state();
   for (int n = 0; n < s.count; n++) {

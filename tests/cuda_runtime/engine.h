@@ -1,8 +1,8 @@
 // The stand-in's devices: streams, events, memory and captures, on the CPU.
 //
 // One thread, the engine, runs the work of all streams of all devices. Each stream is a FIFO.
-// What takes time (a spinning kernel, a wait for a value or for another stream) holds up its own
-// stream only. Host functions run in a thread of their own.
+// A slow op (a spinning kernel, a wait for a value or for another stream) holds up only its stream.
+// Host functions run in a separate thread.
 //
 // Which waits for which: page "Stream synchronization behavior" of the CUDA Runtime API reference.
 #pragma once
@@ -37,7 +37,7 @@ struct Record {
   Clock::time_point at;
 };
 
-// A piece of the work of a stream. It is over when all that it has is over.
+// One op of a stream. It is done when all its parts are done.
 struct Op {
   std::function<cudaError_t()> work;   // run by the engine, without the lock
   std::function<void()> host;          // run by the thread for host functions
@@ -114,7 +114,7 @@ struct Memory {
 
 struct Device {
   bool has_context = false;
-  cudaError_t failed = cudaSuccess;  // what all calls return from now on
+  cudaError_t failed = cudaSuccess;  // the error that all later calls return
   size_t used = 0;
   std::map<int, unsigned> next_connection;  // of streams of each priority
   std::shared_ptr<Stream> legacy;
@@ -157,7 +157,7 @@ struct Thread {
 
 Thread& thread();
 
-// There, the device and its threads are gone, and a lock may be held for ever.
+// In the child, the device's threads do not exist, and a lock may be held for ever.
 bool in_child_of_fork();
 
 // Everything below is called with the lock.
@@ -176,8 +176,8 @@ enum Needs { kNothing, kContext };
 // error that this device has left.
 cudaError_t call(const char* name, Needs needs, const std::function<cudaError_t(Lock&)>& body);
 
-// In kernels.cpp. A kernel is known by its mangled name. Makes the Op of a launch, with the
-// arguments that it needs copied, as those are gone when it runs. What it does not know it notes.
+// In kernels.cpp. A kernel is identified by its mangled name. `op_of_launch` copies the arguments
+// into the Op, as they are no longer valid when it runs, and records unknown kernels.
 struct Kernel {
   std::string name;
   bool looked_up = false;

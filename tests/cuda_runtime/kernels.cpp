@@ -1,7 +1,7 @@
-// What kernels compute, by their names; the launch of one that is not known is an error.
+// The computation of each kernel, by name. The launch of an unknown kernel is an error.
 //
-// Names and arguments are those of PyTorch 2.14.1 and of the CUB and Thrust in it. No page describes
-// them: they follow the headers in torch/include/ATen/native/cuda, or were found by trying.
+// Names and arguments are those of PyTorch 2.14.1 and of the CUB and Thrust in it. They are
+// undocumented: they follow the headers in torch/include/ATen/native/cuda, or were found by trying.
 #include <cxxabi.h>
 
 #include <algorithm>
@@ -124,7 +124,7 @@ static bool binary_of(const std::string& name, const char* functor, Binary& func
   return true;
 }
 
-// Knows the functor of an elementwise kernel, whose state is at `functor`.
+// Recognises the functor of an elementwise kernel, whose state is at `functor`.
 static bool elementwise(const std::string& name, const char* functor, Elementwise& e) {
   std::smatch m;
   static const std::regex fill("^at::native::FillFunctor<(.+)>$");
@@ -235,7 +235,7 @@ static bool elementwise(const std::string& name, const char* functor, Elementwis
   return false;
 }
 
-// Splits the arguments of a template at its own commas.
+// Splits the arguments of a template, but not those of nested templates.
 static std::vector<std::string> template_arguments(const std::string& text, size_t at) {
   std::vector<std::string> parts(1);
   int depth = 0;
@@ -487,7 +487,7 @@ static bool make_cat(const std::string& text, Make& make) {
   return true;
 }
 
-// `nonzero` of booleans, of up to one tile, and indexing by tensors: what printing a tensor takes.
+// `nonzero` of booleans, of up to one tile, and indexing by tensors: which print() of a tensor uses.
 static bool make_selection(const std::string& text, Make& make) {
   auto has = [&](const char* part) { return text.find(part) != std::string::npos; };
   std::smatch m;
@@ -539,7 +539,7 @@ static bool make_selection(const std::string& text, Make& make) {
       memcpy(&c, arguments[1], sizeof c);
       Op op;
       if (!memory_of(c.to) || !memory_of(c.from) || int(c.indexes) < 1 || int(c.indexes) > 25)
-        return {};  // the closure is not what it was
+        return {};  // the closure has changed
       op.work = [=] {
         for (int64_t n = 0; n < count; n++) {
           uint32_t offsets[3];
@@ -618,7 +618,7 @@ static bool make_sort(const std::string& text, Make& make) {
   return true;
 }
 
-// What thrust and cub launch when a sparse tensor is coalesced.
+// The kernels of thrust and cub that coalesce a sparse tensor.
 static bool make_coalescing(const std::string& text, Make& make) {
   auto has = [&](const char* part) { return text.find(part) != std::string::npos; };
   if (has("::transform_kernel<") && has("__identity") && has("device_ptr<long>, ") &&
@@ -709,7 +709,7 @@ static bool make_coalescing(const std::string& text, Make& make) {
   return false;
 }
 
-// What prepares the temporary memory of a scan, of which the kernels here need none.
+// Prepares the temporary memory of a scan. The kernels here need none.
 static bool make_nothing(const std::string& text, Make& make) {
   for (auto name : {"DeviceCompactInitKernel<", "DeviceScanInitKernel<"})
     if (text.find(name) != std::string::npos) {

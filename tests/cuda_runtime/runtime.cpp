@@ -1,8 +1,8 @@
 // The functions of libcudart that PyTorch calls. See engine.h.
 //
-// Each does what its description says in the CUDA Runtime API reference, of which the sections are
-// named below; cuda_runtime_api.h has the same text. "Programming Guide" is the CUDA C++ Programming
-// Guide. What stands on no page is marked "from memory".
+// Each follows its description in the CUDA Runtime API reference, whose sections are named below;
+// cuda_runtime_api.h has the same text. "Programming Guide" is the CUDA C++ Programming Guide.
+// Undocumented behaviour is marked "from memory".
 #include <dlfcn.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -337,7 +337,7 @@ API cudaError_t cudaEventRecordWithFlags(cudaEvent_t handle, cudaStream_t on, un
 API cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   return cudaEventRecordWithFlags(event, stream, 0);
 }
-// Calls the body with an event that is to be asked about.
+// Calls the body with the event of a query.
 static cudaError_t ask(const char* name, cudaEvent_t handle,
                        const std::function<cudaError_t(Lock&, Event*)>& body) {
   return call(name, kContext, [&](Lock& lock) {
@@ -437,7 +437,7 @@ static cudaError_t allocate(Lock& lock, void** out, size_t size, cudaMemoryType 
   void* p = mmap(nullptr, size, PROT_READ | PROT_WRITE,
                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (p == MAP_FAILED) return cudaErrorMemoryAllocation;
-  memset(p, 0xCB, std::min(size, size_t(4) << 20));  // what nobody has written is not zero
+  memset(p, 0xCB, std::min(size, size_t(4) << 20));  // new memory is not zero
   if (type == cudaMemoryTypeDevice) device_now().used += size;
   s.memory_map[reinterpret_cast<uintptr_t>(p)] = {size, type, thread().device, false};
   *out = p;
@@ -754,7 +754,7 @@ API cudaError_t cudaGraphRetainUserObject(cudaGraph_t graph, cudaUserObject_t ob
 // ---------------------------------------------------------------------------- kernels
 
 // Section "Execution Control". The functions that begin with two underscores are what nvcc's host
-// code calls; they stand on no page, but for their declarations in crt/host_runtime.h.
+// code calls; only their declarations in crt/host_runtime.h describe them.
 
 static std::unordered_map<const void*, Kernel*>& kernels() {
   static auto* all = new std::unordered_map<const void*, Kernel*>;  // by the host's function
@@ -912,7 +912,7 @@ API cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** out,
   return cudaSuccess;
 }
 
-// What libcuda.so.1 needs: a wait on a stream for a value in memory.
+// For libcuda.so.1: a wait on a stream for a value in memory.
 API int cuda_standin_wait_value(cudaStream_t handle, uintptr_t address, uint32_t value, bool writes) {
   cudaError_t error = on_stream("cuStreamWaitValue32", handle, [&](Lock&, shared_ptr<Stream> s) {
     auto* p = reinterpret_cast<uint32_t*>(address);
@@ -936,7 +936,7 @@ API uint64_t cuda_standin_calls(const char* name) {
   Lock lock(state().mutex);
   return state().calls[name];
 }
-// The unknown kernel that was launched as the nth, or null: see cuda_runtime/plugin.py.
+// The nth unknown kernel that was launched, or null: see cuda_runtime/plugin.py.
 API const char* cuda_standin_unknown_kernel(size_t n) {
   Lock lock(state().mutex);
   auto& names = state().unknown_kernels;

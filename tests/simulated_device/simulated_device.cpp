@@ -1,8 +1,8 @@
-// An accelerator made of host threads, so that what is written for accelerators can be
-// tested without one: its device guard, its memory and its kernels.
+// An accelerator made of host threads, so that code for accelerators can be tested without
+// one: its device guard, its memory and its kernels.
 //
-// What makes it a test is that nobody waits for anybody unless the program says so, and
-// that a kernel takes as long as a test likes. Whoever reads too early sees the old value.
+// No stream or thread waits for another unless the program says so, and a test controls how
+// long a kernel runs. A read that comes too early returns the old value.
 //
 // Kernels own the memory they touch, never a tensor: see streams.h on the GIL.
 
@@ -61,13 +61,13 @@ c10::Stream next_of_ring(c10::Device device, int priority) {
   return stream_of(device, kFirstOfRings + ring * kRing + turns.at(ring)++ % kRing);
 }
 
-// What some accelerators lack, and what others do: see the functions of these names that the
-// module has for tests.
+// Limits and habits of other accelerators: see the functions of the same names in the
+// module, which tests call.
 std::atomic<bool> lacks_new_streams{false}, lacks_events{false};
 std::atomic<bool> refuses_events{false}, keeps_first_recording{false};
 
 // Which devices have a context. All, unless a test counts them: then a device gets one when it
-// is made current, or is current while anything is asked.
+// is made current, or is used while it is current.
 std::atomic<bool> counts_contexts{false};
 std::array<std::atomic<bool>, kDevices> contexts{};
 
@@ -169,7 +169,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     delete static_cast<MarkPtr*>(event);
   }
 
-  // Kernels own their memory, so it is never reused under them.
+  // Kernels own their memory, so it is not reused while they run.
   void recordDataPtrOnStream(const c10::DataPtr&, const c10::Stream&) const override {}
 };
 C10_REGISTER_GUARD_IMPL(PrivateUse1, Guard)
@@ -252,7 +252,7 @@ at::Tensor empty_strided(at::IntArrayRef size, at::IntArrayRef stride,
                                            c10::dtype_or_default(dtype));
 }
 
-// For results of other operations only: what was in the tensor is lost if it grows.
+// Only for results of other operations: a tensor that grows loses its values.
 const at::Tensor& resize_in_place(const at::Tensor& self, at::IntArrayRef size,
                                   std::optional<at::MemoryFormat>) {
   auto bytes = at::detail::computeStorageNbytesContiguous(size, self.itemsize(),
@@ -266,8 +266,8 @@ const at::Tensor& resize_in_place(const at::Tensor& self, at::IntArrayRef size,
   return self;
 }
 
-// As CUDA does it: between devices the host never waits; from and to the host it waits
-// unless told not to, and always until memory that is not pinned may be used again.
+// As in CUDA: the host never waits for a copy between devices. It waits for a copy from or to
+// the host unless the copy is non-blocking, and always until unpinned memory is free again.
 at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to, bool non_blocking) {
   bool from_device = from.is_privateuseone(), to_device = to.is_privateuseone();
   bool staged = !from_device && !from.is_pinned();
@@ -312,7 +312,7 @@ at::Scalar item(const at::Tensor& self) {
   return on_host(self).item();
 }
 
-// Everything else the host computes, when the current streams are done.
+// The host computes everything else, when the current streams are done.
 void fall_back(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   for (c10::DeviceIndex device = 0; device < kDevices; device++)
     synchronize(record(current_stream({kSim, device})));
@@ -338,7 +338,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
   library.impl("record_stream", [](at::Tensor&, c10::Stream) {}); // as recordDataPtrOnStream
 }
 
-// Sparse tensors are two dense ones. What is computed with them is computed by the host.
+// A sparse tensor consists of two dense ones. The host computes all operations on it.
 
 at::Tensor sparse_on_host(const at::Tensor& tensor) {
   return at::_sparse_coo_tensor_unsafe(tensor._indices().cpu(), tensor._values().cpu(),
@@ -400,8 +400,8 @@ pybind11::dict current_counters() {
 
 } // namespace
 
-// No GIL is needed: what threads share is atomic, or the mutex of streams.h guards it,
-// and no Python object is touched while a mutex is held.
+// No GIL is needed: shared data is atomic, or guarded by the mutex of streams.h, and no
+// Python object is touched while a mutex is held.
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module, pybind11::mod_gil_not_used()) {
   using Released = pybind11::call_guard<pybind11::gil_scoped_release>;
   at::RegisterPrivateUse1HooksInterface(new Hooks);

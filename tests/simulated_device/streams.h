@@ -1,7 +1,7 @@
-// Streams that are threads, each of which works off a queue in order, and events that are
-// marks which a job on such a queue sets. This file knows nothing of tensors.
+// Each stream is a thread that runs the jobs of a queue in order. An event is a mark that a
+// job on such a queue sets. Tensors are in other files.
 //
-// No stream thread ever takes the GIL, and so none may destroy what holds a Python object.
+// No stream thread ever takes the GIL, so none may destroy an object that refers to Python.
 
 #pragma once
 
@@ -23,12 +23,12 @@ namespace simulated {
 
 constexpr auto kSim = c10::DeviceType::PrivateUse1;
 constexpr int kDevices = 2;
-// Stream 0 is the default one. Those that a program asks for and those that futures fetch from
-// the global pool take turns, as on CUDA and XPU, in a ring for each of two priorities. Id 2 is
-// none of theirs: on CUDA it is another stream in each thread.
+// Stream 0 is the default stream. The others are returned in turn to programs and futures, as
+// on CUDA and XPU, from one ring for each of two priorities. They never have the id 2: on CUDA
+// it is another stream in each thread.
 constexpr int kFirstOfRings = 3, kRing = 32, kStreams = kFirstOfRings + 2 * kRing;
 
-// Guards everything in this file. One lock, as there is nothing to win: kernels sleep.
+// Guards everything in this file. One lock is enough: kernels sleep.
 inline std::mutex mutex;
 using Lock = std::unique_lock<std::mutex>;
 
@@ -45,7 +45,7 @@ inline void count(int64_t& counter) {
 using Job = std::function<void()>;
 
 // One recording of an event. An event that is recorded again gets a new mark, which does
-// not affect whoever waits for the old one.
+// not affect waits for the old one.
 struct Queue;
 struct Mark {
   const Queue& queue;
@@ -56,7 +56,7 @@ struct Mark {
 };
 using MarkPtr = std::shared_ptr<Mark>;
 
-// What a stream does next: a job, or a mark to be reached.
+// One step of a stream: a job, or a mark to reach.
 struct Step {
   Job job;
   MarkPtr mark;
@@ -124,7 +124,7 @@ inline void work_off(Queue& queue) {
       lock.lock();
     }
     queue.steps.pop_front();
-    // After that: a stream whose last mark has been reached is idle.
+    // Only now: a stream whose last mark has been reached is idle.
     if (step.mark)
       step.mark->reach();
   }
@@ -132,7 +132,7 @@ inline void work_off(Queue& queue) {
 
 inline void enqueue(Queue& queue, Step step) {
   Lock lock(mutex);
-  if (stopping) // only daemon threads still come here, and might for ever
+  if (stopping) // only daemon threads still get here, perhaps for ever
     return;
   queue.steps.push_back(std::move(step));
   queue.arrived.notify_one();
@@ -183,7 +183,7 @@ inline void wait(const MarkPtr& mark) {
   mark->changed.wait(lock, [&] { return mark->reached; });
 }
 
-// Makes the stream wait, not the caller. A failure does not spread to it.
+// Makes the stream wait, not the caller. A failure does not spread to the stream.
 inline void block(c10::Stream stream, const MarkPtr& mark) {
   enqueue(queue_of(stream), {[mark] { wait(mark); }, nullptr});
 }
@@ -211,7 +211,7 @@ inline void reset() {
   });
 }
 
-// Works off what is queued, without sleeping, and ends all threads.
+// Runs what is queued, without sleeping, and ends all threads.
 inline void shut_down() {
   for_each_queue([](Queue& queue) {
     Lock lock(mutex);
