@@ -34,7 +34,7 @@ class CannotCheckError(Exception):
     """This machine lacks something that the check needs."""
 
 
-def within_patience(main: Any) -> Any:
+def run_with_timeout(main: Any) -> Any:
     """Run ``main`` on asyncio; fail if it takes too long."""
     return asyncio.run(asyncio.wait_for(main, PATIENCE))
 
@@ -57,7 +57,7 @@ def blocking_policy(accelerator: Any) -> None:
         assert tensor.tolist() == NEW
 
     try:
-        within_patience(main())
+        run_with_timeout(main())
     finally:
         set_poll_policy(before)
 
@@ -86,7 +86,7 @@ def failed_kernel(accelerator: Any) -> None:
         assert child.done()
         return ended
 
-    awaited, copy, _ = within_patience(main())
+    awaited, copy, _ = run_with_timeout(main())
     # CUDA reports the error on the other stream too; other devices do not.
     for error in (awaited, copy):
         assert isinstance(error, RuntimeError), type(error)
@@ -131,7 +131,7 @@ def capture(accelerator: Any) -> None:
 
     def await_then_end() -> None:
         try:
-            within_patience(main())
+            run_with_timeout(main())
         finally:
             end.set()
 
@@ -158,7 +158,7 @@ def copies(accelerator: Any) -> None:
         assert not streams[0].query()
         accelerator.wake()
 
-    within_patience(main())
+    run_with_timeout(main())
 
 
 def external_streams(accelerator: Any) -> None:
@@ -190,7 +190,7 @@ def external_streams(accelerator: Any) -> None:
         accelerator.wake()
         assert (await waiting).tolist() == NEW
 
-    within_patience(main())
+    run_with_timeout(main())
 
 
 def contexts(accelerator: Any) -> None:
@@ -229,7 +229,7 @@ def contexts(accelerator: Any) -> None:
                 fut.set_result(torch.ones(2, device=SECOND))
             return fut
 
-        within_patience(main())
+        run_with_timeout(main())
 
     with running(in_thread):
         pass

@@ -448,12 +448,12 @@ def test_registering_while_a_source_is_looked_up_is_safe():
                 as_future.register(to_register.pop(), lambda source: Future())
             return False
 
-    class Asked(metaclass=RegistersDuringLookUp):
+    class CheckedKind(metaclass=RegistersDuringLookUp):
         pass
 
     fut = Future()
     as_future.register(Abstract, lambda source: fut)
-    as_future.register(Asked, lambda source: Future())
+    as_future.register(CheckedKind, lambda source: Future())
     assert as_future(Virtual()) is fut
     assert not to_register
     assert not as_future(Another()).done()

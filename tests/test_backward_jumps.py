@@ -108,5 +108,5 @@ def loop(items, last):
     finally:
         last(None)
 """
-    tables_are_whole = sys.version_info < (3, 12) or sys.version_info >= (3, 15, 1)
-    assert bool(unguarded_jumps(source)) is not tables_are_whole
+    tables_are_complete = sys.version_info < (3, 12) or sys.version_info >= (3, 15, 1)
+    assert bool(unguarded_jumps(source)) is not tables_are_complete

@@ -51,7 +51,7 @@ def done(value=None):
     return fut
 
 
-def hook_that_notes(steps, overlap=False):
+def recording_hook(steps, overlap=False):
     """Return a hook that records its steps, and awaits its state between them."""
 
     @async_comm_hook(overlap=overlap)
@@ -70,7 +70,7 @@ def hook_that_notes(steps, overlap=False):
 @either_way
 def test_a_hook_has_started_when_its_call_returns(overlap):
     steps, release = [], Future()
-    hook = hook_that_notes(steps, overlap)
+    hook = recording_hook(steps, overlap)
     futures = []
     for index in range(3):
         futures.append(hook(release, Bucket(index)))
@@ -82,7 +82,7 @@ def test_a_hook_has_started_when_its_call_returns(overlap):
 
 def test_hooks_resume_in_the_order_of_their_buckets():
     steps, releases = [], [Future() for _ in range(3)]
-    hook = hook_that_notes(steps)
+    hook = recording_hook(steps)
     futures = [hook(release, Bucket(index)) for index, release in enumerate(releases)]
     for release in reversed(releases):
         release.set_result(None)
@@ -206,7 +206,7 @@ class Odd(Exception):
     pass
 
 
-def hook_that_raises(steps, at, overlap=False):
+def raising_hook(steps, at, overlap=False):
     """Return a hook that raises at the steps in ``at``; "first 0" is one before it suspends."""
 
     @async_comm_hook(overlap=overlap)
@@ -232,7 +232,7 @@ def errors_of(futures):
 @either_way
 def test_hook_that_raises_at_once_is_not_run_for_later_buckets(overlap):
     steps, release = [], Future()
-    hook = hook_that_raises(steps, ["first 1"], overlap)
+    hook = raising_hook(steps, ["first 1"], overlap)
     futures = [hook(release, Bucket(index)) for index in range(4)]
     assert steps == ["first 0", "first 1"]
     release.set_result(None)
@@ -242,7 +242,7 @@ def test_hook_that_raises_at_once_is_not_run_for_later_buckets(overlap):
 
 def test_hook_that_raises_later_stops_hooks_of_later_buckets():
     steps, release = [], Future()
-    hook = hook_that_raises(steps, ["then 1"])
+    hook = raising_hook(steps, ["then 1"])
     futures = [hook(release, Bucket(index)) for index in range(4)]
     release.set_result(None)
     assert errors_of(futures) == ["None"] + ["Odd('then 1')"] * 3
@@ -288,7 +288,7 @@ def test_stopped_hook_is_closed_in_its_context():
 
 def test_overlapping_hooks_survive_the_error_of_another_hook():
     steps, release = [], Future()
-    hook = hook_that_raises(steps, ["then 0"], overlap=True)
+    hook = raising_hook(steps, ["then 0"], overlap=True)
     futures = [hook(release, Bucket(index)) for index in range(2)]
     release.set_result(None)
     assert errors_of(futures) == ["Odd('then 0')", "None"]
@@ -297,7 +297,7 @@ def test_overlapping_hooks_survive_the_error_of_another_hook():
 @pytest.mark.parametrize("suspends", [True, False])
 def test_backward_pass_does_not_raise_errors_of_another_pass(suspends):
     steps, release = [], Future()
-    hook = hook_that_raises(steps, ["then 1"])
+    hook = raising_hook(steps, ["then 1"])
     first = [hook(release, Bucket(index)) for index in range(2)]
     second = [hook(release if suspends else None, Bucket(0)), hook(release, Bucket(2))]
     release.set_result(None)
@@ -307,7 +307,7 @@ def test_backward_pass_does_not_raise_errors_of_another_pass(suspends):
 
 @pytest.mark.parametrize("at", ["first 1", "then 1", "then 0"])
 def test_dropped_hook_failure_keeps_no_tensors(at):
-    hook, release = hook_that_raises([], [at]), Future()
+    hook, release = raising_hook([], [at]), Future()
     tensors = [torch.ones(1) for _ in range(3)]
     refs = [weakref.ref(tensor) for tensor in tensors]
     gc.disable()
@@ -391,7 +391,7 @@ def test_hook_call_waits_for_a_loop_busy_with_another_bucket(
             assert go_on.wait(PATIENCE)
         return bucket.buffer()
 
-    def let_go_on_when_the_call_waits():
+    def complete_when_the_call_waits():
         assert main_thread_blocks.wait(PATIENCE)
         go_on.set()
 
@@ -400,7 +400,7 @@ def test_hook_call_waits_for_a_loop_busy_with_another_bucket(
     release.set_result(None)
     assert busy.wait(PATIENCE)
     main_thread_blocks.clear()
-    with running(let_go_on_when_the_call_waits):
+    with running(complete_when_the_call_waits):
         futures.append(hook(None, Bucket(1)))
         assert steps == [0, 1]
     for fut in futures:
@@ -409,14 +409,14 @@ def test_hook_call_waits_for_a_loop_busy_with_another_bucket(
 
 def test_hook_can_await_a_future_its_caller_completes_later():
     release = Future()
-    fut = hook_that_notes([])(release, Bucket())
+    fut = recording_hook([])(release, Bucket())
     release.set_result(None)
     assert fut.wait(PATIENCE).item() == 1
 
 
 def test_hook_call_returns_if_its_task_is_dropped(monkeypatch):
     monkeypatch.setattr(_background_loop, "start_soon", lambda promise, function: None)
-    fut = hook_that_notes([])(done(), Bucket())
+    fut = recording_hook([])(done(), Bucket())
     assert "its event loop ended" in str(fut.exception())
 
 
@@ -425,7 +425,7 @@ def test_hook_calls_return_while_the_loop_shuts_down():
 
     def train():
         for _ in range(300):
-            futures.append(hook_that_notes([])(Future(), Bucket()))
+            futures.append(recording_hook([])(Future(), Bucket()))
         over.set()
 
     gc.disable()  # the collector fails the future of a lost task
@@ -440,7 +440,7 @@ def test_hook_calls_return_while_the_loop_shuts_down():
 
 
 def test_hook_call_raises_if_no_thread_can_start():
-    hook = hook_that_notes([])
+    hook = recording_hook([])
     with no_thread_starts():
         with pytest.raises(RuntimeError, match="can't start new thread"):
             hook(done(), Bucket())
@@ -451,7 +451,7 @@ def test_hook_call_raises_when_the_interpreter_exits(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(sys, "is_finalizing", lambda: True)
         with pytest.raises(RuntimeError, match="the interpreter exits"):
-            hook_that_notes([])(done(), Bucket())
+            recording_hook([])(done(), Bucket())
 
 
 def test_ctrl_c_ends_the_wait_and_the_hook_continues(
@@ -478,7 +478,7 @@ def test_ctrl_c_ends_the_wait_and_the_hook_continues(
 @pytest.mark.usefixtures("group_of_one")
 def test_backward_on_the_background_loop_raises():
     ddp = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 2))
-    ddp.register_comm_hook(done(), hook_that_notes([]))
+    ddp.register_comm_hook(done(), recording_hook([]))
 
     @async_rpc
     async def train():
@@ -496,7 +496,7 @@ def test_hook_call_raises_if_backward_blocks_the_loop(monkeypatch, nothing_block
 
     def call():  # like PyTorch's thread for an accelerator
         with pytest.raises(RuntimeError, match=r"anyio\.to_thread\.run_sync") as caught:
-            hook_that_notes([])(done(), Bucket())
+            recording_hook([])(done(), Bucket())
         raised.append(caught.value)
 
     class Calls(torch.autograd.Function):

@@ -594,7 +594,7 @@ def test_signal_handler_can_call_and_shut_down():
         assert all(fut.done() for fut in futures)
 
 
-def while_the_thread_is_being_started(monkeypatch, function):
+def call_during_thread_start(monkeypatch, function):
     """Call ``function`` within the call that starts the background loop."""
     start = threading.Thread.start
 
@@ -622,7 +622,7 @@ def test_shutdown_waits_for_a_thread_about_to_start(monkeypatch):
 
     beside = threading.Thread(target=shuts_down)
     with background_loop_ends():
-        while_the_thread_is_being_started(monkeypatch, wait)
+        call_during_thread_start(monkeypatch, wait)
         futures.append(double(1))
         beside.join(PATIENCE)
         assert ended == [True]

@@ -43,12 +43,12 @@ from .loops import on_every_loop
 from .threads import PATIENCE
 from .waiting import eventually
 
-DOORS = {}
+ROUTES = {}
 
 
-def door(function):
+def route(function):
     """Register a way in which a failure reaches the code that waits for it."""
-    DOORS[function.__name__] = function
+    ROUTES[function.__name__] = function
     return function
 
 
@@ -101,17 +101,17 @@ def fail(fut):
         del fut  # the error refers to this frame: the test itself would create a cycle
 
 
-@door
+@route
 async def awaited():
     await failed()
 
 
-@door
+@route
 async def stream_ordered():
     await failed().stream_ordered()
 
 
-@door
+@route
 async def waited_for():
     in_thread(wait, failed())
 
@@ -123,7 +123,7 @@ def wait(fut):
         del fut
 
 
-@door
+@route
 async def value():
     fut = failed()
     await eventually(fut.done)
@@ -133,7 +133,7 @@ async def value():
         del fut
 
 
-@door
+@route
 async def then():
     fut = Future()
     child = fut.then(forward)
@@ -144,27 +144,27 @@ async def then():
         del child
 
 
-@door
+@route
 async def chain():
     await failed().then(wait).then(wait)
 
 
-@door
+@route
 async def gathered():
     await gather([failed(), failed()])
 
 
-@door
+@route
 async def collected():
     await collect_all([failed(), failed()])
 
 
-@door
+@route
 async def all_waited_for():
     in_thread(wait_all, [failed(), failed()])
 
 
-@door
+@route
 async def completed():
     async for fut in as_completed([failed()]):
         try:
@@ -173,12 +173,12 @@ async def completed():
             del fut
 
 
-@door
+@route
 async def timed():
     await with_timeout(failed(), PATIENCE)
 
 
-@door
+@route
 async def set_with_others():
     futures = [Future(), Future()]
     try:
@@ -191,19 +191,19 @@ async def set_with_others():
         del futures
 
 
-@door
+@route
 async def batched():
     async with Batcher(forward, max_batch_size=2, max_queue_size=2) as batcher:
         await batcher.submit(1)
 
 
-@door
+@route
 async def batched_in_tasks():
     async with Batcher(forward_soon, max_batch_size=2, max_queue_size=2) as batcher:
         await batcher.submit(1)
 
 
-@door
+@route
 async def started():
     async with anyio.create_task_group() as tg:
         fut = start_soon(tg, forward_soon)
@@ -213,25 +213,25 @@ async def started():
         del fut
 
 
-@door
+@route
 async def submitted():
     with start_blocking_portal() as portal:
         await start_soon(portal, forward_soon)
 
 
-@door
+@route
 async def of_a_pool():
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         await as_future(pool.submit(forward))
 
 
-@door
+@route
 async def of_a_pool_of_multiprocessing():
     with ThreadPool(1) as pool:
         await as_future(pool.apply_async(forward))
 
 
-@door
+@route
 async def of_torch():
     fut = torch.futures.Future()
     child = fut.then(forward)
@@ -239,7 +239,7 @@ async def of_torch():
     await as_future(child)
 
 
-@door
+@route
 async def of_torch_that_failed():
     await as_future(failed_of_torch())
 
@@ -250,7 +250,7 @@ def failed_of_torch():
     return fut
 
 
-@door
+@route
 async def left_stream():
     stream = ValueStream()
     stream.put(5)
@@ -263,7 +263,7 @@ async def left_stream():
         del stream
 
 
-@door
+@route
 async def stream_that_is_stopped():
     stream = ValueStream()
     produce(stream)
@@ -271,12 +271,12 @@ async def stream_that_is_stopped():
     kept.append(stream)
 
 
-@door
+@route
 async def of_ours():
     await as_future(failed(), devices=[])
 
 
-@door
+@route
 async def of_asyncio():
     in_thread(asyncio.run, in_a_task_of_asyncio())
 
@@ -286,12 +286,12 @@ async def in_a_task_of_asyncio():
         await as_future(asyncio.create_task(forward_soon()))
 
 
-@door
+@route
 async def copied_to_concurrent():
     await as_future(failed().as_concurrent())
 
 
-@door
+@route
 async def streamed():
     stream = ValueStream()
     threading.Thread(target=produce, args=(stream,)).start()
@@ -299,28 +299,28 @@ async def streamed():
         pass
 
 
-@door
+@route
 async def streamed_to_a_thread():
     stream = ValueStream()
     threading.Thread(target=produce, args=(stream,)).start()
     in_thread(list, stream)
 
 
-@door
+@route
 async def got_from_a_stream():
     stream = ValueStream()
     threading.Thread(target=produce, args=(stream,)).start()
     await stream.aget()
 
 
-@door
+@route
 async def got_from_a_stream_in_a_thread():
     stream = ValueStream()
     threading.Thread(target=produce, args=(stream,)).start()
     in_thread(stream.get)
 
 
-@door
+@route
 async def listened_to():
     stream = ValueStream()
     threading.Thread(target=produce, args=(stream,)).start()
@@ -337,12 +337,12 @@ def produce(stream):
         pass
 
 
-@door
+@route
 async def in_a_state_of_its_own():
     await task_local_state(forward_soon)()
 
 
-@door
+@route
 async def called_by_rpc():
     fut = async_rpc(forward_soon)()
     try:
@@ -352,13 +352,13 @@ async def called_by_rpc():
         in_thread(shutdown)
 
 
-@door
+@route
 async def recorded():
     with debug.Recording():
         await failed()
 
 
-@door
+@route
 async def recorded_when_done():
     fut = failed()
     await eventually(fut.done)
@@ -371,11 +371,11 @@ async def recorded_when_done():
 
 @on_every_loop
 @pytest.mark.filterwarnings("ignore::torchfut_aio.BlockingWaitWarning")
-@pytest.mark.parametrize("name", DOORS)
+@pytest.mark.parametrize("name", ROUTES)
 async def test_failure_keeps_no_tensors_alive(name, no_collector, nothing_blocks_a_loop):
-    nothing_blocks_a_loop.deactivate()  # some doors block on purpose
+    nothing_blocks_a_loop.deactivate()  # some routes block on purpose
     held.clear()
-    await drop_error(DOORS[name])
+    await drop_error(ROUTES[name])
     await eventually(lambda: held and not any(activations() is not None for activations in held))
 
 

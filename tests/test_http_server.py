@@ -502,8 +502,8 @@ def test_a_shutdown_under_load_drops_no_response(serve, signal_number, tmp_path)
         server.terminate(signal_number)
         await load
 
-    patience = PATIENCE_WITH_PROCESSES
-    with serve(SECONDS=patience, TEXT_SECONDS=patience, GRACE=patience, NOTICE=2) as server:
+    timeout = PATIENCE_WITH_PROCESSES
+    with serve(SECONDS=timeout, TEXT_SECONDS=timeout, GRACE=timeout, NOTICE=2) as server:
         run(main(server))
         assert server.exit_code() == 0
     assert dropped == []

@@ -256,7 +256,7 @@ def test_each_key_of_a_queue_is_taken_once_and_in_order():
         assert sorted(n for each in taken for n in each) == [*range(1000)]
 
 
-def four_that_put(stream):
+def four_producers(stream):
     producers = [lambda k=k: [stream.put((k, n)) for n in range(PUTS)] for k in range(4)]
     left = [None] * 3
 
@@ -286,7 +286,7 @@ max_sizes = pytest.mark.parametrize("max_size", [None, 3])
 @max_sizes
 async def test_task_reads_values_of_four_threads_once_in_order(max_size):
     stream = ValueStream(max_size=max_size)
-    async with alongside(*four_that_put(stream)):
+    async with alongside(*four_producers(stream)):
         with anyio.fail_after(PATIENCE):
             check_read([value async for value in stream])
 
@@ -294,7 +294,7 @@ async def test_task_reads_values_of_four_threads_once_in_order(max_size):
 @max_sizes
 def test_thread_reads_values_of_four_threads_once(max_size):
     stream, read = ValueStream(max_size=max_size), []
-    with running(lambda: read.extend(stream), *four_that_put(stream)):
+    with running(lambda: read.extend(stream), *four_producers(stream)):
         pass
     check_read(read)
 
@@ -306,7 +306,7 @@ def test_two_threads_share_the_values_of_four_threads(max_size):
     with running(
         lambda: read[0].extend(readers[0]),
         lambda: read[1].extend(readers[1]),
-        *four_that_put(stream),
+        *four_producers(stream),
     ):
         pass
     assert Counter(read[0] + read[1]) == Counter((k, n) for k in range(4) for n in range(PUTS))
@@ -321,7 +321,7 @@ def test_get_and_iteration_share_the_values_of_four_threads(max_size):
             while True:
                 read[0].append(stream.get(timeout=PATIENCE))
 
-    with running(get, lambda: read[1].extend(stream), *four_that_put(stream)):
+    with running(get, lambda: read[1].extend(stream), *four_producers(stream)):
         pass
     assert Counter(read[0] + read[1]) == Counter((k, n) for k in range(4) for n in range(PUTS))
 

@@ -941,9 +941,9 @@ async def tries(fut, seconds, into):
 async def test_tasks_that_time_out_leave_the_future_unchanged(kind):
     fut, got = Future(), []
     async with task_group(kind) as tg:
-        impatient = [start_soon(tg, tries, fut, 0.001, got) for _ in range(10)]
+        timed_out = [start_soon(tg, tries, fut, 0.001, got) for _ in range(10)]
         patient = start_soon(tg, tries, fut, PATIENCE, got)
-        await gather(impatient)
+        await gather(timed_out)
         assert repr(fut) == "<Future pending waiters=1 callbacks=0>"
         await on_a_thread(fut.set_result, 5)
         await patient

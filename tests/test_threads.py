@@ -25,7 +25,7 @@ from .threads import (
 NAME = "torchfut_aio worker in a test"
 
 
-class Sets(Worker):
+class EventWorker(Worker):
     """A worker whose work items are events to set, or functions to call."""
 
     def __init__(self, linger=0.0):
@@ -72,7 +72,7 @@ def submits_beside(worker):
 
 
 def test_worker_runs_submitted_work_and_its_thread_ends():
-    worker = Sets()
+    worker = EventWorker()
     for _ in range(100):
         assert submits(worker).wait(PATIENCE)
     until(lambda: not threads())
@@ -80,7 +80,7 @@ def test_worker_runs_submitted_work_and_its_thread_ends():
 
 
 def test_lingering_thread_runs_later_work():
-    worker = Sets(linger=PATIENCE)
+    worker = EventWorker(linger=PATIENCE)
     for _ in range(100):
         assert submits(worker).wait(PATIENCE)
         assert len(threads()) == 1
@@ -90,7 +90,7 @@ def test_lingering_thread_runs_later_work():
 
 
 def test_worker_runs_concurrent_submissions_one_thread_at_a_time():
-    worker, events = Sets(), []
+    worker, events = EventWorker(), []
     for _ in range(50):
         with running(*[lambda: events.append(submits(worker))] * 6):
             pass
@@ -100,7 +100,7 @@ def test_worker_runs_concurrent_submissions_one_thread_at_a_time():
 
 
 def test_finalisers_can_submit_work_at_any_time():
-    worker, events = Sets(), []
+    worker, events = EventWorker(), []
 
     class Finalised:
         def __init__(self):
@@ -127,7 +127,7 @@ def test_work_left_by_a_failed_thread_is_run_by_another(kind):
     def fails():
         raise kind
 
-    worker = Sets()
+    worker = EventWorker()
     with running(lambda: worker.submit(fails), lambda: worker.submit(fails)):
         events = [submits(worker) for _ in range(3)]
     assert all(event.wait(PATIENCE) for event in events)
@@ -137,7 +137,7 @@ def test_work_left_by_a_failed_thread_is_run_by_another(kind):
 
 
 def test_failed_thread_start_fails_only_one_submission():
-    worker = Sets()
+    worker = EventWorker()
     with no_thread_starts():
         with pytest.raises(RuntimeError, match="can't start new thread"):
             submits(worker)
@@ -147,7 +147,7 @@ def test_failed_thread_start_fails_only_one_submission():
 
 
 def test_submission_does_not_rely_on_a_failed_thread_start(monkeypatch):
-    worker, events = Sets(), []
+    worker, events = EventWorker(), []
 
     def start_other_first(thread):
         patch.undo()
@@ -168,7 +168,7 @@ def test_submission_does_not_rely_on_a_failed_thread_start(monkeypatch):
 @pytest.mark.parametrize("has_thread", [False, True])
 def test_interrupted_submission_loses_its_item_and_no_other(has_thread):
     for interrupt in explorer.interrupts(_threads):
-        worker, event = Sets(PATIENCE if has_thread else 0), threading.Event()
+        worker, event = EventWorker(PATIENCE if has_thread else 0), threading.Event()
         before = submits(worker)
         until(before.is_set if has_thread else lambda: not threads())
         with interrupt:
@@ -187,7 +187,7 @@ def test_interrupted_submission_takes_no_other_threads_work_away():
         raise KeyboardInterrupt
 
     for interrupt in explorer.interrupts(_threads, do=submit_beside_and_interrupt):
-        worker, events = Sets(), []
+        worker, events = EventWorker(), []
         try:
             with interrupt:
                 events.append(submits(worker))
@@ -201,7 +201,7 @@ def test_interrupted_submission_takes_no_other_threads_work_away():
 @pytest.mark.parametrize("submit", [submits, submits_beside])
 def test_work_submitted_during_another_submission_is_run(submit):
     for interrupt in explorer.interrupts(_threads, do=lambda: events.append(submit(worker))):
-        worker, events = Sets(), []
+        worker, events = EventWorker(), []
         with interrupt:
             events.append(submits(worker))
         assert len(events) == 1 + (interrupt.where is not None)
@@ -215,7 +215,7 @@ def test_work_submitted_at_any_step_of_the_thread_is_run(linger):
     for interrupt in explorer.interrupts(
         _threads, thread=NAME, do=lambda: events.append(submits_beside(worker))
     ):
-        worker, events = Sets(linger), []
+        worker, events = EventWorker(linger), []
         with interrupt:
             events.append(submits(worker))
             until(lambda: not threads())
@@ -278,7 +278,7 @@ def test_notification_that_raises_does_not_end_a_blocking_thread(error, caplog):
     until(lambda: not blocking.threads())
 
 
-class TakenEarly(deque):
+class EarlyTakenQueue(deque):
     """New items, each of which the thread finds just before it is listed as new."""
 
     def append(self, item):
@@ -289,7 +289,7 @@ class TakenEarly(deque):
 
 def test_call_that_is_found_twice_is_made_once():
     blocking, called = BlockingThread(BLOCKING), []
-    blocking.new = TakenEarly()
+    blocking.new = EarlyTakenQueue()
     blocking.new.worker = blocking
     blocking.submit(lambda error: None, lambda: called.append(1))
     assert blocked(blocking).wait(PATIENCE)
@@ -318,7 +318,7 @@ def test_blocking_call_is_shared_and_each_waiter_gets_its_error():
 
 
 def test_end_waits_for_the_thread_and_hands_over_remaining_work():
-    worker, release = Sets(), threading.Event()
+    worker, release = EventWorker(), threading.Event()
     began = threading.Event()
     worker.submit(lambda: (began.set(), release.wait(PATIENCE)))
     assert began.wait(PATIENCE)
@@ -334,7 +334,7 @@ def test_end_waits_for_the_thread_and_hands_over_remaining_work():
 
 def test_end_at_any_step_of_a_submission_loses_no_work():
     for interrupt in explorer.interrupts(_threads, do=lambda: worker.end(PATIENCE)):
-        worker = Sets(linger=0.01)
+        worker = EventWorker(linger=0.01)
         with interrupt:
             event = submits(worker)
         assert event.wait(PATIENCE), interrupt

@@ -116,14 +116,14 @@ def test_expired_timeout_leaves_its_source_unchanged():
 
 
 def test_deadlines_expire_in_order():
-    came, late, between = [], [], {}
+    expired, late, between = [], [], {}
     for seconds in (0.2, 0.1, 0.3, 0.15):
         before = time.monotonic()
-        late.append(with_timeout(Future(), seconds).then(lambda _, s=seconds: came.append(s)))
+        late.append(with_timeout(Future(), seconds).then(lambda _, s=seconds: expired.append(s)))
         between[seconds] = before + seconds, time.monotonic() + seconds
     gather(late).wait(PATIENCE)
-    assert sorted(came) == sorted(between)
-    for one, next_one in itertools.combinations(came, 2):
+    assert sorted(expired) == sorted(between)
+    for one, next_one in itertools.combinations(expired, 2):
         # If the machine stopped in between, the order is not known.
         assert between[one][0] < between[next_one][1]
 
@@ -404,14 +404,14 @@ def test_raising_callback_does_not_end_the_timer_thread(kind, pending_timeout, c
 
 
 def test_raising_repr_does_not_end_the_timer_thread(pending_timeout):
-    class Shy(Future):
+    class RaisingRepr(Future):
         def __repr__(self):
             raise Stop
 
-    shy = with_timeout(Shy(), SOON)
+    first = with_timeout(RaisingRepr(), SOON)
     late = with_timeout(Future(), SOON).then(Future.exception)
     assert type(late.wait(PATIENCE)) is TimeoutError
-    assert type(shy.exception()) is TimeoutError
+    assert type(first.exception()) is TimeoutError
 
 
 def test_failed_timer_thread_start_fails_only_one_timeout():

@@ -133,11 +133,11 @@ def test_done_future_and_as_concurrent_do_not_keep_each_other(cancelled):
 def test_pending_as_concurrent_without_references_is_collected():
     fut = Future()
     ref = weakref.ref(fut.as_concurrent())
-    fut_gone = weakref.ref(fut)
+    fut_ref = weakref.ref(fut)
     del fut
     gc.collect()
     assert ref() is None
-    assert fut_gone() is None
+    assert fut_ref() is None
 
 
 # ------------------------------------------------------------------------- accelerators

@@ -462,8 +462,8 @@ def test_loops_closed_with_pending_waits_leave_no_file_open(
             await pending(1)
             task.cancel()
             await asyncio.wait([task])
-            lasting = asyncio.ensure_future(_read(completed_on(producer, accelerator, None)))
-            lasting._log_destroy_pending = False
+            pending_task = asyncio.ensure_future(_read(completed_on(producer, accelerator, None)))
+            pending_task._log_destroy_pending = False
             await pending(1)
 
         loop.run_until_complete(wait())
