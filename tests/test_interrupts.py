@@ -20,7 +20,7 @@ class Alarm:
 
     How long the event and the signal take depends on the machine, its load and the Python. So the
     alarm learns from its interrupts: it aims earlier or later until about half of them come before
-    the event. Around that time it varies by half of what the interrupted call takes, either way.
+    the event. Around that time it varies over twice the duration of the interrupted call.
     """
 
     def __init__(self):

@@ -1568,7 +1568,7 @@ def test_deferred_callbacks_run_before_a_thread_blocks():
     assert got == [5]
 
 
-# -------------------------------------------------------------------- forks and pickling
+# -------------------------------------------------------------------- copies and pickling
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])

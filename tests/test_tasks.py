@@ -928,7 +928,7 @@ def test_adopted_anyio_future_is_done_when_its_loop_is_closed(new_loop):
     assert is_cancelled(fut)
 
 
-# --------------------------------------------------------------- tasks in other groups
+# --------------------------------------------------------------- futures within task groups
 
 
 async def tries(fut, seconds, into):

@@ -39,7 +39,7 @@ def blocking_policy():
 
 
 def registered_with_the_loop():
-    """Return the events for which the running loop would wake up, as a number."""
+    """Return a measure of what can wake the running loop: compare it with an earlier one."""
     try:
         loop = asyncio.get_running_loop()
     except RuntimeError:
