@@ -1,9 +1,9 @@
-"""The tests on every supported Python and PyTorch, and the other checks.
+"""Run the tests on every supported Python and PyTorch, and the other checks.
 
-``nox`` runs all sessions, ``nox -s check examples`` some, and ``nox -s 'tests(python=3.12,
-torch=2.14.1)'`` one. Arguments after ``--`` are passed to pytest. A missing Python is an error:
-nothing was tested with it. Each session installs its dependencies, and runs one of ``scripts``.
-``scripts/test-on-debian`` runs the tests on Debian's own build of PyTorch.
+``nox`` runs every session, ``nox -s check examples`` runs two, and ``nox -s 'tests(python=3.12,
+torch=2.14.1)'`` runs one. Arguments after ``--`` are passed to pytest. A missing Python is an
+error, as nothing would be tested there. Each session installs what it needs and runs one of
+``scripts``.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ nox.options.stop_on_first_error = False
 HERE = pathlib.Path(__file__).parent
 PROJECT = nox.project.load_toml(HERE / "pyproject.toml")
 
-# constraints.txt pins versions for this Python and this torch.
+# The Python and the torch of constraints.txt.
 PYTHON = "3.11"
 PINNED = re.search(r"^torch==(.*)$", (HERE / "constraints.txt").read_text(), flags=re.M)[1]
-# The oldest supported by pyproject.toml, with the newest bugfix release.
+# The oldest versions that pyproject.toml allows, each with its newest bugfix release.
 LOWEST = dict(re.findall(r"\b(torch|anyio|trio|uvloop)>=([\d.]+)", str(PROJECT["project"])))
 OLDEST = LOWEST.pop("torch") + ".*"
 NEWEST = "2.15.0"
 
-# Every Python in pyproject.toml with the newest torch; one Python with each torch.
+# Each Python with the newest torch, and one Python with each torch.
 TESTED = [
     *((python, NEWEST) for python in nox.project.python_versions(PROJECT)),
     *((PYTHON, torch) for torch in (OLDEST, PINNED)),
@@ -37,7 +37,7 @@ TESTED = [
 
 
 def install(session: nox.Session, extras: str, torch: str = PINNED) -> None:
-    """Install this checkout with a version of torch; with the oldest, all others oldest as well."""
+    """Install this checkout with a torch; with the oldest, also the oldest of other libraries."""
     if (session.python, torch) == (PYTHON, PINNED):
         session.install("-c", "constraints.txt", f".[{extras}]")
         return
@@ -57,14 +57,14 @@ def run(session: nox.Session, script: str, *arguments: str) -> None:
     ids=[f"python={python}, torch={torch}" for python, torch in TESTED],
 )
 def tests(session: nox.Session, torch: str) -> None:
-    """The test suite."""
+    """Run the test suite."""
     install(session, "test", torch)
     run(session, "test", *session.posargs)
 
 
 @nox.session(python=PYTHON)
 def check(session: nox.Session) -> None:
-    """Lint, format and types."""
+    """Check lint, format and types."""
     install(session, "test")
     run(session, "check")
 
@@ -78,20 +78,20 @@ def examples(session: nox.Session) -> None:
 
 @nox.session(python=PYTHON)
 def integrations(session: nox.Session) -> None:
-    """The tests of other libraries' futures, with the real libraries."""
+    """Run the tests that need Ray, gRPC and other libraries."""
     install(session, "test,integrations")
     run(session, "test", "tests/test_integrations.py", *session.posargs)
 
 
 @nox.session(python=False)
 def dist(session: nox.Session) -> None:
-    """The sdist and the wheel, in environments that the script creates."""
+    """Build and check the sdist and the wheel, in environments that the script creates."""
     run(session, "dist")
 
 
 @nox.session(python=PYTHON)
 def docs(session: nox.Session) -> None:
-    """Build the site; a warning is an error. Test its claims, and those of the docstrings."""
+    """Build the site without a warning, and run the examples of the site and the docstrings."""
     install(session, "docs,test")
     run(session, "docs")
     run(session, "test", "tests/test_documentation.py", *session.posargs)
@@ -99,12 +99,12 @@ def docs(session: nox.Session) -> None:
 
 @nox.session(python=PYTHON, default=False)
 def links(session: nox.Session) -> None:
-    """Check the site's external links; needs a network."""
+    """Check the site's links to other sites; needs a network."""
     install(session, "docs")
     session.run("python", "-m", "sphinx", "-b", "linkcheck", "docs", "build/linkcheck")
 
 
 @nox.session(python=False, default=False)
 def cuda(session: nox.Session) -> None:
-    """The device tests on PyTorch's CUDA build, in an environment that the script creates."""
+    """Run the device tests on PyTorch's CUDA build, in an environment that the script creates."""
     run(session, "test-on-cuda-runtime", "--all")
