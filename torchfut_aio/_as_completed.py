@@ -1,11 +1,10 @@
 """Futures one after the other, in the order in which they complete.
 
-One callback object waits for all futures of an iterator. A future that completes *arrives*: it is
-stored in ``arrived``, and the tasks and threads that wait are woken. If its kernels may still run,
-it is in ``running`` first. For a task, it arrives when they have finished: the watcher of the
-task's loop says so. A thread takes it from there, and orders its streams after the kernels. To
-delete a future from ``arrived`` or ``running`` is to have taken it: CPython checks for no signal
-from there to the ``return``, so an interrupted iterator continues where it was.
+One callback object waits for all futures of an iterator. When a future completes, it is stored in
+``arrived``, and the tasks and threads that wait are woken. If its kernels may still run, it is
+stored in ``running`` instead. A thread takes it from there, and orders its streams after the
+kernels. For a task, it moves to ``arrived`` when the watcher of the task's loop finds the kernels
+finished.
 """
 
 from __future__ import annotations
@@ -48,24 +47,24 @@ def as_completed(
     current streams ordered after them, as `Future.wait` does. So ``fut.value()`` is safe at once.
     (If a kernel has failed, ``await fut`` and ``fut.wait()`` raise the device's error.)
 
-    It may be abandoned half way, and leaves nothing behind with the pending futures. Several tasks
+    The iterator may be dropped half way: pending futures keep no reference to it. Several tasks
     or threads may share one: each future is yielded to one of them. On asyncio and uvloop, if
-    futures complete faster than a task takes them, the task lets them gather for up to a
-    millisecond when it has taken all.
+    futures complete faster than a task takes them, a task that has taken all waits up to a
+    millisecond for more.
 
     Args:
         futures: As for `collect_all`. A future that is named twice is yielded once.
         timeout: The longest time to iterate, from now, in seconds. None sets no limit.
 
     Returns:
-        An iterator, for ``for`` and ``async for``, of futures that are done: those passed in, and
-        what `as_future` makes of those of another kind. To know which is which, call `as_future`
-        yourself.
+        An iterator, for ``for`` and ``async for``, of futures that are done. A future of another
+        kind is replaced by the one that `as_future` makes of it; to know which is which, call
+        `as_future` yourself.
 
     Raises:
         NotAFutureError: One of them is None, or cannot be adopted.
-        TimeoutError: From ``for`` and ``async for``, when all that arrived in time was yielded and
-            others are pending, or their kernels run. These are left as they are.
+        TimeoutError: From ``for`` and ``async for``: the time is up, every future that was done in
+            time was yielded, and others are pending or their kernels run. These stay as they are.
         TypeError, ValueError: ``timeout`` is not a number, or is NaN.
 
     Example:
@@ -109,7 +108,7 @@ class _AsCompletedState(_core.DoneCallback):
         self.left = self.pending.copy()  # those that have not been yielded
         self.arrived: dict[int, Future[Any]] = Queue()
         self.running: dict[int, Future[Any]] = Queue()
-        self.started: list[int] = []  # all that ever were in ``running``
+        self.started: list[int] = []  # the keys that ever were in ``running``
         # How many of these each loop watches, or has watched.
         self.watched: dict[_loops.Loop, int] = {}
         self.waiters = Waiters()
@@ -117,7 +116,7 @@ class _AsCompletedState(_core.DoneCallback):
 
     @property
     def name(self) -> str:
-        """Name what waits, too: ``as_completed() for task Task-1 in handler, app.py:42``."""
+        """The name, with the waiters: ``as_completed() for task Task-1 in handler, app.py:42``."""
         names = [str(waiter) for waiter in self.waiters.describe()]
         return f"as_completed() for {', '.join(names)}" if names else "as_completed()"
 
@@ -126,7 +125,8 @@ class _AsCompletedState(_core.DoneCallback):
     def run(self, future: Future[Any]) -> None:
         key = id(future)
         outcome: Any = _core.outcome_of(future)
-        # By statements: an interrupt after a call would leave the future in neither or both.
+        # Statements, not calls: an interrupt after a call would leave the future in neither dict,
+        # or in both. It leaves `pending` *last*: a reader waits only while it is in one of them.
         if outcome.readiness is None or outcome.error is not None:
             self.arrived[key] = future
         else:
@@ -142,15 +142,15 @@ class _AsCompletedState(_core.DoneCallback):
             self.waiters.wake(EVERYONE)
 
     def watch(self, loop: _loops.Loop) -> None:
-        """Let futures in ``running`` arrive when their kernels have finished; on ``loop``."""
-        arrive = WeakMethod(self.arrive)  # an iterator that was left is not kept
+        """Move futures from ``running`` to ``arrived`` when their kernels have finished."""
+        arrive = WeakMethod(self.arrive)  # the watcher must not keep an iterator that was dropped
         for n in range(self.watched.get(loop, 0), len(self.started)):
             key = self.started[n]
             future = self.running.get(key)
             readiness = None if future is None else _readiness(future)
             if readiness is not None:
                 readiness.notify_when_ready(loop, partial(_arrive, arrive, key))
-            self.watched[loop] = n + 1
+            self.watched[loop] = n + 1  # last: after an interrupt, the next call repeats this one
 
     def arrive(self, key: int) -> None:
         future = self.running.get(key)
@@ -188,7 +188,8 @@ class _AsCompletedState(_core.DoneCallback):
         if hits and self.pending:
             waiter = loop.waiter()
             if loop.wake_later(waiter, hits):
-                # Futures arrive faster than they are taken, so there will be many more then.
+                # Futures arrive faster than we take them. A short sleep lets many arrive, and
+                # costs one wake-up for all of them.
                 yield from waiter
                 return
         alarm = None if seconds is None else loop.call_later(seconds, self.expire)
@@ -240,10 +241,10 @@ def _order(future: Future[Any]) -> None:
     if readiness is not None:
         try:
             readiness.wait()
-        except (MemoryError, RecursionError):  # not ordered, so not yielded: the next call does it
+        except (MemoryError, RecursionError):  # it is not ordered, so it must not be yielded yet
             raise
         except Exception:
-            pass  # the device's error, which the value raises, too
+            pass  # the device's error, which the value raises as well
 
 
 def _arrive(arrive: WeakMethod[Any], key: int, _error: Exception | None) -> None:
@@ -281,6 +282,8 @@ class _AsCompleted(ProcessLocal, AsyncIterator[Future[T]], Iterator[Future[T]]):
             if key is None:
                 state.block()
                 continue
+            # Order *before* taking: the deletion takes the future, and CPython checks for no signal
+            # from there to the `return`. So an interrupt comes before, and loses nothing.
             try:
                 future = source[key]
                 if state.started:
@@ -297,13 +300,13 @@ class _AsCompleted(ProcessLocal, AsyncIterator[Future[T]], Iterator[Future[T]]):
         del self  # as in __next__()
         left, arrived = state.left, state.arrived
         if not state.hits:
-            await state.wait()  # at the beginning, as a checkpoint, although one may have arrived
+            await state.wait()  # a checkpoint, although a future may have arrived
         while left:
             key = first(arrived)
             if key is None:
                 await state.wait()
                 continue
-            try:
+            try:  # as in __next__()
                 future = arrived[key]
                 if state.started:
                     _order(future)

@@ -1,14 +1,14 @@
 """The threads of this package: each exists while there is work for it.
 
-`Worker` is beneath them all. `BlockingThread` calls functions that block, and `LoopThread` runs an
+`Worker` is the base class. `BlockingThread` calls functions that block, and `LoopThread` runs an
 event loop.
 
 Submitting takes no lock, so a finaliser or a signal handler may submit in the middle of another
-submission. It returns when a running thread is going to take the item, or raises and withdraws it.
-Items stay in ``work`` until they are dealt with, so a new thread continues where another stopped.
+submission. Once it returns, a running thread is going to take the item. If it raises, the item is
+withdrawn.
 
-After a fork the child has none of the threads. At exit the interpreter waits for threads that are
-not daemons, and `Worker.timeout_at_exit` ends daemons. Once it finalizes, submitting raises.
+A forked child has none of the threads. At exit the interpreter waits for threads that are not
+daemons, and `Worker.timeout_at_exit` ends daemons. Submitting raises while it finalizes.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class WorkerThread(threading.Thread):
     """A thread of a worker.
 
     Attributes:
-        is_running: It is being started, or runs.
-        is_polling: It will check for work again.
+        is_running: Whether it is being started, or runs.
+        is_polling: Whether it will check for work again.
         should_end: Whether `Worker.end` has been called.
         started: Receives None, or the error with which the start failed.
     """
@@ -84,14 +84,15 @@ class WorkerThread(threading.Thread):
         finally:
             worker.release(self)
             self.is_running = False
+            # An error may have ended the loop, and a submitter that saw us polling relies on us.
             if worker.has_work():
                 worker.ensure_thread()
 
     def _run_while_there_is_work(self, worker: Worker) -> None:
         while worker.claim(self):
             worker.run(self)
-            # Stop polling *before* checking for work: a submitter adds work, then reads
-            # `is_polling`. One of the two sees the other.
+            # Stop polling *before* checking for work. A submitter adds work, then reads
+            # `is_polling`, so one of the two sees the other.
             worker.release(self)
             if self.should_end or not worker.has_work():
                 return
@@ -102,13 +103,14 @@ class Worker(ABC):
     """A thread while there is work; a subclass defines `run`.
 
     Attributes:
-        work: The items that are to be done, each with anything that belongs to it.
+        work: The pending items, each with a value that belongs to it. An item stays until it is
+            done, so that a new thread continues where another stopped.
         new: The items that the thread has not taken yet.
         name: The name of the thread.
-        daemon: Whether the interpreter exits without waiting for the thread. A thread that blocks
-            in torch must not be one: when it returned from there, the process would abort.
+        daemon: Whether the interpreter exits without waiting for the thread. False if the thread
+            blocks in torch: a daemon that returned from there at exit would abort the process.
         timeout_at_exit: How many seconds to wait at exit for a daemon to end; 0 to leave it.
-        survives_fork: Whether the child of a fork does what was pending, or drops it.
+        survives_fork: Whether the child of a fork continues with pending items, or drops them.
     """
 
     timeout_at_exit: ClassVar[float] = 0.0
@@ -135,6 +137,8 @@ class Worker(ABC):
             RuntimeError: No thread could be started.
         """
         try:
+            # `work` *before* `new`: a thread that begins empties `new` and copies `work`, so it
+            # finds the item in one of them.
             self.work[item] = value
             self.new.append(item)
             self.ensure_thread()
@@ -158,9 +162,10 @@ class Worker(ABC):
         for thread in (self._active, self._newest):
             if thread is not None and thread.is_polling:
                 return
+        # Two submitters may each start one. `claim` lets one of them work, and the other ends.
         self._newest = thread = WorkerThread(self)
         # Not `thread.start()`: Ctrl-C in there could leave locks of `threading` locked for ever.
-        # Signal handlers run in the main thread only, so another thread calls it.
+        # Signal handlers run in the main thread only, so we let another thread call it.
         _thread.start_new_thread(thread.launch, ())
         error = thread.started.get()
         if error is not None:
@@ -172,7 +177,7 @@ class Worker(ABC):
 
     def wake(self) -> None:
         """Wake the active thread from `rest`."""
-        # A wake-up that the thread has not taken yet will do: it takes new items after that.
+        # One pending wake-up is enough: the thread takes new items after it has taken that.
         if self._active is not None and self._wakeups.empty():
             self._wakeups.put(None)
 
@@ -181,9 +186,9 @@ class Worker(ABC):
         return [t for t in {self._active, self._newest} if t is not None and t.is_running]
 
     def end(self, timeout: float) -> bool:
-        """End the thread, and wait for that; return False if it takes too long.
+        """End the thread and wait until it has ended; return False after ``timeout`` seconds.
 
-        Another thread does what is left. A thread that ends itself is not waited for.
+        If items are left, another thread starts. A thread that ends itself does not wait.
         """
         threads = [t for t in {self._active, self._newest} if t is not None]
         for thread in threads:
@@ -194,23 +199,24 @@ class Worker(ABC):
 
     @abstractmethod
     def run(self, thread: WorkerThread) -> None:
-        """Do the work; return when there is none left, or when ``thread.should_end``."""
+        """Do the work; return when none is left, or when ``thread.should_end``."""
 
     def has_work(self) -> bool:
         return bool([*self.work])  # a copy locks the dict where there is no GIL, len() does not
 
     def take(self) -> list[Any]:
-        """Return the items that are new to this thread; some may be there twice, or withdrawn."""
+        """Return the items that are new to this thread; some may be repeated, or withdrawn."""
         items = []
-        # `popleft` locks the deque where there is no GIL, so an item that is missed was added by
-        # a thread that has read all that this one wrote before.
+        # Not a copy and `clear`, which would lose an item that comes between the two. Without a
+        # GIL, `popleft` locks the deque. So a submitter whose item is missed sees everything that
+        # this thread wrote before.
         with suppress(IndexError):
             while True:
                 items.append(self.new.popleft())
         return items
 
     def rest(self, seconds: float) -> bool:
-        """Wait until `wake` is called, or for so long; return whether it was called."""
+        """Wait until `wake` is called, but at most ``seconds``; return whether it was called."""
         with suppress(queue.Empty):
             self._wakeups.get(timeout=min(max(seconds, 0), threading.TIMEOUT_MAX))
             return True
@@ -222,12 +228,15 @@ class Worker(ABC):
             if self._active is not None:
                 return False
             self._active = thread
-        # The thread before may have taken items, and ended before it did them.
+        # The thread before us may have taken items and ended before it did them. We clear *before*
+        # we copy: an item that comes in between is in the copy.
         self.new.clear()
         self.new.extend([*self.work])
         return True
 
     def release(self, thread: WorkerThread) -> None:
+        # Give up the claim *before* the flag. A submitter that finds the flag down starts a thread,
+        # and that could not claim the work.
         if self._active is thread:
             self._active = None
         thread.is_polling = False
@@ -242,7 +251,7 @@ class Worker(ABC):
 
     def at_exit(self) -> None:
         if self.timeout_at_exit:
-            self.work.clear()  # or else another thread would continue with it
+            self.work.clear()  # or another thread would continue with it
             self.end(self.timeout_at_exit)
 
 
@@ -253,16 +262,16 @@ def _ended(thread: WorkerThread, give_up: float) -> bool:
     while thread.is_running or thread.is_alive():
         if time.monotonic() > give_up:
             return False
-        time.sleep(0.0005)  # an event would have a lock, which a signal handler could meet
+        # Not an event: it has a lock, which a signal handler in this thread could find locked.
+        time.sleep(0.0005)
     return True
 
 
 class BlockingThread(Worker):
     """Calls functions that block: ``submit(notify, function)``.
 
-    The thread calls ``function()``, then ``notify(error or None)``. If several items that it takes
-    at once have the same function, one call serves them all. To withdraw an item, pop ``notify``
-    from ``work``.
+    The thread calls ``function()``, then ``notify(error or None)``. It makes one call for all items
+    with the same function that it takes at once. To withdraw an item, pop ``notify`` from ``work``.
     """
 
     def run(self, thread: WorkerThread) -> None:
@@ -286,6 +295,7 @@ class BlockingThread(Worker):
         except BaseException as raised:
             errors = one_for_each(drop_catching_frame(raised), len(waiting))
         for notify, error in zip(waiting, errors, strict=True):
+            # Pop *before* the call: an item must not be withdrawn while it is being notified.
             if self.work.pop(notify, None) is not None:
                 call_contained(notify, error)
 
@@ -294,7 +304,7 @@ class LoopThread(Worker):
     """Runs an asyncio event loop; a subclass defines `step` and `fail`.
 
     Attributes:
-        woken: Set this on the loop to have `step` called again. It is set for each new item.
+        woken: Set this on the loop to call `step` again. It is set for each new item.
     """
 
     def __init__(self, name: str, new_loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
@@ -316,9 +326,9 @@ class LoopThread(Worker):
     def run(self, thread: WorkerThread) -> None:
         try:
             with asyncio.Runner(loop_factory=self._new_loop) as runner:
-                # On builds without a GIL, this thread has the context of the one that started it.
+                # On builds without a GIL, a thread inherits the context of its starter.
                 runner.run(self._run_steps(thread), context=contextvars.Context())
-        except Exception as error:  # there is no file descriptor for a loop
+        except Exception as error:  # no file descriptor is left for a loop
             for item in [*self.work]:
                 self.fail(item, error)
         finally:
@@ -329,15 +339,17 @@ class LoopThread(Worker):
         super().after_fork()
 
     async def _run_steps(self, thread: WorkerThread) -> None:
-        self.woken = asyncio.Event()
-        self._loop = asyncio.get_running_loop()  # before the first step: see `wake`
+        self.woken = asyncio.Event()  # it belongs to the first loop that waits for it
+        # *Before* the first step: `wake` does nothing without a loop, and the step takes items
+        # whose submitter has called it until now.
+        self._loop = asyncio.get_running_loop()
         while await self.step(thread):
             await self.woken.wait()
-            self.woken.clear()
+            self.woken.clear()  # *before* the step: an item that comes during it sets it again
 
     @abstractmethod
     async def step(self, thread: WorkerThread) -> bool:
-        """Begin what is new; return False to close the loop."""
+        """Begin the new items; return False to close the loop."""
 
     @abstractmethod
     def fail(self, item: Any, error: Exception) -> None:
@@ -349,7 +361,7 @@ _workers: weakref.WeakValueDictionary[int, Worker] = weakref.WeakValueDictionary
 
 def workers() -> list[Worker]:
     """Return all workers of the process."""
-    refs = _workers.valuerefs()  # a list, as others may add and remove workers
+    refs = _workers.valuerefs()  # a list, as other threads may add and remove workers
     return [worker for ref in refs if (worker := ref()) is not None]
 
 

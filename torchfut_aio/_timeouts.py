@@ -1,7 +1,6 @@
-"""Futures with a deadline: one thread for all of them, while there are any.
+"""Futures with a deadline; while there are any, one thread waits for all of them.
 
-The thread keeps the deadlines in a heap. A new deadline wakes it only if it is the earliest, or if
-many have piled up; forgetting the last one wakes it, so that it ends.
+The thread keeps the deadlines in a heap.
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ def with_timeout(future: object, timeout: float | None) -> Future[Any]: ...
 def with_timeout(future: object, timeout: float | None) -> Future[Any]:
     """Return a future that completes as ``future`` does, or in time with TimeoutError.
 
-    For chains that no task awaits; a task may use its loop's own timeouts. A timeout leaves
-    nothing behind with ``future``, and does not cancel it. One thread waits for all
-    timeouts, while any is pending. Callbacks of a future that has timed out run in that
-    thread, and delay other timeouts.
+    For chains that no task awaits; a task may use the timeouts of its loop. A timeout does not
+    cancel ``future``, which keeps no reference to the child. While timeouts are pending, one thread
+    waits for all of them. Callbacks of a future that has timed out run in that thread, and delay
+    other timeouts.
 
     Args:
         future: A future, or anything that `as_future` adopts.
@@ -62,7 +61,7 @@ def with_timeout(future: object, timeout: float | None) -> Future[Any]:
             deadline.expire()
         elif seconds < math.inf and not source.done():
             _timer.submit(deadline)
-            if source.done():  # perhaps before it was submitted
+            if source.done():  # perhaps before the timer had it, so that it forgot nothing
                 _timer.forget(deadline)
     except BaseException:  # no thread could be started, or Ctrl-C
         _core.remove(source, deadline)
@@ -72,10 +71,7 @@ def with_timeout(future: object, timeout: float | None) -> Future[Any]:
 
 
 class _Deadline(_core.DoneCallback):
-    """Waits for the source and for the timer.
-
-    The timer may keep it after it is over, so it drops both futures then.
-    """
+    """Waits for the source and for the timer."""
 
     __slots__ = ("child", "is_late", "seconds", "source", "when")
 
@@ -98,8 +94,9 @@ class _Deadline(_core.DoneCallback):
     def expire(self) -> None:
         """Fail the child, unless the source has completed; may be repeated if it raises."""
         source = self.source
+        # The one that removes it from the source completes the child: we or the source.
         if source is not None and (self.is_late or _core.remove(source, self)):
-            self.is_late = True
+            self.is_late = True  # so that a repetition need not remove it again
             text = f"the future was not done within {self.seconds:g} s; it stays pending"
             self._complete(_core.complete_with_error, TimeoutError(text))
 
@@ -109,23 +106,24 @@ class _Deadline(_core.DoneCallback):
             with suppress(InvalidStateError):  # the program has completed it
                 complete(child, outcome)
             _timer.forget(self)
-            self.source = self.child = None
+            self.source = self.child = None  # the heap of the timer may keep this object
 
 
 class _Timer(Worker):
-    """Expires deadlines, which are its work."""
+    """Expires the deadlines in ``work``."""
 
     timeout_at_exit = 1.0
     survives_fork = True
     _wakes_at = math.inf
 
     def needs_wakeup(self, deadline: _Deadline) -> bool:
+        # A later deadline only has to wake the thread if many that were forgotten have piled up.
         return deadline.when < self._wakes_at or len(self.new) > 2 * len(self.work) + 1000
 
     def forget(self, deadline: _Deadline) -> None:
         self.work.pop(deadline, None)
         if not self.work:
-            self.wake()
+            self.wake()  # so that the thread ends
 
     def run(self, thread: WorkerThread) -> None:
         heap: list[_Deadline] = []
@@ -136,7 +134,8 @@ class _Timer(Worker):
             if thread.should_end or not self.work:
                 return
             self._wakes_at = heap[0].when if heap else math.inf
-            # A thread that submitted before that saw another time, and may not have called wake().
+            # Check for new deadlines *after* setting the time. A thread that submitted before may
+            # have compared with an earlier time, and not have called wake().
             if not self._take_into(heap):
                 self.rest(self._wakes_at - time.monotonic())
 
@@ -145,7 +144,7 @@ class _Timer(Worker):
         for deadline in new:
             if deadline in self.work:
                 heapq.heappush(heap, deadline)
-        if len(heap) > 2 * len(self.work) + 1000:  # the rest has been forgotten
+        if len(heap) > 2 * len(self.work) + 1000:  # most of them were forgotten
             heap[:] = [deadline for deadline in heap if deadline in self.work]
             heapq.heapify(heap)
         return bool(new)
@@ -156,6 +155,7 @@ class _Timer(Worker):
                 call_contained(deadline.expire)
             finally:  # again, in case there was no memory: the future is another thread's
                 call_contained(deadline.expire)
+            # Last, so that another thread would repeat it if an error ended this one before.
             self.work.pop(deadline, None)
 
 

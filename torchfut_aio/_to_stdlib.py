@@ -1,7 +1,7 @@
-"""Copies of a future for what insists on one of asyncio or of concurrent.futures.
+"""Copies of a future for code that insists on one of asyncio or of concurrent.futures.
 
-A copy completes as its source does, once the kernels that fill the value have finished. Cancelling
-it leaves the source as it was, and removes the copy from it.
+A copy completes as its source does, once the kernels that fill the value have finished. If the copy
+is cancelled, the source stays as it is and no longer refers to the copy.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import asyncio
 import concurrent.futures
 import weakref
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -46,6 +47,8 @@ def copy_to_asyncio(source: Future[T]) -> asyncio.Future[T]:
             kept.clear()
             _core.remove(source, waiter)
 
+        # Otherwise the source refers to the copy weakly. When `asyncio.shield` is cancelled, it
+        # does not cancel the copy that it shields, but drops it: then this withdraws the copy.
         ref = weakref.ref(target, withdraw)
 
         def complete(_: object) -> None:
@@ -55,18 +58,16 @@ def copy_to_asyncio(source: Future[T]) -> asyncio.Future[T]:
                 copy_when_ready(source, target)
 
         waiter.add_done_callback(complete)
+        # Of the base class, as the override would count this callback as one that waits.
         asyncio.Future.add_done_callback(target, withdraw)
         _core.add_waiter(source, waiter, loop)
+    # Also if the waiter was added: another thread may have completed the source before that.
     copy_when_ready(source, target)
     return target
 
 
 class _AsyncioCopy(asyncio.Future[T]):
-    """A copy that its source keeps alive, by ``kept``, while something waits for the copy.
-
-    The source has only a weak reference besides. ``asyncio.shield`` does not cancel the copy that
-    it shields when it is cancelled itself: it drops it, and then the copy is garbage-collected.
-    """
+    """A copy that its source keeps alive, through ``kept``, while something waits for the copy."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -139,16 +140,14 @@ def copy_to_concurrent(source: Future[T]) -> concurrent.futures.Future[T]:
     return target
 
 
+@dataclass(eq=False, slots=True)
 class _ConcurrentCopy(_core.DoneCallback):
     """Completes a future of concurrent.futures, which may be cancelled at any time."""
 
-    __slots__ = ("source", "target")
-
     uses_streams = False
 
-    def __init__(self, source: Future[Any], target: concurrent.futures.Future[Any]) -> None:
-        self.source: Future[Any] | None = source
-        self.target: concurrent.futures.Future[Any] | None = target
+    source: Future[Any] | None
+    target: concurrent.futures.Future[Any] | None
 
     def run(self, source: Future[Any]) -> None:
         outcome = _core.outcome_of(source)
@@ -156,7 +155,7 @@ class _ConcurrentCopy(_core.DoneCallback):
         if outcome.readiness is None or outcome.error is not None:
             self._complete(outcome, outcome.exception())
         else:
-            # The copy's readers do not order their streams: so it completes after the kernels.
+            # Readers of the copy do not order their streams, so it completes after the kernels.
             outcome.readiness.notify_in_background(partial(self._complete, outcome))
 
     def fail(self, _source: Future[Any], error: BaseException) -> None:
@@ -166,7 +165,7 @@ class _ConcurrentCopy(_core.DoneCallback):
                 target.set_exception(error)
 
     def withdraw(self, target: concurrent.futures.Future[Any]) -> None:
-        # A future that is done keeps its callbacks, this one among them, so drop both futures.
+        # A future that is done keeps its callbacks, including this one, so we drop both futures.
         source, self.source, self.target = self.source, None, None
         if source is not None and target.cancelled():
             _core.remove(source, self)
@@ -176,7 +175,7 @@ class _ConcurrentCopy(_core.DoneCallback):
         target = self.target
         if target is None or (isinstance(error, CANCELLATIONS) and target.cancel()):
             return
-        with suppress(concurrent.futures.InvalidStateError):  # it was cancelled just now
+        with suppress(concurrent.futures.InvalidStateError):  # another thread has just cancelled it
             if error is None:
                 target.set_result(outcome.value)
             else:

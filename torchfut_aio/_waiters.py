@@ -1,19 +1,17 @@
-"""Tasks and threads that wait for one thing, whose events are for one of them each.
+"""Tasks and threads that wait for events of one thing; each event is for one waiter.
 
-An event wakes one waiter of each *waker*: of each loop, and of all threads. Waking one in all
-would be too few, as its loop may be closed or stopped. Waking all would cost more the more wait.
+An event wakes one waiter of each *waker*: of each loop, and of all threads. To wake a single waiter
+would not do, as its loop may be closed or stopped. To wake all of them would cost more the more
+there are.
 
-1. A waiter joins, then checks for the event. An event happens, then wakes. So one of the two sees
-   the other.
-2. ``waiting`` has all waiters, in order of arrival. The thread that deletes one there has taken it,
-   in a statement within which CPython does not check for signals. So no two events wake the same
-   waiter.
-3. ``lines`` has the waiters of each waker, except one that was alone when it joined. That one is
-   the first of all for as long as it waits. So the first of all and the first of each line are the
-   first of each waker.
-4. A woken waiter finds the event, or finds that another waiter took it, and waits again. If it
-   leaves with an exception instead, its user calls `wake` again if the event still stands. Waking
-   one too many is harmless.
+1. A waiter joins, then checks for the event. An event happens, then wakes.
+2. ``waiting`` has all waiters, in order of arrival. To delete a waiter there is to take it, so no
+   two events wake the same one.
+3. ``lines`` has the waiters of each waker, except one that was alone when it joined. That one stays
+   the first of all. So the first of all and the first of each line are the first of each waker.
+4. A woken waiter takes the event, or waits again if another waiter took it. If it leaves with an
+   exception, the caller calls `wake` again if the event still stands. A wake-up too many is
+   harmless.
 """
 
 from __future__ import annotations
@@ -39,9 +37,8 @@ _Line = dict[object, None]
 def first(things: dict[T, Any]) -> T | None:
     """Return the first key of a dict that other threads may change, or None if it is empty."""
     while True:
-        # Not a copy, whose time grows with the dict.
         try:
-            for thing in things:
+            for thing in things:  # not of a copy, which takes longer the larger the dict is
                 return thing
             return None
         except RecursionError:
@@ -51,7 +48,7 @@ def first(things: dict[T, Any]) -> T | None:
 
 
 def give_up_after(timeout: float | None) -> float | None:
-    """Return the time, as of ``time.monotonic()``, that is ``timeout`` seconds from now."""
+    """Return the time on the clock of ``time.monotonic`` that is ``timeout`` seconds from now."""
     return None if timeout is None else time.monotonic() + timeout
 
 
@@ -78,7 +75,8 @@ class Waiters:
             return
         waiting = self.waiting
         try:
-            for waiter in waiting:  # the only one
+            for waiter in waiting:  # the only one, as there are no lines
+                # No call between these two, so no interrupt can take the waiter and lose it.
                 waker = waiting[waiter]
                 del waiting[waiter]
                 break
@@ -113,10 +111,11 @@ class Waiters:
             raise
 
     def _take_for(self, events: float, taken: list[tuple[object, _loops.Waker]]) -> None:
-        self._take(self.waiting, 1, taken)
+        self._take(self.waiting, 1, taken)  # which may be in no line: rule 3
         first_waker = taken[0][1] if taken else None
         for waker in [*self.lines]:
             line = self.lines.get(waker, {})
+            # A closed loop never resumes its waiters, so none of them is kept.
             number = EVERYONE if waker.closed else events - (waker is first_waker)
             self._take(line, number, taken)
             if not line:
@@ -131,7 +130,8 @@ class Waiters:
             waiter = first(line)
             if waiter is None:
                 return
-            # An interrupt comes before these statements, or after all of them.
+            # No call from here to `taken`: CPython checks for signals at calls, so an interrupt
+            # comes before these statements or after all of them.
             try:
                 if line is not waiting:
                     del line[waiter]
@@ -139,7 +139,7 @@ class Waiters:
                 del waiting[waiter]
             except KeyError:  # it has been taken, or has left
                 continue
-            taken += ((waiter, waker),)
+            taken += ((waiter, waker),)  # not append(), which is a call
             number -= 1
 
     # -------------------------------------------------------------------- waiting
@@ -151,13 +151,13 @@ class Waiters:
 
         Args:
             is_over: Returns True if the caller need not block.
-            give_up: The time at which to return, as of `give_up_after`, or None.
+            give_up: The time at which to return, from `give_up_after`, or None.
             warning: The text of the warning if the thread runs an event loop.
 
         Returns:
-            False if the time was up when this was called and the thread would have blocked.
+            False if the thread would have to block and the time is up.
         """
-        # Callbacks that this thread has deferred may be those to put, or to read.
+        # A callback that this thread has deferred may be the one that makes the event happen.
         _core.run_deferred()
         if is_over():
             return True
@@ -172,6 +172,8 @@ class Waiters:
         waiting, waiter = self.waiting, _loops.ThreadWaiter()
         try:
             _this_thread.blocked = (*interrupted, _Blocked(self, waiter, is_over))
+            # Join *before* the check. If the check came first, an event between the two would
+            # wake nothing, and we would block for ever.
             waiting[waiter] = _loops.THREADS
             if len(waiting) > 1:
                 self.line_up(waiter, _loops.THREADS)
@@ -190,13 +192,13 @@ class Waiters:
         loop = _loops.running() or _loops.current()
         waiting, waiter = self.waiting, loop.waiter()
         try:
-            waiting[waiter] = loop
+            waiting[waiter] = loop  # *before* the check, as in `block`
             if len(waiting) > 1:
                 self.line_up(waiter, loop)
             if not is_over():
                 yield from waiter
         finally:
-            # If this is interrupted, its place in the line stays until an event finds it.
+            # If an interrupt comes after this, the next event for the line drops the entry there.
             waiting.pop(waiter, None)
             if self.lines:
                 self.leave_line(waiter, loop)
@@ -206,7 +208,9 @@ class Waiters:
         while True:
             line = self.lines.setdefault(waker, {})
             line[waiter] = None
-            if self.lines.get(waker) is line:  # no other thread has removed it
+            # Check *after* joining. The thread that removes an empty line wakes a waiter that has
+            # joined it since, or we see here that the line was removed.
+            if self.lines.get(waker) is line:
                 return
 
     def leave_line(self, waiter: object, waker: _loops.Waker) -> None:
@@ -220,10 +224,11 @@ class Waiters:
     def _remove_line(self, waker: _loops.Waker) -> None:
         line: _Line = {}
         try:
-            # CPython checks for signals after the call of map(), which has done nothing yet, and
-            # not while the result is unpacked. So no interrupt loses the line.
+            # Not `line = self.lines.pop(waker, {})`: an interrupt after the call would lose the
+            # line. CPython checks for signals after the call of map(), which has done nothing yet,
+            # and not while the result is unpacked.
             (line,) = map(self.lines.pop, (waker,), ({},))
-            for waiter in [*line]:  # another thread's, which has just joined; it joins again
+            for waiter in [*line]:  # it has just joined, and joins again
                 waker.wake(waiter)
         except BaseException:
             _wake_again([(waiter, waker) for waiter in [*line]])
@@ -251,14 +256,15 @@ class _Blocked(NamedTuple):
     is_over: Callable[[], bool]
 
     def step_aside(self) -> None:
-        """Leave the events that come before the handler returns to other waiters.
+        """Leave the events to other waiters until the handler returns.
 
-        This thread could not use them, and the handler may wait for the same event. When it has
-        returned, the thread checks again and, if it has to, joins again.
+        This thread could not use them, and the handler may wait for the same event.
         """
+        # Unblock *before* leaving: once the handler has returned, the thread checks for the event
+        # and, if it has to, joins again. If it left and stayed blocked, nothing would wake it.
         self.waiter.unblock()
         self.waiters.waiting.pop(self.waiter, None)
-        if self.is_over():
+        if self.is_over():  # an event may have taken this waiter just now: pass it on
             self.waiters.wake()
 
 

@@ -1,12 +1,7 @@
-"""What completes a future from a task, a thread or another library: a `Promise`.
+"""A `Promise` completes a future from a task, a thread or another library.
 
-The promise is the only reference from there to the future. So:
-
-1. If the promise is garbage-collected, the future fails with a CancelledError.
-2. Once the future is done, the promise does not refer to it. The traceback of an error leads
-   through frames to the promise: the two would be a cycle.
-3. If an interrupt or a full stack stops a completion, a new thread completes the future, and the
-   exception is raised: the interrupt is the caller's, the future may be another thread's.
+It is the only reference from there to the future. If it is garbage-collected, the future fails with
+a CancelledError.
 """
 
 from __future__ import annotations
@@ -19,18 +14,14 @@ from .._devices import finish_devices
 from .._errors import CancelledError, drop_catching_frame, own_cancellation
 from .._repr import short
 from .._threads import call_contained
-from ._completion import (
-    outcome_of,
-    try_complete_with_error,
-    try_complete_with_value,
-)
+from ._completion import outcome_of, try_complete_with_error, try_complete_with_value
 
 if TYPE_CHECKING:
     from .._future import Future
 
 
 class Promise:
-    """Completes one future, unless it is done; ``name`` is what errors call the promise."""
+    """Completes one future, unless it is done; errors show its ``name``."""
 
     __slots__ = ("__weakref__", "_future", "name")
 
@@ -45,8 +36,12 @@ class Promise:
             try:
                 try_complete_with_value(future, result)
             except BaseException:
+                # An interrupt, or a full stack. The exception is the caller's, but the future may
+                # be another thread's, so a new thread completes it.
                 start_new_thread(call_contained, (_complete_later, future, result))
                 raise
+            # The traceback of an error leads through frames to this object, which must not lead
+            # back to the future: the two would be a cycle.
             self._future = future = None
 
     def fail(self, error: BaseException) -> None:
@@ -59,7 +54,7 @@ class Promise:
             except BaseException:
                 start_new_thread(call_contained, (try_complete_with_error, future, error))
                 raise
-            self._future = future = None
+            self._future = future = None  # as in `keep`
 
     def settle(
         self,
@@ -70,7 +65,8 @@ class Promise:
         try:
             value = read()
         except BaseException as error:
-            # `read` leads to the source, which may hold the error, whose frames lead here.
+            # `read` leads to the source, which may hold the error. The frames of the error lead
+            # here.
             del read
             self.fail(translate(drop_catching_frame(error)))
         else:

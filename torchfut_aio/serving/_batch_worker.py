@@ -1,12 +1,12 @@
-"""The thread of a batcher: it takes what is queued in batches, and completes the futures.
+"""The thread of a batcher: it takes queued items in batches, and completes their futures.
 
-The queue is the worker's ``work``: each future, with its item and the time of its submission. The
-batch that runs is in ``batch``. These rules keep every future from being lost:
+The queue is the worker's ``work``: each future, with its item and the time of its submission.
+``batch`` is the batch that runs. These rules keep every future from being lost:
 
 1. A future stays in ``work`` or ``batch`` until it is done, unless its submission has raised.
 2. A thread that begins fails what it finds in ``batch``: an error has ended the thread before it.
-3. No batch begins once ``has_ended`` is True. A thread that sets it fails what is queued after
-   that. A thread that submits reads it after that. So one of them fails a future that comes late.
+3. No batch begins once ``has_ended`` is True. The thread that sets it fails the queue afterwards. A
+   thread that submits queues its future, then reads it. So one of the two fails a late future.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from .._future import Future, InternalFuture
 from .._threads import Worker, WorkerThread
 from ._owner_loop import OwnerLoop, in_batch
 
-_LINGER = 10.0  # seconds for which a thread waits for more; to start one takes a tenth of a ms
+_LINGER = 10.0  # seconds for which an idle thread waits for items
 _POLL_INTERVAL = 0.1  # seconds between two checks of whether the interpreter exits
 
 
 class Tally:
-    """A count to which threads add without a lock: each has a part of its own."""
+    """A count to which threads add without a lock: each thread adds to a separate part."""
 
     def __init__(self) -> None:
         self._parts: dict[int, int] = {}  # by thread
@@ -55,8 +55,8 @@ class BatchWorker(Worker):
         owner: The loop that runs the function, if it is async; None before one has entered the
             batcher.
         batch: The futures and items that are run now.
-        closing: The thread is to end when nothing is queued.
-        has_ended: The function will run no more; see rule 3.
+        closing: Whether the thread ends when nothing is queued.
+        has_ended: Whether the function will run no more; see rule 3.
         ended: A future that is done when ``has_ended`` is True.
         batches, items, wait_time, run_time: As in `BatcherStatistics`; counted by the thread.
         rejected, skipped: The same, counted by all threads.
@@ -78,21 +78,21 @@ class BatchWorker(Worker):
         self.wait_time = self.run_time = 0.0
         self._wakes_at: float = 1  # a submission wakes the thread if so many are queued
         self._may_purge_at = 0.0
-        # What is queued, in order, for the thread that runs. A batch takes the time of its own
-        # items, however many are queued.
+        # The queued futures in order, for the thread that runs. So a batch takes the same time
+        # however many are queued.
         self._line: deque[Future[Any]] = deque()
 
     # ----------------------------------------------------------------- submitting and closing
 
     def make_room(self, max_queue_size: float) -> bool:
-        """Drop what was given up; return True if fewer than ``max_queue_size`` wait then."""
+        """Drop items that were given up; return True if then fewer than ``max_queue_size`` wait."""
         start = time.monotonic()
         if start < self._may_purge_at:
             return False
         for future in [*self.work]:
             self._drop_if_done(future)
         now = time.monotonic()
-        self._may_purge_at = now + 20 * (now - start)  # it takes at most 5% of the time
+        self._may_purge_at = now + 20 * (now - start)  # so this takes at most 5% of the time
         return len(self.work) < max_queue_size
 
     def is_inside(self) -> bool:
@@ -118,9 +118,9 @@ class BatchWorker(Worker):
         self.wake()
 
     def abandon(self, error: BaseException) -> None:
-        """Fail all that is pending, and run the function no more, whatever the thread does."""
+        """Fail every pending item, and run the function no more, whatever the thread does."""
         self.closing = True
-        self.finish()
+        self.finish()  # *before* the queue fails: rule 3
         self.fail_queued(error)
         self._fail_batch(error)
 
@@ -134,7 +134,7 @@ class BatchWorker(Worker):
 
     def places(self) -> dict[Future[Any], str]:
         """Return where each of its futures is, in words, from any thread."""
-        # In this order: a future is put into ``batch`` before it is taken out of ``work``.
+        # Read `work` *before* `batch`: a future moves from one to the other.
         places = dict.fromkeys([*self.work], f"queued in batcher {self.name}")
         running = f"running in batcher {self.name}"
         return {**places, **{entry[0]: running for entry in [*self.batch]}}
@@ -153,14 +153,14 @@ class BatchWorker(Worker):
         self.owner = None  # the loop is the parent's
         if not self.ended.done():
             self.has_ended = False
-            # The parent's loops wait for the other. To wake them could take a lock that another
-            # thread held at the fork.
+            # A new future, as tasks of the parent wait for the old one. To wake them could take a
+            # lock that another thread held at the fork.
             self.ended = InternalFuture()
         super().after_fork()
 
     def run(self, _thread: WorkerThread) -> None:
-        self._line.clear()  # take() returns all that is queued, to a new thread
-        if self.batch:
+        self._line.clear()  # take() returns the whole queue to a new thread
+        if self.batch:  # rule 2
             text = "the thread that ran the batch was interrupted before this future was done"
             self._fail_batch(RuntimeError(text))
             self.batch = []
@@ -171,10 +171,11 @@ class BatchWorker(Worker):
             self.fail_queued(BatcherClosedError("the batcher is closed"))
 
     def _next_batch(self) -> list[Future[Any]]:
-        """Wait for a batch, and return its futures; none if the thread is to end."""
+        """Wait for a batch, and return its futures; return none if the thread should end."""
         line, give_up, is_woken = self._line, time.monotonic() + _LINGER, True
         while not self.has_ended:
-            # Before take(): it returns what was submitted until now. Later items wake the thread.
+            # *Before* take(), which returns what was submitted until now: nothing comes after the
+            # last batch, and items that come later wake the thread.
             is_last = self.closing or not threading.main_thread().is_alive()
             self._wakes_at = 1
             line.extend(self.take())
@@ -184,7 +185,7 @@ class BatchWorker(Worker):
                 self._wakes_at = self.max_batch_size
                 _, submitted = self.work.get(line[0], (None, now))
                 left = submitted + self.max_wait - now
-                # Only a batch that seems due is checked for futures that are done.
+                # Check for futures that are done only if a batch seems due: it takes time.
                 if left <= 0 or len(line) >= self.max_batch_size or is_last or not is_woken:
                     futures = self._first_in_line()
                     if not futures:
@@ -193,15 +194,15 @@ class BatchWorker(Worker):
                     left = submitted + self.max_wait - now
                     if left <= 0 or len(futures) == self.max_batch_size or is_last:
                         return futures
-                    line.extendleft(reversed(futures))
+                    line.extendleft(reversed(futures))  # too few are left: put them back
             elif left <= 0 or is_last:
                 break
             is_woken = self.rest(min(left, _POLL_INTERVAL))
         return []
 
     def _first_in_line(self) -> list[Future[Any]]:
-        """Take the next batch out of the line. Drop what was given up."""
-        first: dict[Future[Any], None] = {}  # a new thread may find a future twice
+        """Take the next batch out of the line. Drop items that were given up."""
+        first: dict[Future[Any], None] = {}  # not a list: a new thread may find a future twice
         while self._line and len(first) < self.max_batch_size:
             future = self._line.popleft()
             # One that was withdrawn is not in the queue.
@@ -212,13 +213,14 @@ class BatchWorker(Worker):
     def _drop_if_done(self, future: Future[Any]) -> bool:
         done = future.done()
         if done:
-            # Before the removal, so that a caller that sees that sees the count, too.
+            # Count *before* the removal: statistics that no longer show the item as queued must
+            # show it as skipped.
             self.skipped.add(future in self.work)
             self.work.pop(future, None)
         return done
 
     def _run_next_batch(self) -> bool:
-        """Wait for a batch and run it. Return False if the thread is to end."""
+        """Wait for a batch and run it. Return False if the thread should end."""
         futures = self._next_batch()
         self._wakes_at = math.inf  # the thread will check the queue before it rests
         start = time.monotonic()
@@ -227,7 +229,7 @@ class BatchWorker(Worker):
             if entry is not None:  # it was not withdrawn
                 item, submitted = entry
                 self.wait_time += start - submitted
-                self.batch.append((future, item))  # rule 1: before it leaves the queue
+                self.batch.append((future, item))  # *before* it leaves the queue: rule 1
                 self.work.pop(future, None)
         if not self.batch:
             return bool(futures)
@@ -243,8 +245,9 @@ class BatchWorker(Worker):
             _complete(futures, results)
         except BaseException as error:  # a callback raised it, or there was no memory
             self._fail_batch(drop_catching_frame(error))
-        self.batch = []
-        # The frames of an error lead here, so that it would never be freed without the collector.
+        self.batch = []  # not earlier: rule 1
+        # The frames of an error lead here. If they led back to it, only the garbage collector could
+        # free it.
         del future, futures, results
         return True
 
@@ -261,7 +264,8 @@ class BatchWorker(Worker):
         if len(results) != count:
             raise ValueError(f"the function returned {len(results)} results for {count} items")
         if issubclass(type(returned), torch.Tensor):
-            # A row is for one client: to send it would send the storage, with those of all others.
+            # A row shares the storage of all rows. If it were sent to its client, the rows of
+            # other clients would be sent with it.
             results = [row.clone() for row in results]
         return results
 
@@ -270,7 +274,7 @@ class BatchWorker(Worker):
 
 
 def _complete(futures: Sequence[Future[Any]], results: Sequence[Any]) -> None:
-    """Complete those of the futures that are not done, each with its value or error."""
+    """Complete the futures that are pending, each with its value or error."""
     moment, outcomes = Moment(), []
     for result in results:
         if issubclass(type(result), BaseException):

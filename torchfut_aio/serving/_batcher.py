@@ -1,4 +1,4 @@
-"""Micro-batching: each item that is submitted is a future, and a function runs on many items.
+"""Micro-batching: one call of a function for many items, and a future for each of them.
 
 The thread of ``_batch_worker.py`` makes the batches. If the function is async, the thread lets the
 loop of ``_owner_loop.py`` run a task for each batch, and waits for it.
@@ -68,7 +68,7 @@ class BatcherStatistics:
 class Batcher(ProcessLocal, Generic[T, R]):
     """Run a function on many items at once, and return a future of each item's result.
 
-    A batch begins when ``max_batch_size`` items are there, or when the first of them has waited for
+    A batch begins when ``max_batch_size`` items wait, or when the first of them has waited for
     ``max_wait`` seconds. One batch runs at a time, in a thread of the batcher. Items that come
     while it runs wait for the next one. The thread ends after some idle seconds; the next item
     starts another.
@@ -77,29 +77,29 @@ class Batcher(ProcessLocal, Generic[T, R]):
     function sees the context (``contextvars``) of a caller, as a batch has many callers.
 
     Every future completes. If the function raises, all items of the batch fail with its error,
-    each with its own copy of the exception. A result that is an exception fails its item. An item
-    whose future is done before its batch begins is skipped: to give one up, cancel its future.
+    each with a separate copy of the exception. A result that is an exception fails its item. An
+    item whose future is done before its batch begins is skipped: to give one up, cancel its future.
 
-    The end of the ``with`` or ``async with`` block closes the batcher, and runs what is queued
-    unless the block raises. Garbage collection and the exit of the interpreter close it, too; the
-    exit waits for the thread. After a fork, the child's queue is empty, and the child enters the
-    batcher again if the function is async.
+    The end of the ``with`` or ``async with`` block closes the batcher, and runs queued items unless
+    the block raises. Garbage collection and the exit of the interpreter also close it; the exit
+    waits for the thread. A forked child begins with an empty queue. It has to enter the batcher
+    again if the function is async.
 
     Args:
         func: Called with a list of items. It returns as many results in the same order: a list,
             tuple or other sequence that is not text, or a tensor or array of that many rows.
-            Anything else, such as a dict, fails the batch with a TypeError. Of a tensor, each item
-            gets a ``.clone()`` of its row, as rows share its storage; to return the rows
+            Anything else, such as a dict, fails the batch with a TypeError. If it returns a tensor,
+            each item gets a ``.clone()`` of its row, as rows share storage; to return the rows
             themselves, return ``list(tensor)``. Kernels on the streams that are current when it
             returns may still fill the results. If it uses another stream, let the current one wait
-            for that before the return: a ``with stream:`` around ``return`` has ended by then. Of
-            the static output of a CUDA graph, return clones: the next replay changes it.
+            for that before the return: a ``with stream:`` around ``return`` has ended by then.
+            Return clones of the static output of a CUDA graph: the next replay changes it.
         max_batch_size: The largest number of items in a batch.
         max_queue_size: The largest number of items that wait, at least ``max_batch_size``; `submit`
-            refuses more. Threads that submit at the same time may exceed it by one each. None sets
+            refuses more. If n threads submit at the same time, they may exceed it by n. None sets
             no limit.
-        max_wait: The time that an item waits for others, in seconds. With 0 or less, a batch has
-            the items that came while the last one ran.
+        max_wait: The longest time that an item waits for others, in seconds. With 0 or less, a
+            batch has the items that came while the last one ran.
         name: The name of the thread, or of the task. By default, ``torchfut_aio batcher of`` and
             the name of the function.
 
@@ -163,7 +163,7 @@ class Batcher(ProcessLocal, Generic[T, R]):
             QueueFullError: ``max_queue_size`` items wait.
             BatcherClosedError: The batcher was closed.
             RuntimeError: The function is async, and no loop of this process has entered the
-                batcher, or that loop cannot run because this thread runs another. Or no thread
+                batcher, or that loop cannot run because this thread runs another loop. Or no thread
                 could be started, for example because the interpreter is shutting down.
         """
         worker = self._worker
@@ -229,16 +229,16 @@ class Batcher(ProcessLocal, Generic[T, R]):
     def close(self, *, drain: bool = True, timeout: float | None = None) -> None:
         """Take no more items, and block until the function runs no more.
 
-        It may be called again, to wait again. The function itself, and callbacks of the futures,
-        may call it; then it does not wait.
+        A second call waits again. The function itself and callbacks of the futures may call it;
+        then it does not wait.
 
         Args:
-            drain: Run what is queued. If False, it fails with `BatcherClosedError`.
-            timeout: The longest time to wait, in seconds. Then all that is pending fails with
-                `BatcherClosedError`, the batch that runs included.
+            drain: Run queued items. If False, they fail with `BatcherClosedError`.
+            timeout: The longest time to wait, in seconds. Then every pending item fails with
+                `BatcherClosedError`, also those in the batch that runs.
 
         Raises:
-            TimeoutError: The function still runs. The interpreter will wait for it to return.
+            TimeoutError: The function still runs. At exit, the interpreter waits for it to return.
             TypeError, ValueError: ``timeout`` is not a number, or is NaN; the batcher stays open.
             RuntimeError: The function is async, and needs the event loop of this thread.
 
@@ -270,8 +270,8 @@ class Batcher(ProcessLocal, Generic[T, R]):
 
         Raises:
             TimeoutError, TypeError, ValueError: As for `close`.
-            RuntimeError: The function is async, and its loop cannot run what is left, because this
-                thread runs another. The batcher stays open.
+            RuntimeError: The function is async, and its loop cannot run the items that are left,
+                because this thread runs another loop. The batcher stays open.
         """
         seconds = None if timeout is None else timeout_checked(timeout)
         if self._worker.is_inside():
@@ -284,7 +284,7 @@ class Batcher(ProcessLocal, Generic[T, R]):
         if seconds is None:
             await ended
             return
-        import anyio  # a program that never sets a timeout does not need it
+        import anyio  # only a timeout needs it
 
         try:
             with anyio.fail_after(seconds):
@@ -308,7 +308,7 @@ class Batcher(ProcessLocal, Generic[T, R]):
         had_work = self._has_work()
         text = "the batcher was closed, and its function did not return in time"
         self._worker.abandon(BatcherClosedError(text))
-        if had_work:  # else only the end of the thread is late, for which nothing waits
+        if had_work:  # otherwise the function does not run, and only the end of the thread is late
             raise TimeoutError(
                 f"the function of the batcher did not return within {seconds:g} s; what was "
                 "pending has failed"
@@ -327,7 +327,7 @@ class Batcher(ProcessLocal, Generic[T, R]):
             worker = self._worker
             if worker.owner is not None and worker.owner.runs():
                 raise RuntimeError("a loop has entered the batcher already")
-            # The last statement, so that an entry that is interrupted before can be repeated.
+            # Last: if an interrupt comes before, the entry can be repeated.
             worker.owner = OwnerLoop(worker.ended, worker.name)
         return self
 
@@ -340,7 +340,7 @@ class Batcher(ProcessLocal, Generic[T, R]):
             worker.closing = True
             worker.wake()
         elif worker is not None and worker.owner is not None:
-            worker.finish()  # for the task of the loop that waits for it
+            worker.finish()  # ends the task of the loop that waits for it
 
 
 def _is_async(function: Any) -> bool:

@@ -1,4 +1,4 @@
-"""The event loop that has entered a batcher of an async function, and runs the batches as tasks."""
+"""The event loop that has entered a batcher of an async function: it runs batches as tasks."""
 
 from __future__ import annotations
 
@@ -13,22 +13,20 @@ from .._tasks import run_contained
 
 _POLL_INTERVAL = 0.1  # seconds between two checks of whether the loop can still run a task
 
-# In the task of a batch, and in what that calls: the batch.
+# The batch, in the context of its task.
 in_batch: ContextVar[object] = ContextVar("torchfut_aio batch", default=None)
 
 
 class OwnerLoop:
-    """The loop that has entered a batcher, until the loop or the batcher ends.
-
-    A loop that ends cancels its tasks once. It runs for a while after that, but would never finish
-    a new task. So one task of ours waits to be cancelled.
-    """
+    """The loop that has entered a batcher, until the loop or the batcher ends."""
 
     def __init__(self, batcher_ended: Future[None], name: str) -> None:
         self._name = name
         self._loop = _loops.current()
         self._thread = threading.current_thread()
         self._has_ended = False
+        # A loop that ends cancels its tasks once. It runs for a while after that, but would never
+        # finish a new task. So we let a task wait to be cancelled.
         self._loop.spawn(self._end, self._wait, batcher_ended)
 
     async def _wait(self, batcher_ended: Future[None]) -> None:
@@ -45,11 +43,12 @@ class OwnerLoop:
         return not self._has_ended and self._is_open()
 
     def _is_open(self) -> bool:
-        # A loop that closes may keep a call, and not make it; one that has stopped may stay open.
+        # A closing loop may accept a call and never make it, and a stopped loop may stay open. So
+        # check the thread as well.
         return self._thread.is_alive() and self._loop.call_soon(_nothing)
 
     def check(self, blocks: bool = False) -> None:
-        """Raise RuntimeError if the loop cannot run because its thread, which calls, runs another.
+        """Raise RuntimeError if the loop cannot run because the calling thread runs another loop.
 
         If ``blocks``, the calling thread is about to block. Raise if that would stop the loop.
         """
@@ -93,7 +92,7 @@ class OwnerLoop:
             try:
                 args = batch, function, items
                 self._loop.spawn(promise.end, run_contained, promise, _call_for_batch, args)
-            except Exception as error:  # the loop is about to close
+            except Exception as error:  # the loop is closing
                 promise.fail(error)
 
         if not self._loop.call_soon(start):

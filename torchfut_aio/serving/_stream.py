@@ -1,7 +1,4 @@
-"""A stream of values between threads and tasks.
-
-The values, and the tasks and threads that wait for them, are in ``_stream_state.py``.
-"""
+"""A stream of values between threads and tasks; ``_stream_state.py`` has its state."""
 
 from __future__ import annotations
 
@@ -27,34 +24,33 @@ T = TypeVar("T")
 class ValueStream(ProcessLocal, Generic[T]):
     """A stream of values, such as the tokens that a thread generates for a task.
 
-    Producers put values into it, and consumers read them: any number of either, in threads and
-    in tasks on asyncio, uvloop or trio. Each value goes to one consumer, in the order in which
-    values were put. (It has nothing to do with ``torch.Stream``.)
+    Any number of producers put values into it, and any number of consumers read them, in threads
+    and in tasks on asyncio, uvloop or trio. Values are read in the order in which they were put,
+    each by one consumer. (A ``torch.Stream`` is something else.)
 
     The producer writes ``with stream:``. The end of the block closes the stream, with the error
     that the block raised, if any. The consumer writes ``with stream.listen() as values:`` and
     iterates over ``values``, with ``for`` in a thread and ``async for`` in a task. Neither block
-    ever waits, so tasks write ``with``, too. A consumer may also iterate over the stream itself,
-    or read one value with `get` or `aget`. When a stream was closed, consumers get the values
+    ever waits, so tasks write ``with`` as well. A consumer may also iterate over the stream itself,
+    or read one value with `get` or `aget`. After the stream was closed, consumers get the values
     that were put before. Then their loops end and `get` raises `StreamClosedError`, or both
-    raise the error with which it was closed.
+    raise the error with which the stream was closed.
 
-    A value may hold tensors on an accelerator that kernels still fill, if the streams on
-    which these were enqueued are the current ones when it is put. A task gets it when
-    they are done, a thread with its current streams ordered after them. Values behind it
-    wait until then.
+    Kernels may still fill tensors in a value. The streams on which these kernels were enqueued
+    must be current when the value is put. A task gets the value when the kernels have finished, a
+    thread gets it with its current streams ordered after them. Values behind it wait until then.
 
-    Each iterator listens to the stream until its `listen` block ends, or it is dropped, as when
-    a loop over the stream is left by ``break``, or its task is cancelled. When the last iterator
-    has left before it came to the end, or `stop_listening` was called, nothing listens any more:
-    values that were not read are dropped, `listening` is False, and `put` and `get` raise
-    `StreamClosedError`. To read on after a ``break``, stay in the `listen` block. `get` does not
-    listen: it ends nothing for others.
+    Each iterator listens to the stream until its `listen` block ends or it is dropped, for example
+    because a loop over the stream is left by ``break`` or its task is cancelled. If the last
+    iterator leaves before the end of the stream, or `stop_listening` is called, nothing listens any
+    more: values that were not read are dropped, `listening` is False, and `put` and `get` raise
+    `StreamClosedError`. To continue to read after a ``break``, stay in the `listen` block. `get`
+    does not listen, so it ends nothing for others.
 
     All methods may be called from any thread, also in signal handlers and finalisers. A
     cancelled or interrupted read loses no value. A put that is interrupted by Ctrl-C may
-    have put its value or not. A task that finds a value there goes on at once, as with
-    ``asyncio.Queue``, and other tasks do not get their turn.
+    have put its value or not. A task that finds a value does not yield to other tasks, as with
+    ``asyncio.Queue``.
 
     A stream belongs to its process: it cannot be pickled or copied. To get values from another
     process, let a thread here read them from a ``multiprocessing.Queue`` and put them here.
@@ -112,7 +108,7 @@ class ValueStream(ProcessLocal, Generic[T]):
 
         Warns:
             BlockingWaitWarning: The stream is full and the calling thread runs an event loop,
-                which cannot run anything else meanwhile.
+                which cannot run anything else during the wait.
 
         Example:
             >>> stream = torchfut_aio.ValueStream()
@@ -132,8 +128,8 @@ class ValueStream(ProcessLocal, Generic[T]):
 
         Args:
             values: A sequence, such as a list or a tuple, of any objects; or a tensor, which is
-                treated as the sequence of its rows. Rows share the tensor's storage: put
-                ``row.clone()`` if a row is to outlive the others without their memory.
+                treated as the sequence of its rows. Rows share the tensor's storage: to free the
+                memory of other rows while one is in use, put ``row.clone()``.
             timeout: The longest time to wait for room for all of them, in seconds.
 
         Raises:
@@ -141,7 +137,7 @@ class ValueStream(ProcessLocal, Generic[T]):
                 the values may have been read.
             TimeoutError: There was no room for all in time. The first of them were put, and the
                 error says how many.
-            TypeError: ``values`` is anything else, such as a generator, a dict or a text, and
+            TypeError: ``values`` is anything else, such as a generator, a dict or a string, and
                 nothing was put; or ``timeout`` is not a number.
             ValueError: ``timeout`` is NaN.
 
@@ -166,7 +162,7 @@ class ValueStream(ProcessLocal, Generic[T]):
         if pending:
             self._put_rest(pending, number, timeout)
 
-    # A function of its own: see tests/test_backward_jumps.py.
+    # A separate function: see tests/test_backward_jumps.py.
     def _put_as_room_comes(
         self, pending: deque[_core.Outcome], number: int, timeout: float | None
     ) -> None:
@@ -184,8 +180,8 @@ class ValueStream(ProcessLocal, Generic[T]):
         try:
             self._put_as_room_comes(pending, number, timeout)
         except BaseException:
-            # This thread may have been woken for room that it leaves. The call may be interrupted
-            # before it begins.
+            # This thread may have been woken for room that it does not use, so wake another. An
+            # interrupt may come before the call begins: then repeat it.
             try:
                 state.hand_on()
             except BaseException:
@@ -221,7 +217,7 @@ class ValueStream(ProcessLocal, Generic[T]):
                 if state.put(outcome):
                     return
                 await state.writers.wait(state.can_write)
-        except BaseException:
+        except BaseException:  # as in _put_rest()
             try:
                 state.hand_on()
             except BaseException:
@@ -234,8 +230,8 @@ class ValueStream(ProcessLocal, Generic[T]):
 
         Consumers get the values that were put before. Then their loops end and `get` raises
         `StreamClosedError`, or both raise ``error``. When a consumer has raised it and no iterator
-        listens, the stream keeps a copy without traceback, cause and context, and so nothing of
-        what the frames of these hold.
+        listens, the stream keeps a copy without traceback, cause and context, so that their frames
+        can be freed.
 
         Args:
             error: The error that consumers raise, an instance of any ``BaseException``. A
@@ -286,10 +282,10 @@ class ValueStream(ProcessLocal, Generic[T]):
     def listen(self) -> _Listener[T]:
         """Return an iterator, for ``for`` and ``async for``, that listens until its block ends.
 
-        The end of the block closes the iterator, also if the block was left by ``break``, an error
-        or a cancellation. If it was the last that listened, and the stream has not been read to
-        its end, then values that were not read are dropped, and `put` raises. The iterator yields
-        nothing after that. Several threads and tasks may share one iterator.
+        The end of the block closes the iterator, also if ``break``, an error or a cancellation
+        ended the block. The iterator yields nothing after that. If it was the last that listened,
+        and the stream has not been read to its end, then values that were not read are dropped,
+        and `put` raises. Several threads and tasks may share one iterator.
 
         Raises:
             StreamClosedError: Nothing listens to the stream any more.
@@ -318,7 +314,7 @@ class ValueStream(ProcessLocal, Generic[T]):
     def get(self, *, timeout: float | None = None) -> T:
         """Read one value. Block the calling thread while the stream is empty.
 
-        It does not listen, and ends nothing for others. If it times out or is interrupted, it
+        It does not listen, so it ends nothing for others. If it times out or is interrupted, it
         loses no value.
 
         Args:
@@ -334,7 +330,7 @@ class ValueStream(ProcessLocal, Generic[T]):
 
         Warns:
             BlockingWaitWarning: The stream is empty and the calling thread runs an event loop,
-                which cannot run anything else meanwhile.
+                which cannot run anything else during the wait.
 
         Example:
             >>> stream = torchfut_aio.ValueStream()
@@ -344,8 +340,8 @@ class ValueStream(ProcessLocal, Generic[T]):
         """
         if timeout is not None:
             timeout = timeout_checked(timeout)
-        # A loop, as CPython checks for signals after a call, and not where a loop takes the next
-        # value: after `return next(reader)`, an interrupt would lose the value.
+        # Not `return next(reader)`: CPython checks for signals after the call, and an interrupt
+        # there would lose the value. It does not check where a loop takes the next value.
         for value in _Reader(self, timeout):
             return value
         raise self._state.error_of_get()
@@ -353,8 +349,8 @@ class ValueStream(ProcessLocal, Generic[T]):
     async def aget(self) -> T:
         """Read one value. Wait, without blocking the loop, while the stream is empty.
 
-        It does not listen, and ends nothing for others. If it is cancelled, it loses no value. For
-        a timeout, use that of the event loop, such as ``asyncio.timeout`` or ``anyio.fail_after``.
+        It does not listen, so it ends nothing for others. If it is cancelled, it loses no value.
+        For a timeout, use ``asyncio.timeout`` or ``anyio.fail_after``.
 
         Raises:
             StreamClosedError, BaseException: As for `get`.
@@ -386,8 +382,7 @@ class ValueStream(ProcessLocal, Generic[T]):
     def stop_listening(self) -> None:
         """Close the reading side. Drop the values that were not read.
 
-        Loops that still read end, and `put` and `get` raise `StreamClosedError`, as those that wait
-        do.
+        Loops that still read end. `put` and `get` raise `StreamClosedError`, also calls that wait.
         """
         self._state.stop()
 
@@ -411,11 +406,10 @@ def state_of(stream: ValueStream[Any]) -> StreamState:
 
 
 class _Reader(AsyncIterator[T], Iterator[T]):
-    """Read values in turn with all other readers of the stream, in threads and in tasks.
+    """Read values in turn with all other readers of the stream, in threads and in tasks."""
 
-    An interrupt at the return of a function would lose the value that it returns. So `__next__` and
-    `__anext__` share no function that takes a value.
-    """
+    # __next__() and __anext__() share no function that takes a value: an interrupt at its return
+    # would lose the value.
 
     __slots__ = ("_state", "_timeout")
 
@@ -437,10 +431,12 @@ class _Reader(AsyncIterator[T], Iterator[T]):
                     elif not state.readers.block(state.can_read, give_up, _READ_BLOCKS):
                         raise TimeoutError(f"the stream had no value within {timeout:g} s")
                     continue
+                # Wait *before* taking the value, so that an interrupt of the wait leaves it in
+                # place.
                 readiness = outcome.readiness
                 failure = outcome.error if readiness is None else _wait_in_thread(readiness)
-                # To delete a value is to have read it. CPython checks for no signal from here to
-                # `taken`. An interrupt that comes later, in wake(), puts the value back.
+                # The deletion takes the value. CPython checks for no signal from here to `taken`.
+                # If an interrupt comes later, in wake(), the handler below puts the value back.
                 try:
                     del values[outcome]
                 except KeyError:  # another reader has it
@@ -450,11 +446,11 @@ class _Reader(AsyncIterator[T], Iterator[T]):
                     if outcome in state.owed:
                         del state.owed[outcome]
                     else:
-                        state.room += ROOM
+                        state.room += ROOM  # not append(), which is a call
                     if state.writers.waiting:
                         state.writers.wake()
                 if failure is not None:
-                    taken = None
+                    taken = None  # it was read, and must not be put back
                     outcome.exception()
                     raise failure
                 value: T = outcome.value
@@ -480,7 +476,8 @@ class _Reader(AsyncIterator[T], Iterator[T]):
                     if state.end:
                         state.check_end(StopAsyncIteration)
                         continue
-                    # As in Waiters.wait(), without its calls: see benchmarks/NOTES.md.
+                    # As in Waiters.wait(). Without its calls a read is faster, as
+                    # benchmarks/NOTES.md shows.
                     loop = _loops.running() or _loops.current()
                     waiter = loop.waiter()
                     waiting = state.readers.waiting
@@ -527,7 +524,7 @@ class _Reader(AsyncIterator[T], Iterator[T]):
 
 
 class _Listener(_Reader[T], ProcessLocal):
-    """An iterator of a stream, which listens until it is dropped or its block ends."""
+    """An iterator of a stream; it listens until it is dropped or its block ends."""
 
     __slots__ = ("_key",)
 
@@ -539,6 +536,7 @@ class _Listener(_Reader[T], ProcessLocal):
         self._timeout = None
         self._key = object()
         self._state = state
+        # *Before* the check: if the last other iterator leaves after it, the stream stays open.
         state.listeners[self._key] = None
         state.check_listening()
 

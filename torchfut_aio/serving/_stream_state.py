@@ -1,10 +1,8 @@
 """The state of a stream: its values, the tasks and threads that wait, and how it has ended.
 
-No lock is held, so a signal handler or a finaliser may put, read or close at any moment. Each value
-is a key of ``values`` from when it is put until it is read: storing a key and deleting it are
-statements within which CPython checks for no signal. A bounded stream has ``room``, a list with an
-item for each value that may still come. A put deletes an item, then stores the value. A read
-deletes the value, then adds an item. So no put can make the stream longer than its bound.
+No lock is held, so a signal handler or a finaliser may put, read or close at any moment. A value is
+a key of ``values`` from the put to the read. To store or delete a key is one statement, within
+which CPython checks for no signal.
 """
 
 from __future__ import annotations
@@ -28,11 +26,11 @@ class StreamState:
 
     Attributes:
         values: The outcomes that were put and not read, as keys, in order.
-        room: An item for each value that may still come; None if the stream is not bounded.
+        room: An item for each value that may still be put; None if the stream is not bounded.
         owed: The values whose reading adds no item to ``room``; see `end_read`.
-        end: Empty until the stream takes no more values. It has a key for each reason: closed, with
+        end: Empty while the stream takes values. It has a key for each reason why not: closed, with
             an error or None; left by its readers; read to its end by an iterator.
-        listeners: The iterators that may read, each by a key of its own.
+        listeners: The iterators that may read, each by a separate key.
         readers: The tasks and threads that wait for a value.
         writers: The tasks and threads that wait for room.
     """
@@ -61,16 +59,18 @@ class StreamState:
             self._refuse()
         room = self.room
         if room is not None:
+            # Take room *before* storing. A read deletes the value before it adds room, so the
+            # stream is never longer than its bound.
             try:
                 del room[-1]
             except IndexError:
                 return False
-        # Store, then check for the end. A reader sees the end, then checks for a value. So the
-        # value is read or refused, whatever another thread does in between.
+        # Store *before* checking for the end. A reader sees the end, then checks for a value. So
+        # the value is read or refused, whatever another thread does in between.
         self.values[outcome] = None
         if self.end:
             self._take_back([outcome])
-        # Store, then check for readers. A reader registers, then checks for a value.
+        # Store *before* checking for readers. A reader joins, then checks for a value.
         if self.readers.waiting:
             try:
                 self.readers.wake()
@@ -99,7 +99,7 @@ class StreamState:
             self.readers.wake_again(len(outcomes))
             raise
 
-    # A function of its own: see tests/test_backward_jumps.py.
+    # A separate function: see tests/test_backward_jumps.py.
     def _store(self, pending: deque[_core.Outcome]) -> None:
         values, room = self.values, self.room
         while pending:
@@ -108,6 +108,7 @@ class StreamState:
                     del room[-1]
                 except IndexError:
                     return
+            # Not popleft(): an interrupt after that call would lose the value.
             values[pending[0]] = None
             del pending[0]
 
@@ -147,7 +148,7 @@ class StreamState:
         if self.values:  # it was put before the end: see put()
             return
         if _LEFT not in self.end:
-            self.end[_READ] = None
+            self.end[_READ] = None  # see leave()
         failed = self.end.get(_CLOSED)
         if failed is not None and _LEFT not in self.end:
             try:
@@ -165,26 +166,26 @@ class StreamState:
         return StreamClosedError("the stream has been closed, and all its values have been read")
 
     def end_read(self, taken: _core.Outcome | None) -> None:
-        """Put back what an interrupted reader has taken, and wake others for what is left.
+        """Put back the value that an interrupted reader has taken, and wake others for the rest.
 
         The call can be repeated if it is interrupted.
         """
         if taken is not None:
             if taken not in self.values:
+                # The read has added room. Take it back, unless a put has used it. Then the stream
+                # has a value too many, and the next read of this one adds no room.
                 if self.room is not None and taken not in self.owed:
                     try:
                         del self.room[-1]
-                    except IndexError:  # another put has used it, so there is one value too many
+                    except IndexError:
                         self.owed[taken] = None
                 self.values[taken] = None
             move_to_front(self.values, taken)
         self.hand_on()
 
     def hand_on(self) -> None:
-        """Wake others for what is left, as a reader or writer that was woken leaves.
-
-        It may have been woken for nothing, or not at all: to wake once too often is harmless.
-        """
+        """Wake others for what is left, as a reader or writer leaves that may have been woken."""
+        # It may not have been woken: a wake-up too many is harmless.
         if self.values and self.readers.waiting:
             self.readers.wake()
         if self.room and self.writers.waiting:
@@ -221,7 +222,7 @@ class StreamState:
         try:
             refused = self.end.setdefault(_CLOSED, error) is not error or _LEFT in self.end
             if refused and error is not None:
-                error.exception()  # which nothing will retrieve
+                error.exception()  # nothing will retrieve it, so it must not be logged
             self._drop_error_if_left()
             self._wake_all()
         except BaseException:
@@ -233,7 +234,7 @@ class StreamState:
         self.listeners.pop(listener, None)
         if self.listeners:
             return
-        # If an iterator has come to the end, a put is about to take back what is in `values`.
+        # Values after the end was read are of a put that is about to take them back.
         if _READ not in self.end and (self.values or _CLOSED not in self.end):
             self.stop()
             return
@@ -243,7 +244,7 @@ class StreamState:
 
     def stop(self) -> None:
         """Close the reading side, and drop the values in the stream."""
-        self.end[_LEFT] = None
+        self.end[_LEFT] = None  # *before* clearing: a put that comes later takes its value back
         try:
             error = self.end.get(_CLOSED)
             if error is not None:
@@ -256,8 +257,8 @@ class StreamState:
             raise
 
     def _keep_no_frames(self, failed: _core.Outcome) -> None:
-        # Frames in the traceback of an error lead to the stream, which would keep all that they
-        # hold. So if nothing listens, later readers raise a copy.
+        # Frames in the traceback of an error lead to the stream, which would keep everything that
+        # they hold. So if nothing listens, later readers raise a copy.
         if failed.error is not None:
             self.end[_CLOSED] = copied = _core.outcome_of_error(without_frames(failed.error))
             copied.exception()  # it need not be logged
