@@ -1,9 +1,7 @@
 """The future that a source completes, made once for each source.
 
-A source refers to the future, through its callback; the future refers to the source only weakly.
-So a source that is dropped while it is pending is freed, its callback with it, and the future
-fails. (With a torch source, a strong reference back would be a cycle through C++, where the
-garbage collector does not see it.)
+A source refers to the future through its callback. The future refers to the source only weakly: a
+pending source that is dropped is freed together with its callback, and the future fails.
 """
 
 from __future__ import annotations
@@ -33,21 +31,22 @@ from .._threads import call_contained
 
 T = TypeVar("T")
 
-# How many seconds a source that is done has to call its callback.
-_GRACE = 0.05
+_GRACE = 0.05  # seconds in which a source that is done should call its callback
 
 
 class AdoptedFuture(DependentFuture[T]):
-    """A future that completes as its source does; this class reads ``exception`` and ``result``."""
+    """A future that completes as its source does, by the source's ``exception`` and ``result``."""
 
     __qualname__ = "Future"
     __slots__ = ("_recovers", "_source")
 
-    _source: Callable[[], Any]  # a weak reference, or a function that returns None
+    # A weak reference, or a function that returns None. A strong reference to a torch source would
+    # be a cycle through C++, which the garbage collector does not see.
+    _source: Callable[[], Any]
     _recovers: bool  # whether `check` may still have to recover
 
     def callback(self) -> Callable[[Any], None]:
-        """Return what the source calls, with itself, when it is done."""
+        """Return a function that the source calls, with itself, when it is done."""
         adoption = self.until_done()
         next(adoption)
         return adoption.send
@@ -59,8 +58,8 @@ class AdoptedFuture(DependentFuture[T]):
             kept: The source, if the garbage collector sees the cycle that this makes.
         """
         self._recovers = True
-        # A generator, as its ``send`` is C, and it is suspended within the ``try``. An interrupt
-        # at the entry of a function comes before the ``try``: the future would stay pending.
+        # Not a function: an interrupt at its entry would come before the `try`, and the future
+        # would stay pending. `send` of a generator is C, and we are suspended within the `try`.
         source = None
         try:
             source = yield
@@ -73,17 +72,18 @@ class AdoptedFuture(DependentFuture[T]):
             raise
         finally:
             del source, kept, self  # a source may keep its callbacks
-        yield
+        yield  # so that `send` returns: a generator that ends raises StopIteration
 
     def complete_as(self, source: Any) -> None:
         """Complete the future as ``source``, which is done."""
         try:
             error = source.exception()  # not result(), which would add frames to the traceback
         except (RecursionError, MemoryError):
-            raise  # of this thread
+            raise  # it is this thread's, not the outcome
         except (Exception, asyncio.CancelledError) as raised:
             error = raised.with_traceback(None)
-            if source.cancelled() and not isinstance(error, CANCELLATIONS):  # gRPC's
+            # gRPC has a separate class for cancellations.
+            if source.cancelled() and not isinstance(error, CANCELLATIONS):
                 error = CancelledError(*error.args)
         if error is None:
             value = source.result()
@@ -97,7 +97,7 @@ class AdoptedFuture(DependentFuture[T]):
                 del error
 
     def complete_again(self, source: Any) -> None:
-        """Do what `complete_as` does, in a thread that nothing interrupts."""
+        """Repeat `complete_as`, in a thread that nothing interrupts."""
         self.complete_as(source)
 
     def _end(self, source: Any) -> None:
@@ -116,16 +116,17 @@ class AdoptedFuture(DependentFuture[T]):
         if source is None or OUTCOME in self._state:
             return
         if hasattr(source, "done") and source.done():
-            self._recovers = False
+            self._recovers = False  # *before* the start, so that only one thread recovers
             start_new_thread(call_contained, (self._recover_later, source))
 
     def _recover_later(self, source: Any) -> None:
-        time.sleep(_GRACE)  # most often, another thread is about to call the callback
+        # Usually the callback was not lost: another thread is about to call it.
+        time.sleep(_GRACE)
         self.recover(source, RuntimeError("the source is done"))
 
     def recover(self, source: Any, error: BaseException) -> None:
-        """Complete the future after ``error`` has stopped `until_done`; in a thread of its own."""
-        if source is None:  # the error came before the generator had it
+        """Complete the future in a new thread, after ``error`` has stopped `until_done`."""
+        if source is None:  # the error came before the generator had received it
             source = self._source()
         if OUTCOME in self._state:
             return
@@ -133,13 +134,14 @@ class AdoptedFuture(DependentFuture[T]):
             _core.try_complete_with_error(self, error)
             return
         try:
-            finish_devices()  # on which streams the value is filled is not known here
+            # In this thread, the streams of the kernels that fill the value are not current.
+            finish_devices()
             self.complete_again(source)
         except Exception as failure:
             _core.try_complete_with_error(self, drop_catching_frame(failure))
 
 
-# The futures of sources, each made once while it is pending, by what adopts, source and devices.
+# The pending futures, by adapter, source and devices.
 _made: weakref.WeakValueDictionary[tuple[Any, Any, Any], Any] = weakref.WeakValueDictionary()
 
 
@@ -149,11 +151,11 @@ def once(
     kind: type[AdoptedFuture[Any]] = AdoptedFuture,
     identity: Callable[[Any], object] | None = None,
 ) -> Callable[..., Future[Any]]:
-    """Make an adapter, which returns one future while a source is pending.
+    """Make an adapter, which returns the same future for a source while that future is pending.
 
     Args:
-        adopt: A function that gets a source and its future, and sees to it that the future
-            completes. By default, ``source.add_done_callback(future.callback())``.
+        adopt: A function that gets a source and its future, and makes the source complete the
+            future. By default, ``source.add_done_callback(future.callback())``.
         kind: The class of the future: how to read the source, and what to check before a wait.
         identity: A function that returns a key for a source without weak references. No other
             source may have that key while the future is pending.
@@ -176,7 +178,7 @@ def once(
         future._recovers = False
         if adopt is not None:
             adopt(source, future)
-        else:  # the same as `callback`, without that call
+        else:  # as `callback`, without that call: this is a hot path
             adoption = future.until_done()
             next(adoption)
             source.add_done_callback(adoption.send)

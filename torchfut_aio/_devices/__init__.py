@@ -1,9 +1,9 @@
-"""Accelerators: when is the work of a device done that fills a value?
+"""Accelerators: when have the kernels finished that fill a value?
 
-``_readiness.py`` is what a future keeps about that: the tensors in its value (``_tensors.py``), and
+A future keeps a `Readiness` (``_readiness.py``): the tensors in its value (``_tensors.py``), and
 events (``_events.py``) that are recorded on streams (``_streams.py``). ``_watcher.py`` wakes the
-tasks of a loop when events are reached: ``_stream_queue.py`` chooses what to query, and
-``_schedule.py`` when. ``_background.py``, which is imported on demand, does so where no loop runs.
+tasks of a loop when events are reached: ``_stream_queue.py`` chooses which events to query, and
+``_schedule.py`` when. ``_background.py``, imported on demand, watches events where no loop runs.
 
 Nothing here depends on the futures of this package.
 """

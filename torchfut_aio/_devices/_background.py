@@ -1,7 +1,7 @@
-"""Watches the events that futures are made of, on a loop of its own in one thread.
+"""Watches the events behind futures, on a separate loop in one thread.
 
-Such a future may be awaited on any loop and outlive the one where it was made, so no loop of
-the program can watch its event.
+Such a future may be awaited on any loop and outlive the loop where it was made, so no loop of the
+program can watch its event.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ def when_reached(events: Sequence[RecordedEvent], notify: Notify) -> None:
 
 
 class _Watching(LoopThread):
-    """Runs while there is an event to watch: ``work`` maps each notify function to its events."""
+    """Runs while there is an event to watch; ``work`` maps each notify function to its events."""
 
-    # A daemon, as an interpreter that exits does not wait for kernels that may take long. But a
-    # query releases the GIL, and a thread that asks for it once the interpreter has ended aborts
-    # the process. So the thread has to end before that.
+    # A daemon, so that an interpreter that exits does not wait for long kernels. But a query
+    # releases the GIL, and a thread that takes it again after the interpreter has ended aborts the
+    # process. So the thread has to end before that.
     timeout_at_exit = 1.0
 
     async def step(self, thread: WorkerThread) -> bool:
@@ -50,5 +50,5 @@ class _Watching(LoopThread):
             call_contained(notify, error)
 
 
-# Not a loop by the policy, which may make loops for other threads only.
+# Not asyncio.new_event_loop(): the policy of the program may not work in this thread.
 _watching = _Watching("torchfut_aio watcher", asyncio.SelectorEventLoop)

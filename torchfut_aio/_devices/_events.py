@@ -2,10 +2,7 @@
 
 Creating or destroying an event can block, so events come from a pool. An event returns to the pool
 when its `RecordedEvent` is garbage-collected, so that nothing that waits for one recording sees the
-next. It returns only if it is known to be reached: a pending event that is recorded again reports
-the later recording on CUDA, but the first one on other devices. Any other event is destroyed. A
-query could tell whether it is reached, but a query can invalidate another thread's capture of a
-CUDA graph.
+next.
 """
 
 from __future__ import annotations
@@ -33,9 +30,9 @@ _RETRY = 0.005  # seconds between two calls of synchronize() that a capture refu
 class RecordedEvent:
     """An event, and its place among the events of its stream.
 
-    A stream reaches its events in the order in which they were recorded, by any threads. This event
-    was recorded between the ticks ``begun`` and ``ended``. So it comes before another event if it
-    ended before the other one began.
+    A stream reaches its events in the order in which any threads recorded them. This event was
+    recorded between the ticks ``begun`` and ``ended``. So it comes before another event if it ended
+    before the other one began.
     """
 
     __slots__ = ("_pool", "begun", "ended", "event", "is_reached", "recorded_at", "stream")
@@ -48,8 +45,8 @@ class RecordedEvent:
     ) -> None:
         self.event: Any = event
         self._pool = pool
-        # None if other events say nothing about this one: the program has recorded it, or the
-        # stream is external.
+        # None if other events do not tell when this one is reached: the program has recorded it, or
+        # the stream is external.
         self.stream: tuple[torch.device, int] | None = None
         if stream is not None and not _is_external(stream):
             self.stream = stream.device, stream.stream_id
@@ -92,12 +89,16 @@ class RecordedEvent:
 
     def __del__(self) -> None:
         # __init__ may have raised before these were set.
+        # Only an event that is known to be reached returns to the pool. If a pending event is
+        # recorded again, a query sees the later recording on CUDA, but the first one on other
+        # devices. And we must not query here: that could invalidate another thread's capture of a
+        # CUDA graph.
         if getattr(self, "is_reached", False) and self._pool is not None:
             self._pool.append(self.event)
 
 
 class StreamEnd:
-    """In place of an event, on a device that has none. It is reached when its stream is idle."""
+    """Used on a device without events. It is reached when its stream is idle."""
 
     def record(self, stream: torch.Stream) -> None:
         self.device = stream.device
@@ -147,8 +148,8 @@ def _new_event(device: torch.device, blocking: bool) -> torch.Event:
 
 
 def _of_own_class(stream: torch.Stream) -> torch.Stream:
-    """Return ``stream`` as an instance of the device's own class, for events of such a class."""
-    # CUDA's events took any stream for a CUDA stream, unchecked, until PyTorch's change 173908.
+    """Return ``stream`` as an instance of the device's own class, which its events need."""
+    # Until PyTorch's change 173908, CUDA's events took any stream for a CUDA stream, unchecked.
     kind = getattr(torch.get_device_module(stream.device), "Stream", None)
     if kind is None or isinstance(stream, kind):
         return stream

@@ -1,12 +1,11 @@
-"""What a future knows of the kernels that still fill its value.
+"""The readiness of a future: when the kernels have finished that fill its value.
 
 A future returns tensors while kernels still write to them. Its *readiness* makes that safe. It is
-made when the future is completed, for two reasons: the streams on which the kernels were enqueued
-are current then, and nothing sees the future as done yet. Values that are set at the same moment
-share the events that it records.
+made when the future is completed: the streams on which the kernels were enqueued are current then,
+and nothing sees the future as done yet. Values that are set at the same moment share its events.
 
-On devices that the program has declared, torch finds the tensors, by pickling the value. Without
-``devices``, torch would synchronise nothing at all, so `found_readiness` searches the value.
+If the future has ``devices``, torch finds the tensors, by pickling the value. Otherwise torch would
+synchronise nothing, so `found_readiness` searches the value.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from ._streams import (
 from ._tensors import devices_of, keep_memory, search
 from ._watcher import until_reached, watcher_of
 
-# A value with more parts is not searched further: it counts as one that holds tensors.
+# How many parts of a value are searched. A value with more counts as one that holds tensors.
 _MOST_PARTS = 1000
 
 
@@ -93,18 +92,19 @@ class Readiness:
     def run(self, callback: Callable[[], object]) -> None:
         """Call ``callback`` once, on dedicated streams that are ordered after the kernels.
 
-        Call it even if nothing can be ordered, as after a kernel's error, or if an interrupt comes
-        first: the callback may be another thread's. Then raise the interrupt.
+        If the streams cannot be ordered, for example after a kernel's error, call it nevertheless.
         """
         begun = False
         try:
             with on_streams([dedicated_stream(device) for device in self.devices]):
                 self.wait()
-                begun = True  # next to the call, so that no interrupt comes in between
+                begun = True  # right before the call, so that no interrupt comes in between
                 callback()
         except BaseException as error:
             if begun:
                 raise
+            # The callback may be another thread's, so we call it also after an interrupt, and then
+            # raise the interrupt.
             with suppress(Exception):
                 self.wait()
             callback()
@@ -117,13 +117,13 @@ def declared_readiness(
 ) -> tuple[Readiness | None, Exception | None]:
     """Return the readiness of a value on ``devices``; and the error that it fails with, if any."""
     try:
-        # As C++ does, which does not return what it finds.
+        # C++ does the same, but does not return the tensors that it finds.
         found = search(value)[0] if extract_tensors is None else extract_tensors(value)
         used = devices_of(found)
         if not used <= {*devices}:
             _refuse(devices, found)
         return Readiness(found, moment.events(used), devices), None
-    except Exception as error:  # it cannot be pickled, or is elsewhere, or the device has failed
+    except Exception as error:  # no pickle, or an undeclared device, or the device has failed
         return Readiness([], (), devices), error.with_traceback(None)
 
 
@@ -135,7 +135,7 @@ def _refuse(devices: Sequence[torch.device], found: list[torch.Tensor]) -> None:
 
 
 def found_readiness(value: object, moment: Moment) -> tuple[Readiness | None, Exception | None]:
-    """Return the readiness of a value with tensors on an accelerator, or the error of that."""
+    """Return the readiness of a value with tensors on an accelerator, or an error."""
     if type(value) is torch.Tensor and value.is_cpu:
         return None, None
     accelerator = moment.accelerator

@@ -1,10 +1,10 @@
-"""When to poll a stream: the policy that the program sets, and what is learned from past waits.
+"""When to poll a stream: the policy of the program, and a schedule that learns from past waits.
 
-A poll takes some tens of microseconds of the loop's time. Frequent polls waste it, and rare polls
-wake tasks late. Waits on a stream resemble the waits before them. So the schedule keeps the last
-few, drops an outlier on either side, and polls hardly at all before the shortest. If shortest and
-longest are close together, it polls a few times between them. Otherwise it polls at intervals that
-grow with the time already waited.
+A poll takes some tens of microseconds of the loop's time. Frequent polls waste that time, and rare
+polls wake tasks late. Waits on a stream resemble earlier ones. So the schedule keeps the last waits
+and drops an outlier on either side. Before the shortest of the others, it rarely polls. If shortest
+and longest are close together, it polls a few times between them. Otherwise the intervals grow with
+the time already waited.
 
 To try another schedule, write a class with the methods of `Schedule`, and pass it to `Watcher`.
 """
@@ -21,13 +21,13 @@ from .._repr import short
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PollPolicy:
-    """How event loops watch streams. The defaults serve; measure before changing them.
+    """How event loops watch streams. The defaults are good for most programs.
 
     Attributes:
-        min_interval: The shortest time between two polls of a stream, in seconds. Wake-ups are late
-            by about this much where waits on the stream resemble each other.
+        min_interval: The shortest time between two polls of a stream, in seconds. If the waits on
+            the stream resemble each other, wake-ups are late by about this much.
         max_interval: The longest time between two polls, in seconds. A wait that is much
-            shorter than those before it may be noticed this late.
+            shorter than the waits before it may be noticed this late.
         blocking: Do not poll. For each stream with pending events a helper thread blocks in
             ``event.synchronize()``, and then wakes the loop. That costs a thread switch, and
             one poll a second in case the wake-up was lost. The thread ends soon after its last
@@ -68,7 +68,7 @@ def get_poll_policy() -> PollPolicy:
 
 
 def set_poll_policy(policy: PollPolicy) -> PollPolicy:
-    """Set how all event loops of the process watch streams, from their next poll on.
+    """Set how all event loops of the process watch streams. Each uses it from its next poll on.
 
     Returns:
         The policy that was in force before.
@@ -89,8 +89,8 @@ def set_poll_policy(policy: PollPolicy) -> PollPolicy:
 class Poll(NamedTuple):
     """A poll of a stream. Times are seconds since the stream began the awaited work.
 
-    That was when its last awaited event was reached, or when this one was recorded, whichever is
-    later. ``at`` may be before ``due``.
+    The work began when the last awaited event was reached, or when this one was recorded, whichever
+    is later. ``at`` may be before ``due``.
     """
 
     before: float  # when the work was last known to be pending: at the last poll, or the start
@@ -113,7 +113,7 @@ class Schedule(Protocol):
         """
 
     def observe(self, poll: Poll) -> None:
-        """Learn from a poll. Called after each."""
+        """Learn from a poll; called after each."""
 
 
 class LearnedSchedule:
@@ -122,9 +122,9 @@ class LearnedSchedule:
     def __init__(self) -> None:
         self._waits: deque[float] = deque(maxlen=16)
         self._late = 0.0  # how late wake-ups after a long pause are, on average
-        self._least = self._low = self._high = 0.0  # of the waits; _low and _high of most of them
-        self._regular = False  # whether these two are close together
-        self._slept_through = 0  # so many waits in a row were over at their first poll
+        self._least = self._low = self._high = 0.0  # of the waits; _low and _high without outliers
+        self._regular = False  # whether _low and _high are close together
+        self._slept_through = 0  # how many waits in a row were over at their first poll
 
     @property
     def interval(self) -> float:
@@ -133,7 +133,7 @@ class LearnedSchedule:
     def next_poll(self, waited: float) -> float:
         policy = _policy
         first, spread = self._first_poll(), self._high - self._low
-        # About half of what asyncio.sleep(0.001) takes, for the first half second.
+        # For the first half second, about half of the time that asyncio.sleep(0.001) takes.
         longest = max(9 * policy.min_interval, waited / 1024)
         if waited < first:
             pause = first - waited if self._regular else min(first - waited, 4 * longest)
@@ -158,8 +158,8 @@ class LearnedSchedule:
         """Return the time before which none of the last waits was over."""
         if not self._regular:
             return self._least - self._late
-        # Poll earlier to make up for late wake-ups, and more so where they are very late:
-        # the longer a machine sleeps, the less punctual it is.
+        # Poll earlier to make up for late wake-ups, and more so if they are very late: the longer a
+        # machine sleeps, the more its wake-ups vary.
         shortest = _policy.min_interval
         late = self._late + 2 * max(self._late - shortest, 0)
         return self._low + min((self._high - self._low) / 2, shortest) - late
@@ -167,8 +167,8 @@ class LearnedSchedule:
     def _learn(self, wait: float, longest: float, slept: bool) -> None:
         if slept:
             # The wait was over before the first poll, perhaps long before. If it counted as
-            # ``longest``, the next first poll would be no earlier, and so on for ever. So each
-            # such wait in a row makes it earlier.
+            # `longest`, the next first poll would be no earlier, and the schedule would never
+            # notice. So each such wait in a row makes the first poll earlier.
             self._slept_through += 1
             wait = max(wait, longest - 2**self._slept_through * _policy.min_interval)
         else:

@@ -1,12 +1,11 @@
 """The awaited events of one stream, and the poll that finds out which of them are reached.
 
-A stream reaches its events in order. So its queue keeps them in that order, and a poll is one
-query, of the oldest. Only if that is reached does it query more, and then as few as it takes to
-find how many are.
+A stream reaches its events in order, and its queue keeps them in that order. So most polls are one
+query, of the oldest event. If that is reached, the poll searches for the last event that is.
 
-A KeyboardInterrupt may come at any call. It loses nothing, because the next poll repeats what is
-not done yet: a queue drops an event only after its wait has been notified or given up. A finaliser
-may give up waits in the middle of any step, when it closes a coroutine.
+A KeyboardInterrupt may come at any call. It loses nothing, because a queue drops an event only
+after its wait has been notified or given up, and the next poll repeats the rest. A finaliser may
+close a coroutine in the middle of any step, and so give up a wait.
 """
 
 from __future__ import annotations
@@ -31,15 +30,15 @@ class Wait:
     """A wait for all of some events."""
 
     notify: Notify
-    missing: set[RecordedEvent]  # those not known to be reached; the last one stays
+    missing: set[RecordedEvent]  # the events not known to be reached; the last one stays
     error: Exception | None = None
 
 
 @dataclass(eq=False, slots=True)
 class Waits:
-    """The waits of one loop, which its queues share, and what they count."""
+    """The waits of one loop, which its queues share, and the counts of its queries."""
 
-    # The wait is given up by deleting its key. That takes no call, so it cannot be interrupted.
+    # To give up a wait, delete its key. That takes no call, so it cannot be interrupted.
     pending: dict[Wait, None]
     queries: int = 0
     hits: int = 0
@@ -65,11 +64,11 @@ class StreamQueue:
         self.blocker: BlockingThread | None = None  # it has work while it blocks for an event
         self._waits = waits
         self._tidy_at = 16
-        self._reached = -1  # all events that ended before this tick are reached
+        self._reached = -1  # events that ended before this tick are reached
         self._since = 0.0  # when the stream began its present work, as far as is known
 
     def oldest(self) -> RecordedEvent | None:
-        """Return the oldest event that a pending wait is for; drop those before it."""
+        """Return the oldest event of a pending wait, and drop those before it."""
         events, pending = self.events, self._waits.pending
         stale = 0
         for event, wait in events:
@@ -86,6 +85,7 @@ class StreamQueue:
             event.is_reached = True
             return True
         oldest = self.oldest()
+        # The oldest counts as pending until the next poll, and so does any event after it.
         if oldest is not None and oldest.ended < event.begun:
             return False
         self._waits.queries += 1
@@ -96,18 +96,19 @@ class StreamQueue:
         return True
 
     def add(self, event: RecordedEvent, wait: Wait, now: float) -> None:
-        """Add an event that ``wait``, which is pending, is for."""
+        """Add an event of ``wait``, which is pending."""
         if self.oldest() is None:
             self._since = max(self._since, event.recorded_at)
             self.polled_at, self.scheduled = now, True
             self.next_poll = self._since + self.schedule.next_poll(now - self._since)
         events = self.events
         if len(events) >= self._tidy_at:
-            # Drop what was given up behind the oldest, too.
+            # oldest() drops waits that were given up at the front only, so drop the others here.
+            # With a limit that doubles, this takes constant time per event.
             pending = self._waits.pending
             events[:] = [awaited for awaited in events if awaited.wait in pending]
             self._tidy_at = 2 * len(events) + 16
-        # Tasks mostly wait in the order of the work, so it is nearly always the last.
+        # Most tasks wait in the order of the work, so most events belong at the end.
         if not events or events[-1].event.begun <= event.begun:
             events.append(AwaitedEvent(event, wait))
         else:
@@ -116,13 +117,12 @@ class StreamQueue:
     def poll(self, now: float, early: float) -> RecordedEvent | None:
         """If a poll is due, notify the waits that are over, and schedule the next poll.
 
-        A poll is due once half of the pause before it is over, but at most ``early`` / 2 seconds
-        before its time: the loop is awake now, so that may save a wake-up.
-
         Returns:
             The oldest event that is still awaited.
         """
         oldest = self.oldest()
+        # The loop is awake now, so a poll that is a little early may save a wake-up. It is due once
+        # half of the pause before it is over, but at most `early` / 2 seconds before its time.
         if oldest is None or now < self.next_poll - min(self.next_poll - self.polled_at, early) / 2:
             return oldest
         since, waited, due = self._since, now - self._since, self.next_poll - self._since
@@ -142,9 +142,9 @@ class StreamQueue:
         return oldest
 
     def _search(self) -> tuple[list[AwaitedEvent], list[AwaitedEvent], Exception | None]:
-        """Return the events that are reached, those that have failed, and the error of these."""
+        """Return the reached events, the failed events, and the error of the failed ones."""
         events = self.events
-        reached, unreached = 0, len(events)  # those in between are unknown
+        reached, unreached = 0, len(events)  # the events in between are unknown
         failed, error = unreached, None
         at, step = 0, 1
         while reached < unreached:
@@ -159,7 +159,7 @@ class StreamQueue:
                 step *= 2
             else:
                 unreached = at
-            # While every query is a hit, in steps that double; then by halves.
+            # While every query is a hit, the steps double. After a miss, halve the interval.
             galloping = unreached == len(events)
             at = min(reached + step, unreached) - 1 if galloping else (reached + unreached) // 2
         return events[:reached], events[failed:], error
@@ -170,7 +170,8 @@ class StreamQueue:
         failed: Sequence[AwaitedEvent],
         error: Exception | None,
     ) -> None:
-        # Two threads may record at the same time. Then the ticks do not say which event is earlier.
+        # If two threads recorded at the same time, the ticks do not say which event is earlier.
+        # Such events stay in the queue, and a later poll queries them.
         if reached:
             newest = reached[-1].event
             self._reached = max(self._reached, newest.begun)
@@ -204,5 +205,6 @@ class StreamQueue:
             _logger.exception(
                 "Got the following error when calling %s:", function_name(wait.notify)
             )
-        # After the call. If it is interrupted, the next poll finds the wait pending and repeats it.
+        # *After* the call. If it is interrupted, the next poll finds the wait pending, and repeats
+        # it.
         self._waits.pending.pop(wait, None)

@@ -1,10 +1,10 @@
 """Devices and streams of the accelerator: which are in use, which are current.
 
-A call to a device affects more than that device. Making a device current creates its context, which
-takes half a gigabyte on CUDA, and a new thread starts with the first device current. So a call to a
-device makes that device current and restores the one before without creating a context. And while
-any thread captures a CUDA graph in "global" mode, the default, a query from any other thread fails
-and invalidates the capture. A thread that captures nothing itself may query in "thread-local" mode.
+A call to a device has side effects. Making a device current creates its context, which takes half a
+gigabyte on CUDA, and a new thread starts with the first device current. So we make the device
+current and then restore the one before without creating a context. And while any thread captures a
+CUDA graph in "global" mode, the default, a query from another thread fails and invalidates the
+capture. A thread that captures nothing itself may query in "thread-local" mode.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def devices_in_use() -> list[torch.device]:
 
 @functools.cache
 def kind_of(device: torch.device) -> str:
-    """Return the type of ``device``. The attribute itself is slower than the current stream."""
+    """Return the type of ``device``; cached, as reading the attribute is slow."""
     return device.type
 
 
@@ -103,7 +103,8 @@ def call_beside_captures(device: torch.device | None, function: Callable[[], T])
 def mode_exchange(kind: str) -> Callable[[int], int] | None:
     """Return the function that sets the capture mode of this thread and returns the one before.
 
-    It is CUDA's or ROCm's, which PyTorch has loaded. Without it, a refused query is repeated later.
+    It is a function of CUDA or ROCm, which PyTorch has loaded. Without it, refused queries are
+    repeated later.
     """
     if kind != "cuda":
         return None
@@ -153,12 +154,10 @@ def finish_device(device: torch.device) -> None:
 
 
 def new_stream(device: torch.device) -> torch.Stream:
-    """Return a stream for callbacks or copies; the current one, if the device makes no streams.
-
-    The streams of a device take turns, so the same one is returned again at times. The program's
-    streams have another priority and so take turns separately. ``torch.cuda.graph`` captures on one
-    of those, and a stream that captures must not be ordered after anything.
-    """
+    """Return a stream for callbacks or copies; the current one, if the device makes no streams."""
+    # With another priority than streams of the program have. Streams of one priority take turns, so
+    # this could otherwise be one on which `torch.cuda.graph` captures. Such a stream must not be
+    # ordered after anything.
     try:
         return torch.Stream(device, priority=-1)
     except RecursionError:
@@ -174,17 +173,15 @@ def side_stream(device: torch.device) -> torch.Stream:
 
 
 def dedicated_stream(device: torch.device) -> torch.Stream:
-    """Return a stream for a callback, other than that for copies: the callback may be slow."""
+    """Return a stream for a callback. It is not the stream for copies: the callback may be slow."""
     stream = new_stream(device)
     return new_stream(device) if stream == side_stream(device) else stream
 
 
 @contextmanager
 def on_streams(streams: Sequence[torch.Stream]) -> Iterator[None]:
-    """Make streams current, one of each device. The current device stays the same.
-
-    A `torch.Stream` is a context manager itself, but two threads must not enter the same one.
-    """
+    """Make streams current, one of each device. The current device stays the same."""
+    # Not `with stream`: two threads must not enter the same `torch.Stream`.
     device = device_index()
     before = [current_stream(stream.device) for stream in streams]
     try:

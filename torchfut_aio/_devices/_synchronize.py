@@ -26,16 +26,15 @@ def synchronize(
     """Wait until a device has done its work, while the event loop runs; for ``await``.
 
     The async counterpart of ``torch.accelerator.synchronize``, ``stream.synchronize()`` and
-    ``event.synchronize()``. Waits for the work that is enqueued when this is called (on a whole
-    device: when it is awaited). If the task is cancelled, the work continues.
+    ``event.synchronize()``. It waits for the work that is enqueued when it is called or, for a
+    whole device, when it is awaited. If the task is cancelled, the work continues.
 
     Args:
         target: A recorded event, a stream, a device or None. An event that was never recorded
             counts as reached; if it is recorded again, the latest recording is awaited. A device
-            is a ``torch.device``, string or index, and stands for all of its streams: one helper
-            thread blocks for all tasks until the device is idle, even if they are cancelled, and
-            an interpreter that exits waits for it. None is the current stream of the current
-            device.
+            is a ``torch.device``, string or index, and means all of its streams: one helper thread
+            blocks for all tasks until the device is idle, even if they are cancelled, and an
+            interpreter that exits waits for it. None is the current stream of the current device.
 
     Raises:
         TypeError: ``target`` is none of these.
@@ -61,7 +60,7 @@ def synchronize(
         return _synchronize([record_event(stream) for stream in streams])
     if isinstance(target, (torch.device, str, int)) and not isinstance(target, bool):
         device = torch.device(target)
-        if device.type == "cpu":  # which has nothing pending
+        if device.type == "cpu":  # nothing is pending on it
             return _synchronize([])
         if device.index is None:
             device = torch.device(device.type, torch.accelerator.current_device_index())
@@ -76,7 +75,7 @@ async def _synchronize(events: list[RecordedEvent]) -> None:
     await reached(events)
 
 
-# The thread for each device, and the function that it calls: any number of tasks share them.
+# The thread for each device, and the function that it calls. Tasks share them.
 _blockers: dict[torch.device, tuple[BlockingThread, Callable[[], None]]] = {}
 
 
@@ -91,7 +90,7 @@ async def _synchronize_device(device: torch.device) -> None:
 
 @types.coroutine
 def _called(blocker: BlockingThread, function: Callable[[], object]) -> Generator[Any, Any, None]:
-    """Wait until the thread of ``blocker`` has called ``function``; raise what that raised."""
+    """Wait until the thread of ``blocker`` has called ``function``; raise its error."""
     loop = current()
     waiter = loop.waiter()
     errors: list[Exception | None] = []
@@ -132,8 +131,8 @@ def to_host(value: T) -> Coroutine[Any, Any, T]:
 
     Raises:
         RuntimeError: A kernel or a copy failed: the device's own error.
-        TypeError: Another object in ``value``, such as a set, holds a tensor of the accelerator. (A
-            module may: its tensors are not looked for.)
+        TypeError: Another object in ``value``, such as a set, holds a tensor of the accelerator.
+            (Modules are not searched, so they may hold some.)
 
     Example:
         >>> import asyncio, torch
@@ -164,8 +163,8 @@ def to_host(value: T) -> Coroutine[Any, Any, T]:
 
 
 async def _to_host(value: T, found: list[torch.Tensor], starts: list[RecordedEvent]) -> T:
-    # Wait here, rather than order the side stream after the kernels: there, the copies that wait
-    # for one slow stream would hold up all others, even after they were cancelled.
+    # Wait here. If the side stream were ordered after the kernels instead, copies that wait for one
+    # slow stream would delay all others, even after they were cancelled.
     await reached(starts)
     copies: dict[int, torch.Tensor] = {}
     for tensor in found:
@@ -173,7 +172,7 @@ async def _to_host(value: T, found: list[torch.Tensor], starts: list[RecordedEve
             with on_streams([side_stream(tensor.device)]):
                 copies[id(tensor)] = host.copy_(tensor, non_blocking=True)
         else:
-            from anyio.to_thread import run_sync  # only this needs it
+            from anyio.to_thread import run_sync  # only such copies need it
 
             copy = functools.partial(call_beside_captures, device_of(tensor), tensor.cpu)
             copies[id(tensor)] = await run_sync(copy, abandon_on_cancel=True)

@@ -1,12 +1,12 @@
 """Tensors in values: in containers, in dataclasses, and in the attributes of plain objects.
 
-Containers are those of Python that can be read twice, and those that torch's pytree knows. A
-module's tensors are not the value's. A search does not read what only iterates, such as a ``zip``,
-because that would use it up.
+Containers are those of Python that can be read twice, and those that torch's pytree knows. Tensors
+in a module do not count. A search does not read iterators, such as a ``zip``, because that would
+exhaust them.
 
 A value may be any object, and its own code may raise: the ``__class__`` of a proxy, the
-``__getattribute__`` of an object, the ``__torch_function__`` of a tensor. So a search asks for the
-true type where that will do. Where the value's code has to run and raises, nothing is found.
+``__getattribute__`` of an object, the ``__torch_function__`` of a tensor. So a search uses the true
+type if that is enough. If the value's code has to run and raises, nothing is found.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _OPAQUE = (CppFuture, type, types.ModuleType, torch.nn.Module, *_FUNCTIONS)
 # Instances of exactly these types have no attributes.
 _BARE = frozenset({list, tuple, dict, set, frozenset, deque})
 
-# Tensors that are nothing but their memory, unlike those of other subclasses.
+# Tensors that have only their memory, unlike those of other subclasses.
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
@@ -53,7 +53,7 @@ def search(
     if type(value) is torch.Tensor:
         return [value] if kind in (None, kind_of(value.device)) else [], True
     found: list[torch.Tensor] = []
-    seen: dict[int, object] = {}  # with the objects, so that no id is used again
+    seen: dict[int, object] = {}  # keeps the objects, so that no id is used again
     left: deque[Any] = deque([value])
     while left:
         thing = left.popleft()
@@ -121,7 +121,7 @@ def _parts(thing: Any, most: int) -> list[Any]:
     parts: list[Any] = []
     if not most:
         return parts
-    # What cannot be read, such as a mapping whose file is closed, counts as empty.
+    # A thing that cannot be read, such as a mapping whose file is closed, counts as empty.
     with suppress(Exception):
         parts += islice(_items(thing), most)
     with suppress(Exception):
@@ -157,12 +157,12 @@ def map_tensors(
 ) -> Any:
     """Return ``value`` with ``function(tensor)`` in place of each tensor in it.
 
-    Containers and dataclasses are copied if something in them is replaced. All other objects,
-    those that hold tensors included, stay the same.
+    Containers and dataclasses are copied if something in them is replaced. All other objects stay
+    the same, also if they hold tensors.
     """
     if type(value) in HOST_ONLY:
         return value
-    # By id, with the original, so that no id is used again.
+    # By id. It keeps the originals, so that no id is used again.
     done = {} if done is None else done
     if id(value) not in done:
         new = value
@@ -178,7 +178,7 @@ def map_tensors(
 
 
 def _taken_apart(thing: Any) -> tuple[list[Any], Callable[[list[Any]], Any]] | None:
-    """Return the parts of a container or dataclass, and what makes one like it of other parts."""
+    """Return the parts of a container or dataclass, and a function that rebuilds it of others."""
     kind = type(thing)
     if kind is list:
         return thing, list

@@ -1,11 +1,11 @@
 """The event watcher: it polls streams on one event loop, and wakes the tasks that wait for them.
 
-Each stream with awaited events has a queue, which is polled when its schedule says. One alarm of
+Each stream with awaited events has a queue, and a schedule that says when to poll it. One alarm of
 the loop is set to the earliest of these times, and closed after the last wait. With
 ``PollPolicy(blocking=True)``, a thread blocks for a stream instead and then starts the poll.
 
-All of it runs in the thread of the loop. A finaliser may close a coroutine there, and so give up a
-wait, in the middle of any step.
+Everything runs in the thread of the loop. A finaliser may close a coroutine there in the middle of
+any step, and so give up a wait.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from ._events import RecordedEvent
 from ._schedule import LearnedSchedule, Schedule, get_poll_policy
 from ._stream_queue import StreamQueue, Wait, Waits
 
-# Seconds until a stream for which a thread blocks is polled all the same: the thread's wake-up may
-# have been interrupted.
+# Seconds until a stream for which a thread blocks is polled nevertheless: an interrupt may have
+# stopped the thread's wake-up.
 _FALLBACK = 1.0
 BLOCKER = "torchfut_aio blocker"  # the name of a thread that blocks
 
@@ -41,15 +41,15 @@ _next_poll = attrgetter("next_poll")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PollStatistics:
-    """What the event watcher of a loop, or those of all, have done and are doing.
+    """What the event watcher of one loop, or the watchers of all loops, have done and are doing.
 
     Attributes:
         pending: How many waits for device work are pending now.
         polls: How often the watcher polled pending events.
         queries: How many events it queried.
         hits: How many of these queries found the work done.
-        intervals: The learned interval of each stream, in seconds: how long it was
-            lately from one awaited piece of work to the next. By device and stream id.
+        intervals: The learned interval of each stream, by device and stream id: the recent time
+            from one awaited piece of work to the next, in seconds.
     """
 
     pending: int = 0
@@ -60,7 +60,7 @@ class PollStatistics:
 
 
 def total(parts: Sequence[PollStatistics]) -> PollStatistics:
-    """Return the sums, and the intervals of all."""
+    """Return the sums of the parts, and their intervals in one dict."""
     return PollStatistics(
         pending=sum(part.pending for part in parts),
         polls=sum(part.polls for part in parts),
@@ -79,12 +79,12 @@ class Watcher:
         self._loop = loop
         self._new_schedule = new_schedule
         self._alarm: Alarm | None = None
-        self._alarm_at = inf  # when the alarm goes off, or later: in doubt, the next wait sets it
-        # By stream. The streams of a device take turns, so there are few.
+        self._alarm_at = inf  # when the alarm fires. If in doubt, later: the next wait sets it
+        # By stream. They are never removed, as a device has few streams, which take turns.
         self._queues: dict[tuple[torch.device, int], StreamQueue] = {}
         self._active: dict[Hashable, StreamQueue] = {}  # those with awaited events, by key
         # The stream of an event that the program has recorded itself is unknown. Such an event has
-        # a queue of its own while it is awaited; all on a device share a schedule.
+        # a separate queue while it is awaited. Those of one device share a schedule.
         self._own_schedules: defaultdict[torch.device, Schedule] = defaultdict(new_schedule)
 
     def statistics(self) -> PollStatistics:
@@ -101,15 +101,15 @@ class Watcher:
     def watch(self, wait: Wait) -> bool:
         """Notify ``wait``, on the loop, when all its events are reached or one has failed.
 
-        Return False, and do not notify it, if all are reached now. If the caller loses interest, or
-        this raises, delete the wait from ``waits.pending``.
+        Return False, and do not notify it, if all are reached now. To give the wait up, or if this
+        raises, the caller deletes it from ``waits.pending``.
         """
         queues = [(event, self._queue_of(event)) for event in wait.missing]
         missing = [(event, queue) for event, queue in queues if not queue.is_reached(event)]
         if not missing:
             return False
         wait.missing = {event for event, _ in missing}
-        self.waits.pending[wait] = None  # before a queue has it, which drops what is not pending
+        self.waits.pending[wait] = None  # *before* a queue gets it: queues drop other waits
         policy, now = get_poll_policy(), monotonic()
         for event, new_queue in missing:
             queue = self._active.setdefault(new_queue.key, new_queue)
@@ -167,7 +167,7 @@ class Watcher:
                 try:
                     oldest = queue.poll(now, 10 * policy.min_interval)
                 except Exception as error:
-                    # The schedule's: the queue handles those of the device.
+                    # The schedule raised it. The queue handles the errors of the device.
                     queue.fail(list(queue.events), error)
                     oldest = None
                 if oldest is None:
@@ -175,20 +175,20 @@ class Watcher:
                 elif policy.blocking and queue.polled_at == now:
                     self._block(queue, oldest, now)
         if not self.waits.pending:
-            # Not at once: a task that has just been woken often waits again.
+            # Not now: a task that has just been woken often waits again.
             self._loop.call_soon(self.close_if_idle)
-        # At the very end. Until it is set, the alarm keeps going off, so the loop repeats a poll
-        # that was interrupted.
+        # Set the alarm *last*. Until it is set, it keeps firing, so the loop repeats a poll that
+        # was interrupted.
         self._alarm_at = inf
         self._set_alarm()
 
     def _block(self, queue: StreamQueue, oldest: RecordedEvent, now: float) -> None:
-        """Have a thread block for ``oldest``, unless its stream is unknown or no thread starts."""
+        """Let a thread block for ``oldest``, unless its stream is unknown or no thread starts."""
         if oldest.stream is None:
             return
         blocker = queue.blocker = queue.blocker or BlockingThread(BLOCKER, daemon=False)
         scheduled = queue.next_poll
-        # Before the thread may set it: see _unblock().
+        # *Before* submitting: _unblock() sets the time in the thread, perhaps at once.
         queue.next_poll, queue.scheduled = now + _FALLBACK, False
         if not blocker.has_work():
             try:
@@ -197,14 +197,14 @@ class Watcher:
                 queue.next_poll, queue.scheduled = scheduled, True
 
     def _unblock(self, queue: StreamQueue, _error: Exception | None) -> None:
-        # Called by the thread. The poll finds the error, too.
+        # The thread calls this. It ignores the error, which the poll finds as well.
         queue.next_poll = queue.polled_at
         self._loop.call_soon(self.poll)
 
     def _set_alarm(self) -> None:
         at = min(map(_next_poll, list(self._active.values())), default=inf)
         if at < self._alarm_at:
-            alarm = self._alarm  # a finaliser may close and drop it in between
+            alarm = self._alarm  # read once: a finaliser may close and drop it in between
             if alarm is None:
                 alarm = self._alarm = self._loop.alarm(self.poll)
             self._alarm_at = inf  # unknown, if set() is interrupted
@@ -222,7 +222,7 @@ class Watcher:
         alarm = self._alarm
         if alarm is not None:
             alarm.close()
-            self._alarm = None  # not earlier: if close() is interrupted, the next wait sets it
+            self._alarm = None  # *after* close(): if that is interrupted, the next wait sets it
 
     def abandon(self) -> None:
         """Give up all waits: the loop has closed."""
@@ -230,7 +230,7 @@ class Watcher:
         self.close_if_idle()
 
     def __del__(self) -> None:
-        if hasattr(self, "_own_schedules"):  # or __init__ was interrupted
+        if hasattr(self, "_own_schedules"):  # otherwise __init__ was interrupted
             self.abandon()
             if not sys.is_finalizing():
                 _ended.append(self.statistics())
@@ -265,13 +265,14 @@ def until_reached(events: Sequence[RecordedEvent]) -> Generator[Any, Any, None]:
         waiter = loop.waiter()  # in time: the watcher notifies only after this task has suspended
         yield from waiter
     except BaseException:
+        # Not forget(): there is no call before the deletion, so an interrupt cannot prevent it.
         if wait in pending:
-            del pending[wait]  # no call before it, so no interrupt
+            del pending[wait]
         watcher.close_if_idle()
         raise
     if wait.error is not None:
         try:
-            # The error may be shared, if it cannot be copied. Do not add to its traceback.
+            # If the error could not be copied, waits share it. Do not add to its traceback.
             raise wait.error.with_traceback(None)
         finally:
             del wait
@@ -287,7 +288,8 @@ def reached(events: Sequence[RecordedEvent]) -> Generator[Any, Any, None]:
 def poll_statistics() -> PollStatistics:
     """Return what the event watcher of the running loop has done and is doing.
 
-    Where no event loop runs: what those of all loops of the process have, closed ones included.
+    If no event loop runs in this thread, return the sums of all loops of the process, also of
+    closed ones.
 
     Example:
         >>> torchfut_aio.poll_statistics().pending
@@ -295,12 +297,13 @@ def poll_statistics() -> PollStatistics:
     """
     if loop_in_this_thread():
         return watcher_of(current()).statistics()
-    # From a list, because other threads may start and close loops at the same time.
+    # valuerefs() is a list, as other threads may start and close loops at the same time.
     watchers = [ref() for ref in _watchers.valuerefs()]
     return total([w.statistics() for w in watchers if w is not None] + _ended)
 
 
 def _sum_up_ended() -> None:
+    # Not blocking: a signal handler could find the lock locked by this very thread.
     if len(_ended) > 1 and _summing.acquire(blocking=False):
         try:
             count = len(_ended)

@@ -1,13 +1,12 @@
 """How a completion, in any thread, reaches a task that waits on an event loop.
 
-One file for each kind of loop, and one interface, `Loop`. A task that waits gets a *waiter* of its
-loop, stores both where the completing thread will find them, and suspends. The completing thread
-calls ``loop.wake(waiter)``; nothing else crosses threads. ``_loop.py`` has the queue and the
-wake-up of a loop, and finds the loop that runs here. ``_asyncio.py`` and ``_trio.py`` resume tasks.
-For waits in threads, see ``_waker.py``. An `Alarm` calls a function on the loop at a time that is
-set again and again.
+A task that waits gets a *waiter* of its loop, stores both in the future, and suspends. The
+completing thread calls ``loop.wake(waiter)``; nothing else crosses threads. ``_loop.py`` has the
+interface, `Loop`, with the queue and the wake-up of a loop, and finds the loop that runs here.
+``_asyncio.py`` and ``_trio.py`` resume tasks. ``_waker.py`` is for waits in threads. An `Alarm`
+calls a function on the loop at a time that can be set again and again.
 
-Nothing here knows what a future is, or a device.
+Nothing here depends on futures or devices.
 """
 
 from ._alarm import Alarm

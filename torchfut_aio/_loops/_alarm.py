@@ -1,8 +1,8 @@
-"""The alarm: calls a function on a loop, at a time that is set again and again.
+"""The alarm: calls a function on a loop, at a time that can be set again and again.
 
-The loops' own timers have the resolution of ``epoll_wait``, a millisecond. A Linux timerfd is a
-file that becomes readable when its time has come, and wakes a loop within tens of microseconds.
-Where the platform has none, or the loop cannot watch files, the loop's own timers serve.
+The timers of a loop have the resolution of ``epoll_wait``, a millisecond. A Linux timerfd is a file
+that becomes readable when its time has come, and wakes a loop within tens of microseconds. If the
+platform has none, or the loop cannot watch files, the alarm uses the timers of the loop.
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ _RETRY = 1e-3  # seconds, after the function has raised
 
 
 class TimerFd(ctypes.c_int):
-    """A timer: readable from when its time has come until it is set again.
+    """A timer; it is readable from when its time has come until it is set again.
 
-    ``value`` is the descriptor. C makes the instance of what timerfd_create returns, so no
-    interrupt can come between the descriptor and the object that will close it.
+    ``value`` is the descriptor. ctypes makes this object from the result of timerfd_create, in C.
+    So no interrupt can come between the descriptor and the object that will close it.
 
-    Only the finaliser closes the descriptor, and a loop that watches the timer refers to it. If a
+    A loop that watches the timer refers to it, and only the finaliser closes the descriptor. If a
     descriptor is closed while a loop watches it, the loop never wakes again, or opening the next
     file fails.
     """
 
     def set(self, seconds: float) -> None:
-        """Start the timer anew, or stop it if ``seconds`` is infinite; it is not readable then."""
-        # All zero stops it.
+        """Restart the timer, or stop it if ``seconds`` is infinite; it is not readable then."""
         nanoseconds = 0 if seconds == math.inf else max(int(seconds * 1e9), 1)
         _libc.timerfd_settime(self, 0, _Itimerspec(0, 0, *divmod(nanoseconds, 10**9)), None)
 
-    # At exit, modules may have been emptied by the time that this is called.
+    # `close` is a default, as the module `os` may be empty when this is called at exit.
     def __del__(self, close: Callable[[int], None] = os.close) -> None:
         if self.value >= 0:
             close(self.value)
 
 
-# struct itimerspec: the seconds and nanoseconds of the interval, and those of the first time.
+# struct itimerspec: the interval and the first time, each in seconds and nanoseconds. All zero
+# stops the timer.
 _Itimerspec = ctypes.c_long * 4
 
-# Python itself has these functions from version 3.13 on. They never block, so they are called
-# without releasing the GIL.
+# Python itself has these functions from version 3.13 on. PyDLL does not release the GIL, as they
+# never block.
 _libc: Any = ctypes.PyDLL(None, use_errno=True) if sys.platform.startswith("linux") else None
 if hasattr(_libc, "timerfd_create"):
     _libc.timerfd_create.restype = TimerFd
@@ -73,9 +73,8 @@ def new_timer() -> TimerFd | None:
 class Alarm:
     """Calls ``function`` on ``loop`` when its time has come. For the loop's own thread.
 
-    It is not set at first. From the first time that it is set until it is closed, a timer is
-    registered with the loop. If the function raises, and has not set the alarm anew, it is called
-    again in a moment.
+    A new alarm is not set. From the first `set` to `close`, a timer is registered with the loop. If
+    the function raises and has not set the alarm again, it is called again after a moment.
 
     A timerfd stays readable until it is set again. So if an interrupt keeps the loop from calling
     the function, the loop calls it in the next turn.
@@ -88,10 +87,10 @@ class Alarm:
         self._timer: TimerFd | None = None
         self._watched = False
         self._set_anew = False
-        self._call: weakref.ref[Any] | None = None  # where the loop's own timers serve
+        self._call: weakref.ref[Any] | None = None  # with a timer of the loop: its pending call
 
     def set(self, seconds: float) -> None:
-        """Call the function in so many seconds, or never if that is infinite."""
+        """Call the function in ``seconds``, or never if that is infinite."""
         self._set_anew = True
         if self._call is not None:
             self._cancel_call()
@@ -103,7 +102,7 @@ class Alarm:
             self._call = weakref.ref(self._loop.call_later(seconds, self._fire), self._call_lost)
 
     def is_exact(self) -> bool:
-        """Return True if the alarm is exact to microseconds; if it can be, it is from now on."""
+        """Return True if the alarm is exact to microseconds. If possible, make it so."""
         if self._can_watch and not self._watched:
             try:
                 self._watch()
@@ -120,14 +119,14 @@ class Alarm:
         if timer is None:
             self._can_watch = False
         else:
-            # After an interrupt the loop may watch the file by half: so it forgets it first, and
-            # `_watched` is set last.
+            # An interrupt may leave the file half registered. So unregister it first, and set
+            # `_watched` *last*.
             self._loop.unwatch(timer)
             self._loop.watch(timer, self._fire)
             self._watched = True
 
     def close(self) -> None:
-        """Leave nothing with the loop; may be called again."""
+        """Remove everything from the loop; may be called again."""
         self._cancel_call()
         timer = self._timer
         if timer is not None:
@@ -139,7 +138,7 @@ class Alarm:
     def _fire(self, timer: TimerFd | None = None) -> None:
         self._call = None
         if timer is not self._timer and timer is not None:
-            # The loop still watches it, as `close` was interrupted.
+            # An old timer: an interrupt of `close` has left it with the loop.
             timer.set(math.inf)
             self._loop.unwatch(timer)
             return
@@ -154,7 +153,7 @@ class Alarm:
             self.set(math.inf)
 
     def _cancel_call(self) -> None:
-        call, self._call = self._call, None  # first, as it is dropped now
+        call, self._call = self._call, None  # *before* cancelling, which drops the call: _call_lost
         handle = None if call is None else call()
         if handle is not None:
             handle.cancel()

@@ -1,4 +1,4 @@
-"""Tasks on trio's loop, also in its guest mode: the waiter refers to the sleeping task.
+"""Tasks on trio's loop, also in its guest mode; a waiter refers to the sleeping task.
 
 ``_loop.py`` imports this module once a program has imported trio.
 """
@@ -17,11 +17,11 @@ from ._alarm import TimerFd
 from ._loop import AsyncFunction, Loop
 from ._waker import Waiter
 
-_ALARM = "torchfut_aio alarm"  # the name of the tasks that stand for one
+_ALARM = "torchfut_aio alarm"  # the name of tasks that wait for a time
 
 
 class _Waiter:
-    """One wait; ``task`` is None unless the task sleeps, or is about to."""
+    """One wait; ``task`` is None unless the task sleeps or is about to sleep."""
 
     __slots__ = ("_woken", "task")
 
@@ -34,7 +34,9 @@ class _Waiter:
             return
         try:
             self.task = task = trio.lowlevel.current_task()
-            task.custom_sleep_data = self  # trio resets it when the task is rescheduled
+            # trio resets this when the task is rescheduled. So `resume` does not reschedule twice,
+            # which trio forbids.
+            task.custom_sleep_data = self
             yield from trio.lowlevel.wait_task_rescheduled(self._abort).__await__()  # noqa: ASYNC105
         finally:
             self.task = None  # it runs now, and may sleep elsewhere next
@@ -48,13 +50,14 @@ class _Waiter:
 
     def resume(self) -> None:
         """Resume the task, in trio's thread; may be called again."""
-        self._woken = True
+        self._woken = True  # if the task has yet to wait, it returns at once
         task = self.task
         if task is not None and task.custom_sleep_data is self:
             trio.lowlevel.reschedule(task)
 
     def _abort(self, _raise_cancel: Callable[[], Any]) -> trio.lowlevel.Abort:
-        # A signal handler may have woken the task by now; from here on, none can.
+        # Without `task`, a signal handler cannot wake the task from here on. One may have done so
+        # before: then the cancellation has failed.
         task, self.task = self.task, None
         sleeps = task is not None and task.custom_sleep_data is self
         return trio.lowlevel.Abort.SUCCEEDED if sleeps else trio.lowlevel.Abort.FAILED
@@ -82,9 +85,9 @@ class TrioLoop(Loop):
 
     def _can_resume(self, task: trio.lowlevel.Task) -> bool:
         """Return True if the caller may reschedule ``task`` itself."""
-        # Only while trio runs a task of this very run: in guest mode the host's callbacks
-        # share the thread, and trio may be asleep. And not the waiting task itself, which
-        # a signal handler or a finaliser may interrupt on its way to sleep.
+        # Only while trio runs a task of this very run: in guest mode, callbacks of the host share
+        # the thread, and trio may be asleep. And not if the caller is a signal handler or a
+        # finaliser in the waiting task itself, which may be about to sleep.
         return (
             trio.lowlevel.in_trio_task()
             and trio.lowlevel.current_trio_token() is self._token
@@ -92,8 +95,8 @@ class TrioLoop(Loop):
         )
 
     def call_soon(self, function: Callable[[], object]) -> bool:
-        # In a forked child the parent's run does not run, and another thread of the parent may have
-        # held the token's lock at the fork: here it would never be released.
+        # A forked child does not run the parent's tasks. And another thread of the parent may have
+        # held the token's lock at the fork. In the child, nothing would release it.
         if os.getpid() != self._process:
             return False
         try:
@@ -146,7 +149,7 @@ class TrioLoop(Loop):
             trio.lowlevel.notify_closing(timer.value)
         except RecursionError:
             raise
-        except RuntimeError:  # outside of a run, it has ended, and its tasks with it
+        except RuntimeError:  # the run has ended, and its tasks with it
             pass
 
     def call_later(self, seconds: float, function: Callable[[], object]) -> trio.CancelScope:
@@ -163,9 +166,9 @@ class TrioLoop(Loop):
         try:
             await _call_whenever_readable(timer, function)
         except (trio.ClosedResourceError, trio.BusyResourceError):
-            # `unwatch` was called; or Ctrl-C interrupted `watch`, and another task watches it.
+            # `unwatch` was called. Or Ctrl-C interrupted `watch`, and another task watches it.
             pass
-        except trio.Cancelled:  # the run ends
+        except trio.Cancelled:  # the run is ending
             self.abandon()
             raise
 
@@ -177,7 +180,7 @@ async def _call_whenever_readable(timer: TimerFd, function: Callable[[TimerFd], 
 
 
 def _in_asyncio_within_trio() -> bool:
-    """Return True if a task of trio's runs a loop of asyncio, which runs the caller."""
+    """Return True if a trio task runs an asyncio loop, and that loop runs the caller."""
     if running_loop() is None:
         return False
     task = asyncio.current_task()

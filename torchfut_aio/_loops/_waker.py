@@ -1,4 +1,4 @@
-"""What waits, and what wakes it: a lock wakes a thread, a loop wakes its tasks."""
+"""Waiters and their wakers: a lock wakes a thread, a loop wakes its tasks."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any, Final, Literal, Protocol
 
 
 class Waker(Protocol):
-    """What wakes waiters: the loop of their tasks, or `THREADS`."""
+    """The loop that wakes waiting tasks, or `THREADS`, which wakes waiting threads."""
 
     @property
     def closed(self) -> bool:
-        """True once the waker was found closed: none of its waiters wakes any more."""
+        """True once the waker was found closed. None of its waiters wakes any more."""
 
     def wake(self, waiter: Any, /) -> None:
         """Wake ``waiter``, from any thread; do nothing if it is awake or was dropped."""
@@ -34,9 +34,9 @@ class Waiter:
         name: The name of the task, thread or function; None if it is unknown.
         since: When the wait began, on the clock of ``time.perf_counter``; None unless waits were
             recorded then.
-        where: The function, file and line where a task waits, such as ``handler, app.py:42``: the
-            innermost that belongs to neither this package, asyncio, anyio nor trio. None if it is
-            unknown, as for threads and callbacks.
+        where: The function, file and line where a task waits, such as ``handler, app.py:42``. It is
+            the innermost function outside this package, asyncio, anyio and trio. None if it is
+            unknown, and for threads and callbacks.
     """
 
     kind: Literal["task", "thread", "callback"]
@@ -52,12 +52,12 @@ class Waiter:
 class ThreadWaiter:
     """One wait of the calling thread, on a lock that is held until the thread is woken.
 
-    Acquiring a lock is the one wait that takes a timeout, lets other threads run, and is
-    interrupted by Ctrl-C, in every supported version of Python.
-
     Attributes:
         thread: The identifier of the thread.
     """
+
+    # A lock, as acquiring one takes a timeout, lets other threads run, and can be interrupted by
+    # Ctrl-C, in every supported version of Python.
 
     __slots__ = ("_lock", "thread")
 
@@ -67,14 +67,14 @@ class ThreadWaiter:
         self._lock.acquire()
 
     def block(self, timeout: float | None) -> None:
-        """Block until woken, at most ``timeout`` seconds or the longest that Python can wait.
+        """Block until woken, at most ``timeout`` seconds.
 
         Raises:
             RuntimeError: The interpreter is finalizing: no other thread runs that could wake it.
         """
         if is_finalizing():
             raise RuntimeError("the interpreter is shutting down: no thread is left to wait for")
-        limit = threading.TIMEOUT_MAX  # centuries
+        limit = threading.TIMEOUT_MAX  # centuries; acquire() takes no more
         self._lock.acquire(timeout=-1 if timeout is None else min(timeout, limit))
 
     def unblock(self) -> None:
