@@ -176,7 +176,7 @@ async def async_generator():
 
 
 CURES = [
-    (None, r"async_op=True; .* group; .* all_gather_object\(\).* anyio\.to_thread\.run_sync\(\)"),
+    (None, r"async_op=True, .* group\. .* all_gather_object\(\).* anyio\.to_thread\.run_sync\(\)"),
     ([Future()], r"a list is .* gather\(\)"),
     ((Future(),), r"a tuple is .* gather\(\)"),
     ((fut for fut in ()), r"a generator is .* gather\(\)"),
@@ -205,7 +205,7 @@ def test_a_dict_is_refused_unless_its_keys_are_futures(many):
     fut.set_result(5)
     getattr(torchfut_aio, many)({fut: "x"})
     for key in ("x", 7):
-        with pytest.raises(NotAFutureError, match=r"Of a dict .* pass its \.values\(\)"):
+        with pytest.raises(NotAFutureError, match=r"a dict of futures, pass its \.values\(\)"):
             getattr(torchfut_aio, many)({key: fut})
 
 

@@ -1,26 +1,15 @@
 """Futures of PyTorch that can be awaited.
 
 `Future` is a ``torch.futures.Future`` for ``await`` on asyncio, uvloop and trio.
-`as_future` makes one of another kind of future, `start_soon` of an async function;
-`gather`, `collect_all`, `wait_all` and `as_completed` take many. A `Batcher` makes one for each
-item that its function is run on. A `ValueStream` is for many values, from threads to tasks.
+`as_future` makes one of another kind of future, and `start_soon` of an async function. `gather`,
+`collect_all`, `wait_all` and `as_completed` take many futures. A `Batcher` returns one for each
+item, and runs a function on many items at once. A `ValueStream` carries many values from threads
+to tasks.
 
-To read the package, follow a completion: ``_future.py`` (the public methods), ``_core/``
-(an outcome claims the future and wakes what waits for it), ``_loops/`` (a waiting task is resumed
-by its loop, a thread by its lock). Beside these, ``_to_stdlib.py`` makes copies for asyncio and
-concurrent.futures; ``_many.py`` and ``_as_completed.py`` are for many futures, ``_adopt/`` adopts
-other kinds, ``_tasks.py`` makes futures of tasks, ``_timeouts.py`` gives futures a deadline.
-``_waiters.py`` wakes the tasks and threads that wait for one thing.
-``task_state.py`` gives tasks what torch keeps for threads.
-``_threads.py`` has every thread. ``_errors.py`` has the package's errors, and
-``_rpc_errors.py`` translates errors for C++ and from it. ``_devices/`` knows of accelerators: of
-the kernels that fill a value, and when they are done. ``_cpython.py`` has all that is private to
-CPython, and ``_pytorch.py`` to PyTorch.
-
-``serving/`` has `Batcher` and `ValueStream`.
-
-``distributed/`` is imported by those who use it: async functions as RPC handlers and as DDP hooks.
-So is ``debug/``: who waits for which future, and traces.
+To read the package, follow a completion: ``_future.py`` has the public methods, ``_core/`` stores
+the outcome and wakes the waiters, and ``_loops/`` resumes the waiting task. The map in
+CONTRIBUTING.md lists the other modules. Import ``distributed`` (async functions as RPC handlers and
+DDP hooks) and ``debug`` (the waiters of each future, and traces) explicitly.
 """
 
 from ._adopt import as_future

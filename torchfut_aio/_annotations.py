@@ -1,9 +1,9 @@
-"""What ``Future[int]`` is at run time: an annotation that PyTorch accepts as one of its own class.
+"""The class of ``Future[int]``: an annotation that PyTorch accepts in place of its own.
 
 DDP compares the annotation of a hook's result with ``torch.futures.Future[torch.Tensor]``, and
-TorchScript compares the class behind it with ``torch.futures.Future``. Neither accepts subclasses.
-So this alias is equal to PyTorch's, and ``typing.get_origin`` returns PyTorch's class; but calling
-the alias, or deriving from it, uses ours.
+TorchScript compares its origin with ``torch.futures.Future``. Neither accepts subclasses. So this
+alias is equal to PyTorch's, and ``typing.get_origin`` returns PyTorch's class. But to call the
+alias, or to derive from it, uses our class.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import types
 import typing
 from typing import Any
 
-# By its name, as PyTorch does: a program may put our class in its place.
+# By its name, as PyTorch does: a program may replace it by our class.
 from torch.futures import Future as TorchFuture
 
 
@@ -35,4 +35,4 @@ class FutureAlias(types.GenericAlias):
         return not self == other
 
     def __hash__(self) -> int:
-        return hash((TorchFuture, self.__args__))  # as that of PyTorch's
+        return hash((TorchFuture, self.__args__))  # equal to that of PyTorch's alias

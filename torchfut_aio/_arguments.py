@@ -1,4 +1,4 @@
-"""Checks of arguments: the errors say what is wrong, and what to pass instead."""
+"""Checks of arguments; each error says what is wrong, and what to pass instead."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def callback_checked(callback: object) -> None:
             f"not {described(callback)}"
         )
     if getattr(callback, "__module__", None) == "asyncio.tasks":
-        # asyncio.wait() takes anything with add_done_callback. But another thread that calls its
-        # callback does not wake the loop.
+        # asyncio.wait() takes any object with add_done_callback. But if another thread calls its
+        # callback, that does not wake the loop.
         raise TypeError(
             "asyncio.wait() takes futures of asyncio only: pass fut.as_asyncio(), "
             "or asyncio.ensure_future(fut)"
@@ -36,7 +36,7 @@ def callback_checked(callback: object) -> None:
 
 def exception_checked(error: object, by: str) -> None:
     """Raise TypeError, for the method called ``by``, unless ``error`` is an exception."""
-    if not issubclass(type(error), BaseException):  # a mock of one defines its __class__
+    if not issubclass(type(error), BaseException):  # not isinstance(): a mock defines __class__
         raise TypeError(
             f"{by}() takes an exception instance, such as ValueError('...'), not {short(error)}"
         )
@@ -81,7 +81,7 @@ def timeout_checked(
 
 
 def check_number_of_seconds(seconds: object, what: str) -> None:
-    """Raise TypeError, with ``what`` was expected, unless ``seconds`` is a real number."""
+    """Raise TypeError, which begins with ``what``, unless ``seconds`` is a real number."""
     if not isinstance(seconds, numbers.Real):
         cure = ": pass its .total_seconds()" if isinstance(seconds, datetime.timedelta) else ""
         raise TypeError(f"{what}, not {short(seconds)}{cure}")
@@ -92,8 +92,7 @@ def async_function_checked(func: object, by: str) -> None:
     if inspect.isasyncgenfunction(func):
         raise TypeError(
             f"{by} takes an async def function that returns one value, and {function_name(func)} "
-            "is an async generator, which yields many: return a list of them, or give out one "
-            "with each call"
+            "is an async generator, which yields many: return a list of them, or one in each call"
         )
     async_checked(func)
     if not inspect.iscoroutinefunction(func):
@@ -117,19 +116,18 @@ def hides_async(func: object) -> str:
     return (
         f"{function_name(func)} is not `async def` and returns a coroutine: pass the async "
         "function itself, or make it `async def` and await there. A decorator such as "
-        "@torch.inference_mode() hides an async function, too, and covers only the making of its "
-        "coroutine: remove it, and put a `with` block into the function, which task_local_state() "
-        "keeps apart from other tasks"
+        "@torch.inference_mode() also hides an async function, and applies only while its "
+        "coroutine is made: remove it, and use a `with` block in the function, which "
+        "task_local_state() keeps apart from other tasks"
     )
 
 
 def listed(values: Any, what: str) -> list[Any]:
     """Return a list of ``values``, one for each future or place in a stream.
 
-    It takes what has one order and one meaning: a list, a tuple, another sequence that is not text,
-    or a tensor or array of at least one dimension, for its rows. For anything else, such as a
-    mapping, a text or an iterator, it raises TypeError, whose text begins with ``what``:
-    "put_many() takes".
+    ``values`` is a list, a tuple, another sequence that is not a string, or a tensor or array of at
+    least one dimension, for its rows. Raise TypeError for anything else, such as a mapping, a
+    string or an iterator; its text begins with ``what``, for example "put_many() takes".
     """
     kind: Any = type(values)
     if hasattr(kind, "__dlpack__") and hasattr(kind, "ndim"):
@@ -137,7 +135,7 @@ def listed(values: Any, what: str) -> list[Any]:
             return [*values]
         problem = f"{described(values)} of no dimensions"
     elif issubclass(kind, tuple) and (hasattr(kind, "_fields") or hasattr(kind, "n_fields")):
-        # namedtuple, and what torch.max() and os.stat() return: the fields of one thing.
+        # A namedtuple, or a result of torch.max() or os.stat(): the fields of one object.
         problem = f"{described(values)}, whose items are named: pass one of them, or a list"
     elif issubclass(kind, Sequence) and not issubclass(kind, _TEXT):
         return [*values]

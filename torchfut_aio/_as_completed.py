@@ -221,7 +221,7 @@ class _AsCompletedState(_core.DoneCallback):
         return max(seconds, 0.0)
 
     def expire(self) -> None:
-        self.deadline = -math.inf
+        self.deadline = -math.inf  # *before* waking: a woken iterator checks the time
         self.withdraw()
         self.waiters.wake(EVERYONE)
 
@@ -254,7 +254,7 @@ def _arrive(arrive: WeakMethod[Any], key: int, _error: Exception | None) -> None
 
 
 class _AsCompleted(ProcessLocal, AsyncIterator[Future[T]], Iterator[Future[T]]):
-    """What `as_completed` returns."""
+    """The result of `as_completed`."""
 
     __slots__ = ("__weakref__", "_state")
 

@@ -1,8 +1,8 @@
-"""Everything that the package relies on and that is private to CPython or to its asyncio.
+"""Everything private to CPython or to its asyncio that the package relies on.
 
-Each was checked on CPython 3.11.7, 3.12.1, 3.13.0, 3.14.8 and 3.15.0. If it is not as expected, the
-package does without: on another interpreter or a newer one, on a loop with futures of its own, in a
-task that is not asyncio's. So the package has no upper bound on the version of Python.
+Each name was checked on CPython 3.11.7, 3.12.1, 3.13.0, 3.14.8 and 3.15.0. Where one is missing or
+different, the package does without: on another interpreter or a newer one, on a loop with another
+class of futures, in a task that is not asyncio's. So the package sets no upper bound on Python.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ResumeCallback = tuple[Callable[[asyncio.Future[Any]], Any], contextvars.Context
 
 
 class PublicEvents:
-    """What finds the running loop without anything private."""
+    """Finds the running loop by asyncio's public function."""
 
     @staticmethod
     def _get_running_loop() -> asyncio.AbstractEventLoop | None:
@@ -55,11 +55,11 @@ the time where no loop runs. It is looked up at each call, as trio-asyncio repla
 
 
 def resume_callback(future: asyncio.Future[Any]) -> ResumeCallback | None:
-    """Return what resumes the asyncio task that waits for a future, and the context to run it in.
+    """Return the callback that resumes the asyncio task waiting for a future, and its context.
 
-    Return None if anything is not as in CPython's own asyncio: complete the future then, and its
-    loop resumes the task. Also None if the program has replaced what runs asyncio's handles, to
-    find slow ones: each task then has a handle of its own.
+    Return None if anything differs from CPython's own asyncio: complete the future then, and its
+    loop resumes the task. Also return None if the program has replaced the method that runs
+    asyncio's handles, to find slow ones. Each task then has a separate handle.
     """
     if type(future) is not _Future or _Handle._run is not _run:
         return None
@@ -90,14 +90,14 @@ def place_of(coroutine: object) -> str | None:
     """Return where a task's coroutine waits, such as ``handler, app.py:42``, from any thread.
 
     This is the innermost function on the chain of awaits that belongs to neither this package,
-    asyncio, anyio, trio nor contextlib. None if there is none, as where a coroutine is not
-    Python's own, or if the task runs.
+    asyncio, anyio, trio nor contextlib. Return None if there is none, for example because a
+    coroutine is not Python's own, or if the task runs.
     """
-    if not _has_gil():  # then even the chain may change while it is read
+    if not _has_gil():  # even the chain may change while we read it
         return None
     libraries = _folders_of_libraries()
-    # The thread of the task may resume it at any moment. So this reads nothing of a frame but its
-    # code and its line. To read `f_locals` writes to the frame, and crashes a thread that runs it.
+    # The thread of the task may resume it at any moment. So we read only the code and the line of a
+    # frame. To read `f_locals` would write to the frame, and crash a thread that runs it.
     for each in reversed([*_chain(coroutine)]):
         frame: FrameType | None = getattr(each, _FRAMES[type(each)], None)  # None if it has ended
         if frame is not None and not frame.f_code.co_filename.startswith(libraries):
@@ -113,8 +113,8 @@ def _chain(awaited: Any) -> Iterator[Any]:
         kind = type(awaited)
         if kind in _FRAMES:
             yield awaited
-        # CPython releases the GIL after calls, but not between two attributes. So what is found
-        # suspended here stays suspended until this has read what it awaits.
+        # CPython releases the GIL after calls, but not between two attributes. So a coroutine that
+        # we find suspended stays suspended until we have read what it awaits.
         if kind is CoroutineType:
             awaited = None if awaited.cr_running else awaited.cr_await
         elif kind is GeneratorType:
@@ -122,7 +122,8 @@ def _chain(awaited: Any) -> Iterator[Any]:
         elif kind is AsyncGeneratorType:
             awaited = awaited.ag_await
         elif kind.__name__ in _WRAPPERS and kind.__module__ == "builtins":
-            # As trio does: they have no attribute for what they wrap (CPython issue 76991).
+            # As in trio: these have no attribute for the object that they wrap (CPython issue
+            # 76991).
             inner = (each for each in gc.get_referents(awaited) if _is_awaited(each))
             awaited = next(inner, None)
         else:
@@ -130,11 +131,11 @@ def _chain(awaited: Any) -> Iterator[Any]:
 
 
 def _resumed_by(generator: GeneratorType[Any, Any, Any]) -> Any:
-    """Return the coroutine that a generator of this package resumes itself, by ``send()``."""
+    """Return the coroutine that a generator of this package resumes by ``send()``."""
     if not generator.gi_code.co_filename.startswith(_folders_of_libraries()[0]):
         return None
-    # For DDP hooks and `task_local_state`, only a local variable refers to it. The garbage
-    # collector sees local variables without touching the frame.
+    # For DDP hooks and `task_local_state`, only a local variable refers to the coroutine. The
+    # garbage collector sees local variables without touching the frame.
     found = gc.get_referents(generator)
     return next((each for each in found if type(each) is CoroutineType), None)
 
@@ -148,8 +149,8 @@ _FRAMES: dict[type[Any], str] = {
     GeneratorType: "gi_frame",
     AsyncGeneratorType: "ag_frame",
 }
-# What __anext__, asend, athrow and aclose of an async generator, __await__ of a coroutine, and
-# anext() with a default return.
+# The types of the results of __anext__, asend, athrow and aclose of an async generator, of
+# __await__ of a coroutine, and of anext() with a default.
 _WRAPPERS = {
     "anext_awaitable",
     "async_generator_asend",
@@ -166,7 +167,7 @@ def _folders_of_libraries() -> tuple[str, ...]:
 
 
 _Future: type[Any] = asyncio.Future  # written in C
-# No type if tasks do not show what they wait for, as `still_waits` has to know that.
+# Empty if tasks do not show which future they wait for, as `still_waits` has to know that.
 _Task: Any = asyncio.Task if hasattr(asyncio.Task, "_fut_waiter") else ()
 
 
@@ -177,8 +178,8 @@ def thread_of(loop: asyncio.AbstractEventLoop) -> int | None:
 
 def in_callback_of(loop: asyncio.AbstractEventLoop) -> bool:
     """Return True if ``loop``, which runs in this thread, is known to be within a callback."""
-    # asyncio's loop takes a turn in a method called `_run_once`, also in subclasses, and calls each
-    # callback in `Handle._run`.
+    # asyncio's loop, also in subclasses, takes a turn in a method called `_run_once`, and calls
+    # each callback in `Handle._run`.
     frame = _get_frame()
     while frame is not None:
         code = frame.f_code
@@ -187,8 +188,8 @@ def in_callback_of(loop: asyncio.AbstractEventLoop) -> bool:
         if code.co_name == "_run_once":
             return False
         frame = frame.f_back
-    # uvloop calls callbacks, and handles signals, in C. It checks what is scheduled again before it
-    # sleeps, so in its thread this counts as within a callback.
+    # uvloop calls callbacks, and handles signals, in C. Before it sleeps, it checks again what is
+    # scheduled. So any call in its thread counts as one within a callback.
     kind: Any = type(loop)
     return _is_uvloops(kind)
 
@@ -207,8 +208,8 @@ _get_frame: Callable[[], FrameType | None] = getattr(sys, "_getframe", lambda: N
 _RUN_CALLBACK: object = getattr(_runs_handles(), "__code__", object())
 
 
-# The callback that asyncio.shield leaves with a future that nothing waits for any more, from Python
-# 3.14 on: it only logs the error.
+# From Python 3.14 on, asyncio.shield leaves this callback with a future that nothing waits for any
+# more. It only logs the error.
 what_shield_leaves: object = getattr(asyncio.tasks, "_log_on_exception", asyncio)
 
 
@@ -227,7 +228,9 @@ def threads_within(function: Callable[..., Any]) -> set[int]:
     try:
         return set(filter(lambda thread: _is_below(frames[thread], code), frames))
     finally:
-        frames.clear()  # the frame of this call is in it: it would keep those of all threads
+        # The frame of this call is in the dict, so the two are a cycle. It would keep the frames of
+        # all threads.
+        frames.clear()
 
 
 def _is_below(innermost: FrameType, code: object) -> bool:
@@ -239,7 +242,7 @@ def _is_below(innermost: FrameType, code: object) -> bool:
 
 def is_inner(coroutine: object, other: object) -> bool:
     """Return True if ``coroutine`` is known to run within ``other``, where both run here."""
-    # A task of asyncio's may run a generator, such as that of an object that can be awaited.
+    # An asyncio task may run a generator, for example that of an awaitable object.
     frames = [
         getattr(each, "cr_frame", None) or getattr(each, "gi_frame", None)
         for each in (coroutine, other)
@@ -264,13 +267,13 @@ if _file_of(_run) != _file_of(asyncio.Handle.cancel):
 def calling_module(beyond: str = "") -> str | None:
     """Return the name of the module that called the caller, other than ``beyond``.
 
-    None if a C++ thread called it that runs no Python code; "" if it is unknown.
+    Return None if a C++ thread that runs no Python code called it, or "" if it is unknown.
     """
     frame = _get_frame()
     if frame is None or frame.f_back is None:
         return ""
     caller = frame.f_back.f_back
-    del frame  # it would refer to itself, and so keep the locals of all functions that led here
+    del frame  # it would refer to itself, and so keep the locals of all calling functions
     while caller is not None and caller.f_globals.get("__name__") == beyond:
         caller = caller.f_back
     return None if caller is None else str(caller.f_globals.get("__name__", ""))
@@ -285,16 +288,16 @@ if not _has_gil() and sys.version_info < (3, 14, 5):
     )
 
 Queue: type[dict[Any, Any]] = OrderedDict if _has_gil() else dict
-"""A dict that finds its first key in the same time, however many were deleted before that one.
+"""A dict that finds its first key in constant time, also after others were deleted in front of it.
 
-Without the GIL it is a plain dict, which takes the longer for that the more were deleted. There, to
-iterate over an OrderedDict while another thread deletes from it may read memory that was freed, and
-crash the process (CPython issue 151627).
+Without the GIL it is a plain dict, which takes longer the more keys were deleted. If a thread
+without the GIL iterates over an OrderedDict while another deletes from it, it may read freed memory
+and crash the process (CPython issue 151627).
 """
 
 
 def move_to_front(queue: dict[Any, Any], key: object) -> None:
-    """Make a key of a `Queue` the first, in the order that the others have."""
+    """Make a key of a `Queue` the first; the others keep their order."""
     if isinstance(queue, OrderedDict):
         queue.move_to_end(key, last=False)
         return
@@ -303,11 +306,11 @@ def move_to_front(queue: dict[Any, Any], key: object) -> None:
         for other in others:
             moved.add(other)
             _move_to_end(queue, other)
-        # Keys that other threads insert while this runs are found in the next turn: they come last.
+        # The next turn finds keys that other threads have inserted since: they belong at the end.
 
 
 def _move_to_end(queue: dict[Any, Any], key: object) -> None:
-    # CPython checks for no signal between the two.
+    # CPython checks for no signal from the deletion to the last line, so no key is lost.
     try:
         value = queue[key]
         del queue[key]

@@ -1,4 +1,4 @@
-"""Futures that only one thing can complete: a source that was adopted, or another event loop."""
+"""Futures that depend on an adopted source or on another event loop to complete them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class _Checks(Protocol):
     def check(self, blocks: bool = False) -> None:
         """Raise if a wait would never end.
 
-        If ``blocks``, the wait is one of the calling thread, without a limit.
+        If ``blocks``, the calling thread is about to block without a timeout.
         """
 
 
@@ -32,7 +32,7 @@ class DependentFuture(Future[T]):
 
     def depend_on(self, thing: _Checks) -> None:
         """Call ``thing.check()`` before each wait."""
-        # Weakly, as the thing refers to the future: the two would be a cycle.
+        # Weakly: the thing refers to the future, so the two would be a cycle.
         self._depends_on = weakref.ref(thing)
 
     def check(self, blocks: bool = False) -> None:

@@ -1,8 +1,8 @@
 """The errors and warnings of this package, and errors of two classes at once.
 
-Code written for ``torch.futures`` catches ``RuntimeError`` around a failed ``then``; code written
-today wants the class that the callback raised. `callback_error` makes an error for both: a
-`CallbackError`, hence a ``RuntimeError``, that is also an instance of the callback's own class.
+Code written for ``torch.futures`` catches ``RuntimeError`` around a failed ``then``. New code
+catches the class that the callback raised. `callback_error` makes an error for both: a
+`CallbackError`, hence a ``RuntimeError``, that is also an instance of the raised class.
 """
 
 from __future__ import annotations
@@ -32,22 +32,21 @@ CANCELLATIONS = (asyncio.CancelledError, concurrent.futures.CancelledError)
 class InvalidStateError(
     RuntimeError, asyncio.InvalidStateError, concurrent.futures.InvalidStateError
 ):
-    """The operation does not fit the future's state.
+    """The outcome of a pending future was read, or a future that is done was completed again.
 
-    The outcome of a pending future was read, or a future that is done was completed again.
     It is a ``RuntimeError``, as in ``torch.futures``, and the ``InvalidStateError`` of ``asyncio``
     and of ``concurrent.futures``.
     """
 
 
 class CancelledError(concurrent.futures.CancelledError):
-    """The future was cancelled: by `Future.cancel`, or with the task or future that it stands for.
+    """The future was cancelled: by `Future.cancel`, or because its task or source was cancelled.
 
-    It is a ``concurrent.futures.CancelledError``, and so an ``Exception``, which ends nothing but
-    what waited for the future.
+    It is a ``concurrent.futures.CancelledError``, and so an ``Exception``: a task that does not
+    catch it fails, and does not end as cancelled.
 
     `Future.cancel`, and an adopted future of asyncio that was cancelled, raise the subclass
-    ``CancelledError.OfAsyncio``. It is an ``asyncio.CancelledError``, too: a task of asyncio that
+    ``CancelledError.OfAsyncio``. It is also an ``asyncio.CancelledError``: a task of asyncio that
     does not catch it ends as cancelled.
 
     Example:
@@ -64,19 +63,19 @@ class CancelledError(concurrent.futures.CancelledError):
 
 
 class AsyncioCancelledError(CancelledError, asyncio.CancelledError):
-    """A CancelledError that is asyncio's, too."""
+    """A CancelledError that is also asyncio's."""
 
     __module__, __qualname__ = __package__, "CancelledError.OfAsyncio"
 
 
 CancelledError.OfAsyncio = AsyncioCancelledError
-AsyncioCancelledError.__name__ = CancelledError.__name__  # in its repr
+AsyncioCancelledError.__name__ = CancelledError.__name__  # its repr shows it
 
 
 def own_cancellation(error: BaseException) -> BaseException:
     """Return a `CancelledError` for one of asyncio or of concurrent.futures; else ``error``.
 
-    If ``error`` is of a subclass, as a library may have, it is the cause.
+    If ``error`` is of a subclass, such as a library's, it becomes the cause.
     """
     if isinstance(error, CancelledError) or not isinstance(error, CANCELLATIONS):
         return error
@@ -90,23 +89,23 @@ def own_cancellation(error: BaseException) -> BaseException:
 
 
 def ends_a_task(error: BaseException) -> bool:
-    """Return True if ``error`` ends a task without failing it, or groups nothing but such errors.
+    """Return True if ``error`` ends a task without failing it, or is a group of such errors only.
 
-    That is a cancellation, or GeneratorExit in a task that nothing will resume.
+    Such an error is a cancellation, or GeneratorExit in a task that nothing will resume.
     """
     trios = getattr(sys.modules.get("trio"), "Cancelled", GeneratorExit)
     return consists_of(error, (asyncio.CancelledError, GeneratorExit, trios))
 
 
 def consists_of(error: BaseException, kinds: tuple[type[BaseException], ...]) -> bool:
-    """Return True if ``error`` is of these kinds, or a group of such, as a nursery raises."""
+    """Return True if ``error`` is of these kinds, or a group of such errors only."""
     if isinstance(error, BaseExceptionGroup):
         return all(consists_of(each, kinds) for each in error.exceptions)
     return isinstance(error, kinds)
 
 
 class NotAFutureError(TypeError, RuntimeError):
-    """The argument is neither a future nor anything that can be adopted as one.
+    """The argument is not a future and cannot be adopted as one.
 
     It is a ``TypeError``, and also the ``RuntimeError`` that ``torch.futures`` raises for None.
     """
@@ -116,8 +115,8 @@ class StreamClosedError(RuntimeError):
     """A `ValueStream` takes no more values, or has no more.
 
     `ValueStream.put` raises it after the stream was closed, and `ValueStream.get` after all values
-    of a closed stream were read. If the reading side was closed, both raise it, and so does a new
-    iterator.
+    of a closed stream were read. If the reading side was closed, both raise it, and a new iterator
+    raises it as well.
     """
 
 
@@ -130,9 +129,9 @@ class BlockingWaitWarning(RuntimeWarning):
 
 
 class TaskStateWarning(RuntimeWarning):
-    """A task awaits while torch's state is not the one of `debug.set_task_state_checks`' call.
+    """A task awaits while torch's state differs from that at `debug.set_task_state_checks`.
 
-    The state belongs to the thread, so all other tasks have it until this one resumes.
+    The state belongs to the thread, so all other tasks run with it until this one resumes.
     """
 
 
@@ -150,7 +149,7 @@ def warn_that_wait_blocks_a_loop(what: str = WAIT_BLOCKS) -> None:
 def warn_at_users_line(what: str, kind: type[Warning]) -> None:
     """Warn, at the line outside this package that led here."""
     package = __name__.partition(".")[0]
-    level, frame = 1, inspect.currentframe()  # None, if the interpreter has no frames to show
+    level, frame = 1, inspect.currentframe()  # None if the interpreter shows no frames
     while frame is not None and frame.f_back is not None and _package_of(frame) == package:
         level, frame = level + 1, frame.f_back
     warnings.warn(what, kind, stacklevel=level)
@@ -163,9 +162,9 @@ def _package_of(frame: FrameType) -> str:
 class CallbackError(RuntimeError):
     """A callback passed to ``then`` raised.
 
-    The child future fails with it. It is also an instance of the type that the callback raised,
-    wherever Python can build such a class, with the same ``args`` and attributes; its
-    ``__cause__`` is the original, with its traceback. A further ``then`` passes it on unchanged.
+    The child future fails with it. If Python can build such a class, it is also an instance of the
+    type that the callback raised, with the same ``args`` and attributes. Its ``__cause__`` is the
+    original, with its traceback. A further ``then`` passes it on unchanged.
 
     Example:
         >>> fut = torchfut_aio.Future()
@@ -183,7 +182,7 @@ class CallbackError(RuntimeError):
         return f"Got the following error when running the callback: {_describe(self.__cause__)}"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A combined class is made at run time and is in no module. So a pickle has the original.
+        # A combined class is made at run time and is in no module, so we pickle the original.
         if self.__cause__ is None:
             return RuntimeError.__reduce__(self)  # type: ignore[return-value]
         return CallbackError._of, (self.__cause__,)
@@ -194,9 +193,9 @@ class CallbackError(RuntimeError):
 
 
 class QueueFullError(RuntimeError, asyncio.QueueFull, queue.Full):
-    """The queue of a `Batcher` is full, and takes no more items: a server answers 503.
+    """The queue of a `Batcher` is full, and takes no more items: a server can answer 503.
 
-    It is an ``asyncio.QueueFull`` and a ``queue.Full``, too.
+    It is also an ``asyncio.QueueFull`` and a ``queue.Full``.
     """
 
 
@@ -207,14 +206,15 @@ class BatcherClosedError(RuntimeError):
 class RpcError(RuntimeError):
     """A remote procedure call failed: the error of a future that `as_future` made of the call.
 
-    It is also an instance of the type that the callee raised, if that is an ``Exception`` that
-    this process finds by its name, and no ``ExceptionGroup``; of TimeoutError, if the call has
-    timed out; or of ConnectionError, if the connection was lost, as when the callee dies. Its text
-    has the remote traceback. It has none of the attributes of the remote error.
+    It is also an instance of TimeoutError if the call has timed out, of ConnectionError if the
+    connection was lost, for example because the callee has died, and otherwise of the type that the
+    callee raised, if this process finds that by its name, and it is an ``Exception`` and no
+    ``ExceptionGroup``. Its text has the remote traceback. It has none of the attributes of the
+    remote error.
 
-    Functions without ``async_rpc`` are called by PyTorch itself. If it cannot pickle the type of
-    their error, import it in this process, or construct it from a text, the caller gets an error of
-    another type.
+    PyTorch itself calls functions without ``async_rpc``. If it cannot pickle the type of their
+    error, import the type in this process, or construct the error from a text, the caller gets an
+    error of another type.
 
     Example:
         >>> from torchfut_aio import RpcError
@@ -242,7 +242,7 @@ class RpcError(RuntimeError):
 
 
 def rpc_error(kind: Any, text: str) -> RpcError:
-    """Return an RpcError, also of class ``kind`` wherever Python can build such a class."""
+    """Return an RpcError, also of class ``kind`` if Python can build such a class."""
     if kind is not None and not hasattr(kind, "subgroup"):  # a group would lack its errors
         with suppress(Exception):
             error: RpcError = _new_without_init(_combined(RpcError, kind), text)
@@ -251,7 +251,7 @@ def rpc_error(kind: Any, text: str) -> RpcError:
 
 
 def rebuild_exception(kind: type[BaseException], text: str) -> BaseException:
-    """Return an error of that class with the text; a RuntimeError if there can be none."""
+    """Return an error of class ``kind`` with the text, or a RuntimeError if that is impossible."""
     try:
         error: BaseException = _new_without_init(kind, text)
     except Exception:
@@ -278,7 +278,7 @@ def callback_error(error: BaseException) -> BaseException:
 def drop_catching_frame(error: E) -> E:
     """Remove from the traceback the frame that caught ``error``.
 
-    That frame refers to the future that is to hold the error: the two would be a cycle.
+    That frame refers to the future that will hold the error: the two would be a cycle.
     """
     traceback = error.__traceback__
     traceback = traceback and traceback.tb_next
@@ -292,19 +292,17 @@ def drop_catching_frame(error: E) -> E:
 
 
 def one_for_each(error: BaseException, count: int) -> list[BaseException]:
-    """Return an error for each of ``count`` callers that share nothing but that error.
+    """Return ``error`` and copies of it, one for each of ``count`` callers.
 
-    An exception that is raised changes: its traceback, its ``__context__``, its notes. So a caller
-    would see in it what another was doing.
+    To raise an exception changes its traceback and ``__context__``. So one caller would see there
+    what another was doing.
     """
     return [error, *(own_copy(error) for _ in range(count - 1))] if count else []
 
 
 def own_copy(error: E) -> E:
-    """Return a copy with the same attributes, cause and notes; ``error`` itself if there is none.
-
-    ``copy.copy`` would call the class with ``error.args``, which many classes do not take.
-    """
+    """Return a copy with the same attributes, cause and notes; ``error`` itself if that fails."""
+    # Not copy.copy(), which would call the class with `error.args`. Many classes do not take those.
     try:
         copied: E = _copied(error, type(error), *error.args)
     except Exception:
@@ -316,7 +314,7 @@ def own_copy(error: E) -> E:
 def without_frames(error: BaseException) -> BaseException:
     """Return a copy that keeps no frame: without traceback, cause and context.
 
-    Those in a group are copied, too.
+    Errors in a group are copied as well.
     """
     args = error.args
     if isinstance(error, BaseExceptionGroup):
@@ -333,7 +331,7 @@ def _copied(error: BaseException, kind: type[BaseException], *args: object) -> A
     copied = _new_without_init(kind, *args)
     for base in type(error).__mro__:
         for name, attribute in [*vars(base).items()]:
-            # What is not in __dict__: slots, and what C keeps, such as errno.
+            # Attributes that are not in __dict__: slots, and attributes in C, such as errno.
             is_state = isinstance(attribute, (MemberDescriptorType, GetSetDescriptorType))
             if is_state and name != "args" and not name.startswith("__"):
                 with suppress(AttributeError, TypeError):  # unset, or read-only
@@ -346,27 +344,25 @@ def _copied(error: BaseException, kind: type[BaseException], *args: object) -> A
 
 def _copy_attribute(attribute: Any, error: BaseException, copied: BaseException) -> None:
     value = attribute.__get__(error)
-    if value is not None:  # an OSError shows a second filename that was set to None
+    if value is not None:  # if its second filename is set, even to None, an OSError shows it
         attribute.__set__(copied, value)
 
 
 def _copy_chain(error: BaseException, copied: BaseException) -> None:
-    # In this order: to set the cause suppresses the context.
+    # `__suppress_context__` *last*, as setting the cause sets it.
     for name in ("__traceback__", "__context__", "__cause__", "__suppress_context__"):
         object.__setattr__(copied, name, getattr(error, name))
 
 
 def _new_without_init(kind: Any, *args: object) -> Any:
-    """Return an instance of ``kind`` without running any constructor written in Python.
-
-    Such a constructor may do anything, and take other arguments than the error has kept. So the
-    nearest base class that is written in C makes the instance.
-    """
+    """Return an instance of ``kind`` without running any constructor written in Python."""
+    # Such a constructor may do anything, and take other arguments than the error has kept. So the
+    # nearest base class that is written in C makes the instance.
     base = kind
     while not isinstance(vars(base).get("__new__"), BuiltinFunctionType):
         base = base.__base__
     error = base.__new__(kind, *args)
-    object.__setattr__(error, "args", args)  # OSError, for one, leaves them to __init__
+    object.__setattr__(error, "args", args)  # __new__ may leave them to __init__, as in OSError
     return error
 
 
@@ -383,7 +379,7 @@ def _combined(base: type[Any], kind: type[Any]) -> type[Any]:
 
 
 def type_and_text(error: BaseException) -> tuple[type[BaseException], str]:
-    """Return the class and text that stand for ``error`` where it cannot be sent itself."""
+    """Return a class and a text in place of ``error``, to send them."""
     if isinstance(error, CallbackError) and error.__cause__ is not None:
         return type(error.__cause__), str(error)
     if isinstance(error, RpcError):
@@ -403,6 +399,6 @@ def _describe(error: BaseException) -> str:
     return f"{name}: {text}" if text else name
 
 
-# The methods that call the `repr` or `str` of all arguments, and the types of which that is safe.
+# The methods that call the `repr` or `str` of the arguments, and the types for which that is safe.
 _SHOW_ARGS = (BaseException.__str__, KeyError.__str__)
 _PLAIN = (str, int, float, bool, type(None))

@@ -1,7 +1,7 @@
 """Many futures at once: one future of all of them, and completing all of them.
 
-Each combination leaves one callback object with every pending future, the same object with all of
-them: no task, no thread, and no closure for each future.
+Each combination adds one callback object, the same to every pending future. It needs no task, no
+thread, and no closure for each future.
 """
 
 # A tuple is an iterable, and has separate overloads.
@@ -48,9 +48,9 @@ def collect_all(futures: Iterable[Any], *_others: object) -> Future[list[Any]]:
             adopts, in any mix. May be empty, and may name a future twice.
 
     Returns:
-        A future of the list of the very objects passed in. If some failed, it fails
-        with the error of the first of these in the list, once all are done. It stays attached to
-        the pending ones, also if it is cancelled or dropped.
+        A future of the list of the very objects passed in. If some failed, it fails with the error
+        of the first of these in the list, once all are done. The pending futures keep a reference
+        to it, also if it is cancelled or dropped.
 
     Raises:
         NotAFutureError: One of them is None, or cannot be adopted.
@@ -75,17 +75,17 @@ def wait_all(futures: Iterable[Any], *, timeout: float | None = None) -> list[An
 def wait_all(futures: Iterable[Any], *_others: object, timeout: float | None = None) -> list[Any]:
     """Block until all of ``futures`` are done, or one has failed.
 
-    A wait that times out or is interrupted leaves them as they were, without a callback.
+    A wait that times out or is interrupted leaves them as they were, and leaves no callback.
 
     Args:
         futures: As for `collect_all`.
-        timeout: How long to wait at most, in seconds, as for `Future.wait`.
+        timeout: The longest time to wait, in seconds, as for `Future.wait`.
 
     Returns:
         The list of the values, in the order of ``futures``.
 
     Raises:
-        BaseException: The error of the first that failed; the others are not waited for.
+        BaseException: The error of the first that failed; it does not wait for the others.
         NotAFutureError: One of them is None, or cannot be adopted.
         TimeoutError: Not all were done in time.
         TypeError, ValueError: ``timeout`` is not a number, or is NaN.
@@ -182,8 +182,8 @@ def gather(
 
     Returns:
         A future of the list of the values, in the order of ``futures``. When one fails, it fails
-        with that error at once, and the others continue. Cancelling it, or a wait for it that times
-        out, leaves them as they are, and it stays attached to them until they complete. (Static
+        with that error at once, and the others continue. If it is cancelled, or a wait for it times
+        out, the others continue as well, and keep a reference to it until they complete. (Static
         type: a tuple of futures gives a tuple of values, as with ``asyncio.gather``, so that each
         value keeps its type. At run time it is always a list.)
 
@@ -211,15 +211,15 @@ def set_results(
 
     Each future is completed as by `Future.set_result`, and each loop is woken once for all of them.
     When this returns, every future is done, also for C++ consumers, and all callbacks have run.
-    A future that is done already keeps its outcome and is skipped. So a request that was given up
+    A future that was done before keeps its outcome and is skipped. So a request that was given up
     can complete its future without disturbing the others.
 
     Args:
         futures: Futures of this package. One that is named twice gets the first value.
         values: As many values, in a list, a tuple or another sequence that is not a string. A value
             that is an exception fails its future, as `Future.set_exception` does. A tensor or array
-            is treated as the sequence of its rows. These share its storage: ``.clone()`` a row that
-            is kept, or sent elsewhere, without the others.
+            is treated as the sequence of its rows. Rows share storage: ``.clone()`` a row that is
+            kept, or sent elsewhere, without the others.
 
     Returns:
         The list of the futures that were done already; almost always empty.
@@ -227,7 +227,7 @@ def set_results(
     Raises:
         TypeError: ``values`` is not such a sequence, but a dict, a string or an iterator, for
             example.
-        ValueError: There are more values than futures, or fewer.
+        ValueError: The numbers of values and futures differ.
         NotAFutureError: One of ``futures`` is not a future of this package. After any of these
             errors all futures are as they were.
 
@@ -247,7 +247,7 @@ def set_results(
     outcomes = []
     moment = Moment()
     for future, value in zip(all_futures, all_values, strict=True):
-        # By the type: reading ``__class__`` could run the code of a proxy.
+        # Not isinstance(), which reads `__class__` and so could run the code of a proxy.
         if not issubclass(type(future), Future):
             what = described(future)
             raise NotAFutureError(f"set_results() completes torchfut_aio futures, not {what}")
@@ -278,11 +278,10 @@ class Collector(_core.DoneCallback):
         if any(issubclass(type(future), DependentFuture) for future in self.distinct):
             self.combined = DependentFuture()
             self.combined.depend_on(self)
-        # Popping from a list is one indivisible step: the thread that finds it empty is the last.
+        # pop() of a list is atomic, so exactly one thread finds it empty: the last.
         self.tickets = [None] * (len(self.distinct) - 1)
 
     def check(self, blocks: bool = False) -> None:
-        """Check that the futures can be completed while the calling thread waits."""
         for future in self.distinct:
             if issubclass(type(future), DependentFuture):
                 future.check(blocks)  # type: ignore[attr-defined]
@@ -319,7 +318,7 @@ class Collector(_core.DoneCallback):
         _core.complete_as(self.combined, failed)
 
     def failed(self) -> Future[Any] | None:
-        """Return the future to fail as, now that all are done, or None."""
+        """Return the future whose error to use, now that all are done, or None."""
         return next(filter(_core.has_failed, self.distinct), None)
 
 
@@ -333,7 +332,7 @@ class Settler(Collector):
 
 
 class Gatherer(Collector):
-    """Completes when all have, or at the first failure: then it leaves those still pending."""
+    """Completes when all have completed, or at the first failure."""
 
     __slots__ = ("failure",)
 
@@ -345,7 +344,8 @@ class Gatherer(Collector):
 
     def start(self) -> Future[Any]:
         combined = super().start()
-        if not self.failure:  # one failed before this was attached to the others
+        # One may have failed before the callback was added to the others: remove it there again.
+        if not self.failure:
             self.withdraw()
         return combined
 
@@ -354,7 +354,7 @@ class Gatherer(Collector):
             super().run(future)
             return
         try:
-            self.failure.pop()
+            self.failure.pop()  # atomic: one thread is the first
         except IndexError:
             return
         self.withdraw()

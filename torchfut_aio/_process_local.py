@@ -1,4 +1,4 @@
-"""Objects that belong to one process, and to the one reference that its users share."""
+"""Objects that cannot leave their process or be copied."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import ClassVar, NoReturn
 class ProcessLocal:
     """Refuse pickle, copy and deepcopy.
 
-    A pickle would be a twin in another process that nothing here writes to or reads. A copy would
-    share the state, and close it when the copy is garbage-collected.
+    An object unpickled in another process would be connected to nothing. A copy would share the
+    state, and close it when the copy is garbage-collected.
     """
 
     __slots__ = ()
 
     _what: ClassVar[str]
-    """What it is, for the error."""
+    """The name of such an object, for the error."""
 
     _cure: ClassVar[str]
     """What to do instead."""

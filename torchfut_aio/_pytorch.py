@@ -1,8 +1,8 @@
-"""Everything that the package relies on and that is private to PyTorch.
+"""Everything private to PyTorch that the package relies on.
 
-Each was checked on torch 2.7.1, 2.13.0, 2.14.1 and 2.15.0. If a name is missing, a public function
-takes its place, or the call that needs it raises RuntimeError. Importing the package never does:
-``tests/test_pytorch.py`` removes each name in turn.
+Each name was checked on torch 2.7.1, 2.13.0, 2.14.1 and 2.15.0. If one is missing, a public
+function takes its place, or the call that needs it raises RuntimeError. Importing the package never
+raises: ``tests/test_pytorch.py`` removes each name in turn.
 
 The texts of PyTorch's errors are not here: see `says_no_events`, and ``_rpc_errors.py``.
 """
@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-# The class of C++ beneath torch.futures.Future: that of every future that C++ makes. Its methods
-# run no Python, so no interrupt can come within them.
+# The C++ class of torch.futures.Future, and of every future that C++ makes. Its methods run no
+# Python, so no interrupt can come within them.
 if TYPE_CHECKING:
     CppFuture = torch._C.Future
 else:
@@ -28,12 +28,13 @@ else:
 
 
 def _set_unwrap_func(future: Any, _unwrap: Callable[[Any], Any]) -> None:
-    """Make C++ raise for a failed future: a TypeError, rather than the error itself.
+    """Make C++ raise a TypeError for a failed future, where it takes no function that raises.
 
-    It serves where C++ futures take no function that raises the error. Without one, functions such
-    as ``torch.futures.wait_all`` would return what the package stores in the place of a value.
+    Otherwise functions such as ``torch.futures.wait_all`` would return the placeholder that the
+    package stores instead of a value.
     """
-    # This makes C++ raise the value, which is no exception, and calls set_result. The caller does.
+    # set_exception() makes C++ raise the value, which is no exception, hence the TypeError. It also
+    # calls set_result(), which the caller does later.
     future.set_result = lambda _: None
     try:
         torch.futures.Future.set_exception(future, Exception())
@@ -41,30 +42,30 @@ def _set_unwrap_func(future: Any, _unwrap: Callable[[Any], Any]) -> None:
         del future.set_result
 
 
-# Makes a future return ``unwrap(value)`` in the place of its value.
+# Makes a future return ``unwrap(value)`` instead of its value.
 set_unwrap_func: Callable[[Any, Callable[[Any], Any]], None]
 set_unwrap_func = getattr(CppFuture, "_set_unwrap_func", _set_unwrap_func)
 
-# Within it, a subclass of Tensor runs no code of its own. Without it, that code runs, and callers
+# Within it, no code of a subclass of Tensor runs. If torch lacks it, that code runs, and callers
 # expect that it may raise.
 no_torch_function: Callable[[], AbstractContextManager[Any]]
 no_torch_function = getattr(torch._C, "DisableTorchFunctionSubclass", nullcontext)
 
-# Returns the tensors that C++ finds in a value. None without TorchScript, which it is part of:
+# Returns the tensors that C++ finds in a value. It is part of TorchScript, so it may be None:
 # search the value then.
 extract_tensors: Callable[[object], list[torch.Tensor]] | None
 extract_tensors = getattr(getattr(torch, "_jit_internal", None), "_extract_tensors", None)
-# The module that pickles a value to do so.
+# The module of that function, which pickles the value.
 EXTRACTS_TENSORS = "torch._jit_internal"
 
 
 def pytree_node(kind: type) -> Any:
-    """Return how torch's pytree takes apart what is of this class; None if it does not know it."""
+    """Return how torch's pytree takes apart instances of a class; None if it does not know it."""
     nodes = getattr(sys.modules.get("torch.utils._pytree"), "SUPPORTED_NODES", {})
     return nodes.get(kind)
 
 
-# What `as_future` takes for the result of a functional collective.
+# The class of results of functional collectives, for `as_future`.
 COLLECTIVE_TENSOR = "torch.distributed._functional_collectives.AsyncCollectiveTensor"
 
 
@@ -72,7 +73,7 @@ COLLECTIVE_TENSOR = "torch.distributed._functional_collectives.AsyncCollectiveTe
 
 
 def has_primary_context(kind: str) -> Callable[[int], bool]:
-    """Return what knows which devices have a context; where nothing does, all count as in use."""
+    """Return a function that knows whether a device has a context, or that always returns True."""
     found: Callable[[int], bool] = getattr(torch._C, f"_{kind}_hasPrimaryContext", lambda _: True)
     return found
 
@@ -84,9 +85,9 @@ def can_exchange(device: torch.device) -> bool:
 
 @functools.cache
 def device_exchange(kind: str) -> Callable[[int], object]:
-    """Return what makes a device current without giving it a context, if there is such."""
-    # CUDA and XPU remember the device, even if it has no context. Others leave, as torch's own
-    # ``device_index()`` does, another one current then.
+    """Return a function that makes a device current, if possible without giving it a context."""
+    # CUDA and XPU remember the device even if it has no context. On other backends another device
+    # stays current then, as with torch's own ``device_index()``.
     exchange: Callable[[int], object] | None = (
         getattr(torch._C, f"_{kind}_maybeExchangeDevice", None)
         or getattr(torch.get_device_module(kind), "_maybe_exchange_device", None)
@@ -108,15 +109,15 @@ def has_record_stream(kind: str) -> bool:
         return False
 
 
-# As torch.accelerator.current_accelerator, without its arguments.
+# torch.accelerator.current_accelerator, without its arguments.
 current_accelerator: Callable[[], torch.device | None]
 current_accelerator = getattr(
     torch._C, "_accelerator_getAccelerator", torch.accelerator.current_accelerator
 )
-# As torch.accelerator.set_stream, which is written in Python: an interrupt may come within that.
+# torch.accelerator.set_stream, but written in C++, so that no interrupt can come within it.
 set_stream: Callable[[torch.Stream], None]
 set_stream = getattr(torch._C, "_accelerator_setStream", torch.accelerator.set_stream)
-# As these, which take five times as long.
+# torch.accelerator.current_stream and current_device_index, but five times as fast.
 stream_of_index: Callable[[int], torch.Stream]
 stream_of_index = getattr(torch._C, "_accelerator_getStream", torch.accelerator.current_stream)
 device_index: Callable[[], int]
@@ -150,10 +151,11 @@ _OF_THREADS = (
 
 
 def thread_state_functions() -> Any:
-    """Return what gets and sets the modes of a thread, by the names in ``torch._C``.
+    """Return the functions that get and set the modes of a thread, by their names in ``torch._C``.
 
     Raises:
-        RuntimeError: One is missing. No public function restores a mode that no interrupt can miss.
+        RuntimeError: One is missing. Public functions are in Python, where an interrupt can come
+            before a mode is restored.
     """
     found = {name: getattr(torch._C, name, None) for name in _OF_THREADS}
     missing = ", ".join(name for name, function in found.items() if function is None)
@@ -173,7 +175,7 @@ CALLS_ASYNC_FOR_RPC = "torch.distributed.rpc.functions"
 
 
 def remote_exception() -> Any:
-    """Return the class of what RPC sends for a function that raised, or one like it."""
+    """Return the class of the object that RPC sends if a function raises, or one like it."""
     kind = getattr(sys.modules.get(CALLS_FOR_RPC), "RemoteException", None)
     return kind or namedtuple("_RemoteException", ("msg", "exception_type"))
 

@@ -1,7 +1,7 @@
-"""How this package shows what its users passed, without calling a ``repr`` or ``str`` of theirs.
+"""How messages show values of users without calling their ``repr`` or ``str``.
 
-These may wait for a kernel or for another process, raise, or be as long as the data. So values of
-Python's own types are cut to a line, and all others are shown by their type.
+Those may wait for a kernel or for another process, raise, or be as long as the data. So values of
+Python's types are cut to a line, and all others are shown by their type.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import torch
 
 from ._pytorch import no_torch_function
 
-_LONGEST_LINE = 500  # those in containers, in containers, may be many
+_LONGEST_LINE = 500  # characters: nested containers may show many values
 
-# An exception's class may define `args` as it likes.
+# Read by this, as the class of an exception may override `args`.
 _args: Any = vars(BaseException)["args"]
 
 
@@ -32,8 +32,8 @@ class _Short(reprlib.Repr):
         self.maxlevel, self.maxstring = 4, 80
 
     def repr1(self, x: Any, level: int) -> str:
-        # reprlib goes by the name of the type, which a class of a user may have, too. It also sorts
-        # the keys of dicts and sets, which compares them.
+        # reprlib selects by the name of the type, which a class of a user may share. It also sorts
+        # the keys of dicts and sets, which runs their comparisons.
         kind = type(x)
         if kind in (bool, float, complex, type(None)):
             return repr(x)
@@ -57,14 +57,14 @@ class _Short(reprlib.Repr):
         return f"<{type_name(x)} object>"
 
     def _first(self, things: Any) -> list[Any]:
-        return [*islice(things, self.maxlist + 1)]  # one more than is shown, so that "..." is
+        return [*islice(things, self.maxlist + 1)]  # one too many, so that "..." is shown
 
 
 _short = _Short()
 
 
 def short(value: Any) -> str:
-    """Return a line that shows ``value``; of tensors no numbers, as kernels may compute them."""
+    """Return a line that shows ``value``, without numbers of tensors, whose reading may block."""
     try:
         text = _short.repr(value)
     except RecursionError:
@@ -82,14 +82,14 @@ def type_name(thing: object) -> str:
 
 
 def described(thing: object) -> str:
-    """Return the name of the type of ``thing``, with an article, for what was passed by mistake."""
+    """Return the name of the type of ``thing``, with an article."""
     name = type_name(thing)
     return f"an {name}" if name[0] in "aeioAEIO" else f"a {name}"
 
 
 def function_name(function: Any) -> str:
-    """Return the name of a function, or of anything that can be called."""
-    while issubclass(type(function), functools.partial):  # its repr has that of the arguments
+    """Return the name of a function or another callable object."""
+    while issubclass(type(function), functools.partial):
         function = function.func
     try:
         module, name = function.__module__, function.__qualname__

@@ -1,4 +1,4 @@
-"""Errors on their way through C++, which knows a Python error as a text, if at all.
+"""Errors on their way through C++, which knows a Python error only as text.
 
 A failed future gives C++ an `ErrorPlaceholder`, which finds the error itself. RPC delivers texts,
 which `parse_remote_error` turns into errors again. (Not in ``distributed/``: the first failure of
@@ -29,14 +29,14 @@ _RemoteException: Any = remote_exception()
 class ErrorPlaceholder(_RemoteException):  # type: ignore[misc]
     """The value that a failed future has in C++, for PyTorch's own consumers.
 
-    RPC sends it to the caller, and raises the error there. DDP expects a tensor, and asks for the
-    class of what it got, in the middle of ``backward()``: that raises the error. All others see
-    a plain tuple.
+    RPC sends it to the caller, and raises the error there. DDP expects a tensor, and reads the
+    class of the value in the middle of ``backward()``: that raises the error. All others see a
+    plain tuple.
     """
 
     find: Callable[[], BaseException]
     text: Callable[[], str]
-    was_made: ClassVar[bool] = False  # whether any was, in this process
+    was_made: ClassVar[bool] = False  # whether this process has made one
 
     @classmethod
     def of(cls, error: BaseException, find: Callable[[], BaseException]) -> ErrorPlaceholder:
@@ -48,7 +48,8 @@ class ErrorPlaceholder(_RemoteException):  # type: ignore[misc]
         self.text = text.__str__
         worker = this_worker()
         if worker is not None:
-            # The error may have been freed when RPC sends it. This keeps its traceback, no frames.
+            # The error may have been freed when RPC sends it. This keeps the text of its traceback,
+            # and no frames.
             trace = traceback.TracebackException.from_exception(error, lookup_lines=False)
             shown = f"On {worker}:\n{_shown(error)}\n"
             self.text = lambda: shown + "".join(trace.format())
@@ -57,8 +58,7 @@ class ErrorPlaceholder(_RemoteException):  # type: ignore[misc]
     @property
     def __class__(self) -> type:
         asking = calling_module()
-        # With no module at all, it is a thread of autograd's.
-        if asking is None or asking.startswith("torch.autograd"):
+        if asking is None or asking.startswith("torch.autograd"):  # None in autograd's own threads
             raise self.find()
         return ErrorPlaceholder
 
@@ -77,11 +77,9 @@ class ErrorPlaceholder(_RemoteException):  # type: ignore[misc]
 
 
 def _maker_of(kind: type[BaseException]) -> Callable[[str], BaseException]:
-    """Return what RPC calls at the caller, with the text, to make the error that it raises there.
-
-    That is ``kind`` itself if it is of Python's own. Another class may not be found at the caller,
-    or take no text, or not show it.
-    """
+    """Return the function that RPC calls with the text at its caller, to make the error there."""
+    # That is the class itself if it is a builtin. Any other class may be missing at the caller, or
+    # take no text, or not show it.
     builtin: object = vars(builtins).get(kind.__qualname__)
     if issubclass(kind, Exception) and builtin is kind:
         return kind
@@ -89,7 +87,7 @@ def _maker_of(kind: type[BaseException]) -> Callable[[str], BaseException]:
 
 
 def make_at_caller(module: str, name: str, text: str) -> RpcError:
-    """Return an `RpcError`, also of the type of that name if it is found in this process."""
+    """Return an `RpcError`, also of the named type if this process has it."""
     with suppress(Exception):
         importlib.import_module(module)  # as pickle does
     return rpc_error(_exception_type(f"{module}.{name}"), text)
@@ -115,8 +113,8 @@ _RAISED = re.compile(r"^(?P<frame> .*\n)?(?P<path>(?:\w+\.)*\w+)(?::|$)", re.MUL
 def parse_remote_error(error: BaseException) -> BaseException:
     """Return an `RpcError` if ``error`` has the text of a failed RPC; else ``error``.
 
-    PyTorch delivers a ValueError or a TypeError as such, and any other error as a RuntimeError. Its
-    text has the type and the traceback of the remote error.
+    PyTorch delivers a ValueError or a TypeError as such, and any other error as a RuntimeError. The
+    text shows the type and the traceback of the remote error.
     """
     if type(error) in (RuntimeError, ValueError, TypeError) and len(error.args) == 1:
         text = error.args[0]
@@ -127,10 +125,10 @@ def parse_remote_error(error: BaseException) -> BaseException:
 
 
 def parse_fetched_error(error: BaseException) -> BaseException:
-    """Do the same for what ``RRef.to_here`` raises.
+    """Do the same for an error that ``RRef.to_here`` raised.
 
-    That has the type of the remote error, if Python can make one of it, and a text without the
-    type. Or it is an `RpcError` already.
+    It has the type of the remote error, if Python can make one of it, and a text without the type.
+    Or it is an `RpcError` already.
     """
     if issubclass(type(error), RpcError):
         return error
@@ -144,8 +142,7 @@ def parse_fetched_error(error: BaseException) -> BaseException:
 def error_in(value: object) -> BaseException | None:
     """Return the error of a failed future whose `ErrorPlaceholder` is in ``value``, if any.
 
-    TorchScript returns it alone or in a container, other C++ code alone. Containers longer than
-    any script returns are not searched: on an event loop that would take too long.
+    TorchScript returns it alone or in a container, other C++ code alone.
     """
     if not ErrorPlaceholder.was_made:
         return None
@@ -155,6 +152,7 @@ def error_in(value: object) -> BaseException | None:
         thing: Any = found.pop()
         if type(thing) is ErrorPlaceholder:
             return thing.find()
+        # Not in longer containers, which no script returns: on a loop that would take too long.
         is_container = type(thing) in (dict, list, tuple) and len(thing) <= 1000
         if is_container and id(thing) not in seen:
             seen.add(id(thing))
@@ -168,7 +166,7 @@ def _parse(whole: str) -> BaseException | None:
     if _LOST in whole:
         return rpc_error(ConnectionError, whole)
     name, _, text = whole.partition(": ")
-    # The error's own __str__ may put something before it, but not much.
+    # The __str__ of the error may put some text before it, but not much.
     begin = text.find(_REMOTE, 0, 500)
     if begin < 0:
         return None
@@ -189,10 +187,10 @@ def _parse(whole: str) -> BaseException | None:
 
 
 def _kind(name: str, text: str) -> type[Exception] | None:
-    """Return the type called ``name`` that the traceback in ``text`` ends with."""
+    """Return the type called ``name`` in the last line of the traceback in ``text``."""
     lines = [(bool(match["frame"]), match["path"]) for match in _RAISED.finditer(text)]
-    # Prefer the last line below a frame to a line of the error's own text. An error that was
-    # never raised has no frames.
+    # The text of the error may have lines that resemble it, so prefer the last line below a frame.
+    # An error that was never raised has no frames.
     lines.sort(key=lambda line: line[0])
     paths = (path for _, path in reversed(lines) if path.rpartition(".")[2] == name)
     return next(filter(None, map(_exception_type, paths)), None)
@@ -208,7 +206,7 @@ def _imported(names: list[str]) -> object:
         module = sys.modules.get(".".join(names[:end]))
         if module is not None:
             return _attribute(module, names[end:])
-    # A traceback leaves out the module of what is built in, or is in the program itself.
+    # A traceback omits the module of a builtin class, and of one in the program itself.
     found = _attribute(builtins, names)
     main = names[1:] if names[0] == "__mp_main__" else names
     return found or _attribute(sys.modules.get("__main__"), main)

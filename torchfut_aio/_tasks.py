@@ -1,8 +1,8 @@
 """Async functions that run in a task group, or on another thread's loop, as futures.
 
-A task refers to its future through a `Promise` only. A task that is cancelled before its first
-step, or dropped with a closed loop, runs no code: then the promise is garbage-collected with it,
-and fails the future.
+A task refers to its future only through a `Promise`. A task that is cancelled before its first
+step, or dropped with a closed loop, runs no code. Then the promise is garbage-collected with the
+task, and fails the future.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ def start_soon(
 ) -> Future[T]:
     """Run ``func(*args)`` as a task of a task group, or of another thread's loop.
 
-    What the function raises goes to the future, not to the group; an error that is never retrieved
-    is logged. KeyboardInterrupt, SystemExit, GeneratorExit and cancellation also act on the group,
+    If the function raises, the future fails, not the group; an error that is never retrieved is
+    logged. KeyboardInterrupt, SystemExit, GeneratorExit and cancellation also act on the group,
     as from any of its tasks. A task that is cancelled, or that ends with its loop, fails the future
-    with `CancelledError`; so when a group has exited, its futures are done.
+    with `CancelledError`. So when a group has exited, its futures are done.
 
     If you cancel or complete the future yourself, the task continues, and its result is dropped.
     (With ``asyncio.Task`` and the futures of anyio's portals, it is cancelled.) To end a task,
@@ -53,10 +53,10 @@ def start_soon(
     The task runs in a copy of the caller's context (``contextvars``), made at the call.
 
     A portal takes tasks from any thread. A thread without an event loop blocks until the portal's
-    loop has made the task. A thread that runs a loop does not: a helper thread passes the calls
-    on, in order for each portal.
+    loop has made the task. A thread that runs a loop does not block: a helper thread for each
+    portal makes the calls in order.
 
-    Kernels may still fill what the function returns, on the streams that are current when it has
+    Kernels may still fill the result, on the streams that are current when the function has
     returned. A ``with stream:`` around ``return``, and `task_local_state`, have ended by then. So
     order the stream outside after that one: ``torch.cuda.current_stream().wait_stream(stream)``.
 
@@ -74,8 +74,8 @@ def start_soon(
     Raises:
         TypeError: ``task_group_or_portal`` or ``func`` is something else.
         RuntimeError: The group is not active, or no event loop runs in this thread; or the portal
-            is not running. For a portal, in a thread that runs a loop, the future fails with it
-            instead.
+            is not running. In a thread that runs a loop, a portal that is not running fails the
+            future instead.
 
     Example:
         >>> import anyio, anyio.from_thread
@@ -93,7 +93,7 @@ def start_soon(
         42
     """
     where: Any = task_group_or_portal
-    # Both methods, as an event loop has create_task, but does not wait for its tasks.
+    # Not create_task alone: an event loop has that as well, and does not wait for its tasks.
     is_asyncios = hasattr(where, "create_task") and hasattr(where, "__aexit__")
     is_portal = hasattr(where, "start_task_soon")
     if not (is_portal or is_asyncios or hasattr(where, "start_soon")):
@@ -121,14 +121,14 @@ def start_soon(
     except BaseException:
         coroutine.close()
         raise
-    # A task that was cancelled before its first step keeps the promise as long as it lives.
+    # A task that was cancelled before its first step keeps the promise alive, so end it.
     task.add_done_callback(promise.end)
     return future
 
 
 def _start_from_thread(portal: Any, promise: Promise, func: Any, args: Any) -> None:
     start = functools.partial(portal.start_task_soon, _run, promise, func, args, name=promise.name)
-    # The loop's own thread, too: a portal refuses that, as it would wait for itself.
+    # Also in the thread of the portal's loop: there the portal refuses a call that waits for it.
     if _loops.loop_in_this_thread():
         thread = _submitters.get(portal)
         if thread is None:
@@ -144,7 +144,7 @@ def _fail_if_refused(promise: Promise, error: Exception | None) -> None:
         promise.fail(error)
 
 
-# By portal: a thread that waits for the portal's loop in place of threads that run a loop.
+# By portal. Its thread waits for the portal's loop, so that a thread that runs a loop need not.
 _submitters: weakref.WeakKeyDictionary[Any, BlockingThread] = weakref.WeakKeyDictionary()
 
 
@@ -168,16 +168,13 @@ def task_name(func: Any, name: object = None) -> str:
 async def run_contained(
     promise: Promise, func: Callable[..., Awaitable[Any]], args: tuple[Any, ...]
 ) -> None:
-    """Keep the promise with the outcome of ``func(*args)``; raise only a cancellation of the loop.
-
-    For a task that belongs to no group: any other exception would end trio's run.
-    """
+    """Complete the promise with the outcome of ``func(*args)``; for a task without a group."""
     cancelled = _loops.current().cancelled
     try:
         await _run(promise, func, args)
     except BaseException as error:
         if consists_of(error, (cancelled,)):
-            raise
+            raise  # any other exception would end trio's run
 
 
 async def _run(
@@ -213,9 +210,9 @@ def drive(
     call: Callable[[_Resume, Any], Any],
     how: tuple[_Resume, Any] | None = None,
 ) -> Generator[Any, Any, Any]:
-    """Run a coroutine in a task; make each step by ``call(resume, value)``. Begin with ``how``.
+    """Run a coroutine in a task; make each step by ``call(resume, value)``, the first with ``how``.
 
-    If this raises, the coroutine may be left suspended: close it.
+    If this raises, the coroutine may still be suspended: close it.
     """
     resume, value = how or (coroutine.send, None)
     del how
@@ -225,9 +222,9 @@ def drive(
         except StopIteration as stop:
             return stop.value
         finally:
-            del value  # an error's traceback has this frame: the two would be a cycle
+            del value  # if it is an error, its traceback has this frame: they would be a cycle
         resume, value = yield from resumption(coroutine, yielded)
-        del yielded  # a future, perhaps of an error
+        del yielded  # it is a future, and may hold an error: the same
 
 
 def resumption(
@@ -238,5 +235,5 @@ def resumption(
         return coroutine.send, (yield yielded)
     except GeneratorExit:  # the task is dropped with its loop
         raise
-    except BaseException as error:  # a cancellation, or the error of what was awaited
+    except BaseException as error:  # a cancellation, or the error of an awaited future
         return coroutine.throw, drop_catching_frame(error)

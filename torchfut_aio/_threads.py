@@ -35,7 +35,7 @@ from ._repr import function_name
 
 Notify = Callable[[Any], object]  # called with an error or None
 
-_LINGER = 0.1  # seconds for which a thread that blocks for others waits for more calls
+_LINGER = 0.1  # seconds for which an idle `BlockingThread` waits for more calls
 
 _logger = logging.getLogger("torchfut_aio")
 
@@ -295,7 +295,7 @@ class BlockingThread(Worker):
         except BaseException as raised:
             errors = one_for_each(drop_catching_frame(raised), len(waiting))
         for notify, error in zip(waiting, errors, strict=True):
-            # Pop *before* the call: an item must not be withdrawn while it is being notified.
+            # The pop decides: a withdrawn item is not notified, and no item is notified twice.
             if self.work.pop(notify, None) is not None:
                 call_contained(notify, error)
 

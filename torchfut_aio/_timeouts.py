@@ -1,4 +1,4 @@
-"""Futures with a deadline; while there are any, one thread waits for all of them.
+"""Futures with a deadline. While any are pending, one thread waits for all of them.
 
 The thread keeps the deadlines in a heap.
 """
@@ -30,14 +30,14 @@ def with_timeout(future: object, timeout: float | None) -> Future[Any]:
     """Return a future that completes as ``future`` does, or in time with TimeoutError.
 
     For chains that no task awaits; a task may use the timeouts of its loop. A timeout does not
-    cancel ``future``, which keeps no reference to the child. While timeouts are pending, one thread
-    waits for all of them. Callbacks of a future that has timed out run in that thread, and delay
-    other timeouts.
+    cancel ``future``, and leaves no callback with it. While timeouts are pending, one thread waits
+    for all of them. Callbacks of a future that has timed out run in that thread, and delay other
+    timeouts.
 
     Args:
         future: A future, or anything that `as_future` adopts.
         timeout: How long from now, in seconds. If not positive, ``future`` must be done now. None
-            is for ever.
+            sets no limit.
 
     Raises:
         NotAFutureError: ``future`` is not one.

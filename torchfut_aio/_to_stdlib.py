@@ -97,7 +97,7 @@ def copy_when_ready(source: Future[T], target: asyncio.Future[T]) -> None:
     if outcome.readiness is None or outcome.error is not None:
         _complete_asyncio(target, outcome, outcome.exception())
         return
-    loop = _loops.current_asyncio()  # which may be the host of the trio that runs this task
+    loop = _loops.current_asyncio()  # in guest mode, the host of the trio run of this task
     assert loop is not None
     notify = partial(_complete_asyncio, target, outcome)
     try:

@@ -198,7 +198,7 @@ class Waiters:
             if not is_over():
                 yield from waiter
         finally:
-            # If an interrupt comes after this, the next event for the line drops the entry there.
+            # If this is interrupted, the entry in the line stays until an event finds it.
             waiting.pop(waiter, None)
             if self.lines:
                 self.leave_line(waiter, loop)
@@ -235,7 +235,7 @@ class Waiters:
             raise
 
     def describe(self) -> list[_loops.Waiter]:
-        """Return the waiters, for people to read, from any thread."""
+        """Return descriptions of the waiters, from any thread."""
         return [waker.describe(waiter) for waiter, waker in [*self.waiting.items()]]
 
 

@@ -1,13 +1,13 @@
-"""What torch keeps for each thread, kept for a task instead: modes, autocast, device and streams.
+"""State of torch that is per thread, made local to a task: modes, autocast, device and streams.
 
 All tasks of an event loop share a thread. A coroutine that awaits within ``with torch.no_grad():``
 or ``with stream:`` thus changes the mode or the stream of the task that runs next.
 
-`task_local_state` needs no help of the loop. Its task runs a generator that drives the coroutine,
-and makes each step, a ``send`` or a ``throw``, in an `OwnState`.
+`task_local_state` needs no help of the loop: a generator drives the coroutine, and makes each step,
+a ``send`` or a ``throw``, in an `OwnState`.
 
-An interrupt leaves no state half restored, as CPython checks for signals between instructions only,
-never within a call into C: torch's own guards restore modes, and one call of C all the rest.
+No interrupt leaves a state half restored. Torch's guards restore the modes, and one call into C
+restores the rest. CPython checks for signals between instructions, never within such a call.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ T = TypeVar("T")
 P = ParamSpec("P")
 _AsyncFunction = Callable[P, Coroutine[Any, Any, T]]
 
-# Where torch lacks one of the functions, this raises, so only calls that need it do.
+# It raises if torch lacks one of the functions, so it is called only where they are needed.
 _functions = functools.cache(thread_state_functions)
 _call: Any = operator.methodcaller("__call__")
 _DEEP = 50  # no nesting of autocast is deeper
@@ -52,21 +52,21 @@ def task_local_state(func: _AsyncFunction[P, T]) -> _AsyncFunction[P, T]: ...
 
 
 def task_local_state(func: Any) -> Any:
-    """Give an async function a state of torch of its own, whatever other tasks do; a decorator.
+    """Give an async function a separate state of torch, whatever other tasks do; a decorator.
 
     The state is: grad mode, inference mode, forward-mode AD, autocast, the current device, and the
-    current stream of each device. It begins as that of the thread when the function starts.
-    Each step of the function, from one ``await`` that suspends it to the next, runs in it, with
-    what it awaits. Other tasks see nothing of it, and neither does the caller after the function
-    has ended. So a ``with torch.no_grad():``, ``with torch.autocast(...):`` or ``with stream:``
-    may have an ``await`` in it. It works on every event loop, and costs other functions nothing.
-    The streams of the function order nothing for the caller: if kernels on another stream
-    fill what it returns, let the stream that was current at the call wait for that one first.
+    current stream of each device. It begins as a copy of the state of the thread when the function
+    starts. Each step of the function, from one ``await`` that suspends it to the next, runs in it,
+    including the coroutines that it awaits. It changes neither other tasks nor, after the function
+    has ended, the caller. So a ``with torch.no_grad():``, ``with torch.autocast(...):`` or ``with
+    stream:`` may have an ``await`` in it. It works on every event loop, and costs other functions
+    nothing. The streams of the function order nothing for the caller: if kernels on another stream
+    fill the result, let the stream that was current at the call wait for that one first.
 
     Not covered: modes that are stacks of objects, such as ``with torch.device(...):`` and those of
     ``torch.overrides`` and ``torch.utils._python_dispatch``; hooks for saved tensors; the profiler;
-    and what torch keeps for the whole process, such as the default dtype and random generators. Nor
-    do tasks and threads that the function starts inherit the state: decorate theirs.
+    and state of the whole process, such as the default dtype and random generators. Tasks and
+    threads that the function starts do not inherit the state: decorate their functions.
 
     Args:
         func: An async function; or a coroutine that has not started, for
@@ -77,7 +77,7 @@ def task_local_state(func: Any) -> Any:
 
     Raises:
         TypeError: ``func`` is neither, such as an async generator.
-        RuntimeError: When the function is called: this torch lacks what it takes.
+        RuntimeError: When the function is called: this torch lacks functions that it needs.
 
     Example:
         >>> import asyncio, torch
@@ -126,16 +126,18 @@ def _steps(coroutine: Coroutine[Any, Any, T]) -> Generator[Any, Any, T]:
 
 
 class OwnState:
-    """A state for calls that are made one by one; it begins as that of the thread."""
+    """A state for calls that are made one by one; it begins as a copy of the thread's state."""
 
     def __init__(self) -> None:
         _functions()
         self._state: _ThreadState | None = None
 
     def call(self, function: Callable[..., T], *args: Any) -> T:
-        """Return ``function(*args)``, called in this state; that of the thread stays as it is."""
+        """Return ``function(*args)``, called in this state; the thread's state stays as it is."""
         outside = _ThreadState()
         own = self._state or outside
+        # This `leave` is for an interrupt that comes before the state after the call is known. It
+        # restores from any state, which takes longer.
         enter, leave = own.restore(outside), outside.restore(None)
         c = _functions()
         with c._InferenceMode(own.inference), c._ForceDispatchKeyGuard(*own.keys):
@@ -151,18 +153,18 @@ class OwnState:
 
 
 class _ThreadState:
-    """The state of the thread that makes it, now."""
+    """The present state of the thread that makes this object."""
 
     def __init__(self) -> None:
         c = _functions()
         self.inference = torch.is_inference_mode_enabled()
-        # Of dispatch keys: those of autocast are among them.
+        # Dispatch keys, including those of autocast.
         self.keys = c._dispatch_tls_local_include_set(), c._dispatch_tls_local_exclude_set()
         accelerator = torch.accelerator.current_accelerator()
         settings = _settings(accelerator and accelerator.type)
         self.values = [(name, setter, getter()) for name, (getter, setter) in settings.items()]
-        # Autocast's nesting can only be changed by one, and both calls return what it is then.
-        # Both are in one instruction: no interrupt can come between them.
+        # No function returns autocast's nesting alone. These change it by one, and return the new
+        # value. Both run in one instruction, so that no interrupt can come between them.
         both = c.autocast_increment_nesting, c.autocast_decrement_nesting
         _, self.nesting = map(_call, both)
         self.streams = {
@@ -172,9 +174,9 @@ class _ThreadState:
         self.device = torch.accelerator.current_device_index() if self.streams else 0
 
     def restore(self, seen: _ThreadState | None) -> Callable[[], object]:
-        """Return a function that makes this the state again, apart from the guards of `OwnState`.
+        """Return a function that restores this state, except for the guards of `OwnState`.
 
-        It runs no Python code. ``seen`` is the state then, or None if it is not known.
+        It runs no Python code. ``seen`` is the state that it replaces, or None if that is unknown.
         """
         c = _functions()
         calls: list[Any] = [partial(setter, value) for _, setter, value in self.values]
@@ -185,7 +187,7 @@ class _ThreadState:
         else:
             calls += [c.autocast_increment_nesting] * (self.nesting - seen.nesting)
             calls += [c.autocast_decrement_nesting] * (seen.nesting - self.nesting)
-        # What was cast in one state, perhaps without gradients, is not for the other.
+        # A copy that was cast in one state, perhaps without gradients, must not be used in another.
         calls.append(c.clear_autocast_cache)
         devices = dict.fromkeys([*self.streams, *(seen.streams if seen else ())])
         calls += [partial(set_stream, self._stream(device)) for device in devices]
@@ -194,13 +196,13 @@ class _ThreadState:
         return _exhausting(map(_call, calls))
 
     def _stream(self, device: torch.device) -> torch.Stream:
-        # A device that had no context had the stream that a thread begins with.
+        # Without a context, a device had the stream with which a thread begins.
         return self.streams.get(device) or _first_stream(device)
 
     def differences(self, other: _ThreadState) -> list[str]:
-        """Return the names of what is not the same here as in ``other``."""
+        """Return the names of the settings that differ from those in ``other``."""
         if self.inference != other.inference:
-            names = ["inference mode"]  # which sets most of the others
+            names = ["inference mode"]  # it sets most of the others
         else:
             pairs = zip(self.values, other.values, strict=False)
             names = [name for (name, _, mine), (_, _, theirs) in pairs if mine != theirs]
@@ -217,7 +219,7 @@ def _exhausting(results: Iterable[object]) -> Callable[[], object]:
 
 @functools.cache
 def _settings(kind: str | None) -> dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]]:
-    """Return how to get and to set each setting, by name; ``kind`` is the accelerator's."""
+    """Return the getter and setter of each setting, by name; ``kind`` is the accelerator's."""
     c = _functions()
     settings: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
         "grad mode": (torch.is_grad_enabled, c._set_grad_enabled),
@@ -250,27 +252,27 @@ def _first_stream(device: torch.device) -> torch.Stream:
     return streams[0]
 
 
-# The states that tasks are to have when they await, by their threads.
+# The states that tasks should have when they await, by thread.
 _expected: weakref.WeakKeyDictionary[threading.Thread, _ThreadState] = weakref.WeakKeyDictionary()
 
 
 def set_task_state_checks(enabled: bool = True) -> None:
     """Switch on a warning for tasks that await with a changed state of torch.
 
-    From now on, whenever an await of this package suspends a task of the calling thread, grad
-    mode, inference mode, autocast, the current device and the current streams are compared with
-    what they are now. If one differs, a `torchfut_aio.TaskStateWarning` says which, at the line of
-    the await: all other tasks of the thread have it, too, until this one continues. Functions with
-    `torchfut_aio.task_local_state` have a state of their own, and are not checked.
+    From now on, whenever an await of this package suspends a task of the calling thread, the
+    present grad mode, inference mode, autocast, device and streams are compared with those at this
+    call. If one differs, a `torchfut_aio.TaskStateWarning` says which, at the line of the await:
+    all other tasks of the thread run with it until this one continues. Functions with
+    `torchfut_aio.task_local_state` have a separate state, and are not checked.
 
-    Call it before the event loop starts, or first of all in it. It is for debugging, and costs
-    some microseconds for each await.
+    Call it before the event loop starts, or as the first thing that runs on it. It is for
+    debugging, and costs some microseconds for each await.
 
     Args:
         enabled: False to end the checks in this thread.
 
     Raises:
-        RuntimeError: This torch lacks what it takes.
+        RuntimeError: This torch lacks functions that it needs.
 
     Example:
         >>> import asyncio, torch, warnings
@@ -302,8 +304,8 @@ def _check(_loop: Loop) -> None:
     names = _ThreadState().differences(expected)
     if names:
         warn_at_users_line(
-            f"this task awaits with another {', '.join(names)} than was there when "
-            "set_task_state_checks() was called, and until it resumes, all tasks of the thread "
-            "have it: leave the `with` block first, or decorate its function with task_local_state",
+            f"this task awaits with another {', '.join(names)} than when set_task_state_checks() "
+            "was called, and all tasks of the thread run with it until this task resumes: "
+            "leave the `with` block first, or decorate its function with task_local_state",
             TaskStateWarning,
         )

@@ -1,11 +1,11 @@
 """Futures of other kinds, made into ours: `as_future`, and a file for each family of sources.
 
 ``_registry.py`` has `as_future` itself, ``_adopted.py`` the future that it returns, ``_threads.py``
-what waits for sources without callbacks, and ``_refusals.py`` the errors. Sources of other
-libraries are in ``contrib/``, imported when one is adopted.
+the threads that wait for sources without callbacks, and ``_refusals.py`` the errors. Sources of
+other libraries are in ``contrib/``, imported when one is adopted.
 
-An adopted future completes as its source does, in the thread where the source does. It does not
-control the source: through it, nothing can cancel or complete that.
+An adopted future completes as its source does, in the thread that completes the source. To cancel
+or complete the future does not affect the source.
 """
 
 from . import _asyncio, _concurrent, _devices, _distributed, _torch  # noqa: F401  they register

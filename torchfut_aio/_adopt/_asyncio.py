@@ -1,8 +1,8 @@
 """asyncio's futures and tasks, of any loop.
 
-Only the thread of its loop may touch a pending one. It never completes once its loop has closed,
-or nothing refers to it any more: either fails the future that adopted it. A loop that is not
-running cannot start while this thread runs another one, so waiting for it here raises.
+Only the thread of its loop may touch a pending one. If its loop closes or nothing refers to it any
+more, it never completes, and the future that adopted it fails. A loop that is not running cannot
+start while this thread runs another one, so waiting for it here raises.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ._registry import adopts
 T = TypeVar("T")
 _Adoption = Generator[None, Any, None]
 
-_SECONDS = 20 * 86400.0  # as many as the timers of any loop can count
+_SECONDS = 20 * 86400.0  # the timers of every loop can count as many
 
 
 class _OfAsyncio(AdoptedFuture[T]):
@@ -42,7 +42,7 @@ def _from_asyncio(source: asyncio.Future[Any], future: _OfAsyncio[Any]) -> None:
     loop = source.get_loop()
     if not source.done():
         _check_that_it_can_run(loop)
-    # It keeps the source: a loop may close before it has called the callback of one that is done.
+    # Keep the source: the loop may close when the source is done and its callback was not called.
     adoption = future.until_done(kept=source)
     next(adoption)
     if source.done():
@@ -53,7 +53,8 @@ def _from_asyncio(source: asyncio.Future[Any], future: _OfAsyncio[Any]) -> None:
         return
     try:
         call = loop.call_soon_threadsafe(_follow, source, adoption)
-        if loop.is_closed():  # perhaps within this, and then it may keep the call for ever
+        # Check *after* the call: a loop that closes during it may keep the call for ever.
+        if loop.is_closed():
             call.cancel()
             adoption.close()
     except RuntimeError as error:
@@ -93,7 +94,7 @@ class _LoopEnd:
 
     @classmethod
     def of(cls, loop: asyncio.AbstractEventLoop) -> _LoopEnd:
-        """Return that of ``loop``, which runs in this thread."""
+        """Return the object for ``loop``, which runs in this thread."""
         ref = _ends.get(loop)
         end = None if ref is None else ref()
         if end is None:
@@ -106,7 +107,7 @@ class _LoopEnd:
         loop.call_later(_SECONDS, self.set_timer, loop, context=contextvars.Context())
 
     def __del__(self) -> None:
-        for adoption in [*getattr(self, "adoptions", ())]:  # none if its maker was interrupted
+        for adoption in [*getattr(self, "adoptions", ())]:  # none if __init__ was interrupted
             call_contained(adoption.close)
 
 

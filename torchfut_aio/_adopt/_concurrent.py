@@ -1,4 +1,4 @@
-"""Futures of ``concurrent.futures``, and what hands one out."""
+"""Futures of ``concurrent.futures``, and objects that have one."""
 
 from __future__ import annotations
 
@@ -14,5 +14,5 @@ adopts("concurrent.futures.Future")(once())
 
 @adopts("torch.distributed.checkpoint.state_dict_saver.AsyncSaveResponse")
 def _from_save(source: Any, *, devices: Devices = None) -> Future[Any]:
-    # The upload begins with waiting for the staging, and fails with its error.
+    # Not the staging: the upload first waits for that, and fails with its error.
     return as_future(source.upload_completion, devices=devices)

@@ -1,4 +1,4 @@
-"""Recorded events, and streams with the work that has been enqueued on them so far."""
+"""Recorded events, and streams: the work that is enqueued on them so far."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .._future import Future
 from ._registry import adopts
 
 
-# The classes of the devices may be classes apart.
+# The classes of a device may be unrelated to those of torch.
 @adopts("torch.Event", "torch.cuda.Event", "torch.xpu.Event")
 def _from_event(source: torch.Event, *, devices: Devices = None) -> Future[None]:
     return _from_recorded(RecordedEvent(source), devices)
@@ -24,7 +24,7 @@ def _from_event_of_mps(source: Any, *, devices: Devices = None) -> Future[None]:
 
 
 class _EventOfMps:
-    """An event of MPS, which has no `device`: there is one."""
+    """An event of MPS with a `device`: the only one."""
 
     device = torch.device("mps", 0)
 

@@ -1,4 +1,4 @@
-"""What ``torch.distributed`` works on, and RPC. Builds of torch may have neither."""
+"""Works, collective tensors and RRefs of ``torch.distributed``, which a build of torch may lack."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def _wait_for(work: torch.distributed.Work) -> None:
 @adopts(COLLECTIVE_TENSOR)
 @once
 def _from_tensor(source: Any, future: AdoptedFuture[Any]) -> None:
-    # torch has the work in a registry of C++'s, and takes it out to wait for it.
+    # torch keeps the work in a registry in C++, and removes it there to wait for it.
     is_known = all(hasattr(source, name) for name in ("completed", "elem", "trigger_wait"))
     if is_known and source.completed:
         future.set_result(source.elem)
-    # Before torch 2.13, the registry may be one for each thread.
+    # Before torch 2.13, each thread may have a separate registry.
     elif not is_known or torch.__version__ < "2.13":
         raise NotAFutureError(
             "an AsyncCollectiveTensor cannot be awaited with this PyTorch, which waits for it only "

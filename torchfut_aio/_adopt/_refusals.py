@@ -1,4 +1,4 @@
-"""The error for what `as_future` cannot adopt, with what to pass instead."""
+"""The error for an object that `as_future` cannot adopt. It says what to pass instead."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ from .._repr import described
 
 
 def refusal(source: object, accepted: Iterable[str]) -> NotAFutureError:
-    """Return the error for what is none of the types that are accepted."""
+    """Return the error for ``source``, which is of none of the accepted types."""
     problem = "Future can't be None" if source is None else f"{described(source)} is not a future"
     return NotAFutureError(
         f"{problem}. {_cure(type(source))}as_future() accepts {', '.join(accepted)}, "
-        "and what is added with as_future.register()."
+        "and types added with as_future.register()."
     )
 
 
 def _cure(kind: type) -> str:
-    # By the type alone: what the object says of itself may wait for a kernel or a peer.
+    # By the type alone: the methods of the object may wait for a kernel or a peer.
     if kind is type(None):
         return (
-            "A collective returns None without async_op=True; on a rank that is not in its group; "
-            "and if it is for objects, such as all_gather_object(), which has no async_op: run "
-            "that in a thread, by anyio.to_thread.run_sync(). "
+            "A collective returns None without async_op=True, and on a rank that is not in its "
+            "group. Collectives of objects, such as all_gather_object(), have no async_op: run "
+            "them in a thread, by anyio.to_thread.run_sync(). "
         )
     if issubclass(kind, torch.Tensor):
         return (
-            "A tensor is there already, but kernels may still fill it: await synchronize(), or "
+            "To wait for kernels that may still fill a tensor, await synchronize(), or "
             "to_host(tensor). "
         )
     if issubclass(kind, (str, int)):
-        return "Of a dict of futures, pass its .values(). "
+        return "To pass a dict of futures, pass its .values(). "
     if issubclass(kind, Awaitable):
         return "A coroutine must run first: pass asyncio.ensure_future(coroutine). "
     if issubclass(kind, AsyncIterable):
-        return "Use `async for`: it gives its values one after the other. "
+        return "Read its values with `async for`. "
     if issubclass(kind, Callable):  # type: ignore[arg-type]
         return (
-            "A function must be called first: an async one by start_soon(), another by an "
-            "executor, whose future can be adopted. "
+            "Call the function first: start_soon() starts an async one, and an executor returns a "
+            "future of any other. "
         )
     if issubclass(kind, Iterable):
         return "Pass many futures as one flat list to gather() or collect_all(). "

@@ -1,4 +1,4 @@
-"""`as_future`, and what registers sources with it."""
+"""`as_future`, and the functions that register sources with it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Source: TypeAlias = torch.futures.Future[T] | asyncio.Future[T] | concurrent.fut
 _Adapter: TypeAlias = Callable[..., Future[Any]]
 _A = TypeVar("_A", bound=_Adapter)
 
-# What adopts the instances of each type, once there has been one.
+# The adapter of each type: of registered types, and of types of which an instance was adopted.
 _adapters: dict[type[Any], _Adapter] = {}
 
 # The adapters of this package, by the names of types, as their libraries may not be imported yet.
@@ -51,18 +51,18 @@ def adopts_in_contrib(module: str, *names: str) -> None:
 class _AsFuture:
     """Return a `Future` that completes as ``source`` does.
 
-    An error arrives as it is, and a cancellation as `CancelledError`. What RPC delivers as a text
-    becomes an `RpcError`, which is also of the original's own type.
+    An error arrives as it is, and a cancellation as `CancelledError`. An error that RPC delivers as
+    text becomes an `RpcError`, which is also of the type of the original.
 
     If nothing can complete a source any more, because it was garbage-collected or its event loop
     has closed, the future is cancelled. (A ``torch.futures.Future`` with a callback is never
     garbage-collected while it is pending: the callback refers to it from C++.)
 
-    For a source that is pending, it returns the same future each time, so that a call after a
-    timeout leaves nothing behind. For an event or a stream, it makes one each time, and one thread
-    watches them all until the work is done; to wait once, use `synchronize`. A source
-    without callbacks costs a thread until it is done: an RRef, an AsyncCollectiveTensor, the result
-    of a pool, and some works of gloo.
+    For a pending source, it returns the same future each time, so that repeated calls, as after a
+    timeout, add nothing to the source. For an event or a stream, it returns a new future each time,
+    and one thread watches all of them until the work is done; to wait once, use `synchronize`. A
+    source without callbacks occupies a thread until it is done: an RRef, an AsyncCollectiveTensor,
+    the result of a pool, and some works of gloo.
 
     Other libraries add sources with ``@as_future.register``.
 
@@ -77,17 +77,18 @@ class _AsFuture:
               for the reduced tensor: leave the source alone until then; an ``RRef``, for what its
               ``to_here`` returns; an ``AsyncSaveResponse``, for the end of the upload;
             - a ``torch.Event`` that has been recorded, or one of ``torch.cuda``, ``torch.xpu`` or
-              ``torch.mps``; a ``torch.Stream``, for the work enqueued on it so far. These give
-              None;
+              ``torch.mps``; a ``torch.Stream``, for the work enqueued on it so far. The result
+              of these is None;
             - an ``ObjectRef`` of Ray; a ``Future`` of ``dask.distributed``; a ``grpc.Future``.
-        devices: The devices of the future, as for `Future`. With devices, ``source`` is never
-            returned itself.
+        devices: The devices of the future, as for `Future`. With devices, it never returns
+            ``source`` itself.
 
     Raises:
         NotAFutureError: ``source`` is none of these; a TypeError.
         TypeError: The function registered for it does not return a `Future`.
         RuntimeError: ``source`` is a pending asyncio future of a loop that has closed, or that
-            cannot run because this thread runs another. Awaiting the future there also raises it.
+            cannot run because this thread runs another loop. To await the future there also raises
+            it.
 
     Example:
         >>> import concurrent.futures
@@ -120,7 +121,7 @@ class _AsFuture:
         future: object = adapter(source) if devices is None else adapter(source, devices=devices)
         if not isinstance(future, Future):
             raise TypeError(
-                f"what is registered with as_future for {type(source).__qualname__} must "
+                f"the function registered with as_future for {type(source).__qualname__} must "
                 f"return a torchfut_aio.Future, and returned {described(future)}"
             )
         return future
@@ -136,9 +137,9 @@ class _AsFuture:
         """Register a function that adopts instances of a type, as ``singledispatch`` does.
 
         Use it as a decorator, ``@as_future.register(Type)``, or call it with the function. The
-        function takes the source, and the ``devices`` by keyword if `as_future` was given them,
-        and returns a `Future`. The type may be left out if the function's first parameter is
-        annotated with it.
+        function takes the source, and the keyword ``devices`` if it was passed to `as_future`, and
+        returns a `Future`. The type may be left out if the function's first parameter is annotated
+        with it.
         """
         kinds = cls.__args__ if isinstance(cls, types.UnionType) else (cls,)
         if not all(isinstance(kind, type) for kind in kinds):
@@ -180,7 +181,7 @@ def _registered_for(kind: type[Any]) -> _Adapter | None:
     for base in kind.__mro__:
         if base in _adapters:
             return _adapters[base]
-    # An abstract class may have subclasses that do not derive from it. Of several, the newest one
-    # counts. A copy, as the class may register another when it is asked.
+    # An abstract class may have subclasses that do not derive from it. Take the one registered
+    # last. Search a copy, as `__subclasscheck__` may register another.
     virtual = filter(functools.partial(issubclass, kind), reversed([*_adapters]))
     return _adapters.get(next(virtual, object))

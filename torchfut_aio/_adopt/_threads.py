@@ -1,4 +1,4 @@
-"""Sources that notify only a thread that blocks: one thread for each."""
+"""Sources without callbacks: a thread blocks for each."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def settle_in_thread(
     read: Callable[[], Any],
     translate: Callable[[BaseException], BaseException] = lambda error: error,
 ) -> None:
-    """Call ``promise.settle(read, translate)``, which blocks, in a thread of its own.
+    """Call ``promise.settle(read, translate)``, which blocks, in a new thread.
 
-    At exit, the process leaves the thread behind: a peer may keep it waiting for as long as it
-    likes, and nothing can interrupt it.
+    At exit, the process does not wait for the thread: the source may never complete, and nothing
+    can interrupt the thread.
 
     Raises:
         RuntimeError: No thread could be started.

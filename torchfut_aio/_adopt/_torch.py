@@ -1,4 +1,4 @@
-"""Futures of torch, ours among them."""
+"""Futures of torch, including our own."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class OfTorch(AdoptedFuture[T]):
     __slots__ = ()
 
     def complete_as(self, source: Any) -> None:
-        # If it is the source that failed with one of these, `complete_again` finds it once more.
+        # If the source itself failed with one of these, `complete_again` finds it there again.
         self._complete_as(source, (KeyboardInterrupt, SystemExit, RecursionError, MemoryError))
 
     def complete_again(self, source: Any) -> None:
@@ -61,7 +61,8 @@ class OfTorch(AdoptedFuture[T]):
 
 
 def _drop_reading_frames(error: BaseException) -> None:
-    # Those of torch refer to its future, which keeps the error where no collector finds it.
+    # Frames of torch refer to its future, which keeps the error in C++. The garbage collector does
+    # not see that cycle.
     traceback = error.__traceback__
     while traceback is not None and traceback.tb_frame.f_globals.get("__name__") in _READERS:
         traceback = traceback.tb_next
@@ -72,7 +73,7 @@ _READERS = (__name__, "torch.futures")
 
 
 def follow(source: CppFuture[Any], future: AdoptedFuture[Any]) -> None:
-    """Complete ``future`` as ``source``, once that is done."""
+    """Complete ``future`` as ``source`` does."""
     callback = future.callback()
     if isinstance(source, Future):
         _core.add_callback(source, _Callback(future, callback))
@@ -86,7 +87,7 @@ def follow(source: CppFuture[Any], future: AdoptedFuture[Any]) -> None:
 
 
 class _Callback(_core.DoneCallback):
-    """What a source that is a future of ours calls; `fail` if that was interrupted."""
+    """The callback with a source that is a future of ours."""
 
     __slots__ = ("_future", "run")
 

@@ -1,8 +1,8 @@
-"""How a future completes, once, and wakes what waits for it.
+"""How a future completes, once, and wakes its waiters.
 
-``_outcome.py`` is what a future completes with. ``_completion.py`` is the state machine: the
+``_outcome.py`` has the value or error of a future. ``_completion.py`` is the state machine: the
 waiters and callbacks of a pending future, and the one way in which it completes. ``_callbacks.py``
-runs callbacks to a bounded depth, ``_then.py`` fills the child of ``then``, ``_promise.py``
+runs callbacks to a bounded depth, ``_then.py`` completes the child of ``then``, ``_promise.py``
 completes a future from a task, a thread or another library, and ``_torch_future.py`` is the only
 file that touches the C++ future underneath.
 """

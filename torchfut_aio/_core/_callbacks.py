@@ -2,8 +2,8 @@
 
 A callback may complete another future, whose callbacks complete a third, and so on: a chain. If
 each link ran within the one before, a chain of ten thousand would overflow the stack. So
-completions nest up to `MAX_DEPTH` in a thread, as those of ``torch.futures`` do. Deeper ones are
-deferred: the outermost completion of the thread runs their callbacks before it returns.
+completions nest up to `MAX_DEPTH` in a thread, as in ``torch.futures``. Callbacks of deeper ones
+are deferred: the outermost completion of the thread runs them before it returns.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ._outcome import Outcome
 
 MAX_DEPTH = 32
 
-CALLBACK: Final = "callback"  # the value of the key that a callback is in its future's state
+CALLBACK: Final = "callback"  # in the state of a future, the value of a key that is a callback
 
 _logger = logging.getLogger("torchfut_aio")
 
@@ -31,18 +31,18 @@ _Callbacks = Sequence[Any]
 
 
 class DoneCallback:
-    """What runs when a future completes; the base class of each kind."""
+    """Runs when a future completes; the base class of each kind."""
 
-    __slots__ = ()  # and no abstract methods: isinstance() would take ten times as long
+    __slots__ = ()  # not an ABC: isinstance() would take ten times as long
 
     run: Callable[[Any], object]
     """Called with the future once it has completed."""
 
     uses_streams = True
-    """Whether it may enqueue kernels, and so needs streams that are ordered after the value's."""
+    """Whether it may enqueue kernels: then it runs on streams ordered after those of the value."""
 
     function: Callable[[Any], object] | None = None
-    """The argument of ``add_done_callback`` or ``then``, if this is of one of these."""
+    """The argument of ``add_done_callback`` or ``then``, if this was made by one of these."""
 
     @property
     def name(self) -> str:
@@ -67,7 +67,7 @@ class FunctionCallback(DoneCallback):
 
     def __init__(self, function: Callable[[Any], object]) -> None:
         self.function = function
-        # All of this is C: the frame of the function is the first of Python's.
+        # A partial, which is C: so a traceback begins with the frame of the function.
         self.run: Any = partial(copy_context().run, function)  # type: ignore[call-arg]
 
     def is_for(self, function: object) -> bool:
@@ -95,7 +95,7 @@ _this_thread = _ThisThread()
 
 
 def _nesting_here() -> _Nesting:
-    # A finaliser may complete a future in the middle of this, and be the first to make one.
+    # Not an assignment: a finaliser may complete a future in the middle of this, and create one.
     nesting: _Nesting = _this_thread.__dict__.setdefault("nesting", _Nesting())
     return nesting
 
@@ -163,7 +163,7 @@ def _run_deferred(here: _Nesting) -> BaseException | None:
         try:
             interrupt = _run_until_done(due) or interrupt
         except BaseException:
-            here.deferred += (due,)  # a statement, as the stack may have no room for a call
+            here.deferred += (due,)  # not append(): the stack may have no room for a call
             raise
     return interrupt
 
@@ -207,7 +207,7 @@ def _run_each(
                 try:
                     start_new_thread(callback.fail, (future, error))
                 except BaseException:
-                    # No call is possible, so it has not begun. The repetition runs it.
+                    # No call is possible, so `fail` has not begun. The repetition runs it.
                     state[callback] = CALLBACK
                     raise
                 for one in (error, second):

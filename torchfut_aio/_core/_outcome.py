@@ -1,9 +1,10 @@
-"""What a future completes with: a value or an error, as one object that travels.
+"""The outcome of a future: a value or an error, as one object.
 
-Making an outcome may search the value, record events on devices, and fail. So it is made before
-the future is claimed, in the thread that completes the future, and never raises. After that it
-never changes, except that an error remembers whether it was retrieved. An error that was never
-retrieved is logged when it is garbage-collected, as asyncio does.
+To make an outcome, it may be necessary to search the value and to record events on devices, and
+that can fail. So the thread that completes the future makes the outcome before it claims the
+future, and a failure makes an outcome with an error. After that an outcome never changes, except
+that an error remembers whether it was retrieved. An error that was never retrieved is logged when
+it is garbage-collected, as in asyncio.
 """
 
 from __future__ import annotations
@@ -30,18 +31,16 @@ _logger = logging.getLogger("torchfut_aio.unretrieved")
 
 
 class Outcome:
-    """A value that is ready, and the base of the others.
+    """A value that is ready; the base class of the others."""
 
-    It has no constructor: calling one takes longer than the rest of `set_result`'s own steps.
-    """
-
+    # No constructor: to call one would take longer than the other steps of `set_result`.
     __slots__ = ("value",)
 
     value: Any
     error: BaseException | None = None
     traceback: TracebackType | None = None  # of the error when it was set
     readiness: Readiness | None = None  # of the kernels that may still fill the value
-    is_retrieved = True  # False for an error that was not read yet
+    is_retrieved = True  # False for an error that has not been read
 
     def exception(self) -> BaseException | None:
         """Return the error, and mark it as retrieved; or return None if this is a value."""
@@ -60,7 +59,7 @@ class Outcome:
             raise error
         finally:
             # The traceback of the error refers to this frame. If the frame referred to the error,
-            # it would take the garbage collector to free them.
+            # only the garbage collector could free them.
             del self, error
 
 
@@ -94,7 +93,7 @@ class _Error(Outcome):
 
     def __del__(self) -> None:
         if getattr(self, "is_retrieved", True) or sys is None or sys.is_finalizing():
-            return  # the attribute is missing if an interrupt came before it was set
+            return  # getattr, as an interrupt may have come before the attribute was set
         if not issubclass(type(self.error), CANCELLATIONS):
             _logger.error("The error of a future was never retrieved:", exc_info=self.error)
 
@@ -139,12 +138,12 @@ def _outcome(value: Any, readiness: Readiness | None, error: BaseException | Non
 
 def outcome_of_error(error: BaseException, devices: Sequence[torch.device] = ()) -> Outcome:
     """Return the outcome of a future on ``devices`` that fails with ``error``."""
-    # With a readiness, as its callbacks run on dedicated streams as well.
+    # With a readiness, as callbacks of a failed future run on dedicated streams as well.
     return _outcome(
         None, declared_readiness(devices, None, Moment())[0] if devices else None, error
     )
 
 
 def joined_outcome(value: Any, parts: Iterable[Outcome]) -> Outcome:
-    """Return the outcome whose value is made of those of ``parts``; it is ready when they are."""
+    """Return the outcome of a value made of those of ``parts``; it is ready when they are."""
     return _outcome(value, joint_readiness(part.readiness for part in parts), None)

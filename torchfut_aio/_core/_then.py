@@ -37,7 +37,8 @@ class ThenCallback(DoneCallback):
         except BaseException as error:
             outcome = outcome_of(future)
             if outcome is not None and error is outcome.error:
-                # The callback re-raised it: every link of a chain would add its frames to it.
+                # The callback has re-raised it. Restore the traceback, or every link of a chain
+                # would add its frames.
                 error.with_traceback(outcome.traceback)
             else:
                 drop_catching_frame(error)
@@ -53,10 +54,10 @@ class ThenCallback(DoneCallback):
                 if not is_cancelled(self.child):
                     raise
         # The child's error refers to the function's frame, and that to this object through its
-        # callers. Without this line, it would take the garbage collector to free them.
+        # callers. Without this line, only the garbage collector could free them.
         self.child = None
 
     def fail(self, _future: Future[Any], error: BaseException) -> None:
-        child = self.child  # once, as another thread may set it to None
+        child = self.child  # read once, as another thread may set it to None
         if child is not None:
             try_complete_with_error(child, error)

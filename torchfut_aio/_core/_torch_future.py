@@ -1,13 +1,12 @@
-"""The C++ future underneath: what consumers in PyTorch's own C++ see.
+"""The C++ future underneath, for consumers in PyTorch's C++.
 
-It is completed once, by the thread that completes the future; rule 4 of ``_completion.py`` says
-when. Callbacks of C++ consumers run within that, with the GIL released around them.
+The thread that completes the future completes it once; rule 4 of ``_completion.py`` says when.
+Callbacks of C++ consumers run within that call, with the GIL released.
 
-To C++, an error of Python's is a value that raises when it is unwrapped. The garbage collector
-does not see what C++ holds, and a traceback often leads back to the future. So C++ gets a
+To C++, a Python error is a value that raises when it is unwrapped. The garbage collector does not
+see objects that C++ holds, and a traceback often leads back to the future. So C++ gets a
 *placeholder* for the error, and a weak reference to the outcome, which the future keeps. A consumer
-that reads the value without unwrapping it gets the placeholder, so that is one that RPC and DDP
-understand.
+that reads the value without unwrapping it gets the placeholder, which RPC and DDP understand.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ from .._pytorch import CppFuture, set_unwrap_func
 from ._outcome import Outcome
 
 _Future: Any = CppFuture
-# Makes the C++ future of a future, given its devices. (torch.futures.Future.__init__ would convert
-# the devices once more.)
+# Creates the C++ future, given its devices. (torch.futures.Future.__init__ would convert the
+# devices once more.)
 init_in_torch = _Future.__init__
-# Completes the C++ future with a value. (Looked up once: pybind11's classes are slow at that.)
+# Completes the C++ future with a value. (Looked up once, as that is slow in pybind11's classes.)
 set_value_in_torch = _Future.set_result
 
 _placeholder_for: Callable[[BaseException, Callable[[], BaseException]], object] = lambda *_: None  # noqa: E731
@@ -34,7 +33,7 @@ _placeholder_for: Callable[[BaseException, Callable[[], BaseException]], object]
 def install_placeholder(
     placeholder_for: Callable[[BaseException, Callable[[], BaseException]], object],
 ) -> None:
-    """Give C++ ``placeholder_for(error, find)`` in the place of an error.
+    """Give C++ ``placeholder_for(error, find)`` instead of an error.
 
     ``find()`` returns the error, or one like it if the future was garbage-collected.
     """
@@ -45,7 +44,7 @@ def install_placeholder(
 def complete_in_torch(future: Any, outcome: Outcome) -> None:
     """Complete the C++ future, unless it is done.
 
-    It fails with the device's error if the devices take no more events.
+    If the devices take no more events, it fails with the device's error.
     """
     if _Future.done(future):
         return

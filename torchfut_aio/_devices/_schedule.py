@@ -21,7 +21,7 @@ from .._repr import short
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PollPolicy:
-    """How event loops watch streams. The defaults are good for most programs.
+    """How event loops watch streams. The defaults suit most programs: measure before a change.
 
     Attributes:
         min_interval: The shortest time between two polls of a stream, in seconds. If the waits on

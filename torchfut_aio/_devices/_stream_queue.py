@@ -104,7 +104,7 @@ class StreamQueue:
         events = self.events
         if len(events) >= self._tidy_at:
             # oldest() drops waits that were given up at the front only, so drop the others here.
-            # With a limit that doubles, this takes constant time per event.
+            # As the limit doubles, this takes constant time per event on average.
             pending = self._waits.pending
             events[:] = [awaited for awaited in events if awaited.wait in pending]
             self._tidy_at = 2 * len(events) + 16
@@ -132,7 +132,7 @@ class StreamQueue:
             oldest = self.oldest()
         if self.scheduled:
             self.schedule.observe(Poll(self.polled_at - since, due, waited, bool(reached)))
-        elif reached:  # the blocking thread has reported it at once
+        elif reached:  # the blocking thread has found it without delay
             self.schedule.observe(Poll(waited, waited, waited, reached=True))
         if reached:
             self._since = now

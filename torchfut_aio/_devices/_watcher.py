@@ -79,7 +79,7 @@ class Watcher:
         self._loop = loop
         self._new_schedule = new_schedule
         self._alarm: Alarm | None = None
-        self._alarm_at = inf  # when the alarm fires. If in doubt, later: the next wait sets it
+        self._alarm_at = inf  # when the alarm fires; inf if unknown, so that the next wait sets it
         # By stream. They are never removed, as a device has few streams, which take turns.
         self._queues: dict[tuple[torch.device, int], StreamQueue] = {}
         self._active: dict[Hashable, StreamQueue] = {}  # those with awaited events, by key

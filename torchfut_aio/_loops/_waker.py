@@ -22,7 +22,7 @@ class Waker(Protocol):
         """Wake several waiters, with one wake-up of the loop."""
 
     def describe(self, waiter: Any, /) -> Waiter:
-        """Return the task or thread that waits, for people to read; from any thread."""
+        """Return a description of the task or thread that waits, from any thread."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,4 +1,4 @@
-"""anyio's TaskHandle and Future. Only a task can wait for them, and only on their loop."""
+"""anyio's TaskHandle and Future. Only a task on their loop can wait for them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .._repr import described
 from .._threads import call_contained
 
 
-# anyio.Future has no weak references. The task that waits keeps the source, so no other has its id.
+# anyio.Future has no weak references. While the task that waits keeps the source, its id is unique.
 @partial(once, identity=id)
 def adopt(source: Any, future: AdoptedFuture[Any]) -> None:
     if not _loops.loop_in_this_thread():
@@ -26,9 +26,11 @@ def adopt(source: Any, future: AdoptedFuture[Any]) -> None:
         _keep(promise, source)
         return
 
-    def ended() -> None:  # the source may have ended the loop, and this task with it
+    def ended() -> None:
+        # The task may have ended with the loop, before it could keep the promise. Contained, as a
+        # callback that raises would end trio's run.
         if _has_ended(source):
-            call_contained(_keep, promise, source)  # or a callback might end the loop
+            call_contained(_keep, promise, source)
         call_contained(promise.end)
 
     _loops.current().spawn(ended, _watch, promise, source)
@@ -37,7 +39,7 @@ def adopt(source: Any, future: AdoptedFuture[Any]) -> None:
 async def _watch(promise: Promise, source: Any) -> None:
     try:
         await source.wait()
-    except Exception as error:  # the source is another loop's
+    except Exception as error:  # the source belongs to another loop
         call_contained(promise.fail, drop_catching_frame(error))
     else:
         call_contained(_keep, promise, source)

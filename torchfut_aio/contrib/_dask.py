@@ -9,7 +9,7 @@ from typing import Any
 from .._adopt import AdoptedFuture, once
 
 
-# The coroutine keeps the source, so no other has its id.
+# While the coroutine keeps the source, its id is unique.
 @partial(once, identity=id)
 def adopt(source: Any, future: AdoptedFuture[Any]) -> None:
     waiting, loop = _wait_for(source), source.client.loop.asyncio_loop
@@ -19,7 +19,8 @@ def adopt(source: Any, future: AdoptedFuture[Any]) -> None:
         waiting.close()
         raise
     task.add_done_callback(future.callback())
-    if loop.is_closed():  # perhaps since the call, and then nothing runs the task
+    # Check *after* the call: a loop that has closed during it never runs the task.
+    if loop.is_closed():
         task.cancel()
 
 

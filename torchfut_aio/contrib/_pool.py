@@ -12,7 +12,8 @@ from .._errors import drop_catching_frame
 @once
 def adopt(source: Any, future: AdoptedFuture[Any]) -> None:
     promise = Promise(future, "the adopted future")
-    # Dropped twice, as the frame of get() refers to the source, which keeps the error.
+    # settle() drops its own frame from the error's traceback, and this drops that of get(), which
+    # refers to the source: the source keeps the error, so the two would be a cycle.
     if source.ready():
         promise.settle(source.get, drop_catching_frame)
     else:

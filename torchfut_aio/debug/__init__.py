@@ -1,7 +1,7 @@
-"""What waits for which future, since when, and what happened: for a program that hangs, or lags.
+"""Tools for a program that hangs or lags: what waits for which future, since when.
 
-`pending_futures` lists what is pending now. A `Recording` keeps waits and callbacks while it is on,
-and saves them as a trace for Perfetto. While none is on, the package runs as if this were not here.
+`pending_futures` lists the pending futures and their waiters. A `Recording` keeps waits and
+callbacks while it is on, and saves them as a trace for Perfetto; otherwise it costs nothing.
 `set_task_state_checks` switches on a warning for tasks that await with a changed state of torch.
 """
 

@@ -1,6 +1,6 @@
-"""The futures that are pending now, and the streams that tasks or threads wait for.
+"""The pending futures, and the streams for which tasks or threads wait.
 
-The garbage collector finds them. Futures, streams and loops know what waits.
+The garbage collector finds them. Futures, streams and loops know their waiters.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from ._recording import RecordedFunction
 
 @dataclass(frozen=True, eq=False, kw_only=True, slots=True)  # a future may define `==` as it likes
 class PendingFuture:
-    """A future that was pending, and what waited for it then.
+    """A future that was pending, and its waiters.
 
     Attributes:
         future: The future itself.
-        waiters: The tasks and threads that waited, then the callbacks, each in the order in which
-            they came. Empty if nothing waited.
+        waiters: The tasks and threads that waited, then the callbacks, both in order of arrival.
+            Empty if nothing waited.
         where: ``queued in batcher NAME`` or ``running in batcher NAME`` for an item of a
             `torchfut_aio.Batcher`; else None.
     """
@@ -47,11 +47,11 @@ class PendingFuture:
 
 @dataclass(frozen=True, eq=False, kw_only=True, slots=True)  # a future may define `==` as it likes
 class PendingStream:
-    """A stream that tasks or threads waited for.
+    """A stream for which tasks or threads waited.
 
     Attributes:
-        stream: The stream itself. None if it has been garbage-collected, and only its readers are
-            left: nothing will be put any more.
+        stream: The stream itself. None if it has been garbage-collected and only its readers are
+            left, so that nothing can be put any more.
         readers: The tasks and threads that waited for a value.
         writers: The tasks and threads that waited for room.
     """
@@ -79,18 +79,19 @@ def pending_futures() -> list[PendingFuture | PendingStream]:
     """List every pending `torchfut_aio.Future` of the process, and what waits for each.
 
     For a program that hangs: call it in a signal handler, another thread or a debugger. It needs
-    no preparation. A task that waits is listed with the function and line where it does. A
+    no preparation. A task that waits is listed with the function and line where it waits. A
     `torchfut_aio.ValueStream` is listed if a task or thread waits for it. Futures that only the
     package itself uses are not listed.
 
-    When a wait began is known only if a `Recording` was on then.
+    The time when a wait began is known only if a `Recording` was on then.
 
     The search visits all objects that the garbage collector tracks. It takes some tens of
     milliseconds for every 100,000 of them, and nothing else in the process runs during that time.
-    It misses futures that ``gc.freeze`` has hidden, and what PyTorch's C++ has attached itself.
+    It misses futures that ``gc.freeze`` has hidden, and callbacks that PyTorch's C++ has added.
 
     Returns:
-        The entries in the order in which their oldest wait began; if that is unknown, at the end.
+        The entries in the order in which their oldest wait began. If that is unknown, they are at
+        the end.
 
     Example:
         >>> from torchfut_aio import Future, debug

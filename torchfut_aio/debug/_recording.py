@@ -1,9 +1,9 @@
 """Recordings of waits and callbacks.
 
-While a recording is on, it has replaced four methods: `Future.__await__`, `Future._block`, and the
+While a recording is on, it replaces four methods: `Future.__await__`, `Future._block`, and the
 constructors of the two kinds of callbacks. Nothing else in the package knows of it, so it costs
-nothing while it is off. What it stores with a future wraps what would be stored without it: a task,
-thread or callback that came while it was on is resumed or run afterwards, too.
+nothing while it is off. It wraps the waiters and callbacks that futures store, and the wrappers
+continue to work after it is off.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from ._trace import Span, Thread, TraceEvents
 class Recording:
     """Record which task or thread waits for which future, and which thread completes it.
 
-    It records while its ``with`` block runs. `pending_futures` then knows since when each waits.
+    It records while its ``with`` block runs. `pending_futures` then knows when each wait began.
     One recording may be on at a time, for all threads and loops of the process. An await takes two
     to three times as long while it is on. Waits for a `torchfut_aio.ValueStream` are not shown, nor
-    are the callbacks of this package itself, such as those of ``gather``.
+    are callbacks of this package itself, such as those of ``gather``.
 
     Args:
-        max_events: The number of waits and callbacks that it keeps: the last ones.
+        max_events: How many waits and callbacks it keeps; older ones are dropped.
 
     Raises:
         RuntimeError: When the block is entered: another recording is on.
@@ -85,7 +85,7 @@ class Recording:
     def save(
         self, path: str | os.PathLike[str], *, profile: str | os.PathLike[str] | None = None
     ) -> None:
-        """Write what was recorded as a trace in Chrome's format, which Perfetto opens.
+        """Write the recorded waits and callbacks as a trace in Chrome's format, for Perfetto.
 
         Each task has a line that shows when it waited, and the time from the completion of its
         future until it ran again. An arrow leads there from the thread that completed the future.
@@ -95,9 +95,9 @@ class Recording:
         Args:
             path: The file to write.
             profile: A trace that ``torch.profiler`` has exported in this process. The file then
-                has its events, too, on the same time.
+                also has the events of that trace, on the same time scale.
         """
-        # Times count from a base that is near: as numbers of JSON, they are not exact otherwise.
+        # Times count from a recent base: numbers of JSON are not exact for times since 1970.
         trace: dict[str, Any] = {"traceEvents": [], "baseTimeNanoseconds": self._epoch}
         if profile is not None:
             trace = json.loads(Path(profile).read_text())
@@ -135,7 +135,7 @@ def _replace_methods(methods: dict[tuple[type[Any], str], Any]) -> None:
 
 
 class _ThisThread(threading.local):
-    thread: Thread | None = None  # to ask for its native id is a system call
+    thread: Thread | None = None  # cached, as reading its native id is a system call
 
 
 _this_thread = _ThisThread()
@@ -144,7 +144,7 @@ _this_thread = _ThisThread()
 def _here() -> Thread:
     thread = _this_thread.thread
     if thread is None:
-        # Not current_thread(), which would register a thread that is not Python's for ever.
+        # Not current_thread(), which would register a thread of C++ permanently.
         names = {thread.ident: thread.name for thread in threading.enumerate()}
         name = names.get(threading.get_ident(), "of C++")
         thread = _this_thread.thread = Thread(threading.get_native_id(), name)
@@ -156,7 +156,7 @@ def _here() -> Thread:
 
 @dataclass(eq=False, slots=True)
 class _RecordedWaker:
-    """Wake a waiter as ``waker`` does, and note when that was."""
+    """Wake a waiter as ``waker`` does, and record the time."""
 
     wait: Span
     waker: Waker
@@ -189,7 +189,7 @@ def _recorded_await(future: Future[Any], _ready: bool = True) -> Generator[Any, 
             name = _loops.current().current_task_name()
             wait = Span(name, id(future), perf_counter())
             recording._begin(wait)
-            yield from _recorded_wait(future, wait)  # what is left to wait for are kernels
+            yield from _recorded_wait(future, wait)  # after this, at most kernels are running
         return (yield from _await(future, _ready))
     finally:
         if recording is not None and wait is not None:
@@ -225,9 +225,10 @@ def _recorded_block(future: Future[Any], timeout: float | None, warning: str = W
 
 
 class RecordedFunction(partial[Any]):
-    """Call a function, and record when. It equals the function, which can so be removed.
+    """Call a function, and record the time.
 
-    As it is a partial, logs and lists have the name of the function.
+    It equals the function, which can thus be removed. As it is a partial, logs and lists show the
+    name of the function.
 
     Attributes:
         since: When it was added, on the clock of ``perf_counter``.

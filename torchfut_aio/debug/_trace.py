@@ -1,7 +1,7 @@
 """The Trace Event Format of Chrome, which ``torch.profiler`` writes and Perfetto opens.
 
-Each thread has a line, the same as in a trace of ``torch.profiler``. Each task has one below them.
-Libraries that write this format would replace no more than `_add`. Perfetto's own format cannot
+Each thread has a line, the same as in a trace of ``torch.profiler``, and each task has a line below
+them. A library that writes this format would replace only `_add`. Perfetto's own format cannot
 include a trace of ``torch.profiler``.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, NamedTuple
 
-# For tasks: no thread has this id or a higher one, and Perfetto takes 32 bits.
+# The first id of a task. Ids of threads are lower, and Perfetto takes 32 bits.
 _FIRST_TASK = 1 << 30
 
 
@@ -27,10 +27,10 @@ class Span:
     """A wait, or a callback that ran. Times are those of ``perf_counter``.
 
     Attributes:
-        future: The id of the future that it is about.
-        thread: Where the callback ran, or what waits; None if a task waits.
-        completed: When and where the future was completed that it waits for.
-        ended: None until it has.
+        future: The id of the future.
+        thread: The thread that waits or ran the callback; None if a task waits.
+        completed: When and in which thread the future was completed.
+        ended: None while it has not ended.
     """
 
     name: str | None
@@ -46,7 +46,7 @@ class TraceEvents:
     """The events of the format that show some spans.
 
     Args:
-        epoch: What to add to nanoseconds of ``perf_counter``.
+        epoch: The number of nanoseconds to add to times of ``perf_counter``.
     """
 
     def __init__(self, spans: list[Span], epoch: int) -> None:
@@ -54,7 +54,8 @@ class TraceEvents:
         self._epoch = epoch
         self._now = perf_counter()
         self._threads: set[Thread] = set()
-        # The lines of the tasks of a name, and until when each is taken: tasks may share a name.
+        # For each name of a task, its lines, and the time until which each is in use. Tasks may
+        # share a name.
         self._tasks: dict[str, dict[int, float]] = {}
         self._count = itertools.count()
         for span in sorted(spans, key=lambda span: span.start):

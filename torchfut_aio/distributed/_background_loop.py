@@ -1,7 +1,7 @@
-"""An event loop in a thread of its own, for async code that PyTorch's C++ threads call.
+"""An event loop in a separate thread, for async code that PyTorch's C++ threads call.
 
-It starts with the first call and lives until it is closed, at the latest when the interpreter
-exits: async code may keep locks and connections between calls, and those belong to a loop.
+It starts with the first call and runs until it is closed, at the latest when the interpreter exits:
+async code may keep locks and connections between calls, and those belong to a loop.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _logger = logging.getLogger("torchfut_aio")
 
 
 def start_soon(promise: Promise, func: Callable[..., Awaitable[Any]], *args: object) -> None:
-    """Run ``func(*args)`` as a task of the background loop, to keep ``promise``.
+    """Run ``func(*args)`` as a task of the background loop, which completes ``promise``.
 
     Raises:
         RuntimeError: No thread could be started; the future stays pending.
@@ -48,10 +48,8 @@ def check_that_it_may_be_waited_for() -> None:
 
 
 def check_that_no_backward_blocks_it() -> None:
-    """Raise RuntimeError if a call of ``backward()`` blocks the loop.
-
-    On an accelerator, PyTorch calls hooks in a thread of its own, for which ``backward()`` waits.
-    """
+    """Raise RuntimeError if a call of ``backward()`` blocks the loop."""
+    # On an accelerator, PyTorch calls hooks in another thread, for which backward() waits.
     if not _thread_ids().isdisjoint(threads_within(torch.autograd.backward)):
         raise RuntimeError(_BLOCKS_ITSELF)
 
@@ -61,7 +59,7 @@ def _thread_ids() -> set[int | None]:
 
 
 def is_running() -> bool:
-    """Return whether there is a loop to close."""
+    """Return True if there is a loop to close."""
     return bool(_background.threads())
 
 
@@ -70,20 +68,21 @@ def close() -> None:
 
     Tasks that do not end in time are left. Later calls start another loop.
     """
-    # Twice, as another thread may take over the calls that had no task yet.
+    # Twice, as a new thread may continue with calls that had no task yet.
     if not (_background.end(_TIMEOUT) and _background.end(_TIMEOUT)):
-        _logger.warning("the %s still runs what was cancelled: %s", _NAME, _background.names())
+        _logger.warning("the %s still runs cancelled tasks: %s", _NAME, _background.names())
 
 
 class _Background(LoopThread):
-    """Runs until it is closed: ``work`` maps the promises to the calls that have no task yet."""
+    """Runs until it is closed; ``work`` maps promises to calls that have no task yet."""
 
     def __init__(self) -> None:
         super().__init__(_NAME, _new_loop)
         self._tasks: dict[asyncio.Task[None], bool] = {}  # whether they have been cancelled
 
     def run(self, thread: WorkerThread) -> None:
-        self._tasks = {}  # none of the loop before, which may be that of the parent of a fork
+        # Not the tasks of the previous loop, which may be the loop of a forked child's parent.
+        self._tasks = {}
         super().run(thread)
 
     def names(self) -> str:
@@ -99,7 +98,9 @@ class _Background(LoopThread):
                 task.add_done_callback(promise.end)
         if not thread.should_end:
             return True
-        await asyncio.sleep(0)  # new tasks take their first step, and can say why they ended
+        # Let new tasks take their first step. A task that is cancelled before that runs no code, so
+        # its future could not say why it was cancelled.
+        await asyncio.sleep(0)
         for task, was_cancelled in [*self._tasks.items()]:
             if not was_cancelled:
                 self._tasks[task] = True

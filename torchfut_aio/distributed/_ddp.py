@@ -1,9 +1,8 @@
 """Async functions as communication hooks of DDP.
 
-Every rank has to start the collectives of a process group in the same order. Those of DDP and of
-the model start in the thread of the backward pass, between two calls of the hook. So a collective
-of the hook has a place among them only if it starts before the call returns, as those of PyTorch's
-own hooks do.
+Every rank has to start the collectives of a process group in the same order. DDP and the model
+start theirs in the thread of the backward pass, between two calls of the hook. So a collective of
+the hook has a place among them only if it starts before the call returns, as in PyTorch's hooks.
 
 A hook runs on the background loop. The call returns when the hook's coroutine has taken its first
 step: when it first suspends, or ends.
@@ -53,23 +52,24 @@ def async_comm_hook(hook: Any = None, *, overlap: bool = False) -> Any:
 
     For ``ddp.register_comm_hook(state, hook)``. The hook returns the tensor that replaces
     ``bucket.buffer()``. It runs on the background loop while the backward pass continues, in a
-    copy of the context of the thread that called it. What the hook raises, ``backward()`` raises.
+    copy of the context of the thread that called it. ``backward()`` raises the hook's error.
 
     In the hook, the current streams are ordered after the kernels that fill the bucket. The
     optimiser's streams are ordered after the kernels that fill the result.
 
     Every rank has to start the collectives of a process group in the same order. DDP calls the
-    hook for each bucket in turn, and each call returns when the hook has first suspended. What it
-    starts until then is ordered among the collectives of DDP and of the model, as in a hook of
-    PyTorch's. The first await of a future of this package suspends even if that is done.
+    hook for each bucket in turn, and each call returns when the hook has first suspended.
+    Collectives that the hook starts before that are ordered among those of DDP and of the model,
+    as in PyTorch's hooks. The first await of a future of this package suspends even if the future
+    is done.
 
-    What the hook starts later needs a process group of its own: make one with
-    ``dist.new_group()``. There the order is that of the buckets, as the hook resumes for one
-    bucket after the other. NCCL needs one order over all groups, so start everything before the
-    first await there.
+    Collectives that the hook starts later need a separate process group: make one with
+    ``dist.new_group()``. They start in the order of the buckets, as the hook resumes for one bucket
+    after the other. NCCL needs one order over all groups: with NCCL, start every collective before
+    the first await.
 
     After an error the hook is not called for later buckets of this backward pass. Calls that had
-    already suspended are not resumed. They fail with the same error. If the hook raised on all
+    already suspended are not resumed, and fail with the same error. If the hook raised on all
     ranks, training may continue. If it raised on some, let these processes end: the others may
     wait for them, or match their next collective with the wrong one. If the backward passes of
     several models overlap, decorate the hook once for each:
@@ -78,7 +78,7 @@ def async_comm_hook(hook: Any = None, *, overlap: bool = False) -> Any:
     Args:
         hook: An async function.
         overlap: Resume the hook after its first suspension for any number of buckets at once.
-            Right only if it starts no collective then.
+            Set it only if the hook starts no collective then.
 
     Raises:
         TypeError: ``hook`` is not an async function.
@@ -135,7 +135,8 @@ class _Reduction:
         if not self._overlap:
             self._last = weakref.ref(future)
         call.start(future)
-        # Not whether the future is done or has failed: on some ranks, the hook may have suspended.
+        # Not `if future.done()`: the hook may have suspended on some ranks only, and all ranks have
+        # to continue alike.
         if not call.has_suspended:
             self._last = before  # the hook of the next bucket waits for it as well
             if future.exception() is not None:
@@ -143,10 +144,10 @@ class _Reduction:
         return future
 
     def _begin_backward_pass(self) -> None:
-        self._failed = deque(maxlen=1000)  # another, as the last pass may still fail
+        self._failed = deque(maxlen=1000)  # not clear(): calls of the last pass may still fail
         self._raised_at_once = None
         last = None if self._last is None else self._last()
-        if last is not None:  # wait for it all the same, but ignore its error
+        if last is not None:  # wait for it nevertheless, but ignore its error
             self._last = weakref.ref(last.then(lambda _: None))
 
 
@@ -156,11 +157,10 @@ def _keep_if_failed(kept: deque[Future[torch.Tensor]], future: Future[torch.Tens
 
 
 class _Call:
-    """One call of a hook: `start` in the thread of the backward pass, `_run` on the loop.
+    """One call of a hook: `start` in the thread of the backward pass, `_run` on the loop."""
 
-    It does not refer to the future of the result: with the traceback of an error, which leads
-    here, that would be a cycle.
-    """
+    # It does not refer to the future of the result. The traceback of an error leads here, so the
+    # two would be a cycle.
 
     def __init__(
         self, hook: _Hook, state: object, bucket: GradBucket, before: Future[Any] | None
@@ -179,12 +179,12 @@ class _Call:
     def start(self, future: Future[torch.Tensor]) -> None:
         """Run the hook on the background loop; return when it has suspended or ended."""
         starter = self._starter
-        # The future is done also when the hook has not run: see Promise.
+        # The future is also done if the hook cannot run: see Promise.
         future.add_done_callback(lambda _: starter.unblock())
         _background_loop.start_soon(Promise(future, task_name(self._hook)), self._run)
-        # No deadlock: the loop does not wait for this thread. A hook that blocks in its first step
-        # until this thread continues would hang in PyTorch, too, which calls hooks here. backward()
-        # does wait for this thread: called on the loop, it is an error.
+        # No deadlock: the loop does not wait for this thread. (A hook that blocks in its first step
+        # until this thread continues would also hang in PyTorch, which calls hooks here.) Only
+        # backward() waits for this thread. It must not be called on the loop.
         starter.block(_CHECK)
         while not (self.has_suspended or future.done()):
             _background_loop.check_that_no_backward_blocks_it()
@@ -195,7 +195,7 @@ class _Call:
         tensor = await self._drive(self._hook(self._state, self._bucket))
         name = task_name(self._hook)
         if not isinstance(tensor, torch.Tensor):
-            # A future of torch, or what a collective returns.
+            # A future of torch, or the Work of a collective.
             is_future = isinstance(tensor, CppFuture) or hasattr(tensor, "get_future")
             raise TypeError(
                 f"a communication hook returns a tensor, and {name} returned {described(tensor)}"
@@ -217,20 +217,20 @@ class _Call:
             if cancellation is not None:
                 how = coroutine.throw, cancellation
             rest = drive(coroutine, self._context.run, how)
-            del yielded, how, cancellation  # an error's traceback leads here
+            del yielded, how, cancellation  # one may be an error, whose traceback leads here
             return (yield from rest)
         except StopIteration as stop:  # of the first step
             return stop.value
         except BaseException:
-            # Between two steps, if the hook of the bucket before has failed, or the task is
-            # dropped. If the coroutine has ended, this does nothing.
+            # The hook of the bucket before has failed, or the task is dropped between two steps. If
+            # the coroutine has ended, this does nothing.
             self._context.run(coroutine.close)
             raise
 
     def _first_step(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         loop = _loops.current()
-        # Always suspend: what the hook awaits first may be done on some ranks and not on others,
-        # which would then start the next collective at different places.
+        # Always suspend. Otherwise, if the future that the hook awaits first is done on some ranks
+        # only, the ranks would start the next collective at different places.
         loop.checkpoints_suspend = True
         try:
             yielded = self._context.run(coroutine.send, None)
@@ -254,7 +254,7 @@ class _Call:
 
 
 async def _done(future: Future[Any]) -> BaseException | None:
-    """Wait until ``future`` is done; return a cancellation that came before."""
+    """Wait until ``future`` is done; return the cancellation that came during the wait, if any."""
     done = future.then(lambda _: None)
     del future
     cancellation: BaseException | None = None
@@ -270,6 +270,6 @@ def _context_for_the_loop() -> contextvars.Context:
     """Return a copy of this thread's context."""
     context = contextvars.copy_context()
     sniffio = sys.modules.get("sniffio")
-    if sniffio is not None:  # in a context of trio's, anyio would take the loop for trio
+    if sniffio is not None:  # in a context of a trio task, anyio would take the loop for trio
         context.run(sniffio.current_async_library_cvar.set, None)
     return context

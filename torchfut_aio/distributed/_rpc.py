@@ -32,22 +32,22 @@ T = TypeVar("T")
 
 
 def async_rpc(func: Callable[P, Awaitable[T]]) -> Callable[P, Future[T]]:
-    """Make an async function one that ``torch.distributed.rpc`` calls, in any number at once.
+    """Let ``torch.distributed.rpc`` call an async function, with any number of calls at once.
 
-    It replaces ``rpc.functions.async_execution``: pass the function to ``rpc_async``,
-    ``rpc_sync`` or ``remote`` as any other. The callee runs all calls on one event loop: that of
+    It replaces ``rpc.functions.async_execution``: pass the function to ``rpc_async``, ``rpc_sync``
+    or ``remote`` like any other function. The callee runs all calls on one event loop: the loop of
     the portal given to `serve_on`, or else a background loop of this package, which starts with
     the first call and uses uvloop if that is installed. The function must not block it.
 
-    The function may use tensors on an accelerator among its arguments at once: the loop's current
-    streams are ordered after the kernels that fill them. Distributed autograd does not follow
-    the call to the loop.
+    The function may use tensors on an accelerator among its arguments without waiting: the current
+    streams of the loop are ordered after the kernels that fill them. Distributed autograd does not
+    follow the call to the loop.
 
     An error reaches the caller as with any RPC, and `torchfut_aio.as_future` makes a
-    `torchfut_aio.RpcError` of it, whatever its type. What `shutdown` cancels fails with
+    `torchfut_aio.RpcError` of it, whatever its type. A call that `shutdown` cancels fails with
     `torchfut_aio.CancelledError`. If a caller times out, the function continues.
 
-    It is not for hooks of DDP: use `async_comm_hook` there.
+    For hooks of DDP, use `async_comm_hook` instead.
 
     Put it below ``@staticmethod`` or ``@classmethod``. Called directly, the function runs in this
     process, on the same loop, and its future is returned.
@@ -72,7 +72,8 @@ def async_rpc(func: Callable[P, Awaitable[T]]) -> Callable[P, Future[T]]:
 
     @functools.wraps(func)
     def call(*args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        # The arguments travel in a future, so that the loop's streams can be ordered after them.
+        # In a future, so that the streams of the loop can be ordered after kernels that fill the
+        # arguments.
         arguments: Future[Any] = Future()
         arguments.set_result((args, kwargs))
         future: Future[T] = Future(devices=devices_in_use())
@@ -96,19 +97,20 @@ async def _handle(func: Callable[..., Awaitable[T]], arguments: Future[Any]) -> 
 
 
 class _Host:
-    """A loop that the application has lent by `serve_on`, and the tasks on it."""
+    """The loop that the application has given to `serve_on`, and our tasks on it."""
 
     def __init__(self, loop: _loops.Loop) -> None:
         self._loop = loop
-        # One for each task. They also keep the tasks, which asyncio does not.
+        # One for each task. They keep the tasks alive; asyncio does not.
         self._scopes: set[anyio.CancelScope] = set()
         self._closed: InternalFuture[None] = InternalFuture()
-        # A task cancels the others: Ctrl-C in the loop can lose a call, and never wakes no task.
+        # Not `call_soon`: Ctrl-C in the loop can lose a call, but not the wake-up of a task. So a
+        # task waits to cancel the others.
         loop.spawn(_nothing, self._cancel_when_closed)
 
     def start_soon(self, promise: Promise, func: Callable[..., Any], *args: object) -> None:
-        """Run ``func(*args)`` on the loop to keep ``promise``; does not wait for the loop."""
-        # In an empty context, rather than the calling thread's.
+        """Run ``func(*args)`` on the loop to complete ``promise``; do not wait for the loop."""
+        # Not in the context of the calling thread, which is RPC's.
         spawn = functools.partial(contextvars.Context().run, self._spawn, promise, func, args)
         self._loop.call_soon(spawn)
 
@@ -118,11 +120,13 @@ class _Host:
             self._loop.spawn(ended, self._run, promise, func, args)
         except RecursionError:
             raise
-        except RuntimeError:  # trio's run is about to end, and the promise with it
+        except RuntimeError:  # trio's run is ending. The promise is dropped, which fails the future
             pass
 
     async def _run(self, promise: Promise, func: Callable[..., Any], args: Any) -> None:
         with anyio.CancelScope() as scope:
+            # Add *before* the check. `_cancel_when_closed` cancels the scopes that it finds after
+            # the close, so a scope is cancelled there or here.
             self._scopes.add(scope)
             if self._closed.done():
                 scope.cancel()
@@ -137,9 +141,9 @@ class _Host:
             scope.cancel()
 
     def close(self) -> None:
-        """Cancel the tasks, and those still to come."""
+        """Cancel the tasks, also those that start later."""
         if self in _hosts:
-            _hosts.remove(self)
+            _hosts.remove(self)  # *first*, so that new calls run elsewhere
         self._closed.try_set_result(None)
 
 
@@ -153,10 +157,10 @@ _hosts: list[Any] = [_background_loop]  # the last one runs the calls
 def serve_on(portal: anyio.from_thread.BlockingPortal) -> AbstractContextManager[object]:
     """Run the functions of `async_rpc` on the loop of ``portal``, in this process.
 
-    For an application whose functions share the state of its own loop, on asyncio, uvloop or
-    trio. It is in force until the end of the ``with`` block, which cancels functions that still
-    run. Calls before or after run on the background loop: so call it before
-    ``rpc.init_rpc``, and end the block after `shutdown`. Both of those block: on the loop, call
+    For an application whose functions share state with its own loop, on asyncio, uvloop or trio.
+    It is in force until the end of the ``with`` block, which cancels functions that still run.
+    Calls before or after the block run on the background loop. So begin the block before
+    ``rpc.init_rpc``, and end it after `shutdown`. Both of these functions block: on the loop, call
     them by ``anyio.to_thread.run_sync``.
 
     Args:
@@ -188,7 +192,7 @@ def serve_on(portal: anyio.from_thread.BlockingPortal) -> AbstractContextManager
     try:
         host = portal.call(_host_here)
     except RuntimeError as error:
-        if "event loop thread" not in str(error):  # the portal's own, which it refuses
+        if "event loop thread" not in str(error):  # this is the thread of the portal's loop
             raise
         host = _host_here()
     _hosts.append(host)
@@ -202,19 +206,19 @@ def _host_here() -> _Host:
 def shutdown(graceful: bool = True, timeout: float | None = None) -> None:
     """Shut RPC down as ``rpc.shutdown`` does, and end the background loop.
 
-    Gracefully, RPCs in flight in any process complete first. Otherwise the running functions of
-    `async_rpc` are cancelled; their callers get an error, or lose the connection. Either way, it
-    cancels the tasks of the background loop for which no process waits: calls that timed out
-    at their callers, and direct calls. It blocks: in async code, call it by
+    A graceful shutdown first waits for RPCs that are in flight in any process. Otherwise the
+    running functions of `async_rpc` are cancelled; their callers get an error, or lose the
+    connection. Either way, it cancels the tasks of the background loop for which no process waits:
+    calls that timed out at their callers, and direct calls. It blocks: in async code, call it by
     ``anyio.to_thread.run_sync``.
 
-    ``rpc.shutdown()`` alone does not end that loop. At exit, a process in which it still runs is
-    shut down, not gracefully.
+    ``rpc.shutdown()`` alone does not end the background loop. A process that exits while the loop
+    runs calls ``shutdown(graceful=False)``.
 
     Args:
-        graceful: Whether to wait for all processes of the group, and for what is in flight.
+        graceful: Whether to wait for all processes of the group, and for RPCs in flight.
         timeout: How many seconds to wait for them. None is the default of ``rpc.shutdown``,
-            which waits for ever: pass one where a process may have died.
+            which waits for ever: pass a timeout if a process may have died.
 
     Raises:
         RuntimeError: Others did not shut down in time.
@@ -229,7 +233,7 @@ def shutdown(graceful: bool = True, timeout: float | None = None) -> None:
         timeout = timeout_checked(timeout)
     if _loops.loop_in_this_thread():
         warn_that_wait_blocks_a_loop(
-            "shutdown() blocks the event loop that this thread runs, and RPCs that it serves; "
+            "shutdown() blocks the event loop that this thread runs, and its RPC handlers; "
             "await anyio.to_thread.run_sync(shutdown) instead"
         )
     try:

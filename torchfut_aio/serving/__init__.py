@@ -1,4 +1,4 @@
-"""What servers are built of, on top of futures: `Batcher` and `ValueStream`.
+"""Tools for servers, on top of futures: `Batcher` and `ValueStream`.
 
 A `Batcher` (``_batcher.py``) runs a function on many items at once, in the thread of
 ``_batch_worker.py``; an async function runs on the loop of ``_owner_loop.py``. A `ValueStream`

@@ -174,8 +174,8 @@ class BatchWorker(Worker):
         """Wait for a batch, and return its futures; return none if the thread should end."""
         line, give_up, is_woken = self._line, time.monotonic() + _LINGER, True
         while not self.has_ended:
-            # *Before* take(), which returns what was submitted until now: nothing comes after the
-            # last batch, and items that come later wake the thread.
+            # Both *before* take(), which returns what was submitted until now. Items that come
+            # later wake the thread.
             is_last = self.closing or not threading.main_thread().is_alive()
             self._wakes_at = 1
             line.extend(self.take())

@@ -22,14 +22,14 @@ _READ = "read"
 
 
 class StreamState:
-    """What a stream shares with its iterators.
+    """The state that a stream shares with its iterators.
 
     Attributes:
         values: The outcomes that were put and not read, as keys, in order.
         room: An item for each value that may still be put; None if the stream is not bounded.
         owed: The values whose reading adds no item to ``room``; see `end_read`.
-        end: Empty while the stream takes values. It has a key for each reason why not: closed, with
-            an error or None; left by its readers; read to its end by an iterator.
+        end: Empty while the stream takes values. Afterwards it has a key for each reason: closed,
+            with an error or None; left by its readers; read to its end by an iterator.
         listeners: The iterators that may read, each by a separate key.
         readers: The tasks and threads that wait for a value.
         writers: The tasks and threads that wait for room.
