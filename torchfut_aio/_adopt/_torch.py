@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from _thread import start_new_thread
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from .. import _core
@@ -86,17 +87,15 @@ def follow(source: CppFuture[Any], future: AdoptedFuture[Any]) -> None:
         future.recover(source, error)
 
 
+@dataclass(eq=False, slots=True)
 class _Callback(_core.DoneCallback):
     """The callback with a source that is a future of ours."""
 
-    __slots__ = ("_future", "run")
-
-    def __init__(self, future: AdoptedFuture[Any], callback: Callable[[Any], None]) -> None:
-        self._future = future
-        self.run = callback
+    future: AdoptedFuture[Any]
+    run: Callable[[Any], None]
 
     def fail(self, source: Any, error: BaseException) -> None:
-        start_new_thread(call_contained, (self._future.recover, source, error))
+        start_new_thread(call_contained, (self.future.recover, source, error))
 
 
 _from_torch = once(follow, kind=OfTorch)
