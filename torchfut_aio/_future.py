@@ -193,8 +193,8 @@ class Future(torch.futures.Future[T]):
         """Complete the future with a `CancelledError`, unless it is done.
 
         This cancels the future only. The thread, the task of `start_soon` or the parent future
-        that was to complete it continues. It should complete the future by `try_set_result` or
-        `try_set_exception`, which do nothing on a cancelled one, and can check `done` to stop
+        that should have completed it continues. It should complete the future by `try_set_result`
+        or `try_set_exception`, which do nothing on a cancelled one, and can check `done` to stop
         early. Cancelling a task that awaits the future does not cancel the future.
 
         Args:
@@ -500,8 +500,8 @@ class Future(torch.futures.Future[T]):
         """Return a child future of what ``callback(self)`` returns.
 
         The callback runs as one given to `add_done_callback` does, context and streams included.
-        A child has the devices of this future, and its class too, unless that has a
-        different constructor. Chains may have any length.
+        A child has the devices of this future, and also its class, unless that has a different
+        constructor. Chains may have any length.
 
         Kernels may still fill what the callback returns, on the streams that are current when it
         has returned. A ``with stream:`` around ``return`` has ended by then: let the stream

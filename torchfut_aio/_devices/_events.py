@@ -45,7 +45,7 @@ class RecordedEvent:
     ) -> None:
         self.event: Any = event
         self._pool = pool
-        # None if other events do not tell when this one is reached: the program has recorded it, or
+        # None if the place among other events is unknown: the program has recorded the event, or
         # the stream is external.
         self.stream: tuple[torch.device, int] | None = None
         if stream is not None and not _is_external(stream):

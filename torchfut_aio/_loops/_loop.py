@@ -110,8 +110,8 @@ class Loop(ABC):
         """Call ``function`` on the loop; return False if the loop is closed.
 
         An interrupt that is raised in the loop just before the call loses the call. Each caller
-        makes up for that: another wake-up is scheduled; the watcher polls when its alarm fires,
-        too, and closes after the next wait; the promise of an RPC fails when it is dropped.
+        makes up for that: another wake-up is scheduled; the watcher also polls when its alarm
+        fires, and closes after the next wait; the promise of an RPC fails when it is dropped.
         """
 
     def stands_still(self) -> bool:
