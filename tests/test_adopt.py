@@ -245,6 +245,15 @@ async def test_task_that_completes_too_late_is_ignored(caplog):
     assert caplog.text == ""
 
 
+def test_threads_that_wait_for_pool_results_end_at_once():
+    with ThreadPool(1) as pool:
+        before, most = threading.active_count(), 0
+        for n in range(300):
+            assert as_future(pool.apply_async(abs, [-n])).wait() == n
+            most = max(most, threading.active_count())
+    assert most - before < 50
+
+
 @on_every_loop
 async def test_results_of_a_pool_can_be_awaited(nothing_blocks_a_loop):
     release = threading.Event()

@@ -35,7 +35,7 @@ from ._repr import function_name
 
 Notify = Callable[[Any], object]  # called with an error or None
 
-_LINGER = 0.1  # seconds for which an idle `BlockingThread` waits for more calls
+_LINGER = 0.1  # seconds for which an idle `BlockingThread` waits for more calls, by default
 
 _logger = logging.getLogger("torchfut_aio")
 
@@ -272,11 +272,16 @@ class BlockingThread(Worker):
 
     The thread calls ``function()``, then ``notify(error or None)``. It makes one call for all items
     with the same function that it takes at once. To withdraw an item, pop ``notify`` from ``work``.
+    It waits ``linger`` seconds for more items.
     """
+
+    def __init__(self, name: str, *, daemon: bool = True, linger: float = _LINGER) -> None:
+        super().__init__(name, daemon=daemon)
+        self._linger = linger
 
     def run(self, thread: WorkerThread) -> None:
         self._call_new()
-        while not thread.should_end and self.rest(_LINGER):
+        while not thread.should_end and self.rest(self._linger):
             self._call_new()
 
     def _call_new(self) -> None:

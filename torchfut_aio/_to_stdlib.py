@@ -52,10 +52,17 @@ def copy_to_asyncio(source: Future[T]) -> asyncio.Future[T]:
         ref = weakref.ref(target, withdraw)
 
         def complete(_: object) -> None:
+            try:
+                complete_now()
+            except BaseException:  # interrupted: nothing else would complete the copy
+                complete_now()
+                raise
+
+        def complete_now() -> None:
             target = ref()
-            kept.clear()
             if target is not None:
                 copy_when_ready(source, target)
+            kept.clear()
 
         waiter.add_done_callback(complete)
         # Of the base class, as the override would count this callback as one that waits.

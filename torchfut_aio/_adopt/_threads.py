@@ -23,6 +23,5 @@ def settle_in_thread(
     Raises:
         RuntimeError: No thread could be started.
     """
-    BlockingThread("torchfut_aio wait").submit(
-        promise.end, partial(promise.settle, read, translate)
-    )
+    thread = BlockingThread("torchfut_aio wait", linger=0)  # no other source will use it
+    thread.submit(promise.end, partial(promise.settle, read, translate))

@@ -451,7 +451,7 @@ class _Reader(AsyncIterator[T], Iterator[T]):
                         state.writers.wake()
                 if failure is not None:
                     taken = None  # it was read, and must not be put back
-                    outcome.exception()
+                    outcome.mark_retrieved()
                     raise failure
                 value: T = outcome.value
                 return value
@@ -509,7 +509,7 @@ class _Reader(AsyncIterator[T], Iterator[T]):
                         state.writers.wake()
                 if failure is not None:
                     taken = None
-                    outcome.exception()
+                    outcome.mark_retrieved()
                     raise failure
                 value: T = outcome.value
                 return value
