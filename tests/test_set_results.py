@@ -200,7 +200,7 @@ class Waiter:
     [(KeyboardInterrupt, "signals"), (MemoryError, "calls"), (RecursionError, "calls")],
     ids=["interrupt", "memory", "recursion"],
 )
-def test_whatever_strikes_all_are_untouched_or_all_are_served(error, at, caplog):
+def test_interrupted_set_results_completes_all_or_none(error, at, caplog):
     caplog.set_level(logging.CRITICAL, "torchfut_aio")
     completed = untouched = 0
     for interrupt in interrupts(_core, _many, error=error, at=at):

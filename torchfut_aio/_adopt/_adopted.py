@@ -43,7 +43,7 @@ class AdoptedFuture(DependentFuture[T]):
     # A weak reference, or a function that returns None. A strong reference to a torch source would
     # be a cycle through C++, which the garbage collector does not see.
     _source: Callable[[], Any]
-    _recovers: bool  # whether `check` may still have to recover
+    _recovers: bool  # False before a callback was handed out, and once `check` has recovered
 
     def callback(self) -> Callable[[Any], None]:
         """Return a function that the source calls, with itself, when it is done."""
@@ -55,7 +55,8 @@ class AdoptedFuture(DependentFuture[T]):
         """Wait to be sent the source, then complete the future.
 
         Args:
-            kept: The source, if the garbage collector sees the cycle that this makes.
+            kept: The source, to keep it until then: for sources written in Python, as this makes a
+                cycle, which the garbage collector has to see.
         """
         self._recovers = True
         # Not a function: an interrupt at its entry would come before the `try`, and the future
@@ -71,7 +72,7 @@ class AdoptedFuture(DependentFuture[T]):
             start_new_thread(call_contained, (self.recover, source, error))
             raise
         finally:
-            del source, kept, self  # a source may keep its callbacks
+            del source, kept, self  # a source that keeps its callback must not keep these
         yield  # so that `send` returns: a generator that ends raises StopIteration
 
     def complete_as(self, source: Any) -> None:

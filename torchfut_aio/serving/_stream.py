@@ -456,7 +456,7 @@ class _Reader(AsyncIterator[T], Iterator[T]):
                 value: T = outcome.value
                 return value
         except BaseException:
-            failure = outcome = None  # as in Outcome.read()
+            failure = outcome = None  # or a kept traceback would keep them, as in Outcome.read()
             # As in _put_rest(), with a value.
             try:
                 state.end_read(taken)
@@ -514,7 +514,7 @@ class _Reader(AsyncIterator[T], Iterator[T]):
                 value: T = outcome.value
                 return value
         except BaseException:
-            failure = outcome = None  # as in Outcome.read()
+            failure = outcome = None  # or a kept traceback would keep them, as in Outcome.read()
             try:
                 state.end_read(taken)
             except BaseException:
