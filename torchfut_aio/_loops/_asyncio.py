@@ -26,7 +26,7 @@ from ._waker import Waiter
 # the GIL to the loop: the two take longer together than one after the other. So in a burst the loop
 # sleeps between its wake-ups, as drivers of network cards do: for as long as the thread may take to
 # complete twice as many again. The figures are in benchmarks/NOTES.md.
-MANY = 100  # waiters that one wake-up finds in a burst
+MANY = 16  # waiters that one wake-up finds in a burst
 PAUSE_FOR_EACH = 8e-6  # seconds until the next wake-up, for each waiter that this one found
 LONGEST_PAUSE = 1e-3
 
