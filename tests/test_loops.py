@@ -60,7 +60,6 @@ finalisers_may_be_interrupted = pytest.mark.filterwarnings(
 @pytest.fixture(autouse=True)
 def quiet(nothing_blocks_a_loop, caplog):
     nothing_blocks_a_loop.deactivate()
-    monkeypatch.setattr(_asyncio, "MANY", 16)  # so 20 tasks are a burst
     caplog.set_level(logging.CRITICAL, "asyncio")
 
 
