@@ -442,7 +442,7 @@ def bigrams(text: str) -> Continue:
     counts = torch.zeros(len(characters), len(characters))
     for before, after in pairwise(text):
         counts[place[before], place[after]] += 1
-    counts[counts.sum(dim=1) == 0] = 1  # no other may follow the last one
+    counts[counts.sum(dim=1) == 0] = 1  # perhaps nothing follows the last character
 
     def next_tokens(texts: list[str]) -> list[list[str]]:
         steps = [torch.tensor([place.get(text[-1], 0) for text in texts])]

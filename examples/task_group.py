@@ -4,8 +4,8 @@
     python examples/task_group.py [asyncio|uvloop|trio] [seconds]
 
 Documents are stored in shards. Each shard has a worker thread, which scores its documents and
-completes a future per request. Every query is sent to all shards at once, and merges the
-answers that arrive in time. One shard is broken and fails its futures. Another is stuck, and
+completes a future per request. Every query is sent to all shards at once. The answers that
+arrive in time are merged. One shard is broken and fails its futures. Another is stuck, and
 its futures are cancelled at the deadline.
 """
 

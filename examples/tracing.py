@@ -3,8 +3,8 @@
     python examples/tracing.py [trace.json]
 
 Six requests use a batcher, whose function takes 20 ms per batch. Another request waits for a
-future that is never completed, and one blocks the loop, which delays answers that have already
-arrived. The list of pending futures shows the first fault, and the trace shows the second.
+future that is never completed, and one of the six blocks the loop, which delays answers that have
+already arrived. The list of pending futures shows the first fault, and the trace shows the second.
 """
 
 from __future__ import annotations
