@@ -568,3 +568,22 @@ def test_equal_sources_are_adopted_separately_and_collected():
     del sources, source, futures
     gc.collect()
     assert len(_adopted._made) <= before
+
+
+def test_registered_abstract_class_does_not_hide_known_types():
+    program = """
+import asyncio, collections.abc
+import torchfut_aio
+
+@torchfut_aio.as_future.register(collections.abc.Awaitable)
+def _(source, *, devices=None):
+    raise AssertionError("called for a type that the package knows")
+
+async def main():
+    source = asyncio.get_running_loop().create_future()
+    source.set_result(5)
+    return await torchfut_aio.as_future(source)
+
+print(asyncio.run(main()))
+"""
+    assert forks.output(program) == "5\n"

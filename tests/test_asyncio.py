@@ -18,7 +18,7 @@ import anyio
 import pytest
 import uvloop
 
-from torchfut_aio import Future
+from torchfut_aio import Future, as_completed
 from torchfut_aio._loops import _asyncio
 from torchfut_aio._loops._asyncio import AsyncioLoop
 
@@ -760,3 +760,20 @@ def test_exit_with_waiting_tasks_and_daemon_threads_is_clean():
         threading.Thread(target=never.wait, daemon=True).start()
     """
     assert forks.output(program) == ""
+
+
+@on_asyncio
+async def test_as_completed_makes_one_waiter_for_each_wait(monkeypatch):
+    waits, real = [], AsyncioLoop.waiter
+
+    def waiter(loop):
+        waits.append(loop)
+        return real(loop)
+
+    monkeypatch.setattr(AsyncioLoop, "waiter", waiter)
+    futures = [Future() for _ in range(20)]
+    event_loop = asyncio.get_running_loop()
+    for n, fut in enumerate(futures):
+        event_loop.call_later(0.001 * n, fut.set_result, n)
+    assert [await fut async for fut in as_completed(futures)] == [*range(20)]
+    assert len(waits) <= len(futures)

@@ -26,12 +26,14 @@ from anyio.from_thread import start_blocking_portal
 from torchfut_aio import (
     CancelledError,
     Future,
+    _core,
     as_completed,
     as_future,
     gather,
     start_soon,
 )
 
+from .explorer import interrupts
 from .loops import on_asyncio, on_every_loop
 from .threads import PATIENCE, alongside, needs_gil, running, until
 
@@ -1013,3 +1015,18 @@ async def test_tasks_cancelled_while_finishing_complete_their_futures(kind):
                     await anyio.lowlevel.checkpoint()
                 scope.cancel()
         assert all(is_cancelled(fut) or fut.value() is None for fut in futures)
+
+
+@pytest.mark.parametrize("way", ["keep", "fail"])
+def test_interrupted_promise_completes_with_its_outcome(way):
+    for interrupt in interrupts(_core):
+        fut = Future()
+        promise = _core.Promise(fut, "the promised future")
+        with interrupt:
+            promise.keep(5) if way == "keep" else promise.fail(ValueError("5"))
+        entered = interrupt.raised is None or "_promise" not in str(interrupt.where)
+        promise.end()
+        until(fut.done)
+        if entered:
+            assert "5" in repr(fut)
+        fut.exception()

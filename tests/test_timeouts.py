@@ -749,3 +749,19 @@ def test_timeout_inherited_by_a_forked_child_expires_there():
             os._exit(0)
     """)
     assert printed == "TimeoutError\n5\n" * 2
+
+
+def test_with_timeout_of_none_is_checked_like_its_source():
+    async def main(fut):
+        await fut
+
+    loop = asyncio.new_event_loop()
+    source = loop.create_future()  # of a loop that does not run
+    other = asyncio.new_event_loop()
+    try:
+        pending = with_timeout(as_future(source), None)
+        with pytest.raises(RuntimeError):
+            other.run_until_complete(asyncio.wait_for(main(pending), PATIENCE))
+    finally:
+        other.close()
+        loop.close()

@@ -242,3 +242,15 @@ def test_interrupted_as_asyncio_still_completes(new_loop, nothing_blocks_a_loop)
         lost += not copy.done()
     loop.close()
     assert lost <= 1  # at the entry of the callback, the call is asyncio's to lose
+
+
+@on_asyncio
+async def test_copy_of_a_value_being_filled_is_freed_at_once(accelerator, producer, no_collector):
+    fut = completed_on(producer, accelerator, None)
+    copy = fut.as_asyncio()
+    dropped = weakref.ref(copy)
+    accelerator.wake()
+    await copy
+    del copy
+    await asyncio.sleep(0)
+    assert dropped() is None

@@ -171,7 +171,7 @@ class _AsCompletedState(_core.DoneCallback):
 
     def can_take(self) -> bool:
         """Return True if a thread need not wait."""
-        return bool([*self.arrived]) or bool(self.running) or not self.pending
+        return bool([*self.arrived]) or first(self.running) is not None or not self.pending
 
     def block(self) -> None:
         """Block the calling thread until it can take a future, or none is left."""
@@ -185,13 +185,13 @@ class _AsCompletedState(_core.DoneCallback):
         loop = _loops.current()
         seconds = self.check_time(self.running)
         hits, self.hits = self.hits, 0
-        if hits and self.pending:
+        if hits and self.pending and loop.can_wake_later(hits):
+            # Futures arrive faster than we take them. A short sleep lets many arrive, and costs one
+            # wake-up for all of them.
             waiter = loop.waiter()
-            if loop.wake_later(waiter, hits):
-                # Futures arrive faster than we take them. A short sleep lets many arrive, and
-                # costs one wake-up for all of them.
-                yield from waiter
-                return
+            loop.wake_later(waiter, hits)
+            yield from waiter
+            return
         alarm = None if seconds is None else loop.call_later(seconds, self.expire)
         try:
             if self.running:

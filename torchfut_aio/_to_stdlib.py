@@ -41,7 +41,7 @@ def copy_to_asyncio(source: Future[T]) -> asyncio.Future[T]:
         waiter = loop.new_waiter()  # for the copy: this task does not wait
         if loop.wake_up is not None:
             loop.renew_wake_up()
-        kept = target.kept
+        kept = target.kept = []
 
         def withdraw(_: object) -> None:
             kept.clear()
@@ -67,8 +67,8 @@ def copy_to_asyncio(source: Future[T]) -> asyncio.Future[T]:
         waiter.add_done_callback(complete)
         # Of the base class, as the override would count this callback as one that waits.
         asyncio.Future.add_done_callback(target, withdraw)
-        _core.add_waiter(source, waiter, loop)
-    # Also if the waiter was added: another thread may have completed the source before that.
+        if _core.add_waiter(source, waiter, loop):
+            return target
     copy_when_ready(source, target)
     return target
 
@@ -78,7 +78,8 @@ class _AsyncioCopy(asyncio.Future[T]):
 
     def __init__(self) -> None:
         super().__init__()
-        self.kept: list[asyncio.Future[Any]] = []
+        # None if the source is done: it completes the copy without referring to it.
+        self.kept: list[asyncio.Future[Any]] | None = None
         self._waiting = 0
 
     def add_done_callback(self, function: Any, /, **options: Any) -> None:
@@ -91,7 +92,7 @@ class _AsyncioCopy(asyncio.Future[T]):
         return removed
 
     def _count(self, function: Any, more: int) -> None:
-        if function is not what_shield_leaves:
+        if function is not what_shield_leaves and self.kept is not None:
             self._waiting += more
             self.kept[:] = [self] if self._waiting and not self.done() else []
 

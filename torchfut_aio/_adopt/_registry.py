@@ -22,7 +22,7 @@ Source: TypeAlias = torch.futures.Future[T] | asyncio.Future[T] | concurrent.fut
 _Adapter: TypeAlias = Callable[..., Future[Any]]
 _A = TypeVar("_A", bound=_Adapter)
 
-# The adapter of each type: of registered types, and of types of which an instance was adopted.
+# The adapter of each type: of registered types, and of those of `_ours` that are imported.
 _adapters: dict[type[Any], _Adapter] = {}
 
 # The adapters of this package, by the names of types, as their libraries may not be imported yet.
@@ -160,15 +160,15 @@ as_future: _AsFuture = _AsFuture()
 
 
 def _adapter_of(source: object) -> _Adapter:
-    kind = type(source)
-    registered = _registered_for(kind)
-    if registered is not None:
-        return registered
+    # First our own, so that no abstract class that was registered is taken for one of these.
     for name, adapter in [*_ours.items()]:
         module, _, attribute = name.rpartition(".")
         known = getattr(sys.modules.get(module), attribute, None)
-        if known is not None and issubclass(kind, known):
-            return _adapters.setdefault(known, adapter)
+        if isinstance(known, type):
+            _adapters.setdefault(known, adapter)
+    registered = _registered_for(type(source))
+    if registered is not None:
+        return registered
     if asyncio.isfuture(source):  # written in Python, or of another loop
         return _ours["asyncio.Future"]
     from ._refusals import refusal

@@ -84,7 +84,7 @@ def follow(source: CppFuture[Any], future: AdoptedFuture[Any]) -> None:
     except RecursionError:
         raise
     except RuntimeError as error:  # it is done, and no stream can be ordered after its kernels
-        future.recover(source, error)
+        start_new_thread(call_contained, (future.recover, source, error))
 
 
 @dataclass(eq=False, slots=True)

@@ -26,7 +26,7 @@ from __future__ import annotations
 from _thread import start_new_thread
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import torch
 
@@ -40,8 +40,6 @@ from ._torch_future import complete_in_torch, set_value_in_torch
 
 if TYPE_CHECKING:
     from .._future import Future
-
-T = TypeVar("T")
 
 OUTCOME: Final = "outcome"
 IGNORED: Final = "ignored"  # a key, with the value None: if the future fails, nothing is logged

@@ -39,6 +39,7 @@ class Promise:
                 # An interrupt, or a full stack. The exception is the caller's, but the future may
                 # be another thread's, so a new thread completes it.
                 start_new_thread(call_contained, (_complete_later, future, result))
+                self._future = None  # `end` must not be faster than that thread
                 raise
             # The traceback of an error leads through frames to this object, which must not lead
             # back to the future: the two would be a cycle.
@@ -53,6 +54,7 @@ class Promise:
                 try_complete_with_error(future, error)
             except BaseException:
                 start_new_thread(call_contained, (try_complete_with_error, future, error))
+                self._future = None  # as in `keep`
                 raise
             self._future = future = None  # as in `keep`
 

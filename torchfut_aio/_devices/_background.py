@@ -19,13 +19,14 @@ from ._watcher import watcher_of
 def when_reached(events: Sequence[RecordedEvent], notify: Notify) -> None:
     """Call ``notify(error or None)`` when all events are reached: in a thread, or now."""
     try:
-        if all(map(RecordedEvent.query, events)):
-            notify(None)
-            return
+        reached = all(map(RecordedEvent.query, events))
     except Exception as error:
         notify(error)
         return
-    _watching.submit(notify, events)
+    if reached:
+        notify(None)
+    else:
+        _watching.submit(notify, events)
 
 
 class _Watching(LoopThread):

@@ -68,7 +68,7 @@ class AsyncioLoop(Loop):
                 self.schedule_wake_up()
 
     def wake_all(self, waiters: list[asyncio.Future[None]], /) -> None:
-        self._at_once = len(waiters)
+        self._at_once += len(waiters)
         super().wake_all(waiters)
 
     def call_soon(self, function: Callable[[], object]) -> bool:
@@ -175,13 +175,13 @@ class AsyncioLoop(Loop):
             self._burst_timer.set(min(found * PAUSE_FOR_EACH, LONGEST_PAUSE))
             self.wake_up = BURST
 
-    def wake_later(self, waiter: Any, found: int) -> bool:
-        if found < MANY:
-            return False
+    def can_wake_later(self, found: int) -> bool:
+        return found >= MANY
+
+    def wake_later(self, waiter: Any, found: int) -> None:
         if self.wake_up is None:
             self._start_burst_timer(found)
         super().wake(waiter)
-        return True
 
     def checkpoint(self) -> Iterable[Any]:
         # As with an asyncio future that is done, the task continues at once. If it has to suspend,

@@ -174,13 +174,17 @@ class Loop(ABC):
             if self.queue.copy():
                 self.schedule_wake_up()
 
-    def wake_later(self, _waiter: Any, _found: int) -> bool:
-        """Wake ``waiter`` in a moment and return True, or return False to have it woken now.
+    def can_wake_later(self, _found: int) -> bool:
+        """Return True if `wake_later` is cheaper than a wake-up for the next result.
 
-        Waking later is cheaper when results arrive faster than a task can be woken for each:
-        ``found`` of them were there in a row.
+        It is when results arrive faster than a task can be woken for each: ``found`` of them were
+        there in a row.
         """
         return False
+
+    def wake_later(self, waiter: Any, _found: int) -> None:
+        """Wake ``waiter`` in a moment."""
+        self.wake(waiter)
 
     @abstractmethod
     def checkpoint(self) -> Iterable[Any]:

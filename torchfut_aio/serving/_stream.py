@@ -419,7 +419,7 @@ class _Reader(AsyncIterator[T], Iterator[T]):
 
     def __next__(self) -> T:
         state, timeout = self._state, self._timeout
-        give_up = None if timeout is None else give_up_after(timeout)
+        give_up = give_up_after(timeout)
         del self  # or a traceback that is kept would keep the listener
         values, taken = state.values, None
         try:
@@ -485,7 +485,7 @@ class _Reader(AsyncIterator[T], Iterator[T]):
                         waiting[waiter] = loop
                         if len(waiting) > 1:
                             state.readers.line_up(waiter, loop)
-                        if not values and not state.end:
+                        if not [*values] and not [*state.end]:
                             await waiter
                     finally:
                         waiting.pop(waiter, None)

@@ -135,13 +135,14 @@ class StreamState:
 
     def can_write(self) -> bool:
         """Return True if a put would not block."""
-        return bool(self.room) or bool(self.end)
+        # Copies, which lock where there is no GIL: see CONTRIBUTING.md.
+        return bool([*(self.room or ())]) or bool([*self.end])
 
     # --------------------------------------------------------------------- reading
 
     def can_read(self) -> bool:
         """Return True if a read would not block."""
-        return bool(self.values) or bool(self.end)
+        return bool([*self.values]) or bool([*self.end])  # as in can_write()
 
     def check_end(self, end: type[Exception]) -> None:
         """Raise the error of the end, or ``end`` if there is none, unless a value is left."""
@@ -222,7 +223,7 @@ class StreamState:
         try:
             refused = self.end.setdefault(_CLOSED, error) is not error or _LEFT in self.end
             if refused and error is not None:
-                error.exception()  # nothing will retrieve it, so it must not be logged
+                error.mark_retrieved()  # nothing will retrieve it, so it must not be logged
             self._drop_error_if_left()
             self._wake_all()
         except BaseException:
@@ -248,7 +249,7 @@ class StreamState:
         try:
             error = self.end.get(_CLOSED)
             if error is not None:
-                error.exception()
+                error.mark_retrieved()
             self._drop_error_if_left()
             self.values.clear()
             self._wake_all()
@@ -261,7 +262,7 @@ class StreamState:
         # they hold. So if nothing listens, later readers raise a copy.
         if failed.error is not None:
             self.end[_CLOSED] = copied = _core.outcome_of_error(without_frames(failed.error))
-            copied.exception()  # it need not be logged
+            copied.mark_retrieved()
 
     def _drop_error_if_left(self) -> None:
         # For the same reason, and nothing will raise it.
