@@ -389,8 +389,10 @@ def type_and_text(error: BaseException) -> tuple[type[BaseException], str]:
 
 def _describe(error: BaseException) -> str:
     name, args = type(error).__qualname__, error.args
+    # Not in the `try`: Python 3.14 makes this a loop there.
+    all_plain = all(type(arg) in _PLAIN for arg in args)
     try:
-        if type(error).__str__ not in _SHOW_ARGS or all(type(arg) in _PLAIN for arg in args):
+        if all_plain or type(error).__str__ not in _SHOW_ARGS:
             text = str(error)
         else:
             text = short(args[0] if len(args) == 1 else args)
