@@ -82,8 +82,10 @@ class WorkerThread(threading.Thread):
             self.is_polling = True
             self._run_while_there_is_work(worker)
         finally:
+            # A statement *before* the first call: that may fail for want of memory, and a submitter
+            # must not rely on a thread that has died.
+            self.is_polling = self.is_running = False
             worker.release(self)
-            self.is_running = False
             # An error may have ended the loop, and a submitter that saw us polling relies on us.
             if worker.has_work():
                 worker.ensure_thread()

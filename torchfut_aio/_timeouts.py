@@ -130,6 +130,12 @@ class _Timer(Worker):
             self.wake()  # so that the thread ends
 
     def run(self, thread: WorkerThread) -> None:
+        try:
+            self._expire_all(thread)
+        finally:
+            self._wakes_at = math.inf  # or a submitter would compare with a time that has passed
+
+    def _expire_all(self, thread: WorkerThread) -> None:
         heap: list[_Deadline] = []
         while True:
             self._take_into(heap)
