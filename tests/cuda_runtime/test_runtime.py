@@ -7,10 +7,15 @@ from __future__ import annotations
 
 import pytest
 
-from ..forks import outputs
+from .. import forks
+
+ENDING = """
+sys.stdout.flush()
+os._exit(0)
+"""
 
 BEFORE = """
-import ctypes, os, threading, time
+import ctypes, os, sys, threading, time
 import torch
 from tests import cuda_device, cuda_runtime
 from tests.accelerator import ends_soon
@@ -296,8 +301,13 @@ captured(fork)
 @pytest.fixture(scope="module")
 def printed():
     """The output of each program."""
-    ending = "\nimport os, sys\nsys.stdout.flush()\nos._exit(0)"
-    return outputs(BEFORE, {name: program + ending for name, (program, _) in CASES.items()})
+    return {name: printed_by(program) for name, (program, _) in CASES.items()}
+
+
+def printed_by(program):
+    done = forks.run(BEFORE + program + ENDING, filters="ignore", finalizes=False)
+    assert done.returncode == 0, done.stderr
+    return "\n".join(done.stdout.splitlines())
 
 
 @pytest.mark.parametrize("name", CASES)
