@@ -251,11 +251,7 @@ def set_results(
         if not issubclass(type(future), Future):
             what = described(future)
             raise NotAFutureError(f"set_results() completes torchfut_aio futures, not {what}")
-        devices = _core.devices_of(future)
-        if issubclass(type(value), BaseException):
-            outcomes.append(_core.outcome_of_error(value, devices))
-        else:
-            outcomes.append(_core.outcome_of_value(value, devices, moment))
+        outcomes.append(_core.outcome_of_result(value, _core.devices_of(future), moment))
     done_before: list[Any] = _core.complete_all(all_futures, outcomes)
     return done_before
 

@@ -151,7 +151,7 @@ _OF_THREADS = (
 
 
 def thread_state_functions() -> Any:
-    """Return the functions that get and set the modes of a thread, by their names in ``torch._C``.
+    """Return what gets and sets the modes of a thread, by its name in ``torch._C`` without ``_``.
 
     Raises:
         RuntimeError: One is missing. Public functions are in Python, where an interrupt can come
@@ -164,7 +164,7 @@ def thread_state_functions() -> Any:
             "task_local_state() and set_task_state_checks() do not work with torch "
             f"{torch.__version__}, whose torch._C has no {missing}"
         )
-    return SimpleNamespace(**found)
+    return SimpleNamespace(**{name.lstrip("_"): function for name, function in found.items()})
 
 
 # -------------------------------------------------------------------------------------- RPC

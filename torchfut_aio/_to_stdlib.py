@@ -37,40 +37,43 @@ def copy_to_asyncio(source: Future[T]) -> asyncio.Future[T]:
             "this thread; await the future itself on trio, use wait() in a script"
         )
     target: _AsyncioCopy[T] = _AsyncioCopy()
-    if _core.outcome_of(source) is None:
-        waiter = loop.new_waiter()  # for the copy: this task does not wait
-        if loop.wake_up is not None:
-            loop.renew_wake_up()
-        kept = target.kept = []
-
-        def withdraw(_: object) -> None:
-            kept.clear()
-            _core.remove(source, waiter)
-
-        # Otherwise the source refers to the copy weakly. When `asyncio.shield` is cancelled, it
-        # does not cancel the copy that it shields, but drops it: then this withdraws the copy.
-        ref = weakref.ref(target, withdraw)
-
-        def complete(_: object) -> None:
-            try:
-                complete_now()
-            except BaseException:  # interrupted: nothing else would complete the copy
-                complete_now()
-                raise
-
-        def complete_now() -> None:
-            target = ref()
-            if target is not None:
-                copy_when_ready(source, target)
-            kept.clear()
-
-        waiter.add_done_callback(complete)
-        # Of the base class, as the override would count this callback as one that waits.
-        asyncio.Future.add_done_callback(target, withdraw)
-        if _core.add_waiter(source, waiter, loop):
-            return target
-    copy_when_ready(source, target)
+    if _core.outcome_of(source) is not None or not _add_copy(source, target, loop):
+        copy_when_ready(source, target)
     return target
+
+
+def _add_copy(source: Future[T], target: _AsyncioCopy[T], loop: _loops.Loop) -> bool:
+    """Complete ``target`` on its loop when ``source`` is done; return False if that is done."""
+    waiter: Any = loop.new_waiter()  # for the copy: this task does not wait
+    if loop.wake_up is not None:
+        loop.renew_wake_up()
+    kept = target.kept = []
+
+    def withdraw(_: object) -> None:
+        kept.clear()
+        _core.remove(source, waiter)
+
+    # Otherwise the source refers to the copy weakly. When `asyncio.shield` is cancelled, it does
+    # not cancel the copy that it shields, but drops it: then this withdraws the copy.
+    ref = weakref.ref(target, withdraw)
+
+    def complete_now() -> None:
+        target = ref()
+        if target is not None:
+            copy_when_ready(source, target)
+        kept.clear()
+
+    def complete(_: object) -> None:
+        try:
+            complete_now()
+        except BaseException:  # interrupted: nothing else would complete the copy
+            complete_now()
+            raise
+
+    waiter.add_done_callback(complete)
+    # Of the base class, as the override would count this callback as one that waits.
+    asyncio.Future.add_done_callback(target, withdraw)
+    return _core.add_waiter(source, waiter, loop)
 
 
 class _AsyncioCopy(asyncio.Future[T]):

@@ -140,7 +140,7 @@ class OwnState:
         # restores from any state, which takes longer.
         enter, leave = own.restore(outside), outside.restore(None)
         c = _functions()
-        with c._InferenceMode(own.inference), c._ForceDispatchKeyGuard(*own.keys):
+        with c.InferenceMode(own.inference), c.ForceDispatchKeyGuard(*own.keys):
             try:
                 try:
                     enter()
@@ -159,7 +159,7 @@ class _ThreadState:
         c = _functions()
         self.inference = torch.is_inference_mode_enabled()
         # Dispatch keys, including those of autocast.
-        self.keys = c._dispatch_tls_local_include_set(), c._dispatch_tls_local_exclude_set()
+        self.keys = c.dispatch_tls_local_include_set(), c.dispatch_tls_local_exclude_set()
         accelerator = torch.accelerator.current_accelerator()
         settings = _settings(accelerator and accelerator.type)
         self.values = [(name, setter, getter()) for name, (getter, setter) in settings.items()]
@@ -222,9 +222,9 @@ def _settings(kind: str | None) -> dict[str, tuple[Callable[[], Any], Callable[[
     """Return the getter and setter of each setting, by name; ``kind`` is the accelerator's."""
     c = _functions()
     settings: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
-        "grad mode": (torch.is_grad_enabled, c._set_grad_enabled),
-        "forward-mode AD": (c._is_fwd_grad_enabled, c._set_fwd_grad_enabled),
-        "multithreaded backward": (c._is_multithreading_enabled, c._set_multithreading_enabled),
+        "grad mode": (torch.is_grad_enabled, c.set_grad_enabled),
+        "forward-mode AD": (c.is_fwd_grad_enabled, c.set_fwd_grad_enabled),
+        "multithreaded backward": (c.is_multithreading_enabled, c.set_multithreading_enabled),
         "cache of autocast": (c.is_autocast_cache_enabled, c.set_autocast_cache_enabled),
     }
     for each in ("cpu", kind):

@@ -144,6 +144,14 @@ def outcome_of_error(error: BaseException, devices: Sequence[torch.device] = ())
     )
 
 
+def outcome_of_result(result: Any, devices: Sequence[torch.device], moment: Moment) -> Outcome:
+    """Return the outcome that one of many results has: an exception is an error."""
+    # Not isinstance(), which reads `__class__` and so could run the code of a proxy.
+    if issubclass(type(result), BaseException):
+        return outcome_of_error(result, devices)
+    return outcome_of_value(result, devices, moment)
+
+
 def joined_outcome(value: Any, parts: Iterable[Outcome]) -> Outcome:
     """Return the outcome of a value made of those of ``parts``; it is ready when they are."""
     return _outcome(value, joint_readiness(part.readiness for part in parts), None)

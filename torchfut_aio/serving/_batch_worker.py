@@ -275,10 +275,5 @@ class BatchWorker(Worker):
 
 def _complete(futures: Sequence[Future[Any]], results: Sequence[Any]) -> None:
     """Complete the futures that are pending, each with its value or error."""
-    moment, outcomes = Moment(), []
-    for result in results:
-        if issubclass(type(result), BaseException):
-            outcomes.append(_core.outcome_of_error(result))
-        else:
-            outcomes.append(_core.outcome_of_value(result, (), moment))
-    _core.complete_all(futures, outcomes)
+    moment = Moment()
+    _core.complete_all(futures, [_core.outcome_of_result(each, (), moment) for each in results])
