@@ -9,8 +9,11 @@ import copy
 import dataclasses
 import functools
 import gc
+import linecache
 import math
+import pathlib
 import pickle
+import sys
 import threading
 import time
 import weakref
@@ -34,7 +37,7 @@ from torchfut_aio import (
     as_future,
     gather,
 )
-from torchfut_aio.serving import _batch_worker, _batcher, _owner_loop
+from torchfut_aio.serving import _batch_queue, _batch_worker, _batcher, _owner_loop
 
 from . import explorer, forks
 from .accelerator import being_filled
@@ -184,12 +187,46 @@ def test_items_submitted_during_a_batch_form_the_next_batch(gated):
     assert statistics.run_time > 0
 
 
-def test_idle_thread_ends_and_a_new_item_starts_another(monkeypatch):
-    monkeypatch.setattr(_batch_worker, "_LINGER", 0.0)
+def test_thread_stays_from_the_entry_to_the_close():
+    def thread_of(items):
+        return [threading.get_ident() for _ in items]
+
+    with batcher_of(thread_of) as batcher:
+        [thread] = threads()  # before the first item
+        for _ in range(3):
+            assert batcher.submit(1).wait(PATIENCE) == thread.ident
+            until(lambda: batcher.statistics().running == 0)
+    until(lambda: not threads())
+
+
+@on_every_loop
+async def test_thread_starts_when_the_block_is_entered():
+    async with batcher_of():
+        assert len(threads()) == 1
+    await eventually(lambda: not threads())
+
+
+def test_thread_sleeps_while_nothing_is_queued():
     with batcher_of() as batcher:
-        for n in range(3):
-            assert batcher.submit(n).wait(PATIENCE) == 2 * n
-            until(lambda: not threads())
+        assert batcher.submit(1).wait(PATIENCE) == 2
+        [thread] = threads()
+        until(lambda: sleeps(thread))
+        before = switches(thread)
+        time.sleep(0.5)
+        assert switches(thread) == before
+
+
+def sleeps(thread):
+    return _status(thread)["State"].startswith("S")
+
+
+def switches(thread):
+    return int(_status(thread)["voluntary_ctxt_switches"])
+
+
+def _status(thread):
+    lines = pathlib.Path(f"/proc/self/task/{thread.native_id}/status").read_text().splitlines()
+    return dict(line.split(":\t", 1) for line in lines)
 
 
 def test_batch_results_can_be_rows_of_a_tensor():
@@ -236,9 +273,7 @@ async def test_loop_is_woken_once_per_batch(gated, monkeypatch):
     await batcher.aclose()
 
 
-def test_batcher_keeps_no_delivered_item_or_result(monkeypatch):
-    monkeypatch.setattr(_batch_worker, "_LINGER", math.inf)
-
+def test_batcher_keeps_no_delivered_item_or_result():
     class Thing:
         pass
 
@@ -404,15 +439,6 @@ def test_items_of_a_failed_batch_get_separate_errors(error):
         assert each.__notes__.count("mine") == 1
 
 
-def test_item_found_twice_by_the_thread_counts_once(monkeypatch):
-    """This happens to an item that is submitted while a new thread checks its queue."""
-    take = _threads.Worker.take
-    monkeypatch.setattr(_threads.Worker, "take", lambda worker: take(worker) * 2)
-    with batcher_of(double, max_batch_size=3, max_wait=math.inf) as batcher:
-        assert [fut.wait(PATIENCE) for fut in [batcher.submit(n) for n in range(3)]] == [0, 2, 4]
-        assert batcher.statistics().batches == 1
-
-
 def test_undrained_items_get_separate_errors(gated):
     batcher, first = running_batcher(gated)
     queued = [batcher.submit(n) for n in range(3)]
@@ -464,7 +490,16 @@ def test_cancelled_items_are_not_run(gated):
     batcher.close()
     assert [fut.wait(PATIENCE) for fut in queued[1::2]] == [4, 8, 12]
     assert gated.batches == [[0], [2, 4], [6]]
-    assert batcher.statistics().skipped == 3
+    assert batcher.statistics().given_up == 3
+
+
+def submitted_when_there_is_room(batcher, item):
+    give_up = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return batcher.submit(item)
+        except QueueFullError:  # the batcher looks for room at most 5% of the time
+            assert time.monotonic() < give_up
 
 
 def test_cancelled_item_makes_room_while_the_function_hangs(gated):
@@ -473,8 +508,7 @@ def test_cancelled_item_makes_room_while_the_function_hangs(gated):
     with pytest.raises(QueueFullError):
         batcher.submit(5)
     give_up(queued[1])
-    until(lambda: batcher._worker.make_room(4))
-    last = batcher.submit(5)
+    last = submitted_when_there_is_room(batcher, 5)
     with pytest.raises(QueueFullError):
         batcher.submit(6)
     gated.may_return.set()
@@ -490,7 +524,7 @@ def test_batch_of_only_cancelled_items_is_not_run(gated):
     gated.may_return.set()
     batcher.close()
     assert gated.batches == [[0]]
-    assert batcher.statistics().skipped == 20
+    assert batcher.statistics().given_up == 20
 
 
 @on_every_loop
@@ -986,7 +1020,7 @@ import os
 from torchfut_aio import Batcher
 
 batcher = Batcher(list, max_batch_size=1, max_queue_size=1)
-ended = batcher._worker.ended  # for which a loop waits that has entered a batcher
+ended = batcher._queue.ended  # for which a loop waits that has entered a batcher
 if child := os.fork():
     assert os.waitpid(child, 0)[1] == 0
     batcher.close()
@@ -1251,7 +1285,7 @@ for each in (queued_at_exit, idle_at_exit, forked):
 def test_exit_completes_queued_items_and_fork_starts_afresh():
     queued, waited, forked = forks.output(PROGRAM).strip().split("\n\n")
     assert queued.split() == ["0", "2", "4", "6", "8"]
-    assert float(waited) < _batch_worker._LINGER / 2
+    assert float(waited) < 5
     assert forked.split() == ["0", "14", "2"]
 
 
@@ -1262,7 +1296,7 @@ def test_exit_completes_queued_items_and_fork_starts_afresh():
     ("error", "at"), [(KeyboardInterrupt, "signals"), (MemoryError, "calls")], ids=["^C", "memory"]
 )
 def test_interrupted_submit_loses_at_most_its_own_item(error, at):
-    modules = _batcher, _batch_worker, _threads
+    modules = _batcher, _batch_queue, _batch_worker, _threads
     for interrupt in explorer.interrupts(*modules, error=error, at=at):
         batcher = batcher_of()
         before = batcher.submit(1)
@@ -1277,7 +1311,7 @@ def test_interrupted_submit_loses_at_most_its_own_item(error, at):
 
 @pytest.mark.parametrize("drain", [True, False])
 def test_interrupted_close_can_be_repeated(drain):
-    for interrupt in explorer.interrupts(_batcher, _batch_worker, _threads):
+    for interrupt in explorer.interrupts(_batcher, _batch_queue, _batch_worker, _threads):
         batcher = batcher_of(max_wait=math.inf)
         futures = [batcher.submit(n) for n in range(3)]
         with interrupt:
@@ -1291,7 +1325,7 @@ def test_interrupted_close_can_be_repeated(drain):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_memory_error_in_the_thread_leaves_no_future_pending():
     for interrupt in explorer.interrupts(
-        _batcher, _batch_worker, error=MemoryError, at="calls", thread=NAME
+        _batcher, _batch_queue, _batch_worker, error=MemoryError, at="calls", thread=NAME
     ):
         with interrupt:
             batcher = batcher_of(max_batch_size=2)
@@ -1305,12 +1339,23 @@ def test_memory_error_in_the_thread_leaves_no_future_pending():
             assert isinstance(fut.exception(), (MemoryError, RuntimeError)) or fut.value() == 2 * n
 
 
-@pytest.mark.parametrize("closes", [False, True])
-def test_item_submitted_at_any_step_of_the_thread_is_run(closes, monkeypatch):
-    monkeypatch.setattr(_batch_worker, "_LINGER", 0.0)
+def rests():
+    """Return True if the thread waits for items, so it takes no step before one comes."""
+    [thread] = threads()
+    frame = sys._current_frames().get(thread.ident)
+    return frame is not None and "wakeups.get(" in linecache.getline(
+        frame.f_code.co_filename, frame.f_lineno
+    )
 
+
+@pytest.mark.parametrize("closes", [False, True])
+def test_item_submitted_at_any_step_of_the_thread_is_run(closes):
     def submit():
-        late.append(batcher.submit(5))
+        was_open = not batcher.closed
+        try:
+            late.append((was_open, batcher.submit(5)))
+        except BatcherClosedError:
+            assert not was_open
         if closes:
             batcher.close()
 
@@ -1318,23 +1363,29 @@ def test_item_submitted_at_any_step_of_the_thread_is_run(closes, monkeypatch):
         if closes:  # which waits for the interrupted thread
             beside.append(threading.Thread(target=submit))
             beside[0].start()
-            until(lambda: batcher._worker.closing)
+            until(lambda: batcher.closed)
         else:
             with running(submit):
                 pass
+        struck.set()
 
-    for interrupt in explorer.interrupts(_batch_worker, thread=NAME, do=submit_beside):
-        batcher, late, beside = batcher_of(), [], []
+    for interrupt in explorer.interrupts(
+        _batch_queue, _batch_worker, thread=NAME, do=submit_beside
+    ):
+        batcher, late, beside, struck = batcher_of(), [], [], threading.Event()
         with interrupt:
             assert batcher.submit(1).wait(PATIENCE) == 2, interrupt
+            until(lambda: struck.is_set() or rests())
+            batcher.close()
             until(lambda: not threads())
         for thread in beside:
             thread.join(PATIENCE)
             assert not thread.is_alive(), interrupt
-        assert len(late) == (interrupt.where is not None)
-        assert [fut.wait(PATIENCE) for fut in late] == [10] * len(late), interrupt
-        batcher.close()
-        until(lambda: not threads())
+        for was_open, fut in late:
+            if was_open or fut.exception() is None:
+                assert fut.wait(PATIENCE) == 10, interrupt
+            else:
+                assert isinstance(fut.exception(), BatcherClosedError), interrupt
 
 
 # ------------------------------------------------------------------------------- arguments

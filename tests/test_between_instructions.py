@@ -32,7 +32,7 @@ from torchfut_aio import (
     with_timeout,
 )
 from torchfut_aio._core import Promise
-from torchfut_aio._threads import Worker, WorkerThread
+from torchfut_aio._threads import QueueWorker, WorkerThread
 
 from .explorer import interrupts
 from .test_stress import every_loop
@@ -411,7 +411,7 @@ def test_task_reads_a_value_put_at_any_step(other, backend, options, nothing_blo
 # ----------------------------------------------------------------------- worker threads
 
 
-class Idle(Worker):
+class Idle(QueueWorker):
     def run(self, thread):
         pass
 

@@ -275,7 +275,7 @@ def test_request_that_takes_too_long_gets_504_and_is_skipped(serve):
         asked += [asyncio.ensure_future(ask(server, request(n))) for n in range(10)]
         assert {status for status, _, _ in await asyncio.gather(*asked)} == {504}
         server.open_gate()
-        await eventually(server, lambda s: (s["items"], s["skipped"]) == (1, 10))
+        await eventually(server, lambda s: (s["items"], s["given_up"]) == (1, 10))
 
     with serve(is_open=False, SECONDS=0.5) as server:
         run(main(server))
@@ -321,7 +321,7 @@ def test_server_survives_300_disconnecting_clients_without_leaks(serve):
         for n, (status, _, body) in enumerate(await asyncio.gather(*stay)):
             assert (status, json.loads(body)) == (200, {"digit": n})
         found = await eventually(server, lambda s: not s["queued"] + s["running"])
-        assert found["skipped"] == 200
+        assert found["given_up"] == 200
         assert found["rejected"] == 0
         assert (await ask(server, request(5)))[0] == 200
 

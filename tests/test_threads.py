@@ -11,7 +11,7 @@ from collections import deque
 import pytest
 
 from torchfut_aio import _threads
-from torchfut_aio._threads import BlockingThread, Worker
+from torchfut_aio._threads import BlockingThread, QueueWorker
 
 from . import explorer, forks
 from .threads import (
@@ -25,18 +25,18 @@ from .threads import (
 NAME = "torchfut_aio worker in a test"
 
 
-class EventWorker(Worker):
+class EventWorker(QueueWorker):
     """A worker whose work items are events to set, or functions to call."""
 
     def __init__(self, linger=0.0):
         super().__init__(NAME)
         self.linger = linger
-        self.active = self.most = 0
+        self.inside = self.most = 0
         self.used = set()
 
     def run(self, thread):
-        self.active += 1
-        self.most = max(self.most, self.active)
+        self.inside += 1
+        self.most = max(self.most, self.inside)
         self.used.add(thread)
         try:
             while not thread.should_end:
@@ -46,7 +46,7 @@ class EventWorker(Worker):
                 if not self.work and not self.rest(self.linger):
                     return
         finally:
-            self.active -= 1
+            self.inside -= 1
 
 
 def threads():
@@ -347,9 +347,9 @@ def python(program):
 
 PRELUDE = """
 import atexit, os, sys, threading, warnings
-from torchfut_aio._threads import Worker
+from torchfut_aio._threads import QueueWorker
 
-class Prints(Worker):
+class Prints(QueueWorker):
     def __init__(self, ready=True):
         super().__init__("prints")
         self.ready = ready

@@ -40,12 +40,13 @@ from ._many import collect_all, gather, set_results, wait_all
 from ._public import publish
 from ._tasks import start_soon
 from ._timeouts import with_timeout
-from .serving import Batcher, BatcherStatistics, ValueStream
+from .serving import Batcher, BatcherStatistics, BatchReport, ValueStream
 from .task_state import task_local_state
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BatchReport",
     "Batcher",
     "BatcherClosedError",
     "BatcherStatistics",

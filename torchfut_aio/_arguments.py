@@ -70,14 +70,19 @@ def timeout_checked(
     timeout: float, what: str = "timeout must be a number of seconds or None"
 ) -> float:
     """Return ``timeout`` as a float, 0 if negative; raise TypeError or ValueError."""
-    check_number_of_seconds(timeout, what)
+    return max(number_checked(timeout, what), 0.0)
+
+
+def number_checked(number: float, what: str) -> float:
+    """Return ``number`` as a float; raise TypeError or ValueError, which begins with ``what``."""
+    check_number_of_seconds(number, what)
     try:
-        seconds = float(timeout)
+        value = float(number)
     except OverflowError:
-        seconds = math.inf if timeout > 0 else 0.0
-    if math.isnan(seconds):
+        value = math.inf if number > 0 else -math.inf
+    if math.isnan(value):
         raise ValueError(f"{what}, not NaN")
-    return max(seconds, 0.0)
+    return value
 
 
 def check_number_of_seconds(seconds: object, what: str) -> None:

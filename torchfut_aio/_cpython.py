@@ -15,6 +15,7 @@ import gc
 import operator
 import os
 import sys
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from types import (
@@ -277,6 +278,27 @@ def calling_module(beyond: str = "") -> str | None:
     while caller is not None and caller.f_globals.get("__name__") == beyond:
         caller = caller.f_back
     return None if caller is None else str(caller.f_globals.get("__name__", ""))
+
+
+def call_before_joining(function: Callable[[], object]) -> bool:
+    """Call ``function`` when the interpreter begins to exit, before it waits for threads.
+
+    Return False if this is not possible, or the exit has begun.
+    """
+    register = getattr(threading, "_register_atexit", None)
+    if register is None:
+        return False
+    # Those that are registered last are called first. This module lets the pools of
+    # concurrent.futures wait for their threads, which may wait for what ``function`` ends.
+    import concurrent.futures.thread  # noqa: F401
+
+    try:
+        register(function)
+    except RecursionError:
+        raise
+    except RuntimeError:
+        return False
+    return True
 
 
 _has_gil: Callable[[], bool] = getattr(sys, "_is_gil_enabled", lambda: True)

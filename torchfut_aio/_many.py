@@ -20,7 +20,6 @@ from ._adopt import Source, as_future
 from ._adopt import Source as S  # in overloads  # noqa: N817
 from ._arguments import listed, timeout_checked
 from ._dependent import DependentFuture
-from ._devices import Moment
 from ._errors import InvalidStateError, NotAFutureError
 from ._future import Future
 from ._repr import described
@@ -244,14 +243,12 @@ def set_results(
             f"set_results() takes as many values as futures, "
             f"not {len(all_values)} for {len(all_futures)}"
         )
-    outcomes = []
-    moment = Moment()
-    for future, value in zip(all_futures, all_values, strict=True):
+    for future in all_futures:
         # Not isinstance(), which reads `__class__` and so could run the code of a proxy.
         if not issubclass(type(future), Future):
             what = described(future)
             raise NotAFutureError(f"set_results() completes torchfut_aio futures, not {what}")
-        outcomes.append(_core.outcome_of_result(value, _core.devices_of(future), moment))
+    outcomes = _core.outcomes_of_results(all_futures, all_values)
     done_before: list[Any] = _core.complete_all(all_futures, outcomes)
     return done_before
 

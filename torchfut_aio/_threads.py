@@ -1,7 +1,7 @@
 """The threads of this package: each exists while there is work for it.
 
-`Worker` is the base class. `BlockingThread` calls functions that block, and `LoopThread` runs an
-event loop.
+`Worker` is the base class, and `QueueWorker` that of those with a queue of items. `BlockingThread`
+calls functions that block, and `LoopThread` runs an event loop.
 
 Submitting takes no lock, so a finaliser or a signal handler may submit in the middle of another
 submission. Once it returns, a running thread is going to take the item. If it raises, the item is
@@ -18,6 +18,7 @@ import asyncio
 import atexit
 import contextvars
 import logging
+import math
 import os
 import queue
 import threading
@@ -30,6 +31,7 @@ from contextlib import suppress
 from sys import is_finalizing
 from typing import Any, ClassVar
 
+from ._cpython import call_before_joining
 from ._errors import drop_catching_frame, one_for_each
 from ._repr import function_name
 
@@ -102,34 +104,121 @@ class WorkerThread(threading.Thread):
 
 
 class Worker(ABC):
-    """A thread while there is work; a subclass defines `run`.
+    """A thread while there is work; a subclass defines `run`, `has_work` and `wake`.
+
+    Attributes:
+        name: The name of the thread.
+        daemon: Whether the interpreter exits without waiting for the thread. False if the thread
+            blocks in torch: a daemon that returned from there at exit would abort the process.
+        active: The thread that has claimed the work, if there is one.
+        timeout_at_exit: How many seconds to wait at exit for a daemon to end; 0 to leave it.
+    """
+
+    timeout_at_exit: ClassVar[float] = 0.0
+
+    def __init__(self, name: str, *, daemon: bool = True) -> None:
+        self.name = name
+        self.daemon = daemon
+        self._reset()
+        _workers[id(self)] = self
+
+    def _reset(self) -> None:
+        self.active: WorkerThread | None = None
+        self._newest: WorkerThread | None = None
+        self._claiming = threading.Lock()  # only worker threads take it
+
+    @abstractmethod
+    def run(self, thread: WorkerThread) -> None:
+        """Do the work; return when none is left, or when ``thread.should_end``."""
+
+    @abstractmethod
+    def has_work(self) -> bool:
+        """Return True if a thread is needed."""
+
+    @abstractmethod
+    def wake(self) -> None:
+        """Wake the active thread, if it rests."""
+
+    def ensure_thread(self) -> None:
+        """Start a thread, unless one is running that will check for work again.
+
+        Raises:
+            RuntimeError: No thread could be started, or the interpreter is shutting down.
+        """
+        if is_finalizing():
+            # Before Python 3.12 a thread can be started now, and never runs.
+            raise RuntimeError(f"the interpreter is shutting down: no thread for {self.name}")
+        for thread in (self.active, self._newest):
+            if thread is not None and thread.is_polling:
+                return
+        # Two submitters may each start one. `claim` lets one of them work, and the other ends.
+        self._newest = thread = WorkerThread(self)
+        # Not `thread.start()`: Ctrl-C in there could leave locks of `threading` locked for ever.
+        # Signal handlers run in the main thread only, so we let another thread call it.
+        _thread.start_new_thread(thread.launch, ())
+        error = thread.started.get()
+        if error is not None:
+            raise RuntimeError(str(error)) from error
+
+    def threads(self) -> list[WorkerThread]:
+        """Return the threads that run or are being started."""
+        return [t for t in {self.active, self._newest} if t is not None and t.is_running]
+
+    def end(self, timeout: float) -> bool:
+        """End the thread and wait until it has ended; return False after ``timeout`` seconds.
+
+        If items are left, another thread starts. A thread that ends itself does not wait.
+        """
+        threads = [t for t in {self.active, self._newest} if t is not None]
+        for thread in threads:
+            thread.should_end = True
+        self.wake()
+        give_up = time.monotonic() + timeout
+        return all(_ended(thread, give_up) for thread in threads)
+
+    def claim(self, thread: WorkerThread) -> bool:
+        """Make ``thread`` the active one, or return False if there is another."""
+        with self._claiming:
+            if self.active is not None:
+                return False
+            self.active = thread
+        return True
+
+    def release(self, thread: WorkerThread) -> None:
+        # Give up the claim *before* the flag. A submitter that finds the flag down starts a thread,
+        # and that could not claim the work.
+        if self.active is thread:
+            self.active = None
+        thread.is_polling = False
+
+    def after_fork(self) -> None:
+        """Continue in the child of a fork, which has no thread."""
+        self._reset()
+
+    def at_exit(self) -> None:
+        if self.timeout_at_exit:
+            self.end(self.timeout_at_exit)
+
+
+class QueueWorker(Worker):
+    """A worker whose work is submitted as items.
 
     Attributes:
         work: The pending items, each with a value that belongs to it. An item stays until it is
             done, so that a new thread continues where another stopped.
         new: The items that the thread has not taken yet.
-        name: The name of the thread.
-        daemon: Whether the interpreter exits without waiting for the thread. False if the thread
-            blocks in torch: a daemon that returned from there at exit would abort the process.
-        timeout_at_exit: How many seconds to wait at exit for a daemon to end; 0 to leave it.
         survives_fork: Whether the child of a fork continues with pending items, or drops them.
     """
 
-    timeout_at_exit: ClassVar[float] = 0.0
     survives_fork: ClassVar[bool] = False
 
     def __init__(self, name: str, *, daemon: bool = True) -> None:
-        self.name = name
-        self.daemon = daemon
         self.work: dict[Any, Any] = {}
         self.new: deque[Any] = deque()
-        self._reset()
-        _workers[id(self)] = self
+        super().__init__(name, daemon=daemon)
 
     def _reset(self) -> None:
-        self._active: WorkerThread | None = None  # the one that has claimed the work
-        self._newest: WorkerThread | None = None
-        self._claiming = threading.Lock()  # only worker threads take it
+        super()._reset()
         self._wakeups: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     def submit(self, item: Any, value: Any = None) -> None:
@@ -152,56 +241,14 @@ class Worker(ABC):
                 self.new.remove(item)
             raise
 
-    def ensure_thread(self) -> None:
-        """Start a thread, unless one is running that will check for work again.
-
-        Raises:
-            RuntimeError: No thread could be started, or the interpreter is shutting down.
-        """
-        if is_finalizing():
-            # Before Python 3.12 a thread can be started now, and never runs.
-            raise RuntimeError(f"the interpreter is shutting down: no thread for {self.name}")
-        for thread in (self._active, self._newest):
-            if thread is not None and thread.is_polling:
-                return
-        # Two submitters may each start one. `claim` lets one of them work, and the other ends.
-        self._newest = thread = WorkerThread(self)
-        # Not `thread.start()`: Ctrl-C in there could leave locks of `threading` locked for ever.
-        # Signal handlers run in the main thread only, so we let another thread call it.
-        _thread.start_new_thread(thread.launch, ())
-        error = thread.started.get()
-        if error is not None:
-            raise RuntimeError(str(error)) from error
-
     def needs_wakeup(self, _item: Any) -> bool:
         """Return False if the thread will see a new item soon enough by itself."""
         return True
 
     def wake(self) -> None:
-        """Wake the active thread from `rest`."""
         # One pending wake-up is enough: the thread takes new items after it has taken that.
-        if self._active is not None and self._wakeups.empty():
+        if self.active is not None and self._wakeups.empty():
             self._wakeups.put(None)
-
-    def threads(self) -> list[WorkerThread]:
-        """Return the threads that run or are being started."""
-        return [t for t in {self._active, self._newest} if t is not None and t.is_running]
-
-    def end(self, timeout: float) -> bool:
-        """End the thread and wait until it has ended; return False after ``timeout`` seconds.
-
-        If items are left, another thread starts. A thread that ends itself does not wait.
-        """
-        threads = [t for t in {self._active, self._newest} if t is not None]
-        for thread in threads:
-            thread.should_end = True
-        self.wake()
-        give_up = time.monotonic() + timeout
-        return all(_ended(thread, give_up) for thread in threads)
-
-    @abstractmethod
-    def run(self, thread: WorkerThread) -> None:
-        """Do the work; return when none is left, or when ``thread.should_end``."""
 
     def has_work(self) -> bool:
         return bool([*self.work])  # a copy locks the dict where there is no GIL, len() does not
@@ -225,26 +272,16 @@ class Worker(ABC):
         return False
 
     def claim(self, thread: WorkerThread) -> bool:
-        """Make ``thread`` the active one, or return False if there is another."""
-        with self._claiming:
-            if self._active is not None:
-                return False
-            self._active = thread
-        # The thread before us may have taken items and ended before it did them. We clear *before*
-        # we copy: an item that comes in between is in the copy.
-        self.new.clear()
-        self.new.extend([*self.work])
-        return True
-
-    def release(self, thread: WorkerThread) -> None:
-        # Give up the claim *before* the flag. A submitter that finds the flag down starts a thread,
-        # and that could not claim the work.
-        if self._active is thread:
-            self._active = None
-        thread.is_polling = False
+        claimed = super().claim(thread)
+        if claimed:
+            # The thread before us may have taken items and ended before it did them. We clear
+            # *before* we copy: an item that comes in between is in the copy.
+            self.new.clear()
+            self.new.extend([*self.work])
+        return claimed
 
     def after_fork(self) -> None:
-        self._reset()
+        super().after_fork()
         self.new.clear()
         if not self.survives_fork:
             self.work.clear()
@@ -254,7 +291,7 @@ class Worker(ABC):
     def at_exit(self) -> None:
         if self.timeout_at_exit:
             self.work.clear()  # or another thread would continue with it
-            self.end(self.timeout_at_exit)
+        super().at_exit()
 
 
 def _ended(thread: WorkerThread, give_up: float) -> bool:
@@ -269,7 +306,7 @@ def _ended(thread: WorkerThread, give_up: float) -> bool:
     return True
 
 
-class BlockingThread(Worker):
+class BlockingThread(QueueWorker):
     """Calls functions that block: ``submit(notify, function)``.
 
     The thread calls ``function()``, then ``notify(error or None)``. It makes one call for all items
@@ -307,7 +344,7 @@ class BlockingThread(Worker):
                 call_contained(notify, error)
 
 
-class LoopThread(Worker):
+class LoopThread(QueueWorker):
     """Runs an asyncio event loop; a subclass defines `step` and `fail`.
 
     Attributes:
@@ -377,6 +414,23 @@ def _for_each(function: Callable[[Worker], None]) -> None:
         function(worker)
 
 
-atexit.register(_for_each, Worker.at_exit)
+_exit_has_begun = False
+
+
+def is_exiting() -> bool:
+    """Return True if the interpreter has begun to exit. It first waits for threads."""
+    return _exit_has_begun or not threading.main_thread().is_alive()
+
+
+def _begin_exit() -> None:
+    global _exit_has_begun
+    _exit_has_begun = True
+    _for_each(lambda worker: worker.wake())
+
+
+LONGEST_REST: float = math.inf if call_before_joining(_begin_exit) else 0.1
+"""How many seconds a thread that is no daemon may rest, and still notice `is_exiting` in time."""
+
+atexit.register(_for_each, lambda worker: worker.at_exit())
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=lambda: _for_each(lambda worker: worker.after_fork()))

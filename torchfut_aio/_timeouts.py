@@ -18,7 +18,7 @@ from ._arguments import timeout_checked
 from ._dependent import DependentFuture
 from ._errors import InvalidStateError
 from ._future import Future
-from ._threads import Worker, WorkerThread, call_contained
+from ._threads import QueueWorker, WorkerThread, call_contained
 
 T = TypeVar("T")
 
@@ -113,7 +113,7 @@ class _Deadline(_core.DoneCallback):
             self.source = self.child = None  # the heap of the timer may keep this object
 
 
-class _Timer(Worker):
+class _Timer(QueueWorker):
     """Expires the deadlines in ``work``."""
 
     timeout_at_exit = 1.0

@@ -32,7 +32,7 @@ from ._completion import (
     try_complete_with_value,
     waiters_of,
 )
-from ._outcome import Outcome, outcome_of_error, outcome_of_result, outcome_of_value
+from ._outcome import Outcome, outcome_of_error, outcome_of_value, outcomes_of_results
 from ._promise import Promise
 from ._then import ThenCallback
 from ._torch_future import init_in_torch, install_placeholder
@@ -62,8 +62,8 @@ __all__ = [
     "is_cancelled",
     "outcome_of",
     "outcome_of_error",
-    "outcome_of_result",
     "outcome_of_value",
+    "outcomes_of_results",
     "refuse_second",
     "remove",
     "run_deferred",

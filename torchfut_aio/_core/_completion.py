@@ -186,7 +186,8 @@ def _complete_all(
     # Loops are woken only now: one that is awake would take the GIL at each release by C++.
     for waker, of_waker in waiters.items():
         waker.wake_all(of_waker)
-    _callbacks.run_all(due)
+    if due:
+        _callbacks.run_all(due)
     return refused
 
 

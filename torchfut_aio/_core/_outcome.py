@@ -13,7 +13,7 @@ import logging
 import sys
 from collections.abc import Iterable, Sequence
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -26,6 +26,9 @@ from .._devices import (
     joint_readiness,
 )
 from .._errors import CANCELLATIONS
+
+if TYPE_CHECKING:
+    from .._future import Future
 
 _logger = logging.getLogger("torchfut_aio.unretrieved")
 
@@ -144,12 +147,23 @@ def outcome_of_error(error: BaseException, devices: Sequence[torch.device] = ())
     )
 
 
-def outcome_of_result(result: Any, devices: Sequence[torch.device], moment: Moment) -> Outcome:
-    """Return the outcome that one of many results has: an exception is an error."""
-    # Not isinstance(), which reads `__class__` and so could run the code of a proxy.
-    if issubclass(type(result), BaseException):
-        return outcome_of_error(result, devices)
-    return outcome_of_value(result, devices, moment)
+def outcomes_of_results(futures: Iterable[Future[Any]], results: Iterable[Any]) -> list[Outcome]:
+    """Return the outcome that each future has here and now; an exception is an error."""
+    outcomes = []
+    moment = None
+    for future, result in zip(futures, results, strict=True):
+        devices = future._devices
+        if type(result) in HOST_ONLY and not devices:  # as in Future.set_result()
+            outcome = Outcome()
+            outcome.value = result
+        # Not isinstance(), which reads `__class__` and so could run the code of a proxy.
+        elif issubclass(type(result), BaseException):
+            outcome = outcome_of_error(result, devices)
+        else:
+            moment = moment or Moment()
+            outcome = outcome_of_value(result, devices, moment)
+        outcomes.append(outcome)
+    return outcomes
 
 
 def joined_outcome(value: Any, parts: Iterable[Outcome]) -> Outcome:

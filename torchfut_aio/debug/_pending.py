@@ -125,7 +125,7 @@ def _futures(things: list[Any]) -> list[PendingFuture]:
     where: dict[int, str] = {}  # by identity, as a class may define `==`
     for worker in workers():
         if isinstance(worker, BatchWorker):
-            where |= {id(future): place for future, place in worker.places().items()}
+            where |= {id(future): place for future, place in worker.queue.places().items()}
     return [
         PendingFuture(future=thing, waiters=_waiters_of(thing), where=where.get(id(thing)))
         for thing in things

@@ -1,7 +1,8 @@
-"""Micro-batching: one call of a function for many items, and a future for each of them.
+"""Micro-batching: one call of a function for many items, and a result for each of them.
 
-The thread of ``_batch_worker.py`` makes the batches. If the function is async, the thread lets the
-loop of ``_owner_loop.py`` run a task for each batch, and waits for it.
+The queue of ``_batch_queue.py`` makes the batches, and the workers of ``_batch_worker.py`` run
+them, each in a thread. If the function is async, a worker lets the loop of ``_owner_loop.py`` run a
+task for each batch, and waits for it.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from .._arguments import async_checked, size_checked, timeout_checked
+from .._arguments import async_checked, number_checked, size_checked, timeout_checked
 from .._dependent import DependentFuture
-from .._errors import BatcherClosedError, QueueFullError
+from .._errors import BatcherClosedError
 from .._future import Future, InternalFuture
 from .._process_local import ProcessLocal
-from ._batch_worker import BatchWorker
+from .._repr import function_name
+from ._batch_queue import BatchQueue, Limits
+from ._batch_worker import BatchReport, BatchWorker
 from ._owner_loop import OwnerLoop
 
 T = TypeVar("T")
@@ -28,6 +31,9 @@ _CLOSE_BLOCKS = (
     "closing a batcher blocks the event loop that this thread runs; use `async with`, or await "
     "aclose()"
 )
+_INITIALIZER_BLOCKS = (
+    "the initializer of a batcher blocks the event loop that this thread runs; use `async with`"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,14 +42,19 @@ class BatcherStatistics:
 
     Attributes:
         queued: The number of items that wait now.
-        running: The number of items in the batch that runs now.
+        running: The number of items in the batches that run now.
         batches: The number of times that the function has run.
         items: The number of items on which it has run.
         rejected: The number of items that were refused because the queue was full.
-        skipped: The number of items that were given up before they were run.
+        given_up: The number of items that were given up before they were run.
+        failed: The number of items that failed: with their batch, by a result that is an exception,
+            or because of their cost. Items that fail because the batcher closes do not count.
         wait_time: The time that the items that were run had waited, in seconds, in all.
-        run_time: The time for which the function has run, in seconds.
+        run_time: The time for which the function has run, in seconds, in all.
         mean_batch_size: The mean number of items in a batch; 0.0 before the first.
+        oldest: The time for which the oldest queued item has waited, in seconds; 0.0 if none waits.
+        running_for: The time for which the batch that runs now has run, in seconds; the longest of
+            several, and 0.0 if none runs.
 
     Example:
         >>> import dataclasses, json
@@ -59,31 +70,41 @@ class BatcherStatistics:
     batches: int
     items: int
     rejected: int
-    skipped: int
+    given_up: int
+    failed: int
     wait_time: float
     run_time: float
     mean_batch_size: float
+    oldest: float
+    running_for: float
 
 
 class Batcher(ProcessLocal, Generic[T, R]):
-    """Run a function on many items at once, and return a future of each item's result.
+    """Run a function on many items at once, and return each item's result.
 
-    A batch begins when ``max_batch_size`` items wait, or when the first of them has waited for
-    ``max_wait`` seconds. One batch runs at a time, in a thread of the batcher. Items that come
-    while it runs wait for the next one. The thread ends after some idle seconds; the next item
-    starts another.
+    ``await batcher(item)`` waits for a result, and gives the item up if the wait ends before.
+    `submit` returns a future of the result instead.
 
-    An async function runs as a task of the loop that has entered the batcher by ``async with``. No
-    function sees the context (``contextvars``) of a caller, as a batch has many callers.
+    A batch begins when ``max_batch_size`` items wait, when no further item fits into
+    ``max_batch_cost``, or when the first item has waited for ``max_wait`` seconds. Items form
+    batches in the order in which they were submitted. While as many batches run as may run at the
+    same time, items wait for the next one.
+
+    The function is called in a thread of the batcher, always the same one. The thread starts when
+    the batcher is entered, or with the first item, and ends when the batcher is closed. So models
+    and settings that belong to a thread stay. Until an item comes, the thread sleeps. If several
+    batches may run at the same time, each of so many threads runs one. An async function runs
+    instead as a task of the loop that has entered the batcher by ``async with``. No function sees
+    the context (``contextvars``) of a caller, as a batch has many callers.
 
     Every future completes. If the function raises, all items of the batch fail with its error,
     each with a separate copy of the exception. A result that is an exception fails its item. An
-    item whose future is done before its batch begins is skipped: to give one up, cancel its future.
+    item whose future is done before its batch begins is not run.
 
     The end of the ``with`` or ``async with`` block closes the batcher, and runs queued items unless
     the block raises. Garbage collection and the exit of the interpreter also close it; the exit
-    waits for the thread. A forked child begins with an empty queue. It has to enter the batcher
-    again if the function is async.
+    waits for the threads. A forked child begins with an empty queue and with threads of its own. It
+    has to enter the batcher again if the function is async.
 
     Args:
         func: Called with a list of items. It returns as many results in the same order: a list,
@@ -99,8 +120,24 @@ class Batcher(ProcessLocal, Generic[T, R]):
             refuses more. If n threads submit at the same time, they may exceed it by n. None sets
             no limit.
         max_wait: The longest time that an item waits for others, in seconds. With 0 or less, a
-            batch has the items that came while the last one ran.
-        name: The name of the thread, or of the task. By default, ``torchfut_aio batcher of`` and
+            batch has the items that came while the last ones ran.
+        cost: Called with a list of items; returns what a batch of them would cost, such as the
+            number of tokens after padding. The cost must not be negative, nor fall when an item is
+            added. It is called in a thread of the batcher as a batch is made, often for parts of
+            the batch too. An item fails if it costs more than ``max_batch_cost`` alone, or if the
+            function raises or returns another thing for it alone.
+        max_batch_cost: The most that a batch may cost. It is needed if ``cost`` is passed.
+        max_concurrent_batches: How many batches may run at the same time. With more than one, the
+            function is called from several threads, or in several tasks.
+        initializer: Called in each thread before its first batch, with the number of the thread,
+            from 0 to ``max_concurrent_batches`` - 1: to load a model, choose a device, or set the
+            number of torch's threads. The block of ``with`` or ``async with`` begins when it has
+            returned in all threads; if it raises, so does the entry, and the batcher is closed.
+            Without a block, every item fails with its error. Not for async functions.
+        on_batch: Called with a `BatchReport` after each batch, in the thread that ran it, when the
+            futures are done. That thread runs no other batch until it returns. An error that it
+            raises is logged.
+        name: The name of the threads, or of the tasks. By default, ``torchfut_aio batcher of`` and
             the name of the function.
 
     Raises:
@@ -114,8 +151,7 @@ class Batcher(ProcessLocal, Generic[T, R]):
         ...     async with torchfut_aio.Batcher(
         ...         double, max_batch_size=64, max_wait=0.001, max_queue_size=1000
         ...     ) as batcher:
-        ...         futures = [batcher.submit(n) for n in range(100)]
-        ...         return sum(await torchfut_aio.gather(futures))
+        ...         return sum(await asyncio.gather(*[batcher(n) for n in range(100)]))
         >>> asyncio.run(main())
         9900
     """
@@ -128,6 +164,11 @@ class Batcher(ProcessLocal, Generic[T, R]):
         max_batch_size: int,
         max_queue_size: int | None,
         max_wait: float = 0.0,
+        cost: Callable[[list[T]], float] | None = None,
+        max_batch_cost: float | None = None,
+        max_concurrent_batches: int = 1,
+        initializer: Callable[[int], object] | None = None,
+        on_batch: Callable[[BatchReport[T]], object] | None = None,
         name: str | None = None,
     ) -> None:
         if not callable(func):
@@ -143,21 +184,76 @@ class Batcher(ProcessLocal, Generic[T, R]):
                     "max_queue_size must be at least max_batch_size, which is "
                     f"{max_batch_size}; not {max_queue_size}"
                 )
-        if name is None:
-            called = getattr(func, "__qualname__", type(func).__qualname__)
-            name = f"torchfut_aio batcher of {called}"
         wait = timeout_checked(max_wait, "max_wait must be a number of seconds")
-        self._max_queue_size = math.inf if max_queue_size is None else max_queue_size
-        self._worker = BatchWorker(func, max_batch_size, wait, name)
+        if (cost is None) != (max_batch_cost is None):
+            raise TypeError("cost and max_batch_cost are needed together: one is missing")
+        most = math.inf
+        if max_batch_cost is not None:
+            most = number_checked(max_batch_cost, "max_batch_cost must be a number")
+            if most <= 0:
+                raise ValueError(f"max_batch_cost must be positive, not {most:g}")
+        workers = size_checked(max_concurrent_batches, "max_concurrent_batches")
+        for each, what in ((cost, "cost"), (initializer, "initializer"), (on_batch, "on_batch")):
+            _check_plain_function(each, what)
         self._needs_loop = _is_async(func)
+        if self._needs_loop and initializer is not None:
+            raise TypeError(
+                "an initializer is for threads, and an async function runs in tasks: prepare what "
+                "it needs before the batcher is entered"
+            )
+        if name is None:
+            name = (
+                f"torchfut_aio batcher of {getattr(func, '__qualname__', type(func).__qualname__)}"
+            )
+        limit = math.inf if max_queue_size is None else max_queue_size
+        self._queue = BatchQueue(name, Limits(max_batch_size, limit, wait, cost, most))
+        for _ in range(workers):
+            self._queue.workers.append(BatchWorker(self._queue, func, initializer, on_batch))
 
     _what = "a Batcher"
     _cure = "create it in the process that submits; a child that is forked begins with none queued"
 
     # ------------------------------------------------------------------------------ items
 
+    async def __call__(self, item: T, /) -> R:
+        """Wait for the result of an item.
+
+        The item is queued when the coroutine takes its first step. If the wait ends without a
+        result, for example because the task is cancelled or a timeout around the wait expires, the
+        item leaves the queue at once, and is not run unless its batch has begun.
+
+        Raises:
+            BaseException: The error of the item or of its batch.
+            QueueFullError, BatcherClosedError, RuntimeError: As for `submit`.
+
+        Example:
+            >>> import asyncio
+            >>> async def main():
+            ...     async with torchfut_aio.Batcher(
+            ...         sorted, max_batch_size=8, max_queue_size=100
+            ...     ) as batcher:
+            ...         async with asyncio.timeout(1):
+            ...             return await batcher(5)
+            >>> asyncio.run(main())
+            5
+        """
+        future: Future[R] = Future() if not self._needs_loop else self._future_of_loop()
+        try:
+            self._queue.put(future, item)
+            return await future
+        except BaseException:
+            if not future.done():
+                self._queue.give_up(future)
+                future.cancel()  # so that its error is not logged, if its batch has begun and fails
+            raise
+        finally:
+            del future  # the frames of its error lead here
+
     def submit(self, item: T, /) -> Future[R]:
         """Queue an item, from any thread, and return the future of its result.
+
+        To give the item up, cancel the future. It then leaves the queue when its batch would begin,
+        or when it would make the queue full.
 
         Raises:
             QueueFullError: ``max_queue_size`` items wait.
@@ -166,20 +262,13 @@ class Batcher(ProcessLocal, Generic[T, R]):
                 batcher, or that loop cannot run because this thread runs another loop. Or no thread
                 could be started, for example because the interpreter is shutting down.
         """
-        worker = self._worker
-        if worker.closing:
-            raise BatcherClosedError("the batcher is closed and takes no more items")
-        future: Future[R] = self._future_of_loop() if self._needs_loop else Future()
-        if len(worker.work) >= self._max_queue_size and not worker.make_room(self._max_queue_size):
-            worker.rejected.add()
-            raise QueueFullError(f"the queue is full: {self._max_queue_size} items wait")
-        worker.submit(future, (item, time.monotonic()))
-        if worker.has_ended:  # rule 3 of _batch_worker.py
-            worker.fail_queued(BatcherClosedError("the batcher is closed"))
+        future: Future[R] = Future() if not self._needs_loop else self._future_of_loop()
+        self._queue.put(future, item)
         return future
 
     def _future_of_loop(self) -> DependentFuture[R]:
-        owner = self._worker.owner
+        self._queue.check_open()
+        owner = self._queue.owner
         if owner is None:
             raise RuntimeError(
                 "the function is async: enter the batcher first, by async with; a process that was "
@@ -193,35 +282,46 @@ class Batcher(ProcessLocal, Generic[T, R]):
     @property
     def closed(self) -> bool:
         """True if the batcher takes no more items. Some may still run."""
-        return self._worker.closing
+        return self._queue.closing
 
     @property
     def name(self) -> str:
-        """The name of the batcher's thread, or of its tasks."""
-        return self._worker.name
+        """The name of the batcher's threads, or of its tasks."""
+        return self._queue.name
 
     def __repr__(self) -> str:
-        worker = self._worker
+        queue = self._queue
         state = "closed" if self.closed else "open"
-        limit = "" if self._max_queue_size == math.inf else f"/{self._max_queue_size}"
+        limit = queue.limits.max_queue_size
+        of = "" if limit == math.inf else f"/{limit}"
+        running = sum([len(worker.batch) for worker in queue.workers])
         return (
-            f"<{type(self).__qualname__} {self.name!r} {state} queued={len(worker.work)}{limit} "
-            f"running={len(worker.batch)}>"
+            f"<{type(self).__qualname__} {self.name!r} {state} queued={len(queue.items)}{of} "
+            f"running={running}>"
         )
 
     def statistics(self) -> BatcherStatistics:
         """Return what the batcher has done so far, from any thread."""
-        worker = self._worker
+        queue, now = self._queue, time.monotonic()
+        workers = queue.workers
+        running = [(len(worker.batch), worker.began) for worker in workers]
+        batches = sum([worker.batches for worker in workers])
+        items = sum([worker.items for worker in workers])
         return BatcherStatistics(
-            queued=len(worker.work),
-            running=len(worker.batch),
-            batches=worker.batches,
-            items=worker.items,
-            rejected=worker.rejected.total(),
-            skipped=worker.skipped.total(),
-            wait_time=worker.wait_time,
-            run_time=worker.run_time,
-            mean_batch_size=worker.items / worker.batches if worker.batches else 0.0,
+            queued=len(queue.items),
+            running=sum([count for count, began in running if began is not None]),
+            batches=batches,
+            items=items,
+            rejected=queue.rejected.total(),
+            given_up=queue.given_up.total(),
+            failed=sum([worker.failed for worker in workers]),
+            wait_time=sum([worker.wait_time for worker in workers], 0.0),
+            run_time=sum([worker.run_time for worker in workers], 0.0),
+            mean_batch_size=items / batches if batches else 0.0,
+            oldest=max(now - (queue.oldest() or now), 0.0),
+            running_for=max(
+                [now - began for _, began in running if began is not None], default=0.0
+            ),
         )
 
     # ---------------------------------------------------------------------------- closing
@@ -246,11 +346,11 @@ class Batcher(ProcessLocal, Generic[T, R]):
             BlockingWaitWarning: This thread runs an event loop: ``await aclose()`` there.
         """
         seconds = None if timeout is None else timeout_checked(timeout)
-        if self._worker.is_inside():
+        if self._queue.is_inside():
             self._begin_to_close(drain)
             return
-        owner = self._worker.owner
-        if owner is not None and owner.needs_caller(self._has_work()):
+        owner = self._queue.owner
+        if owner is not None and owner.needs_caller(self._queue.has_work()):
             raise RuntimeError(
                 "close() would wait for this thread's event loop, which entered the batcher: await "
                 "aclose() on it"
@@ -274,11 +374,11 @@ class Batcher(ProcessLocal, Generic[T, R]):
                 because this thread runs another loop. The batcher stays open.
         """
         seconds = None if timeout is None else timeout_checked(timeout)
-        if self._worker.is_inside():
+        if self._queue.is_inside():
             self._begin_to_close(drain)
             return
-        owner = self._worker.owner
-        if owner is not None and self._has_work():
+        owner = self._queue.owner
+        if owner is not None and self._queue.has_work():
             owner.check()
         ended = self._begin_to_close(drain)
         if seconds is None:
@@ -292,23 +392,20 @@ class Batcher(ProcessLocal, Generic[T, R]):
         except TimeoutError:
             self._abandon(seconds)
 
-    def _has_work(self) -> bool:
-        return bool(self._worker.work or self._worker.batch)
-
     def _begin_to_close(self, drain: bool) -> InternalFuture[None]:
-        worker = self._worker
-        if not worker.ended.done():
-            worker.closing = True
+        queue = self._queue
+        if not queue.ended.done():
+            queue.closing = True
             if not drain:
-                worker.fail_queued(BatcherClosedError("the batcher was closed with drain=False"))
-            worker.begin_to_close()
-        return worker.ended
+                queue.fail_queued(BatcherClosedError("the batcher was closed with drain=False"))
+            queue.begin_to_close()
+        return queue.ended
 
     def _abandon(self, seconds: float | None) -> None:
-        had_work = self._has_work()
+        had_work = self._queue.has_work()
         text = "the batcher was closed, and its function did not return in time"
-        self._worker.abandon(BatcherClosedError(text))
-        if had_work:  # otherwise the function does not run, and only the end of the thread is late
+        self._queue.abandon(BatcherClosedError(text))
+        if had_work:  # otherwise the function does not run, and only the end of a thread is late
             raise TimeoutError(
                 f"the function of the batcher did not return within {seconds:g} s; what was "
                 "pending has failed"
@@ -317,30 +414,60 @@ class Batcher(ProcessLocal, Generic[T, R]):
     def __enter__(self) -> Batcher[T, R]:
         if self._needs_loop:
             raise RuntimeError("the function is async: enter the batcher by async with")
+        if not self.closed:
+            ready = self._queue.start()
+            try:
+                ready.block(None, _INITIALIZER_BLOCKS)
+                self._queue.check_initialized()
+            except BaseException:
+                self._begin_to_close(drain=False)
+                raise
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
         self.close(drain=kind is None)
 
     async def __aenter__(self) -> Batcher[T, R]:
-        if self._needs_loop:
-            worker = self._worker
-            if worker.owner is not None and worker.owner.runs():
-                raise RuntimeError("a loop has entered the batcher already")
-            # Last: if an interrupt comes before, the entry can be repeated.
-            worker.owner = OwnerLoop(worker.ended, worker.name)
+        queue = self._queue
+        if not self.closed:
+            ready = queue.start()
+            if self._needs_loop:
+                if queue.owner is not None and queue.owner.runs():
+                    raise RuntimeError("a loop has entered the batcher already")
+                # Last: if an interrupt comes before, the entry can be repeated.
+                queue.owner = OwnerLoop(queue.ended, queue.name)
+                return self
+            try:
+                await ready
+                queue.check_initialized()
+            except BaseException:
+                self._begin_to_close(drain=False)
+                raise
         return self
 
     async def __aexit__(self, kind: object, *_: object) -> None:
         await self.aclose(drain=kind is None)
 
     def __del__(self) -> None:
-        worker = getattr(self, "_worker", None)  # None if __init__() has raised
-        if worker is not None and worker.threads():
-            worker.closing = True
-            worker.wake()
-        elif worker is not None and worker.owner is not None:
-            worker.finish()  # ends the task of the loop that waits for it
+        queue: BatchQueue | None = getattr(self, "_queue", None)  # None if __init__() has raised
+        if queue is not None and any(worker.threads() for worker in queue.workers):
+            queue.closing = True
+            queue.wake()
+        elif queue is not None and queue.owner is not None:
+            queue.finish()  # ends the task of the loop that waits for it
+
+
+def _check_plain_function(function: Any, name: str) -> None:
+    if function is None:
+        return
+    if not callable(function):
+        raise TypeError(f"{name} must be a function or None, not {type(function).__qualname__}")
+    async_checked(function)
+    if _is_async(function):
+        raise TypeError(
+            f"{name} is called in a thread of the batcher, so it cannot be an async function: "
+            f"{function_name(function)}"
+        )
 
 
 def _is_async(function: Any) -> bool:
