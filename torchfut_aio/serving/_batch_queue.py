@@ -33,6 +33,7 @@ from .._cpython import Queue
 from .._errors import BatcherClosedError, QueueFullError, drop_catching_frame, one_for_each
 from .._future import Future, InternalFuture
 from .._threads import LONGEST_REST, is_exiting
+from .._waiters import first
 from ._owner_loop import OwnerLoop
 
 if TYPE_CHECKING:
@@ -164,10 +165,12 @@ class BatchQueue:
         return len(self.items) < self.limits.max_queue_size
 
     def oldest(self) -> float | None:
-        """Return when the oldest item that was not given up was submitted."""
-        for future, (_, submitted) in [*self.items.items()]:
-            if not future.done():
-                return submitted
+        """Return when the oldest item was submitted. Drop those before it that were given up."""
+        while (future := first(self.items)) is not None:
+            if future.done():
+                self.give_up(future)
+            elif (entry := self.items.get(future)) is not None:
+                return entry[1]
         return None
 
     # -------------------------------------------------------------------- making batches
@@ -285,12 +288,12 @@ class BatchQueue:
     # --------------------------------------------------------------------------- ending
 
     def runs(self) -> bool:
-        """Return True if a batch runs."""
+        """Return True if a batch runs, or is being reported."""
         return any(worker.batch for worker in self.workers)
 
     def has_work(self) -> bool:
-        """Return True if an item is queued, or a batch runs."""
-        return bool(self.items) or self.runs()
+        """Return True if the function runs, or will run."""
+        return bool(self.items) or any(worker.running() for worker in self.workers)
 
     def is_inside(self) -> bool:
         """Return True if the function calls, or a callback of a future that it completes."""
@@ -308,11 +311,6 @@ class BatchQueue:
             worker.ensure_thread()
         self.check_ready()  # without an initializer, there is nothing to wait for
         return self.ready
-
-    def check_initialized(self) -> None:
-        """Raise the error of the initializer, if it has failed."""
-        if self.broken is not None:
-            raise self.broken
 
     def check_ready(self) -> None:
         """Complete `ready` if it is time."""

@@ -50,7 +50,7 @@ class BatchWorker(Worker):
     Attributes:
         number: Its place among the workers of the queue.
         batch: The futures that are run now, each with its item and the time of its submission.
-        began: When ``batch`` was made; None once its futures are done.
+        began: When ``batch`` was made; None once the function has returned.
         cost: The cost of ``batch``; None if the batcher has no such function.
         refusal: Why the only item of ``batch`` is not run, or None.
         is_ready: Whether a thread of the worker has called the initializer.
@@ -78,6 +78,10 @@ class BatchWorker(Worker):
         self.refusal: BaseException | None = None
         self.batches = self.items = self.failed = 0
         self.wait_time = self.run_time = 0.0
+
+    def running(self) -> int:
+        """Return the number of items on which the function runs now."""
+        return len(self.batch) if self.began is not None else 0
 
     def is_inside(self) -> bool:
         """Return True if the function calls, or a callback of a future that it completes."""
@@ -140,24 +144,27 @@ class BatchWorker(Worker):
     def _run_batch(self) -> None:
         futures, items, submitted = map(list, zip(*self.batch, strict=True))
         start = time.monotonic()
-        error = None
+        error = self.refusal
+        if self.queue.broken is not None:
+            error = one_for_each(self.queue.broken, 2)[1]  # a copy for this batch
+        runs = error is None
         try:
-            results = self._results(items)
+            results = self._results(items) if error is None else one_for_each(error, len(futures))
         except BaseException as raised:
             error = drop_catching_frame(raised)
             results = one_for_each(error, len(futures))
         run_time = time.monotonic() - start
-        if self.refusal is None:
+        if runs:
             self.batches += 1
             self.items += len(futures)
             self.wait_time += len(futures) * start - sum(submitted)
             self.run_time += run_time
+        self.began = None  # before the futures are done: a client may read the statistics then
         try:
             self._complete(futures, results)
         except BaseException as raised:  # a callback raised it, or there was no memory
             self.fail_batch(drop_catching_frame(raised))
-        self.began = None
-        if self._on_batch is not None and self.refusal is None:
+        if self._on_batch is not None and runs:
             report = BatchReport(
                 name=self.name,
                 items=[entry[1] for entry in self.batch],  # the function may have changed `items`
@@ -179,17 +186,12 @@ class BatchWorker(Worker):
         _core.complete_all(futures, outcomes)
 
     def _results(self, items: list[Any]) -> list[Any]:
-        queue = self.queue
-        if (error := self.refusal or queue.broken) is not None:
-            try:
-                raise error
-            finally:
-                del error  # as in _run_batch()
         count = len(items)
-        if queue.owner is None:
+        owner = self.queue.owner
+        if owner is None:
             returned = self._function(items)
         else:
-            returned = queue.owner.run(self._function, items, self._id_of_batch())
+            returned = owner.run(self._function, items, self._id_of_batch())
         if type(returned) is list:
             results = returned
         elif inspect.iscoroutine(returned):

@@ -242,9 +242,13 @@ class Batcher(ProcessLocal, Generic[T, R]):
             self._queue.put(future, item)
             return await future
         except BaseException:
-            if not future.done():
-                self._queue.give_up(future)
-                future.cancel()  # so that its error is not logged, if its batch has begun and fails
+            try:  # `del` and not a call, as an interrupt can come when a call begins
+                del self._queue.items[future]
+            except KeyError:
+                pass  # its batch has begun, or it was not queued
+            else:
+                self._queue.given_up.add()
+            future.cancel()  # so that its error is not logged, if its batch has begun and fails
             raise
         finally:
             del future  # the frames of its error lead here
@@ -294,7 +298,7 @@ class Batcher(ProcessLocal, Generic[T, R]):
         state = "closed" if self.closed else "open"
         limit = queue.limits.max_queue_size
         of = "" if limit == math.inf else f"/{limit}"
-        running = sum([len(worker.batch) for worker in queue.workers])
+        running = sum(worker.running() for worker in queue.workers)
         return (
             f"<{type(self).__qualname__} {self.name!r} {state} queued={len(queue.items)}{of} "
             f"running={running}>"
@@ -304,24 +308,23 @@ class Batcher(ProcessLocal, Generic[T, R]):
         """Return what the batcher has done so far, from any thread."""
         queue, now = self._queue, time.monotonic()
         workers = queue.workers
-        running = [(len(worker.batch), worker.began) for worker in workers]
-        batches = sum([worker.batches for worker in workers])
-        items = sum([worker.items for worker in workers])
+        oldest = queue.oldest()  # first, as it drops items that were given up
+        batches = sum(worker.batches for worker in workers)
+        items = sum(worker.items for worker in workers)
+        began = [each for each in [worker.began for worker in workers] if each is not None]
         return BatcherStatistics(
             queued=len(queue.items),
-            running=sum([count for count, began in running if began is not None]),
+            running=sum(worker.running() for worker in workers),
             batches=batches,
             items=items,
             rejected=queue.rejected.total(),
             given_up=queue.given_up.total(),
-            failed=sum([worker.failed for worker in workers]),
-            wait_time=sum([worker.wait_time for worker in workers], 0.0),
-            run_time=sum([worker.run_time for worker in workers], 0.0),
+            failed=sum(worker.failed for worker in workers),
+            wait_time=sum((worker.wait_time for worker in workers), 0.0),
+            run_time=sum((worker.run_time for worker in workers), 0.0),
             mean_batch_size=items / batches if batches else 0.0,
-            oldest=max(now - (queue.oldest() or now), 0.0),
-            running_for=max(
-                [now - began for _, began in running if began is not None], default=0.0
-            ),
+            oldest=max(now - (oldest or now), 0.0),
+            running_for=max(now - min(began, default=now), 0.0),
         )
 
     # ---------------------------------------------------------------------------- closing
@@ -414,14 +417,9 @@ class Batcher(ProcessLocal, Generic[T, R]):
     def __enter__(self) -> Batcher[T, R]:
         if self._needs_loop:
             raise RuntimeError("the function is async: enter the batcher by async with")
-        if not self.closed:
-            ready = self._queue.start()
-            try:
-                ready.block(None, _INITIALIZER_BLOCKS)
-                self._queue.check_initialized()
-            except BaseException:
-                self._begin_to_close(drain=False)
-                raise
+        self._queue.check_open()
+        self._queue.start().block(None, _INITIALIZER_BLOCKS)
+        self._check_initialized()
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
@@ -429,21 +427,23 @@ class Batcher(ProcessLocal, Generic[T, R]):
 
     async def __aenter__(self) -> Batcher[T, R]:
         queue = self._queue
-        if not self.closed:
-            ready = queue.start()
-            if self._needs_loop:
-                if queue.owner is not None and queue.owner.runs():
-                    raise RuntimeError("a loop has entered the batcher already")
-                # Last: if an interrupt comes before, the entry can be repeated.
-                queue.owner = OwnerLoop(queue.ended, queue.name)
-                return self
-            try:
-                await ready
-                queue.check_initialized()
-            except BaseException:
-                self._begin_to_close(drain=False)
-                raise
+        queue.check_open()
+        ready = queue.start()
+        if not self._needs_loop:
+            await ready
+            self._check_initialized()
+        elif queue.owner is not None and queue.owner.runs():
+            raise RuntimeError("a loop has entered the batcher already")
+        else:
+            # Last: if an interrupt comes before, the entry can be repeated.
+            queue.owner = OwnerLoop(queue.ended, queue.name)
         return self
+
+    def _check_initialized(self) -> None:
+        broken = self._queue.broken
+        if broken is not None:
+            self._begin_to_close(drain=False)
+            raise broken
 
     async def __aexit__(self, kind: object, *_: object) -> None:
         await self.aclose(drain=kind is None)
