@@ -13,8 +13,8 @@ The server runs Starlette on uvicorn, with uvloop. ``POST /digit`` takes the 64 
 handles these cases:
 
 - Too many requests: new requests are answered 503 at once, queued requests in their turn.
-- A request that takes too long: it is answered 504, and its image is skipped.
-- A client that disconnects: its image is skipped, its text ends.
+- A request that takes too long: it is answered 504, and its image leaves the queue.
+- A client that disconnects: its image leaves the queue, its text ends.
 - A client that reads slowly: its text waits for a while, and the other texts continue.
 - A client that sends slowly, or nothing: it is answered 408, or its connection is closed.
 - A function that raises, even SystemExit: these requests are answered 500. A function that hangs:
@@ -34,7 +34,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from itertools import pairwise
@@ -59,7 +59,6 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 from torchfut_aio import (
     Batcher,
     BatcherClosedError,
-    Future,
     QueueFullError,
     StreamClosedError,
     ValueStream,
@@ -192,26 +191,22 @@ class ClientLeftError(Exception):
     """The client closed the connection before it had its answer."""
 
 
-async def answer_to(request: Request, future: Future[int]) -> int:
-    """Await the future, and fail it at the timeout or if the client disconnects.
-
-    The batcher skips items whose future is done.
-    """
-    loop = asyncio.get_running_loop()
-    timer = loop.call_later(SECONDS, future.try_set_exception, TimeoutError())
-    watch = loop.create_task(disconnected(request.receive))
-    watch.add_done_callback(lambda _: future.try_set_exception(ClientLeftError()))
-    try:
-        return await future
-    finally:
-        timer.cancel()
-        watch.cancel()
-        future.cancel()  # if this task was cancelled
+async def answer_to(request: Request, answer: Awaitable[int]) -> int:
+    """Await the answer, until the time is over or the client disconnects."""
+    with anyio.CancelScope() as scope:
+        watch = asyncio.create_task(cancel_if_disconnected(scope, request.receive))
+        try:
+            with anyio.fail_after(SECONDS):
+                return await answer
+        finally:
+            watch.cancel()
+    raise ClientLeftError
 
 
-async def disconnected(receive: Receive) -> None:
+async def cancel_if_disconnected(scope: anyio.CancelScope, receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+    scope.cancel()
 
 
 async def read_image(request: Request) -> torch.Tensor:
@@ -303,7 +298,7 @@ class Service:
         """Return the digit that an image shows."""
         try:
             image = await read_image(request)
-            digit = await answer_to(request, self._batcher.submit(image))
+            digit = await answer_to(request, self._batcher(image))
         except (QueueFullError, BatcherClosedError):
             return JSONResponse({"error": "too many requests"}, 503, {"Retry-After": "1"})
         except TimeoutError:

@@ -73,7 +73,7 @@ async def load_test(batcher: Classifier, samples: list[tuple[torch.Tensor, int]]
         nonlocal correct
         for image, label in requests:
             sent = perf_counter()
-            digit = await batcher.submit(image)
+            digit = await batcher(image)
             latencies.append(perf_counter() - sent)
             correct += digit == label
             show_progress("serving", len(latencies), total, "requests")

@@ -31,10 +31,10 @@ def model(images: list[torch.Tensor]) -> list[torch.Tensor]:
 
 async def request(batcher: Batcher[torch.Tensor, torch.Tensor], number: int) -> None:
     await asyncio.sleep(0.005 * number)
-    answer = await batcher.submit(torch.randn(64))
+    answer = await batcher(torch.randn(64))
     if number == 2:
         time.sleep(0.03)  # noqa: ASYNC251  no task should do this: it blocks all others
-    await batcher.submit(answer)
+    await batcher(answer)
 
 
 def note(future: Future[None]) -> None:
