@@ -104,6 +104,8 @@ def is_app(block):
 def test_documentation_programs_print_the_stated_output(block, loop):
     if "init_rpc" in block.code and getattr(rpc, "_is_tensorpipe_available", None) is False:
         pytest.skip("this build of PyTorch has no TensorPipe, so RPC cannot be started")
+    if "opentelemetry" in block.code:
+        pytest.importorskip("opentelemetry.sdk.trace", reason="install the extra `test` to trace")
     done = documentation.run(block.code.replace(RUN["asyncio"], RUN[loop]))
     if "float16" in block.code and "Invalid scalar type" in done.stderr:
         pytest.skip("this build of PyTorch has a gloo that reduces no float16")
@@ -116,10 +118,14 @@ def test_documentation_programs_print_the_stated_output(block, loop):
 SERVE = "python -m uvicorn app:app --loop uvloop --port 8000"
 
 
-@pytest.mark.parametrize("page", ["docs/tutorial.md", "docs/guides/serving.md"])
+@pytest.mark.parametrize(
+    "page", ["docs/tutorial.md", "docs/guides/serving.md", "docs/guides/metrics.md"]
+)
 def test_documentation_servers_return_the_stated_answers(tmp_path, page):
     pytest.importorskip("uvicorn", reason="install the extra `server` to test servers")
     (app,) = [b.code for b in blocks("python") if b.page == page and is_app(b)]
+    if "prometheus_client" in app:
+        pytest.importorskip("prometheus_client", reason="install the extra `test` for metrics")
     commands = [b for b in blocks("sh") if b.page == page]
     assert [b.code for b in commands if "uvicorn" in b.code] == [f"{SERVE}\n"]
     asked = [b for b in commands if b.code.startswith("curl")]
@@ -153,14 +159,16 @@ def running_server(folder):
 
 
 def answer_to(curl, address):
-    """Return what curl would print for the answer from another address."""
+    """Return what curl, and then grep, would print for the answer from another address."""
     path = re.search(r"http://127.0.0.1:8000(/[^\s']*)", curl)[1]
     body = re.search(r"-d '(.*?)'", curl)
+    pattern = re.search(r"\| grep -E '(.*)'", curl)
     request = urllib.request.Request(
         address + path, body and body[1].encode(), {"Content-Type": "text/plain"}
     )
     with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
-        return answer.read().decode()
+        lines = answer.read().decode().splitlines(keepends=True)
+    return "".join(line for line in lines if not pattern or re.search(pattern[1], line))
 
 
 def test_troubleshooting_page_quotes_messages_of_the_package():
