@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import weakref
-from collections.abc import Callable, Generator
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable
+from typing import Protocol, TypeVar
 
 from ._core import devices_of
 from ._future import Future, chain
@@ -27,6 +26,7 @@ class DependentFuture(Future[T]):
 
     __qualname__ = "Future"  # in its repr, as the class is internal
     __slots__ = ("_depends_on",)
+    _is_dependent = True
 
     _depends_on: weakref.ref[_Checks]
 
@@ -40,18 +40,6 @@ class DependentFuture(Future[T]):
         thing = self._depends_on()
         if thing is not None and not self.done():
             thing.check(blocks)
-
-    def __await__(self, _ready: bool = True) -> Generator[Any, Any, T]:
-        self.check()
-        return super().__await__(_ready)
-
-    def wait(self, timeout: float | None = None) -> T:
-        self.check(blocks=timeout is None)
-        return super().wait(timeout)
-
-    def as_asyncio(self) -> asyncio.Future[T]:
-        self.check()
-        return super().as_asyncio()
 
     def then(self, callback: Callable[[Future[T]], S]) -> Future[S]:
         child: DependentFuture[S] = DependentFuture(devices=devices_of(self))

@@ -75,6 +75,7 @@ class Future(torch.futures.Future[T]):
 
     _devices: tuple[torch.device, ...]
     _state: dict[Any, Any]  # see the rules in _core/_completion.py
+    _is_dependent = False  # in subclasses: whether to call `check` before a wait; see _dependent.py
 
     def __init__(self, *, devices: Iterable[int | str | torch.device] | None = None) -> None:
         """Make a pending future."""
@@ -338,6 +339,8 @@ class Future(torch.futures.Future[T]):
         outcome: _core.Outcome | None = state.get(OUTCOME)
         if outcome is not None:
             return outcome
+        if self._is_dependent:
+            self.check(blocks=timeout is None)  # type: ignore[attr-defined]
         if (timeout is None or timeout > 0) and _loops.loop_in_this_thread():
             warn_that_wait_blocks_a_loop(warning)
         waiter = _loops.ThreadWaiter()
@@ -366,6 +369,8 @@ class Future(torch.futures.Future[T]):
         if OUTCOME in state:
             yield from loop.checkpoint()
         else:
+            if self._is_dependent:
+                self.check()  # type: ignore[attr-defined]
             waiter = loop.waiter()
             try:
                 # The waiter is stored before the check for the outcome: rule 3 of _core.
@@ -381,18 +386,15 @@ class Future(torch.futures.Future[T]):
                 except KeyError:
                     pass
                 raise
-        outcome: _core.Outcome = state[OUTCOME]
-        readiness = outcome.readiness
+        outcome = state[OUTCOME]
         if outcome.error is None:
-            if readiness is not None:
+            if outcome.readiness is not None:
                 if _ready:
-                    yield from readiness.ready()
-                readiness.wait()
-            value: T = outcome.value
-            return value
+                    yield from outcome.readiness.ready()
+                outcome.readiness.wait()
+            return outcome.value  # type: ignore[no-any-return]
         try:
-            value = outcome.read()
-            return value
+            return outcome.read()  # type: ignore[no-any-return]
         finally:
             del self, state, outcome  # as in Outcome.read()
 
@@ -445,6 +447,8 @@ class Future(torch.futures.Future[T]):
             >>> asyncio.run(main())
             5
         """
+        if self._is_dependent:
+            self.check()  # type: ignore[attr-defined]
         return copy_to_asyncio(self)
 
     def as_concurrent(self) -> concurrent.futures.Future[T]:

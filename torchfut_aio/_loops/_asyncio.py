@@ -107,9 +107,8 @@ class AsyncioLoop(Loop):
             self.before_wait()
         if self.wake_up is not None:
             self.renew_wake_up()
-        event_loop = self.event_loop()
-        assert event_loop is not None  # it runs the caller
-        return event_loop.create_future()
+        # It is not garbage-collected, as it runs the caller.
+        return self.event_loop().create_future()  # type: ignore[union-attr]
 
     def new_waiter(self) -> asyncio.Future[None]:
         return self._running().create_future()

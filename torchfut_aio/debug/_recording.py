@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any
 
 from .. import _core, _loops
+from .._dependent import DependentFuture
 from .._errors import WAIT_BLOCKS
 from .._future import Future
 from .._loops import Waiter, Waker
@@ -198,6 +199,8 @@ def _recorded_await(future: Future[Any], _ready: bool = True) -> Generator[Any, 
 
 
 def _recorded_wait(future: Future[Any], wait: Span) -> Generator[Any, Any, None]:
+    if isinstance(future, DependentFuture):
+        future.check()
     loop = _loops.current()
     waiter = loop.waiter()
     try:
