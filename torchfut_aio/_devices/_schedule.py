@@ -125,10 +125,7 @@ class LearnedSchedule:
         self._least = self._low = self._high = 0.0  # of the waits; _low and _high without outliers
         self._regular = False  # whether _low and _high are close together
         self._slept_through = 0  # how many waits in a row were over at their first poll
-
-    @property
-    def interval(self) -> float:
-        return (self._low + self._high) / 2
+        self.interval = 0.0
 
     def next_poll(self, waited: float) -> float:
         policy = _policy
@@ -178,3 +175,4 @@ class LearnedSchedule:
         outliers = len(waits) // 8
         self._least, self._low, self._high = waits[0], waits[outliers], waits[-1 - outliers]
         self._regular = len(waits) >= 4 and self._high - self._low <= self._low / 4
+        self.interval = (self._low + self._high) / 2

@@ -94,7 +94,7 @@ class Alarm:
         self._set_anew = True
         if self._call is not None:
             self._cancel_call()
-        if self.is_exact():
+        if self._watched or self.is_exact():
             assert self._timer is not None
             self._timer.set(seconds)
         elif seconds < math.inf:
