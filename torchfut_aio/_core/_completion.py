@@ -25,7 +25,6 @@ from __future__ import annotations
 
 from _thread import start_new_thread
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import torch
@@ -33,6 +32,7 @@ import torch
 from .._devices import says_no_events
 from .._errors import CANCELLATIONS, InvalidStateError
 from .._loops import Waker
+from .._threads import call_contained
 from . import _callbacks
 from ._callbacks import CALLBACK, DoneCallback
 from ._outcome import Outcome, joined_outcome, outcome_of_error, outcome_of_value
@@ -84,7 +84,7 @@ def try_complete(future: Future[Any], outcome: Outcome) -> bool:
             except BaseException:
                 # The stack is full, and other threads wait. This call has room, as `_claim`, which
                 # is deeper, had room.
-                start_new_thread(_complete_in_thread, (future, outcome, state))
+                start_new_thread(call_contained, (_complete_again, future, outcome, state))
             # Without events, C++ raises after completing its future. That is no failure.
             if says_no_events(error):
                 return True
@@ -110,8 +110,12 @@ def refuse_second(future: Future[Any]) -> NoReturn:
     )
 
 
-def _claim(state: dict[Any, Any], outcome: Outcome) -> Sequence[DoneCallback] | None:
-    """Claim a future for ``outcome`` and wake its waiters; may be repeated.
+def _claim(
+    state: dict[Any, Any], outcome: Outcome, waiters: dict[Waker, list[Any]] | None = None
+) -> Sequence[DoneCallback] | None:
+    """Claim a future for ``outcome``, and wake its waiters or move them to ``waiters``.
+
+    May be repeated.
 
     Returns:
         The callbacks of the future, or None if it has another outcome.
@@ -129,8 +133,13 @@ def _claim(state: dict[Any, Any], outcome: Outcome) -> Sequence[DoneCallback] | 
         if waker is CALLBACK:
             callbacks.append(key)
         elif waker is not None:
-            waker.wake(key)
-            state.pop(key, None)  # a future that is done keeps no waiter, nor its loop
+            if waiters is None:
+                waker.wake(key)
+            else:
+                waiters.setdefault(waker, []).append(key)
+            # *After* that: an interrupt in between wakes it twice, and loses no waiter. A future
+            # that is done keeps no waiter, nor its loop.
+            state.pop(key, None)
     return callbacks
 
 
@@ -138,11 +147,6 @@ def _complete_again(future: Future[Any], outcome: Outcome, state: dict[Any, Any]
     callbacks = _claim(state, outcome) or ()
     complete_in_torch(future, outcome)
     _callbacks.run(future, outcome, state, callbacks)  # also those that this thread has deferred
-
-
-def _complete_in_thread(future: Future[Any], outcome: Outcome, state: dict[Any, Any]) -> None:
-    with suppress(KeyboardInterrupt, SystemExit):  # of a callback; this thread has no caller
-        _complete_again(future, outcome, state)
 
 
 def complete_all(futures: Sequence[Future[Any]], outcomes: Sequence[Outcome]) -> list[Future[Any]]:
@@ -154,7 +158,8 @@ def complete_all(futures: Sequence[Future[Any]], outcomes: Sequence[Outcome]) ->
         try:
             refused = _complete_all(futures, outcomes, waiters, again=True)
         except BaseException:
-            start_new_thread(_complete_all_in_thread, (futures, outcomes, waiters))
+            args = _complete_all, futures, outcomes, waiters, True
+            start_new_thread(call_contained, args)
         else:
             if says_no_events(error):
                 return refused
@@ -170,49 +175,25 @@ def _complete_all(
     refused, due = [], []
     for future, outcome in zip(futures, outcomes, strict=True):
         state = future._state
-        if state.setdefault(OUTCOME, outcome) is outcome:
-            if IGNORED in state:
-                outcome.mark_retrieved()
-            if again or outcome.error is not None:
-                complete_in_torch(future, outcome)
-            else:
-                set_value_in_torch(future, outcome.value)
-            callbacks = _take_waiters(state, waiters)
-            if callbacks:
-                due.append((future, outcome, state, callbacks))
-        else:
+        callbacks = _claim(state, outcome, waiters)
+        if callbacks is None:
             outcome.mark_retrieved()  # as in `try_complete`
             refused.append(future)
+            continue
+        if IGNORED in state:
+            outcome.mark_retrieved()
+        if again or outcome.error is not None:
+            complete_in_torch(future, outcome)
+        else:
+            set_value_in_torch(future, outcome.value)
+        if callbacks:
+            due.append((future, outcome, state, callbacks))
     # Loops are woken only now: one that is awake would take the GIL at each release by C++.
     for waker, of_waker in waiters.items():
         waker.wake_all(of_waker)
     if due:
         _callbacks.run_all(due)
     return refused
-
-
-def _complete_all_in_thread(
-    futures: Sequence[Future[Any]], outcomes: Sequence[Outcome], waiters: dict[Waker, list[Any]]
-) -> None:
-    with suppress(KeyboardInterrupt, SystemExit):  # as in _complete_in_thread()
-        _complete_all(futures, outcomes, waiters, again=True)
-
-
-def _take_waiters(state: dict[Any, Any], waiters: dict[Waker, list[Any]]) -> list[DoneCallback]:
-    """Move the waiters of a future that is done to ``waiters``; return its callbacks."""
-    callbacks = []
-    for key in [*state]:
-        if key is OUTCOME:
-            continue
-        waker = state.get(key)
-        if waker is CALLBACK:
-            callbacks.append(key)
-        elif waker is not None:
-            if waker not in waiters:
-                waiters[waker] = []
-            waiters[waker].append(key)
-            state.pop(key, None)
-    return callbacks
 
 
 # ----------------------------------------- completing with a value, an error, an outcome
