@@ -146,11 +146,12 @@ class Loop(ABC):
         # an interrupt ends this early, the loop drops the call, and `_wake_up_lost` schedules
         # another. (A copy locks the deque where there is no GIL; len() does not.)
         self._renewed = False
-        for _ in range(len(self.queue.copy())):
-            self.resume(self.queue[0])
-            del self.queue[0]
+        queue = self.queue
+        for _ in range(len(queue.copy())):
+            self.resume(queue[0])
+            del queue[0]
         self.wake_up = None
-        if self.queue.copy():
+        if queue.copy():
             self.schedule_wake_up()
 
     @abstractmethod

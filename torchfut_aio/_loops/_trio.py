@@ -23,14 +23,14 @@ _ALARM = "torchfut_aio alarm"  # the name of tasks that wait for a time
 class _Waiter:
     """One wait; ``task`` is None unless the task sleeps or is about to sleep."""
 
-    __slots__ = ("_woken", "task")
+    __slots__ = ("task", "woken")
 
     def __init__(self) -> None:
         self.task: trio.lowlevel.Task | None = None
-        self._woken = False
+        self.woken = False
 
     def __iter__(self) -> Generator[Any, Any, None]:
-        if self._woken:
+        if self.woken:
             return
         try:
             self.task = task = trio.lowlevel.current_task()
@@ -40,20 +40,13 @@ class _Waiter:
             yield from trio.lowlevel.wait_task_rescheduled(self._abort).__await__()  # noqa: ASYNC105
         finally:
             self.task = None  # it runs now, and may sleep elsewhere next
-        if not self._woken:
+        if not self.woken:
             raise RuntimeError(
                 "other code has rescheduled a task that awaits a torchfut_aio future; only the "
                 "future or a cancellation may wake it"
             )
 
     __await__ = __iter__
-
-    def resume(self) -> None:
-        """Resume the task, in trio's thread; may be called again."""
-        self._woken = True  # if the task has yet to wait, it returns at once
-        task = self.task
-        if task is not None and task.custom_sleep_data is self:
-            trio.lowlevel.reschedule(task)
 
     def _abort(self, _raise_cancel: Callable[[], Any]) -> trio.lowlevel.Abort:
         # Without `task`, a signal handler cannot wake the task from here on. One may have done so
@@ -79,7 +72,7 @@ class TrioLoop(Loop):
 
     def wake(self, waiter: _Waiter, /) -> None:
         if waiter.task is not None and self._can_resume(waiter.task):
-            waiter.resume()
+            self.resume(waiter)
         else:
             super().wake(waiter)
 
@@ -124,7 +117,10 @@ class TrioLoop(Loop):
         return _Waiter()
 
     def resume(self, waiter: _Waiter) -> None:
-        waiter.resume()
+        waiter.woken = True  # if the task has yet to wait, it returns at once
+        task = waiter.task
+        if task is not None and task.custom_sleep_data is waiter:
+            trio.lowlevel.reschedule(task)
 
     def checkpoint(self) -> Iterable[Any]:
         return trio.lowlevel.checkpoint().__await__()  # noqa: ASYNC105
