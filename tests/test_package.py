@@ -33,6 +33,7 @@ async def main():
     return await fut + await later
 later = torchfut_aio.Future()
 assert asyncio.run(main()) == 10
+import torchfut_aio.distributed, torchfut_aio.debug
 print([m for m in sys.modules if m.split(".")[0] in ("trio", "uvloop", "anyio", "sniffio")])
 """
     # No module beyond those of torch itself, whichever these are in this version.

@@ -9,8 +9,6 @@ from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager, closing
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-import anyio
-
 from .. import _core, _loops
 from .._arguments import async_function_checked, timeout_checked
 from .._core import Promise
@@ -25,6 +23,7 @@ from .._threads import call_contained
 from . import _background_loop
 
 if TYPE_CHECKING:
+    import anyio
     import anyio.from_thread
 
 P = ParamSpec("P")
@@ -106,7 +105,7 @@ class _Host:
         self._closed: InternalFuture[None] = InternalFuture()
         # Not `call_soon`: Ctrl-C in the loop can lose a call, but not the wake-up of a task. So a
         # task waits to cancel the others.
-        loop.spawn(_nothing, self._cancel_when_closed)
+        loop.spawn(lambda: None, self._cancel_when_closed)
 
     def start_soon(self, promise: Promise, func: Callable[..., Any], *args: object) -> None:
         """Run ``func(*args)`` on the loop to complete ``promise``; do not wait for the loop."""
@@ -124,7 +123,9 @@ class _Host:
             pass
 
     async def _run(self, promise: Promise, func: Callable[..., Any], args: Any) -> None:
-        with anyio.CancelScope() as scope:
+        from anyio import CancelScope  # here, as only this needs it, and not DDP hooks
+
+        with CancelScope() as scope:
             # Add *before* the check. `_cancel_when_closed` cancels the scopes that it finds after
             # the close, so a scope is cancelled there or here.
             self._scopes.add(scope)
@@ -145,10 +146,6 @@ class _Host:
         if self in _hosts:
             _hosts.remove(self)  # *first*, so that new calls run elsewhere
         self._closed.try_set_result(None)
-
-
-def _nothing() -> None:
-    pass
 
 
 _hosts: list[Any] = [_background_loop]  # the last one runs the calls
@@ -229,8 +226,7 @@ def shutdown(graceful: bool = True, timeout: float | None = None) -> None:
     Example:
         >>> torchfut_aio.distributed.shutdown()  # no RPC here, but perhaps DDP hooks
     """
-    if timeout is not None:
-        timeout = timeout_checked(timeout)
+    timeout = timeout_checked(timeout)
     if _loops.loop_in_this_thread():
         warn_that_wait_blocks_a_loop(
             "shutdown() blocks the event loop that this thread runs, and its RPC handlers; "
