@@ -67,10 +67,10 @@ def size_checked(size: Any, name: str, kind: str = "an int") -> int:
 
 
 def timeout_checked(
-    timeout: float, what: str = "timeout must be a number of seconds or None"
-) -> float:
-    """Return ``timeout`` as a float, 0 if negative; raise TypeError or ValueError."""
-    return max(number_checked(timeout, what), 0.0)
+    timeout: float | None, what: str = "timeout must be a number of seconds or None"
+) -> Any:
+    """Return ``timeout`` as a float, 0 if negative, or None; raise TypeError or ValueError."""
+    return None if timeout is None else max(number_checked(timeout, what), 0.0)
 
 
 def number_checked(number: float, what: str) -> float:

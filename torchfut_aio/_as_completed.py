@@ -24,7 +24,7 @@ from ._cpython import Queue
 from ._devices import Readiness
 from ._errors import WAIT_BLOCKS
 from ._future import Future
-from ._many import adopted, check_one_iterable, not_done_within
+from ._many import adopted, not_done_within, refuse_several
 from ._process_local import ProcessLocal
 from ._waiters import EVERYONE, Waiters, first
 
@@ -75,10 +75,9 @@ def as_completed(
         >>> [fut.value() for fut in completed]
         ['first', 'second']
     """
-    check_one_iterable("as_completed", _others, ", and timeout= by its name")
-    if timeout is not None:
-        timeout = timeout_checked(timeout)
-    return _AsCompleted(adopted(futures), timeout)
+    if _others:
+        refuse_several("as_completed", ", and timeout= by its name")
+    return _AsCompleted(adopted(futures), timeout_checked(timeout))
 
 
 class _AsCompletedState(_core.DoneCallback):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
+
+import torch
 
 from ._core import devices_of
 from ._future import Future, chain
@@ -42,6 +44,11 @@ class DependentFuture(Future[T]):
             thing.check(blocks)
 
     def then(self, callback: Callable[[Future[T]], S]) -> Future[S]:
-        child: DependentFuture[S] = DependentFuture(devices=devices_of(self))
-        child.depend_on(self)
-        return chain(self, callback, child)
+        return chain(self, callback, dependent(self, devices_of(self)))
+
+
+def dependent(thing: _Checks, devices: Sequence[torch.device] = ()) -> DependentFuture[Any]:
+    """Return a pending future that depends on ``thing``."""
+    future: DependentFuture[Any] = DependentFuture(devices=devices)
+    future.depend_on(thing)
+    return future

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from typing import Any, Literal, TypeAlias, TypeVar, overload
+from typing import Any, Literal, NoReturn, TypeAlias, TypeVar, overload
 
 import torch
 
@@ -19,7 +19,7 @@ from . import _core
 from ._adopt import Source, as_future
 from ._adopt import Source as S  # in overloads  # noqa: N817
 from ._arguments import listed, timeout_checked
-from ._dependent import DependentFuture
+from ._dependent import DependentFuture, dependent
 from ._errors import InvalidStateError, NotAFutureError
 from ._future import Future
 from ._repr import described
@@ -62,7 +62,8 @@ def collect_all(futures: Iterable[Any], *_others: object) -> Future[list[Any]]:
         >>> [f.value() for f in fut.wait()]
         [0, 1]
     """
-    check_one_iterable("collect_all", _others)
+    if _others:
+        refuse_several("collect_all")
     given = _listed(futures)
     return Collector(adopted(given), lambda _: given).start()
 
@@ -96,9 +97,9 @@ def wait_all(futures: Iterable[Any], *_others: object, timeout: float | None = N
         >>> torchfut_aio.wait_all([fut0, fut1])
         [0, 1]
     """
-    check_one_iterable("wait_all", _others, ", and timeout= by its name")
-    if timeout is not None:
-        timeout = timeout_checked(timeout)
+    if _others:
+        refuse_several("wait_all", ", and timeout= by its name")
+    timeout = timeout_checked(timeout)
     gatherer = Gatherer(adopted(futures), values)
     try:
         result: list[Any] = gatherer.start().wait(timeout)
@@ -197,7 +198,8 @@ def gather(
         >>> both.wait()
         ['a', 'b']
     """
-    check_one_iterable("gather", _others)
+    if _others:
+        refuse_several("gather")
     if return_exceptions:
         return Settler(adopted(futures), values_or_errors).start()
     return Gatherer(adopted(futures), values).start()
@@ -267,10 +269,10 @@ class Collector(_core.DoneCallback):
         self.result = result
         self.futures = futures
         self.distinct = distinct(futures)
-        self.combined: Future[Any] = Future()
         if any(issubclass(type(future), DependentFuture) for future in self.distinct):
-            self.combined = DependentFuture()
-            self.combined.depend_on(self)
+            self.combined: Future[Any] = dependent(self)
+        else:
+            self.combined = Future()
         # pop() of a list is atomic, so exactly one thread finds it empty: the last.
         self.tickets = [None] * (len(self.distinct) - 1)
 
@@ -388,10 +390,9 @@ def adopted(futures: Iterable[Any]) -> list[Future[Any]]:
     return [future if type(future) is Future else as_future(future) for future in _listed(futures)]
 
 
-def check_one_iterable(by: str, others: tuple[object, ...], more: str = "") -> None:
-    """Raise TypeError if futures were passed one by one, as to ``asyncio.gather``."""
-    if others:
-        raise TypeError(f"{by}() takes one iterable: {by}([a, b]){more}")
+def refuse_several(by: str, more: str = "") -> NoReturn:
+    """Raise the TypeError for futures that were passed one by one, as to ``asyncio.gather``."""
+    raise TypeError(f"{by}() takes one iterable: {by}([a, b]){more}")
 
 
 def _listed(futures: Iterable[T]) -> list[T]:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar, overload
 from . import _core
 from ._adopt import Source, as_future
 from ._arguments import timeout_checked
-from ._dependent import DependentFuture
+from ._dependent import DependentFuture, dependent
 from ._errors import InvalidStateError
 from ._future import Future
 from ._threads import QueueWorker, WorkerThread, call_contained
@@ -78,10 +78,11 @@ class _Deadline(_core.DoneCallback):
 
     def __init__(self, source: Future[Any], seconds: float) -> None:
         self.source: Any = source
-        self.child: Any = Future(devices=_core.devices_of(source))
+        self.child: Any
         if seconds == math.inf and isinstance(source, DependentFuture):  # no timer completes it
-            self.child = DependentFuture(devices=_core.devices_of(source))
-            self.child.depend_on(source)
+            self.child = dependent(source, _core.devices_of(source))
+        else:
+            self.child = Future(devices=_core.devices_of(source))
         self.is_late = False
         self.seconds = seconds
         self.when = time.monotonic() + seconds
