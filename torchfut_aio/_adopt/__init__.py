@@ -8,12 +8,10 @@ An adopted future completes as its source does, in the thread that completes the
 or complete the future does not affect the source.
 """
 
-from . import _asyncio, _concurrent, _devices, _distributed, _torch  # noqa: F401  they register
+from . import _asyncio, _concurrent, _devices, _distributed, _torch  # they register
 from ._adopted import AdoptedFuture, once
 from ._registry import Source, adopts_in_contrib, as_future
 from ._threads import settle_in_thread
-
-__all__ = ["AdoptedFuture", "Source", "as_future", "once", "settle_in_thread"]
 
 adopts_in_contrib("_anyio", "anyio.TaskHandle", "anyio.Future")
 adopts_in_contrib("_pool", "multiprocessing.pool.AsyncResult")

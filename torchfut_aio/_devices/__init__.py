@@ -21,25 +21,3 @@ from ._streams import devices_in_use, finish_current_streams, finish_devices
 from ._synchronize import synchronize, to_host
 from ._tensors import HOST_ONLY
 from ._watcher import PollStatistics, poll_statistics
-
-__all__ = [
-    "HOST_ONLY",
-    "Moment",
-    "PollPolicy",
-    "PollStatistics",
-    "Readiness",
-    "RecordedEvent",
-    "declared_readiness",
-    "devices_in_use",
-    "finish_current_streams",
-    "finish_devices",
-    "found_readiness",
-    "get_poll_policy",
-    "joint_readiness",
-    "poll_statistics",
-    "record_event",
-    "says_no_events",
-    "set_poll_policy",
-    "synchronize",
-    "to_host",
-]

@@ -14,17 +14,3 @@ from ._asyncio import current as current_asyncio
 from ._asyncio import stands_still
 from ._loop import Loop, current, loop_in_this_thread, running
 from ._waker import THREADS, ThreadWaiter, Waiter, Waker
-
-__all__ = [
-    "THREADS",
-    "Alarm",
-    "Loop",
-    "ThreadWaiter",
-    "Waiter",
-    "Waker",
-    "current",
-    "current_asyncio",
-    "loop_in_this_thread",
-    "running",
-    "stands_still",
-]
