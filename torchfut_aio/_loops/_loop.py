@@ -235,7 +235,7 @@ class Loop(ABC):
         """Call ``function`` in so many seconds, by the loop's own timers.
 
         Returns:
-            An object with ``cancel()``, to which weak references can be made.
+            An object with ``cancel()``.
 
         Raises:
             RuntimeError: The loop is closed.
