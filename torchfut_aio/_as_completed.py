@@ -184,13 +184,13 @@ class _AsCompletedState(_core.DoneCallback):
         loop = _loops.current()
         seconds = self.check_time(self.running)
         hits, self.hits = self.hits, 0
-        if hits and self.pending and loop.can_wake_later(hits):
-            # Futures arrive faster than we take them. A short sleep lets many arrive, and costs one
-            # wake-up for all of them.
-            waiter = loop.waiter()
-            loop.wake_later(waiter, hits)
-            yield from waiter
-            return
+        if hits and self.pending:
+            # If futures arrive faster than we take them, a short sleep lets many arrive, and costs
+            # one wake-up for all of them.
+            pause = loop.pause_in_burst(hits)
+            if pause is not None:
+                yield from pause
+                return
         alarm = None if seconds is None else loop.call_later(seconds, self.expire)
         try:
             if self.running:

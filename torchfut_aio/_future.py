@@ -147,7 +147,8 @@ class Future(torch.futures.Future[T]):
             ValueError: foo
         """
         exception_checked(result, "set_exception")
-        _core.complete_with_error(self, result)
+        if not _core.try_complete_with_error(self, result):
+            _core.refuse_second(self)
 
     def try_set_result(self, result: T) -> bool:
         """Complete the future with ``result``, unless it is done.

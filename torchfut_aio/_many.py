@@ -10,7 +10,6 @@ thread, and no closure for each future.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from typing import Any, Literal, NoReturn, TypeAlias, TypeVar, overload
 
 import torch
@@ -20,7 +19,7 @@ from ._adopt import Source, as_future
 from ._adopt import Source as S  # in overloads  # noqa: N817
 from ._arguments import listed, timeout_checked
 from ._dependent import DependentFuture, dependent
-from ._errors import InvalidStateError, NotAFutureError
+from ._errors import NotAFutureError
 from ._future import Future
 from ._repr import described
 
@@ -285,7 +284,7 @@ class Collector(_core.DoneCallback):
         for future in self.distinct:
             _core.add_callback(future, self)
         if not self.distinct:
-            _core.complete_with_value(self.combined, self.result([]))
+            _core.try_complete_with_value(self.combined, self.result([]))
         return self.combined
 
     def run(self, future: Future[Any]) -> None:  # noqa: ARG002
@@ -298,19 +297,18 @@ class Collector(_core.DoneCallback):
         _core.try_complete_with_error(self.combined, error)
 
     def complete(self) -> None:
-        with suppress(InvalidStateError):  # it was cancelled, for example
-            failed = self.failed()
-            if failed is not None:
-                self.fail_as(failed)
-            else:
-                result = self.result(self.futures)
-                _core.complete_with_parts(self.combined, result, self.distinct)
+        failed = self.failed()
+        if failed is not None:
+            self.fail_as(failed)
+        else:
+            result = self.result(self.futures)
+            _core.try_complete_with_parts(self.combined, result, self.distinct)
 
     def fail_as(self, failed: Future[Any]) -> None:
         for future in self.distinct:
             if future is not failed:
                 _core.ignore_error(future)  # one error is enough, as with asyncio.gather
-        _core.complete_as(self.combined, failed)
+        _core.try_complete_as(self.combined, failed)
 
     def failed(self) -> Future[Any] | None:
         """Return the future whose error to use, now that all are done, or None."""
@@ -353,8 +351,7 @@ class Gatherer(Collector):
         except IndexError:
             return
         self.withdraw()
-        with suppress(InvalidStateError):  # it was cancelled, for example
-            self.fail_as(future)
+        self.fail_as(future)
 
     def withdraw(self) -> None:
         for future in self.distinct:

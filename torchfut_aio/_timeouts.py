@@ -9,14 +9,12 @@ import heapq
 import math
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any, TypeVar, overload
 
 from . import _core
 from ._adopt import Source, as_future
 from ._arguments import timeout_checked
 from ._dependent import DependentFuture, dependent
-from ._errors import InvalidStateError
 from ._future import Future
 from ._threads import QueueWorker, WorkerThread, call_contained
 
@@ -91,10 +89,10 @@ class _Deadline(_core.DoneCallback):
         return self.when < other.when
 
     def run(self, source: Future[Any]) -> None:
-        self._complete(_core.complete_as, source)
+        self._complete(_core.try_complete_as, source)
 
     def fail(self, _source: Future[Any], error: BaseException) -> None:
-        self._complete(_core.complete_with_error, error)
+        self._complete(_core.try_complete_with_error, error)
 
     def expire(self) -> None:
         """Fail the child, unless the source has completed; may be repeated if it raises."""
@@ -103,13 +101,12 @@ class _Deadline(_core.DoneCallback):
         if source is not None and (self.is_late or _core.remove(source, self)):
             self.is_late = True  # so that a repetition need not remove it again
             text = f"the future was not done within {self.seconds:g} s; it stays pending"
-            self._complete(_core.complete_with_error, TimeoutError(text))
+            self._complete(_core.try_complete_with_error, TimeoutError(text))
 
-    def _complete(self, complete: Callable[..., None], outcome: object) -> None:
+    def _complete(self, try_complete: Callable[..., bool], outcome: object) -> None:
         child = self.child
         if child is not None:
-            with suppress(InvalidStateError):  # the program has completed it
-                complete(child, outcome)
+            try_complete(child, outcome)  # unless the program has completed it
             _timer.forget(self)
             self.source = self.child = None  # the heap of the timer may keep this object
 

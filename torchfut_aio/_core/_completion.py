@@ -92,16 +92,6 @@ def try_complete(future: Future[Any], outcome: Outcome) -> bool:
     return True
 
 
-def complete(future: Future[Any], outcome: Outcome) -> None:
-    """Complete a pending future.
-
-    Raises:
-        InvalidStateError: It is done already.
-    """
-    if not try_complete(future, outcome):
-        refuse_second(future)
-
-
 def refuse_second(future: Future[Any]) -> NoReturn:
     """Raise the InvalidStateError of a second completion."""
     raise InvalidStateError(
@@ -199,35 +189,11 @@ def _complete_all(
 # ----------------------------------------- completing with a value, an error, an outcome
 
 
-def complete_with_value(future: Future[Any], value: object) -> None:
-    """Complete a pending future with the outcome that ``value`` has here and now."""
-    complete(future, outcome_of_value(value, future._devices))
-
-
-def complete_with_parts(future: Future[Any], value: object, parts: Iterable[Future[Any]]) -> None:
-    """Complete a pending future with a value made of those of others, which are done.
-
-    The value is ready when theirs are.
-    """
-    outcomes = [part._state[OUTCOME] for part in parts]
-    complete(future, joined_outcome(value, outcomes))
-
-
-def complete_with_error(future: Future[Any], error: BaseException) -> None:
-    """Complete a pending future with an error."""
-    complete(future, outcome_of_error(error, future._devices))
-
-
-def complete_as(future: Future[Any], source: Future[Any]) -> None:
-    """Complete a pending future with the very outcome of another, which is done.
-
-    So an error that is retrieved from one of them is retrieved from both.
-    """
-    complete(future, source._state[OUTCOME])
+# Each returns False if the future is done already.
 
 
 def try_complete_with_value(future: Future[Any], value: object) -> bool:
-    """Complete a future with a value; return False if it is done already."""
+    """Complete a future with the outcome that ``value`` has here and now."""
     # First the check: making an outcome may record events.
     return OUTCOME not in future._state and try_complete(
         future, outcome_of_value(value, future._devices)
@@ -235,10 +201,25 @@ def try_complete_with_value(future: Future[Any], value: object) -> bool:
 
 
 def try_complete_with_error(future: Future[Any], error: BaseException) -> bool:
-    """Complete a future with an error; return False if it is done already."""
     return OUTCOME not in future._state and try_complete(
         future, outcome_of_error(error, future._devices)
     )
+
+
+def try_complete_with_parts(
+    future: Future[Any], value: object, parts: Iterable[Future[Any]]
+) -> bool:
+    """Complete a future with a value made of those of others; it is ready when theirs are."""
+    outcomes = [part._state[OUTCOME] for part in parts]
+    return try_complete(future, joined_outcome(value, outcomes))
+
+
+def try_complete_as(future: Future[Any], source: Future[Any]) -> bool:
+    """Complete a future with the very outcome of another, which is done.
+
+    So an error that is retrieved from one of them is retrieved from both.
+    """
+    return try_complete(future, source._state[OUTCOME])
 
 
 # ------------------------------------------------------------- waiters and callbacks

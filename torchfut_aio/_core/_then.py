@@ -7,14 +7,14 @@ from contextvars import copy_context
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from .._errors import InvalidStateError, callback_error, drop_catching_frame
+from .._errors import callback_error, drop_catching_frame
 from ._callbacks import DoneCallback
 from ._completion import (
-    complete_with_error,
-    complete_with_value,
     is_cancelled,
     outcome_of,
+    refuse_second,
     try_complete_with_error,
+    try_complete_with_value,
 )
 
 if TYPE_CHECKING:
@@ -42,17 +42,11 @@ class ThenCallback(DoneCallback):
                 error.with_traceback(outcome.traceback)
             else:
                 drop_catching_frame(error)
-            try:
-                complete_with_error(self.child, callback_error(error))
-            except InvalidStateError:
-                if not is_cancelled(self.child):
-                    raise
+            is_first = try_complete_with_error(self.child, callback_error(error))
         else:
-            try:
-                complete_with_value(self.child, result)
-            except InvalidStateError:
-                if not is_cancelled(self.child):
-                    raise
+            is_first = try_complete_with_value(self.child, result)
+        if not (is_first or is_cancelled(self.child)):
+            refuse_second(self.child)
         # The child's error refers to the function's frame, and that to this object through its
         # callers. Without this line, only the garbage collector could free them.
         self.child = None

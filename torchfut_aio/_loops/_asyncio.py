@@ -174,13 +174,14 @@ class AsyncioLoop(Loop):
             self._burst_timer.set(min(found * PAUSE_FOR_EACH, LONGEST_PAUSE))
             self.wake_up = BURST
 
-    def can_wake_later(self, found: int) -> bool:
-        return found >= MANY
-
-    def wake_later(self, waiter: Any, found: int) -> None:
+    def pause_in_burst(self, found: int) -> asyncio.Future[None] | None:
+        if found < MANY:
+            return None
+        waiter = self.waiter()
         if self.wake_up is None:
             self._start_burst_timer(found)
-        super().wake(waiter)
+        super().wake(waiter)  # not the override, which could resume it now
+        return waiter
 
     def checkpoint(self) -> Iterable[Any]:
         # As with an asyncio future that is done, the task continues at once. If it has to suspend,
@@ -250,11 +251,6 @@ def _polls_before_it_sleeps(event_loop: asyncio.AbstractEventLoop) -> bool:
 _Loops = weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncioLoop]
 _loops: _Loops = weakref.WeakKeyDictionary()
 
-# With at most so many loops, each new one triggers a search for closed ones; with more, only the
-# doubling of their number does.
-_FEW = 16
-_check_at = _FEW
-
 
 def current() -> AsyncioLoop | None:
     """Return the loop of asyncio or uvloop that runs in this thread, or None."""
@@ -270,18 +266,12 @@ def loop_of(event_loop: asyncio.AbstractEventLoop) -> AsyncioLoop:
 
 
 def _new(event_loop: asyncio.AbstractEventLoop) -> AsyncioLoop:
-    global _check_at
-    if len(_loops) <= _FEW or len(_loops) >= _check_at:
-        _abandon_closed()
-        _check_at = 2 * len(_loops)
-    loop = _loops[event_loop] = AsyncioLoop(event_loop)
-    return loop
-
-
-def _abandon_closed() -> None:
+    # A loop may be closed and still be referenced. It keeps its waiters until they are abandoned.
     for ref in _loops.keyrefs():  # a list, as other threads may add to the dict
         other = ref()
         if other is not None and other.is_closed():
             loop = _loops.pop(other, None)
             if loop is not None:
                 loop.abandon()
+    loop = _loops[event_loop] = AsyncioLoop(event_loop)
+    return loop

@@ -175,17 +175,13 @@ class Loop(ABC):
             if self.queue.copy():
                 self.schedule_wake_up()
 
-    def can_wake_later(self, _found: int) -> bool:
-        """Return True if `wake_later` is cheaper than a wake-up for the next result.
+    def pause_in_burst(self, _found: int) -> TaskWaiter | None:
+        """Return a waiter that is woken in a moment, if results arrive faster than a task can wake.
 
-        It is when results arrive faster than a task can be woken for each: ``found`` of them were
-        there in a row.
+        A task has found ``found`` of them in a row. If a wake-up for the next one would be cheaper
+        than the pause, return None.
         """
-        return False
-
-    def wake_later(self, waiter: Any, _found: int) -> None:
-        """Wake ``waiter`` in a moment."""
-        self.wake(waiter)
+        return None
 
     @abstractmethod
     def checkpoint(self) -> Iterable[Any]:
