@@ -19,7 +19,6 @@ Devices: TypeAlias = Iterable[int | str | torch.device] | None
 
 
 def callback_checked(callback: object) -> None:
-    """Raise TypeError unless ``callback`` can be called when a future completes."""
     if not callable(callback):
         raise TypeError(
             f"the callback must be callable with the future as its argument, "
@@ -35,7 +34,6 @@ def callback_checked(callback: object) -> None:
 
 
 def exception_checked(error: object, by: str) -> None:
-    """Raise TypeError, for the method called ``by``, unless ``error`` is an exception."""
     if not issubclass(type(error), BaseException):  # not isinstance(): a mock defines __class__
         raise TypeError(
             f"{by}() takes an exception instance, such as ValueError('...'), not {short(error)}"

@@ -253,8 +253,6 @@ def _arrive(arrive: WeakMethod[Any], key: int, _error: Exception | None) -> None
 
 
 class _AsCompleted(ProcessLocal, AsyncIterator[Future[T]], Iterator[Future[T]]):
-    """The result of `as_completed`."""
-
     __slots__ = ("__weakref__", "_state")
 
     _what = "the iterator of as_completed()"

@@ -82,7 +82,6 @@ def still_waits(callback: Callable[..., Any], future: asyncio.Future[Any]) -> bo
 
 
 def waiting_task(future: asyncio.Future[Any]) -> asyncio.Task[Any] | None:
-    """Return the asyncio task that waits for a future, or None if none can be found."""
     found = resume_callback(future)
     return None if found is None else getattr(found[0], "__self__", None)
 

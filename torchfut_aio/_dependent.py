@@ -48,7 +48,6 @@ class DependentFuture(Future[T]):
 
 
 def dependent(thing: _Checks, devices: Sequence[torch.device] = ()) -> DependentFuture[Any]:
-    """Return a pending future that depends on ``thing``."""
     future: DependentFuture[Any] = DependentFuture(devices=devices)
     future.depend_on(thing)
     return future

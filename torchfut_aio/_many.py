@@ -364,12 +364,10 @@ def distinct(futures: list[Future[Any]]) -> list[Future[Any]]:
 
 
 def not_done_within(timeout: float | None, pending: int) -> TimeoutError:
-    """Return the error of a wait for several futures, of which some are still pending."""
     return TimeoutError(f"futures not done within {timeout:g} s: {pending}; they stay pending")
 
 
 def values(futures: list[Future[Any]]) -> list[Any]:
-    """Return the values of futures that are done."""
     return [future.value() for future in futures]
 
 
@@ -388,7 +386,6 @@ def adopted(futures: Iterable[Any]) -> list[Future[Any]]:
 
 
 def refuse_several(by: str, more: str = "") -> NoReturn:
-    """Raise the TypeError for futures that were passed one by one, as to ``asyncio.gather``."""
     raise TypeError(f"{by}() takes one iterable: {by}([a, b]){more}")
 
 

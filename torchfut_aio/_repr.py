@@ -88,7 +88,6 @@ def described(thing: object) -> str:
 
 
 def function_name(function: Any) -> str:
-    """Return the name of a function or another callable object."""
     while issubclass(type(function), functools.partial):
         function = function.func
     try:

@@ -143,7 +143,6 @@ def _complete_asyncio(
 
 
 def copy_to_concurrent(source: Future[T]) -> concurrent.futures.Future[T]:
-    """Return a future of concurrent.futures that completes as ``source`` does."""
     target: concurrent.futures.Future[T] = concurrent.futures.Future()
     copy = _ConcurrentCopy(source, target)
     target.add_done_callback(copy.withdraw)

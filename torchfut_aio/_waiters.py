@@ -214,7 +214,6 @@ class Waiters:
                 return
 
     def leave_line(self, waiter: object, waker: _loops.Waker) -> None:
-        """Leave the line of a waker, if the waiter is in it."""
         line = self.lines.get(waker)
         if line is not None:
             line.pop(waiter, None)
@@ -235,7 +234,6 @@ class Waiters:
             raise
 
     def describe(self) -> list[_loops.Waiter]:
-        """Return descriptions of the waiters, from any thread."""
         return [waker.describe(waiter) for waiter, waker in [*self.waiting.items()]]
 
 

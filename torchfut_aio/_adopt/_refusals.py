@@ -11,7 +11,6 @@ from .._repr import described
 
 
 def refusal(source: object, accepted: Iterable[str]) -> NotAFutureError:
-    """Return the error for ``source``, which is of none of the accepted types."""
     problem = "Future can't be None" if source is None else f"{described(source)} is not a future"
     return NotAFutureError(
         f"{problem}. {_cure(type(source))}as_future() accepts {', '.join(accepted)}, "

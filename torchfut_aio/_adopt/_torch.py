@@ -74,7 +74,6 @@ _READERS = (__name__, "torch.futures")
 
 
 def follow(source: CppFuture[Any], future: AdoptedFuture[Any]) -> None:
-    """Complete ``future`` as ``source`` does."""
     callback = future.callback()
     if isinstance(source, Future):
         _core.add_callback(source, _Callback(future, callback))

@@ -48,7 +48,6 @@ _ABSENT: Any = object()
 
 
 def devices_of(future: Future[Any]) -> tuple[torch.device, ...]:
-    """Return the devices that were declared for the future."""
     return future._devices
 
 
@@ -93,7 +92,6 @@ def try_complete(future: Future[Any], outcome: Outcome) -> bool:
 
 
 def refuse_second(future: Future[Any]) -> NoReturn:
-    """Raise the InvalidStateError of a second completion."""
     raise InvalidStateError(
         "Attempting to mark a completed Future as complete again. Note that a Future can "
         f"only be marked completed once: {future!r} keeps its outcome"
@@ -263,7 +261,6 @@ def waiters_of(future: Future[Any]) -> list[tuple[Any, Waker]]:
 
 
 def callbacks_of(future: Future[Any]) -> list[DoneCallback]:
-    """Return the callbacks of the future, as of now."""
     return [key for key in [*future._state] if isinstance(key, DoneCallback)]
 
 
@@ -296,6 +293,5 @@ def has_failed(future: Future[Any]) -> bool:
 
 
 def is_cancelled(future: Future[Any]) -> bool:
-    """Return True if the future has failed with a cancellation."""
     outcome = future._state.get(OUTCOME)
     return outcome is not None and issubclass(type(outcome.error), CANCELLATIONS)

@@ -53,7 +53,6 @@ class Outcome:
         """If this is an error, do not log it as never retrieved."""
 
     def read(self) -> Any:
-        """Return the value, or raise the error."""
         if self.error is None:
             return self.value
         error = self.exception()
@@ -140,7 +139,6 @@ def _outcome(value: Any, readiness: Readiness | None, error: BaseException | Non
 
 
 def outcome_of_error(error: BaseException, devices: Sequence[torch.device] = ()) -> Outcome:
-    """Return the outcome of a future on ``devices`` that fails with ``error``."""
     # With a readiness, as callbacks of a failed future run on dedicated streams as well.
     return _outcome(
         None, declared_readiness(devices, None, Moment())[0] if devices else None, error

@@ -30,7 +30,6 @@ class Promise:
         self._future: Future[Any] | None = future
 
     def keep(self, result: object) -> None:
-        """Complete the future with a value."""
         future = self._future  # read once, as another thread may complete it at the same time
         if future is not None:
             try:
@@ -46,7 +45,6 @@ class Promise:
             self._future = future = None
 
     def fail(self, error: BaseException) -> None:
-        """Complete the future with an error."""
         future = self._future
         if future is not None:
             error = own_cancellation(error)

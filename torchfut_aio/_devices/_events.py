@@ -68,7 +68,6 @@ class RecordedEvent:
         return self.is_reached
 
     def synchronize(self) -> None:
-        """Block the thread until the event is reached."""
         event = self.event
         while not self.is_reached:
             try:
@@ -114,7 +113,6 @@ def _is_external(stream: torch.Stream) -> bool:
 
 
 def record_event(stream: torch.Stream) -> RecordedEvent:
-    """Record an event after the work that is enqueued on ``stream`` so far."""
     device, blocking = stream.device, get_poll_policy().blocking
     pool = _pools[device, blocking]
     try:
@@ -130,7 +128,6 @@ def record_event(stream: torch.Stream) -> RecordedEvent:
 
 
 def says_no_events(error: BaseException) -> bool:
-    """Return True if ``error`` says that the device has no events at all."""
     return issubclass(type(error), RuntimeError) and "doesn't support events" in str(error)
 
 

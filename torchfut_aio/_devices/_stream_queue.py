@@ -191,7 +191,6 @@ class StreamQueue:
             self.fail([e for e in failed if e.event is first or e.event.begun > first.ended], error)
 
     def fail(self, events: Iterable[AwaitedEvent], error: Exception) -> None:
-        """End the waits for ``events`` with an error."""
         for awaited in events:
             self._notify(awaited.wait, error)
 

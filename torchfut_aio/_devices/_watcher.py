@@ -88,7 +88,6 @@ class Watcher:
         self._own_schedules: defaultdict[torch.device, Schedule] = defaultdict(new_schedule)
 
     def statistics(self) -> PollStatistics:
-        """Return what this watcher has done."""
         learned = {s: queue.schedule.interval for s, queue in list(self._queues.items())}
         return PollStatistics(
             pending=len(self.waits.pending),
@@ -244,7 +243,6 @@ _summing = threading.Lock()
 
 
 def watcher_of(loop: Loop) -> Watcher:
-    """Return the watcher of ``loop``, which runs in this thread."""
     watcher = loop.watcher
     if watcher is None:
         _sum_up_ended()

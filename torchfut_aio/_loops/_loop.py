@@ -211,7 +211,6 @@ class Loop(ABC):
     # ------------------- for alarms: in the loop's own thread, or when the loop is closed
 
     def alarm(self, function: Callable[[], object]) -> Alarm:
-        """Return an alarm that is not set."""
         return Alarm(self, function)
 
     @abstractmethod

@@ -108,11 +108,9 @@ class Recording:
         Path(path).write_text(json.dumps(trace))
 
     def _begin(self, wait: Span) -> None:
-        """Record a wait that begins."""
         self._waits.add(wait)
 
     def _end(self, span: Span, future: Future[Any]) -> None:
-        """Record a wait, or a callback, that ends now."""
         span.ended = perf_counter()
         self._waits.discard(span)
         # If the future is done and woke nothing, it was done before the wait began.

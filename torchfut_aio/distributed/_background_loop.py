@@ -59,7 +59,6 @@ def _thread_ids() -> set[int | None]:
 
 
 def is_running() -> bool:
-    """Return True if there is a loop to close."""
     return bool(_background.threads())
 
 

@@ -267,7 +267,6 @@ async def _done(future: Future[Any]) -> BaseException | None:
 
 
 def _context_for_the_loop() -> contextvars.Context:
-    """Return a copy of this thread's context."""
     context = contextvars.copy_context()
     sniffio = sys.modules.get("sniffio")
     if sniffio is not None:  # in a context of a trio task, anyio would take the loop for trio
