@@ -62,10 +62,8 @@ def as_completed(
         `as_future` yourself.
 
     Raises:
-        NotAFutureError: One of them is None, or cannot be adopted.
         TimeoutError: From ``for`` and ``async for``: the time is up, every future that was done in
             time was yielded, and others are pending or their kernels run. These stay as they are.
-        TypeError, ValueError: ``timeout`` is not a number, or is NaN.
 
     Example:
         >>> fut0, fut1 = torchfut_aio.Future(), torchfut_aio.Future()

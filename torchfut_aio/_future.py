@@ -101,9 +101,6 @@ class Future(torch.futures.Future[T]):
         Kernels may still write to tensors in the result, if they were enqueued on the streams that
         are current now.
 
-        Args:
-            result: Any object.
-
         Raises:
             InvalidStateError: The future has been completed before; its outcome stays.
 
@@ -155,9 +152,6 @@ class Future(torch.futures.Future[T]):
 
         For futures that other code may cancel or complete.
 
-        Args:
-            result: Any object.
-
         Returns:
             True if this call completed the future. If not, its outcome stays.
 
@@ -171,22 +165,10 @@ class Future(torch.futures.Future[T]):
         return _core.try_complete_with_value(self, result)
 
     def try_set_exception(self, result: BaseException) -> bool:
-        """Complete the future with an error, unless it is done.
-
-        Args:
-            result: The exception, an instance of any ``BaseException``.
-
-        Returns:
-            True if this call completed the future. If not, its outcome stays.
+        """Complete the future with an error, unless it is done; see `try_set_result`.
 
         Raises:
             TypeError: ``result`` is not an exception; the future stays as it is.
-
-        Example:
-            >>> fut = torchfut_aio.Future()
-            >>> fut.set_result(5)
-            >>> fut.try_set_exception(ValueError("foo"))
-            False
         """
         exception_checked(result, "try_set_exception")
         return _core.try_complete_with_error(self, result)
@@ -260,9 +242,6 @@ class Future(torch.futures.Future[T]):
         So kernels may still fill its tensors, unless this thread has waited for the future, or got
         it from `as_completed`, or runs its callback.
 
-        Returns:
-            The value held by this future.
-
         Raises:
             InvalidStateError: The future is pending.
             BaseException: The error that the future was completed with.
@@ -304,9 +283,6 @@ class Future(torch.futures.Future[T]):
         Args:
             timeout: How long to wait at most, in seconds. None is without a limit. With 0 or less
                 it does not wait.
-
-        Returns:
-            The value held by this future.
 
         Raises:
             TimeoutError: The future was not done in time. It stays pending.
@@ -406,9 +382,6 @@ class Future(torch.futures.Future[T]):
         streams from here on, until the task awaits something else, runs after them. Reading the
         value on the host blocks until they have finished.
 
-        Returns:
-            The value held by this future.
-
         Raises:
             BaseException: The error that the future was completed with.
 
@@ -486,9 +459,6 @@ class Future(torch.futures.Future[T]):
         neither the future nor other callbacks. KeyboardInterrupt and SystemExit propagate to the
         caller of `set_result`, after the other callbacks have run.
 
-        Args:
-            callback: Called with this future as its only argument.
-
         Raises:
             TypeError: ``callback`` is not callable.
 
@@ -511,9 +481,6 @@ class Future(torch.futures.Future[T]):
         Kernels may still fill what the callback returns, on the streams that are current when it
         has returned. A ``with stream:`` around ``return`` has ended by then: let the stream
         outside wait for that one, by ``torch.cuda.current_stream().wait_stream(stream)``.
-
-        Args:
-            callback: Called with this future as its only argument.
 
         Returns:
             A future that completes when the callback has finished. If the callback

@@ -85,9 +85,7 @@ def wait_all(futures: Iterable[Any], *_others: object, timeout: float | None = N
 
     Raises:
         BaseException: The error of the first that failed; it does not wait for the others.
-        NotAFutureError: One of them is None, or cannot be adopted.
         TimeoutError: Not all were done in time.
-        TypeError, ValueError: ``timeout`` is not a number, or is NaN.
 
     Example:
         >>> fut0, fut1 = torchfut_aio.Future(), torchfut_aio.Future()
@@ -185,9 +183,6 @@ def gather(
         out, the others continue as well, and keep a reference to it until they complete. (Static
         type: a tuple of futures gives a tuple of values, as with ``asyncio.gather``, so that each
         value keeps its type. At run time it is always a list.)
-
-    Raises:
-        NotAFutureError: One of them is None, or cannot be adopted.
 
     Example:
         >>> fut0, fut1 = torchfut_aio.Future(), torchfut_aio.Future()

@@ -38,10 +38,6 @@ def with_timeout(future: object, timeout: float | None) -> Future[Any]:
         timeout: How long from now, in seconds. If not positive, ``future`` must be done now. None
             sets no limit.
 
-    Raises:
-        NotAFutureError: ``future`` is not one.
-        TypeError, ValueError: ``timeout`` is not a number or None, or is NaN.
-
     Example:
         >>> fut = torchfut_aio.Future()
         >>> late = torchfut_aio.with_timeout(fut, 0.01).then(lambda f: type(f.exception()))

@@ -30,31 +30,27 @@ class Promise:
         self._future: Future[Any] | None = future
 
     def keep(self, result: object) -> None:
+        self._complete(result, try_complete_with_value, _complete_later)
+
+    def fail(self, error: BaseException) -> None:
+        self._complete(own_cancellation(error), try_complete_with_error, try_complete_with_error)
+
+    def _complete(
+        self, outcome: Any, complete: Callable[..., object], complete_later: Callable[..., object]
+    ) -> None:
         future = self._future  # read once, as another thread may complete it at the same time
         if future is not None:
             try:
-                try_complete_with_value(future, result)
+                complete(future, outcome)
             except BaseException:
                 # An interrupt, or a full stack. The exception is the caller's, but the future may
                 # be another thread's, so a new thread completes it.
-                start_new_thread(call_contained, (_complete_later, future, result))
+                start_new_thread(call_contained, (complete_later, future, outcome))
                 self._future = None  # `end` must not be faster than that thread
                 raise
             # The traceback of an error leads through frames to this object, which must not lead
             # back to the future: the two would be a cycle.
             self._future = future = None
-
-    def fail(self, error: BaseException) -> None:
-        future = self._future
-        if future is not None:
-            error = own_cancellation(error)
-            try:
-                try_complete_with_error(future, error)
-            except BaseException:
-                start_new_thread(call_contained, (try_complete_with_error, future, error))
-                self._future = None  # as in `keep`
-                raise
-            self._future = future = None  # as in `keep`
 
     def settle(
         self,
