@@ -573,15 +573,3 @@ class _StreamOrdered:
 
     def __await__(self) -> Generator[Any, Any, Any]:
         return self._future.__await__(_ready=False)
-
-
-def _placeholder(error: BaseException, find: Callable[[], BaseException]) -> object:
-    """Return the placeholder of an error for C++. The first failure imports its class."""
-    try:
-        from ._rpc_errors import ErrorPlaceholder
-    except ImportError:  # the interpreter exits, or this is a signal handler within that import
-        return None
-    return ErrorPlaceholder.of(error, find)
-
-
-_core.install_placeholder(_placeholder)

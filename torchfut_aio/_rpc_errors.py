@@ -1,8 +1,7 @@
 """Errors on their way through C++, which knows a Python error only as text.
 
 A failed future gives C++ an `ErrorPlaceholder`, which finds the error itself. RPC delivers texts,
-which `parse_remote_error` turns into errors again. (Not in ``distributed/``: the first failure of
-any future imports this.)
+which `parse_remote_error` turns into errors again. The first failure of any future imports this.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, ClassVar
 
-from ._core import install_placeholder
 from ._cpython import calling_module
 from ._errors import RpcError, rpc_error, type_and_text
 from ._pytorch import EXTRACTS_TENSORS, remote_exception, this_worker
@@ -216,6 +214,3 @@ def _attribute(found: object, names: list[str]) -> object:
     for name in names:
         found = getattr(found, name, None)
     return found
-
-
-install_placeholder(ErrorPlaceholder.of)

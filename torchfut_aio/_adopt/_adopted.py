@@ -75,8 +75,11 @@ class AdoptedFuture(DependentFuture[T]):
             del source, kept, self  # a source that keeps its callback must not keep these
         yield  # so that `send` returns: a generator that ends raises StopIteration
 
-    def complete_as(self, source: Any) -> None:
-        """Complete the future as ``source``, which is done."""
+    def complete_as(self, source: Any, again: bool = False) -> None:  # noqa: ARG002
+        """Complete the future as ``source``, which is done.
+
+        With ``again``, in a thread that nothing interrupts, after an error has ended a call.
+        """
         try:
             error = source.exception()  # not result(), which would add frames to the traceback
         except (RecursionError, MemoryError):
@@ -96,10 +99,6 @@ class AdoptedFuture(DependentFuture[T]):
                 _core.try_complete_with_error(self, own_cancellation(error))
             finally:
                 del error
-
-    def complete_again(self, source: Any) -> None:
-        """Repeat `complete_as`, in a thread that nothing interrupts."""
-        self.complete_as(source)
 
     def _end(self, source: Any) -> None:
         if source is not None and source.done():  # the loop closed before it called the callback
@@ -137,7 +136,7 @@ class AdoptedFuture(DependentFuture[T]):
         try:
             # In this thread, the streams of the kernels that fill the value are not current.
             finish_devices()
-            self.complete_again(source)
+            self.complete_as(source, again=True)
         except Exception as failure:
             _core.try_complete_with_error(self, drop_catching_frame(failure))
 

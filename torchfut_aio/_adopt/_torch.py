@@ -26,28 +26,24 @@ class OfTorch(AdoptedFuture[T]):
     __qualname__ = "Future"
     __slots__ = ()
 
-    def complete_as(self, source: Any) -> None:
-        # If the source itself failed with one of these, `complete_again` finds it there again.
-        self._complete_as(source, (KeyboardInterrupt, SystemExit, RecursionError, MemoryError))
-
-    def complete_again(self, source: Any) -> None:
-        native = source if isinstance(source, CppFuture) else source.get_future()  # of a Work
-        self._complete_as(native, ())
-
-    def _complete_as(self, source: Any, of_this_thread: tuple[type[BaseException], ...]) -> None:
+    def complete_as(self, source: Any, again: bool = False) -> None:
         from .._rpc_errors import error_in, parse_remote_error
 
         error = value = None
         try:
+            if not isinstance(source, CppFuture):
+                source = source.get_future()  # of a Work
             if isinstance(source, Future):
                 error = source.exception()
                 value = source.value() if error is None else None
             else:
                 value = source.value()
                 error = error_in(value)
-        except of_this_thread:
-            raise
         except BaseException as raised:
+            # One of these may be this thread's. If the source itself failed with it, the repetition
+            # finds it there again.
+            if isinstance(raised, _OF_A_THREAD) and not again:
+                raise
             error = raised
         finally:
             del source  # the error's traceback leads here, and the source holds the error
@@ -71,6 +67,7 @@ def _drop_reading_frames(error: BaseException) -> None:
 
 
 _READERS = (__name__, "torch.futures")
+_OF_A_THREAD = (KeyboardInterrupt, SystemExit, RecursionError, MemoryError)
 
 
 def follow(source: CppFuture[Any], future: AdoptedFuture[Any]) -> None:

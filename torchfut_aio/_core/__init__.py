@@ -32,4 +32,4 @@ from ._completion import (
 from ._outcome import Outcome, outcome_of_error, outcome_of_value, outcomes_of_results
 from ._promise import Promise
 from ._then import ThenCallback
-from ._torch_future import init_in_torch, install_placeholder
+from ._torch_future import init_in_torch

@@ -27,19 +27,6 @@ init_in_torch = _Future.__init__
 # Completes the C++ future with a value. (Looked up once, as that is slow in pybind11's classes.)
 set_value_in_torch = _Future.set_result
 
-_placeholder_for: Callable[[BaseException, Callable[[], BaseException]], object] = lambda *_: None  # noqa: E731
-
-
-def install_placeholder(
-    placeholder_for: Callable[[BaseException, Callable[[], BaseException]], object],
-) -> None:
-    """Give C++ ``placeholder_for(error, find)`` instead of an error.
-
-    ``find()`` returns the error, or one like it if the future was garbage-collected.
-    """
-    global _placeholder_for
-    _placeholder_for = placeholder_for
-
 
 def complete_in_torch(future: Any, outcome: Outcome) -> None:
     """Complete the C++ future, unless it is done.
@@ -62,11 +49,19 @@ def _fail(future: Any, outcome: Outcome, error: BaseException) -> None:
     try:
         find = partial(_error_of, weakref.ref(outcome), *type_and_text(error))
         set_unwrap_func(future, partial(_raise_found, find))
-        set_value_in_torch(future, _placeholder_for(error, find))
+        set_value_in_torch(future, _placeholder_of(error, find))
     except BaseException:  # C++ consumers must not wait for ever
         if not _Future.done(future):
             set_value_in_torch(future, None)
         raise
+
+
+def _placeholder_of(error: BaseException, find: Callable[[], BaseException]) -> object:
+    try:
+        from .._rpc_errors import ErrorPlaceholder  # here, for programs in which nothing fails
+    except ImportError:  # the interpreter exits, or this is a signal handler within that import
+        return None
+    return ErrorPlaceholder.of(error, find)
 
 
 def _error_of(ref: weakref.ref[Outcome], kind: type[BaseException], text: str) -> BaseException:
