@@ -16,7 +16,7 @@ import sys
 import warnings
 from contextlib import suppress
 from traceback import clear_frames
-from types import BuiltinFunctionType, FrameType, GetSetDescriptorType, MemberDescriptorType
+from types import BuiltinFunctionType, GetSetDescriptorType, MemberDescriptorType
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -150,13 +150,11 @@ def warn_at_users_line(what: str, kind: type[Warning]) -> None:
     """Warn, at the line outside this package that led here."""
     package = __name__.partition(".")[0]
     level, frame = 1, inspect.currentframe()  # None if the interpreter shows no frames
-    while frame is not None and frame.f_back is not None and _package_of(frame) == package:
+    while frame is not None and frame.f_back is not None:
+        if str(frame.f_globals.get("__name__", "")).partition(".")[0] != package:
+            break
         level, frame = level + 1, frame.f_back
     warnings.warn(what, kind, stacklevel=level)
-
-
-def _package_of(frame: FrameType) -> str:
-    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
 class CallbackError(RuntimeError):
@@ -335,17 +333,14 @@ def _copied(error: BaseException, kind: type[BaseException], *args: object) -> A
             is_state = isinstance(attribute, (MemberDescriptorType, GetSetDescriptorType))
             if is_state and name != "args" and not name.startswith("__"):
                 with suppress(AttributeError, TypeError):  # unset, or read-only
-                    _copy_attribute(attribute, error, copied)
+                    value = attribute.__get__(error)
+                    # If its second filename is set, even to None, an OSError shows it.
+                    if value is not None:
+                        attribute.__set__(copied, value)
     copied.__dict__.update(error.__dict__)
     if "__notes__" in copied.__dict__:
         copied.__dict__["__notes__"] = [*error.__notes__]
     return copied
-
-
-def _copy_attribute(attribute: Any, error: BaseException, copied: BaseException) -> None:
-    value = attribute.__get__(error)
-    if value is not None:  # if its second filename is set, even to None, an OSError shows it
-        attribute.__set__(copied, value)
 
 
 def _copy_chain(error: BaseException, copied: BaseException) -> None:

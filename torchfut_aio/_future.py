@@ -510,7 +510,11 @@ class Future(torch.futures.Future[T]):
         Returns:
             How many were removed; 0 once the future is done.
         """
-        attached = [each for each in _core.callbacks_of(self) if each.is_for(callback)]
+        attached = [
+            each
+            for each in _core.callbacks_of(self)
+            if isinstance(each, _core.FunctionCallback) and each.function == callback
+        ]
         return sum(_core.remove(self, each) for each in attached)
 
     # --------------------------------------------------------------------- the rest

@@ -368,10 +368,8 @@ def values(futures: list[Future[Any]]) -> list[Any]:
 
 def values_or_errors(futures: list[Future[Any]]) -> list[Any]:
     """Return the values of futures that are done, with errors in the places of missing values."""
-    errors = [future.exception() for future in futures]
     return [
-        future.value() if error is None else error
-        for future, error in zip(futures, errors, strict=True)
+        future.value() if (error := future.exception()) is None else error for future in futures
     ]
 
 

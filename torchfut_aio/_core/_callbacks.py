@@ -49,10 +49,6 @@ class DoneCallback:
         """Its name in logs."""
         return type_name(self) if self.function is None else function_name(self.function)
 
-    def is_for(self, _function: object, /) -> bool:
-        """Return True if ``add_done_callback`` was given this function."""
-        return False
-
     def fail(self, future: Any, error: BaseException, /) -> None:
         """Complete, with ``error``, every future that this callback has left pending.
 
@@ -69,12 +65,6 @@ class FunctionCallback(DoneCallback):
         self.function = function
         # A partial, which is C: so a traceback begins with the frame of the function.
         self.run: Any = partial(copy_context().run, function)  # type: ignore[call-arg]
-
-    def is_for(self, function: object) -> bool:
-        return self.function == function
-
-    def fail(self, future: Any, error: BaseException) -> None:
-        """Do nothing: no future of this package depends on the function."""
 
 
 class _Nesting:

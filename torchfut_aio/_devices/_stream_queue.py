@@ -2,10 +2,6 @@
 
 A stream reaches its events in order, and its queue keeps them in that order. So most polls are one
 query, of the oldest event. If that is reached, the poll searches for the last event that is.
-
-A KeyboardInterrupt may come at any call. It loses nothing, because a queue drops an event only
-after its wait has been notified or given up, and the next poll repeats the rest. A finaliser may
-close a coroutine in the middle of any step, and so give up a wait.
 """
 
 from __future__ import annotations
@@ -183,6 +179,8 @@ class StreamQueue:
                     elif event in wait.missing:
                         self._notify(wait, None)
             pending = self._waits.pending
+            # *After* notifying. An interrupt before this loses nothing, as the next poll repeats
+            # what it cut short. A finaliser may have given up any of the waits meanwhile.
             self.events[: len(reached)] = [
                 e for e in reached if e.wait in pending and e.event in e.wait.missing
             ]

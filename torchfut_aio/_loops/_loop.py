@@ -5,9 +5,7 @@ GIL, and costs more than the rest of the way. So completed waiters are appended 
 wake-up is scheduled only if none is pending. It resumes every waiter that is queued by the time
 it runs.
 
-There is no lock, so signal handlers and finalisers may wake waiters. Two orders make that right.
-A thread appends the waiter, then reads ``wake_up``. The loop clears ``wake_up``, then reads the
-queue. So either the thread schedules a wake-up, or the loop sees the waiter.
+There is no lock, so signal handlers and finalisers may wake waiters.
 """
 
 from __future__ import annotations
@@ -79,6 +77,8 @@ class Loop(ABC):
 
     def wake(self, waiter: Any, /) -> None:
         """Wake ``waiter``. A kind of loop may know a shorter way in its own thread."""
+        # Append *before* reading `wake_up`. The loop clears `wake_up`, then reads the queue. So
+        # either we schedule a wake-up, or the loop sees the waiter.
         self.queue.append(waiter)
         if self.wake_up is None:
             self.schedule_wake_up()
@@ -150,7 +150,7 @@ class Loop(ABC):
         for _ in range(len(queue.copy())):
             self.resume(queue[0])
             del queue[0]
-        self.wake_up = None
+        self.wake_up = None  # *before* reading the queue again: see `wake`
         if queue.copy():
             self.schedule_wake_up()
 

@@ -104,8 +104,5 @@ class TraceEvents:
         self._add("X", line, start, dur=(end - start) * 1e6, **about)
 
     def _add(self, phase: str, line: int, seconds: float, **more: Any) -> None:
-        time = self._time(seconds)
+        time = (int(seconds * 1e9) + self._epoch) / 1e3  # microseconds
         self.all.append({"ph": phase, "pid": os.getpid(), "tid": line, "ts": time, **more})
-
-    def _time(self, seconds: float) -> float:
-        return (int(seconds * 1e9) + self._epoch) / 1e3  # microseconds
