@@ -255,7 +255,7 @@ class Collector(_core.DoneCallback):
     uses_streams = False
 
     # ``result`` makes the combined result of the list of futures, if none has failed.
-    __slots__ = ("__weakref__", "combined", "distinct", "futures", "result", "tickets")
+    __slots__ = ("__weakref__", "combined", "dependent", "distinct", "futures", "result", "tickets")
 
     def __init__(
         self, futures: list[Future[Any]], result: Callable[[list[Future[Any]]], Any]
@@ -263,17 +263,14 @@ class Collector(_core.DoneCallback):
         self.result = result
         self.futures = futures
         self.distinct = distinct(futures)
-        if any(issubclass(type(future), DependentFuture) for future in self.distinct):
-            self.combined: Future[Any] = dependent(self)
-        else:
-            self.combined = Future()
+        self.dependent = [f for f in self.distinct if issubclass(type(f), DependentFuture)]
+        self.combined: Future[Any] = dependent(self) if self.dependent else Future()
         # pop() of a list is atomic, so exactly one thread finds it empty: the last.
         self.tickets = [None] * (len(self.distinct) - 1)
 
     def check(self, blocks: bool = False) -> None:
-        for future in self.distinct:
-            if issubclass(type(future), DependentFuture):
-                future.check(blocks)  # type: ignore[attr-defined]
+        for future in self.dependent:
+            future.check(blocks)  # type: ignore[attr-defined]
 
     def start(self) -> Future[Any]:
         for future in self.distinct:
