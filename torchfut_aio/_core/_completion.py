@@ -78,12 +78,14 @@ def try_complete(future: Future[Any], outcome: Outcome) -> bool:
     except BaseException as error:
         # Had this thread claimed the future? (No call, as the stack may have no room for one.)
         if OUTCOME in state and state[OUTCOME] is outcome:
+            waiters: dict[Waker, list[Any]] = {}
             try:
-                _complete_again(future, outcome, state)
+                _complete_all((future,), (outcome,), waiters, again=True)
             except BaseException:
                 # The stack is full, and other threads wait. This call has room, as `_claim`, which
-                # is deeper, had room.
-                start_new_thread(call_contained, (_complete_again, future, outcome, state))
+                # is deeper, had room. (So it must not be in a function of its own.)
+                args = _complete_all, (future,), (outcome,), waiters, True
+                start_new_thread(call_contained, args)
             # Without events, C++ raises after completing its future. That is no failure.
             if says_no_events(error):
                 return True
@@ -131,12 +133,6 @@ def _claim(
     return callbacks
 
 
-def _complete_again(future: Future[Any], outcome: Outcome, state: dict[Any, Any]) -> None:
-    callbacks = _claim(state, outcome) or ()
-    complete_in_torch(future, outcome)
-    _callbacks.run(future, outcome, state, callbacks)  # also those that this thread has deferred
-
-
 def complete_all(futures: Sequence[Future[Any]], outcomes: Sequence[Outcome]) -> list[Future[Any]]:
     """Complete many, with one wake-up for each loop; return those that were done already."""
     waiters: dict[Waker, list[Any]] = {}
@@ -174,7 +170,7 @@ def _complete_all(
             complete_in_torch(future, outcome)
         else:
             set_value_in_torch(future, outcome.value)
-        if callbacks:
+        if callbacks or again:  # again, for callbacks that this thread had deferred
             due.append((future, outcome, state, callbacks))
     # Loops are woken only now: one that is awake would take the GIL at each release by C++.
     for waker, of_waker in waiters.items():
@@ -185,8 +181,6 @@ def _complete_all(
 
 
 # ----------------------------------------- completing with a value, an error, an outcome
-
-
 # Each returns False if the future is done already.
 
 
