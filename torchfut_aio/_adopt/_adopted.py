@@ -182,6 +182,8 @@ def once(
             adoption = future.until_done()
             next(adoption)
             source.add_done_callback(adoption.send)
+        # *After* adopting, so that a source that is done, or refused, leaves no entry. Two threads
+        # may adopt a source at the same time. Then both of their futures complete.
         if OUTCOME not in future._state:
             _made[key] = future
         return future

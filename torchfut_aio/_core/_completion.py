@@ -67,6 +67,7 @@ def try_complete(future: Future[Any], outcome: Outcome) -> bool:
         if callbacks is None:
             outcome.mark_retrieved()  # the caller still has the error
             return False
+        # *After* waking the waiters: C++ runs the callbacks of its own consumers within this call.
         if outcome.error is None:
             set_value_in_torch(future, outcome.value)
         else:
@@ -234,7 +235,7 @@ def add_waiter(future: Future[Any], waiter: object, waker: Waker) -> bool:
 def add_callback(future: Future[Any], callback: DoneCallback) -> None:
     """Run ``callback`` when the future completes, or at once if it is done."""
     state = future._state
-    state[callback] = CALLBACK
+    state[callback] = CALLBACK  # *before* reading the outcome: rule 3
     outcome = state.get(OUTCOME)
     if outcome is not None:
         _callbacks.run_now(future, outcome, state, callback)
@@ -274,7 +275,7 @@ def ignore_error(future: Future[Any]) -> None:
     For callers that have reported another error already.
     """
     state = future._state
-    state[IGNORED] = None
+    state[IGNORED] = None  # *before* reading the outcome, as a completion reads them in turn
     outcome = state.get(OUTCOME)
     if outcome is not None:
         outcome.mark_retrieved()

@@ -261,7 +261,7 @@ def current() -> AsyncioLoop | None:
 def loop_of(event_loop: asyncio.AbstractEventLoop) -> AsyncioLoop:
     """Return the `Loop` of an event loop that runs in this thread: the same one each time."""
     loop = _loops.get(event_loop) or _new(event_loop)
-    loop.thread = get_ident()
+    loop.thread = get_ident()  # each time, as the event loop may have run in another thread before
     return loop
 
 
