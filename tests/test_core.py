@@ -50,9 +50,6 @@ class Waiter:
     def wake(self, _waiter):
         self.woken += 1
 
-    def wake_all(self, waiters):
-        self.woken += len(waiters)
-
 
 class Dependants:
     """One object of each kind that depends on a future."""

@@ -79,14 +79,13 @@ def try_complete(future: Future[Any], outcome: Outcome) -> bool:
     except BaseException as error:
         # Had this thread claimed the future? (No call, as the stack may have no room for one.)
         if OUTCOME in state and state[OUTCOME] is outcome:
-            waiters: dict[Waker, list[Any]] = {}
+            args = (future,), (outcome,), None, True
             try:
-                _complete_all((future,), (outcome,), waiters, again=True)
+                _complete_all(*args)
             except BaseException:
                 # The stack is full, and other threads wait. This call has room, as `_claim`, which
                 # is deeper, had room. (So it must not be in a function of its own.)
-                args = _complete_all, (future,), (outcome,), waiters, True
-                start_new_thread(call_contained, args)
+                start_new_thread(call_contained, (_complete_all, *args))
             # Without events, C++ raises after completing its future. That is no failure.
             if says_no_events(error):
                 return True
@@ -154,7 +153,7 @@ def complete_all(futures: Sequence[Future[Any]], outcomes: Sequence[Outcome]) ->
 def _complete_all(
     futures: Sequence[Future[Any]],
     outcomes: Sequence[Outcome],
-    waiters: dict[Waker, list[Any]],
+    waiters: dict[Waker, list[Any]] | None,
     again: bool = False,
 ) -> list[Future[Any]]:
     refused, due = [], []
@@ -174,7 +173,7 @@ def _complete_all(
         if callbacks or again:  # again, for callbacks that this thread had deferred
             due.append((future, outcome, state, callbacks))
     # Loops are woken only now: one that is awake would take the GIL at each release by C++.
-    for waker, of_waker in waiters.items():
+    for waker, of_waker in (waiters or {}).items():
         waker.wake_all(of_waker)
     if due:
         _callbacks.run_all(due)
