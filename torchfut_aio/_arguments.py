@@ -64,11 +64,11 @@ def size_checked(size: Any, name: str, kind: str = "an int") -> int:
     return number
 
 
-def timeout_checked(
-    timeout: float | None, what: str = "timeout must be a number of seconds or None"
-) -> Any:
+def timeout_checked(timeout: float | None) -> Any:
     """Return ``timeout`` as a float, 0 if negative, or None; raise TypeError or ValueError."""
-    return None if timeout is None else max(number_checked(timeout, what), 0.0)
+    if timeout is None:
+        return None
+    return max(number_checked(timeout, "timeout must be a number of seconds or None"), 0.0)
 
 
 def number_checked(number: float, what: str) -> float:

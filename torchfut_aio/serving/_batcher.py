@@ -184,7 +184,7 @@ class Batcher(ProcessLocal, Generic[T, R]):
                     "max_queue_size must be at least max_batch_size, which is "
                     f"{max_batch_size}; not {max_queue_size}"
                 )
-        wait = timeout_checked(max_wait, "max_wait must be a number of seconds")
+        wait = max(number_checked(max_wait, "max_wait must be a number of seconds"), 0.0)
         if (cost is None) != (max_batch_cost is None):
             raise TypeError("cost and max_batch_cost are needed together: one is missing")
         most = math.inf
