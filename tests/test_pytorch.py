@@ -110,23 +110,43 @@ def set_exception(self, error):
 torch.futures.Future.set_exception = set_exception
 """
 
+# torch.accelerator calls these by name.
+RENAME_OF_ACCELERATOR = """
+theirs = torch._C.{name}
+del torch._C.{name}
+torch.accelerator.{public} = lambda *args, theirs=theirs: theirs(*args)
+"""
+
 OF_THREADS = {name: f"del torch._C.{name}" for name in _pytorch._OF_THREADS}
 WITH_A_FALLBACK = {
     "DisableTorchFunctionSubclass": "del torch._C.DisableTorchFunctionSubclass",
     "RemoteException": "del sys.modules['torch.distributed.rpc.internal'].RemoteException",
+    "SUPPORTED_NODES": "import torch.utils._pytree; del torch.utils._pytree.SUPPORTED_NODES",
     "_accelerator_maybeExchangeDevice": "vars(torch._C).pop('_accelerator_maybeExchangeDevice', 0)",
     "_accelerator_setDeviceIndex": "del torch._C._accelerator_setDeviceIndex",
     "_accelerator_setStream": "del torch._C._accelerator_setStream",
+    "_cuda_hasPrimaryContext": "vars(torch._C).pop('_cuda_hasPrimaryContext', 0)",
+    "_cuda_maybeExchangeDevice": "vars(torch._C).pop('_cuda_maybeExchangeDevice', 0)",
+    "_dispatch_has_kernel": "del torch._C._dispatch_has_kernel_for_dispatch_key",
+    "_dispatch_key_for_device": "del torch._C._dispatch_key_for_device",
     "_distributed_c10d": "sys.modules['torch._C._distributed_c10d'] = None",
     "_extract_tensors": "del torch._jit_internal._extract_tensors",
     "_functional_collectives": "sys.modules['torch.distributed._functional_collectives'] = None",
     "_is_tensorpipe_available": "vars(rpc).pop('_is_tensorpipe_available', 0)",
     "_jit_internal": "del torch._jit_internal",
-    "nothing": "",
+    "get_worker_info": "del rpc.get_worker_info",
     "rpc._is_current_rpc_agent_set": "del rpc._is_current_rpc_agent_set",
     "rpc._get_current_rpc_agent": "del rpc._get_current_rpc_agent",
     "torch.utils.weak": "sys.modules['torch.utils.weak'] = None",
+} | {
+    name: RENAME_OF_ACCELERATOR.format(name=name, public=public)
+    for name, public in (
+        ("_accelerator_getAccelerator", "current_accelerator"),
+        ("_accelerator_getDeviceIndex", "current_device_index"),
+        ("_accelerator_getStream", "current_stream"),
+    )
 }
+WITH_A_FALLBACK |= {"all of these": "\n".join(WITH_A_FALLBACK.values()), "nothing": ""}
 WITHOUT_RPC = {
     "TensorPipe": "rpc._is_tensorpipe_available = False",
     "RPC": "rpc.is_available = lambda: False; rpc.__dict__.pop('get_worker_info')",
