@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import gc
+import sys
 import threading
+import types
 import weakref
 
 import pytest
@@ -251,3 +253,12 @@ async def test_loop_keeps_no_reference_to_a_completed_adoption(collected):
     del fut, source
     collected()
     assert [ref() for ref in refs] == [None, None]
+
+
+@on_asyncio
+async def test_adopted_future_works_while_another_thread_imports_trio(monkeypatch):
+    fut, source = await adopt_pending()
+    begun = types.ModuleType("torchfut_aio._loops._trio")  # as before its first line has run
+    monkeypatch.setitem(sys.modules, begun.__name__, begun)
+    source.set_result(1)
+    assert await fut == 1

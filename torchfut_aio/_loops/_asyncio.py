@@ -234,7 +234,9 @@ def stands_still(event_loop: asyncio.AbstractEventLoop) -> bool:
 def _trio_runs_here() -> bool:
     """Return True if the caller runs on trio, and not on a loop of asyncio's kind within trio."""
     trio = sys.modules.get("torchfut_aio._loops._trio")  # not there before a program imports trio
-    return trio is not None and trio.current() is not None
+    # The last name of the module: without it, another thread is importing the module.
+    current_trio = getattr(trio, "current", None)
+    return current_trio is not None and current_trio() is not None
 
 
 def _polls_before_it_sleeps(event_loop: asyncio.AbstractEventLoop) -> bool:
