@@ -12,6 +12,7 @@ import threading
 import time
 import weakref
 from contextlib import suppress
+from types import SimpleNamespace
 
 import anyio
 import pytest
@@ -21,6 +22,7 @@ from torchfut_aio import (
     Future,
     InvalidStateError,
     NotAFutureError,
+    _core,
     _threads,
     _timeouts,
     as_future,
@@ -38,6 +40,7 @@ from .threads import (
     no_thread_starts,
     running,
     until,
+    worker_named,
 )
 from .waiting import Reader, polled
 
@@ -58,13 +61,18 @@ def timers():
 
 
 @pytest.fixture(autouse=True)
-def timer(monkeypatch):
-    """A new timer for each test, whose thread must end."""
-    timer = _timeouts._Timer("torchfut_aio timeouts")
-    monkeypatch.setattr(_timeouts, "_timer", timer)
+def timer():
+    """The timer, whose thread must end."""
+    timer = worker_named("torchfut_aio timeouts")
     yield timer
     until(lambda: not timers())
     assert not timer.work
+
+
+def sleeps(timer):
+    """Return True if the timer's thread sleeps until a deadline."""
+    latest = SimpleNamespace(when=sys.float_info.max)
+    return not timer.needs_wakeup(latest)
 
 
 @pytest.fixture
@@ -129,7 +137,7 @@ def test_deadlines_expire_in_order():
 
 
 def test_an_earlier_deadline_does_not_wait_for_a_later_one(pending_timeout, timer):
-    until(lambda: timer._wakes_at < math.inf)  # the thread sleeps until the later deadline
+    until(lambda: sleeps(timer))
     late = with_timeout(Future(), SOON)
     assert type(late.then(Future.exception).wait(PATIENCE / 2)) is TimeoutError
 
@@ -188,7 +196,8 @@ def test_timeout_of_none_sets_no_deadline(timer):
 def test_timeout_longer_than_the_clock_range_is_accepted(seconds, timer):
     source = Future()
     fut = with_timeout(source, seconds)
-    until(lambda: timer._wakes_at > threading.TIMEOUT_MAX / 2)
+    until(lambda: sleeps(timer))
+    assert times_out()
     source.set_result(5)
     assert fut.value() == 5
 
@@ -380,7 +389,7 @@ def test_timer_thread_can_restart_any_number_of_times(timer):
     # Items may have been added while the thread was ending: the next thread takes them.
     source = Future()
     with_timeout(source, LATER)
-    until(timer._wakeups.empty)
+    until(lambda: not timer.new)
     source.set_result(None)
 
 
@@ -528,7 +537,8 @@ def test_memory_error_in_the_timer_leaves_no_future_pending():
 def test_real_ctrl_c_does_not_stop_later_timeouts(has_thread):
     printed = forks.output(f"""
         import logging, signal, sys, time
-        from torchfut_aio import Future, _timeouts, with_timeout
+        from torchfut_aio import Future, with_timeout
+        from torchfut_aio._threads import workers
 
         logging.getLogger("torchfut_aio.unretrieved").disabled = True
         sys.unraisablehook = lambda _: None  # threading has weak references with callbacks
@@ -548,7 +558,7 @@ def test_real_ctrl_c_does_not_stop_later_timeouts(has_thread):
         kept = with_timeout(Future(), 3600) if {has_thread} else None
         for n in range(300):
             give_up = time.monotonic() + 30
-            while kept is None and _timeouts._timer.threads():
+            while kept is None and any(worker.threads() for worker in workers()):
                 assert time.monotonic() < give_up
             try:
                 armed.append(True)
@@ -567,7 +577,7 @@ def test_real_ctrl_c_does_not_stop_later_timeouts(has_thread):
 
 
 def test_completed_timeout_keeps_no_object_alive(pending_timeout, timer):
-    until(lambda: timer._wakes_at < math.inf)  # the thread sleeps
+    until(lambda: sleeps(timer))
 
     def completed():
         source, value = Future(), Value()
@@ -591,7 +601,7 @@ def test_expired_timeout_keeps_no_object_alive(pending_timeout):
 
 
 def deadlines():
-    return sum(type(thing) is _timeouts._Deadline for thing in gc.get_objects())
+    return sum(issubclass(type(thing), _core.DoneCallback) for thing in gc.get_objects())
 
 
 def test_completed_timeouts_do_not_accumulate(pending_timeout, timer):
@@ -600,8 +610,8 @@ def test_completed_timeouts_do_not_accumulate(pending_timeout, timer):
         with_timeout(source, LATER)
         source.set_result(n)
     assert len(timer.work) == 1
-    until(lambda: len(timer.new) < 2_000 and timer._wakeups.empty())
-    assert deadlines() < 4_000
+    until(lambda: len(timer.new) < 2_000)
+    until(lambda: deadlines() < 4_000)
 
 
 def test_timer_thread_drops_timeouts_completed_while_it_slept(pending_timeout, timer):

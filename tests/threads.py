@@ -14,7 +14,7 @@ import anyio
 import anyio.to_thread
 import pytest
 
-from torchfut_aio._threads import WorkerThread
+from torchfut_aio._threads import Worker, WorkerThread, workers
 
 PATIENCE = 60.0  # seconds after which a test gives up
 # The same for a new process, which must import torch first. On a machine whose load is ten times
@@ -70,6 +70,12 @@ async def alongside(*functions: Callable[[], Any]) -> AsyncIterator[None]:
     finally:
         with anyio.CancelScope(shield=True):
             await anyio.to_thread.run_sync(threads.__exit__, None, None, None)
+
+
+def worker_named(name: str) -> Worker:
+    """Return the package's worker whose thread has this name."""
+    [found] = [worker for worker in workers() if worker.name == name]
+    return found
 
 
 def cannot_start(thread: threading.Thread) -> None:
