@@ -27,7 +27,7 @@ from torchfut_aio import (
     as_future,
     gather,
 )
-from torchfut_aio._adopt import _adopted, once
+from torchfut_aio._adopt import once
 
 from . import forks
 from .loops import on_asyncio, on_every_loop
@@ -558,16 +558,16 @@ def test_equal_sources_are_adopted_separately_and_collected():
 
         __hash__ = None
 
-    before = len(_adopted._made)
     sources = [Equal() for _ in range(3)]
     futures = [as_future(source) for source in sources]
     for n, source in enumerate(sources):
         assert as_future(source) is futures[n]
         source.set_result(n)
     assert [fut.wait(PATIENCE) for fut in futures] == [0, 1, 2]
+    refs = [weakref.ref(thing) for thing in (*sources, *futures)]
     del sources, source, futures
     gc.collect()
-    assert len(_adopted._made) <= before
+    assert [ref() for ref in refs] == [None] * 6
 
 
 def test_registered_abstract_class_does_not_hide_known_types():

@@ -327,7 +327,18 @@ def next_poll(monkeypatch):
     """A function that makes a loop in a burst poll; until it is called, the loop does not."""
     monkeypatch.setattr(_asyncio, "LONGEST_PAUSE", 10 * PATIENCE)
     monkeypatch.setattr(_asyncio, "PAUSE_FOR_EACH", PATIENCE)
-    return lambda: _asyncio.current()._burst_timer.set(0)
+    alarms, real = [], AsyncioLoop.alarm
+
+    def alarm(loop, function):
+        alarms.append(real(loop, function))
+        return alarms[-1]
+
+    def fire():
+        [burst_timer] = alarms
+        burst_timer.set(0)
+
+    monkeypatch.setattr(AsyncioLoop, "alarm", alarm)
+    return fire
 
 
 @on_asyncio

@@ -32,7 +32,7 @@ from torchfut_aio._threads import BlockingThread
 from . import explorer
 from .accelerator import DEVICE, FIRST, NEW, being_filled, needs, simulated_only
 from .loops import on_every_loop
-from .threads import PATIENCE, no_thread_starts, running, until
+from .threads import PATIENCE, no_thread_starts, running, until, worker_named
 from .waiting import Reader, pending, polled
 
 pytestmark = pytest.mark.device
@@ -355,15 +355,16 @@ def watchers():
 
 
 def test_threads_adopting_first_at_once_share_a_watcher_thread(accelerator, producer):
+    watcher = worker_named("torchfut_aio watcher")
     for _ in range(30):
         with producer:
             accelerator.sleep(PATIENCE)
         futures = []
         with running(*[lambda: futures.append(as_future(recorded(producer)))] * 4):
             pass
-        until(lambda: watchers() == _background._watching.threads())
+        until(lambda: watchers() == watcher.threads())
         assert len(watchers()) == 1
-        assert _background._watching.end(PATIENCE)  # another thread takes over
+        assert watcher.end(PATIENCE)  # another thread takes over
         more = as_future(recorded(producer))
         accelerator.wake()
         assert gather([*futures, more]).wait(PATIENCE) == [None] * 5
@@ -382,7 +383,7 @@ def test_interrupted_adoption_leaves_nothing_and_harms_no_other(accelerator, pro
         assert other.wait(PATIENCE) is None, interrupt
         assert interrupt.where or fut.wait(PATIENCE) is None
         until(lambda: not watchers())
-        assert not _background._watching.work, interrupt
+        assert not worker_named("torchfut_aio watcher").work, interrupt
 
 
 def test_failed_thread_start_leaves_no_notification_behind(accelerator, producer):
@@ -394,7 +395,7 @@ def test_failed_thread_start_leaves_no_notification_behind(accelerator, producer
             as_future(producer)
         with pytest.raises(RuntimeError, match="can't start new thread"):
             blocker.submit(print, accelerator.wake)
-    assert not _background._watching.work
+    assert not worker_named("torchfut_aio watcher").work
     assert not blocker.work
     accelerator.wake()
     assert as_future(producer).wait(PATIENCE) is None

@@ -30,6 +30,7 @@ from torchfut_aio._devices import RecordedEvent, _watcher, record_event
 from torchfut_aio._devices._watcher import Watcher, watcher_of
 from torchfut_aio._loops import _alarm
 from torchfut_aio._loops._asyncio import AsyncioLoop
+from torchfut_aio._threads import workers
 
 from . import forks
 from .accelerator import DEVICE, FIRST, NEW, completed_on
@@ -176,11 +177,16 @@ async def test_event_that_a_thread_waits_for_is_not_recorded_again(
         tg.start_soon(synchronize, producer)
         await pending(1)
         tg.cancel_scope.cancel()
-    [queue] = watcher_of(_loops.current())._queues.values()
-    [synchronize_it] = queue.blocker.work.values()
+    [synchronize_it] = blocking_work()
     again = [record_event(producer) for _ in range(3)]
     assert not any(recorded.event is synchronize_it.__self__.event for recorded in again)
     accelerator.wake()
+
+
+def blocking_work():
+    """Return the functions that the blocking threads of watchers call."""
+    blockers = [worker for worker in workers() if worker.name == _watcher.BLOCKER]
+    return [function for blocker in blockers for function in blocker.work.values()]
 
 
 @on_every_loop
@@ -233,10 +239,9 @@ class Clock:
         self.queries = 0
 
     def recorded(self, begun, ended=None, name=0):
-        recorded = object.__new__(RecordedEvent)
-        recorded._pool, recorded.stream = None, ("made up", name)
-        recorded.begun, recorded.ended, recorded.recorded_at = begun, ended or begun + 1, 0.0
-        recorded.event, recorded.is_reached = Place(self, begun), False
+        recorded = RecordedEvent(Place(self, begun))
+        recorded.stream, recorded.recorded_at = ("made up", name), 0.0
+        recorded.begun, recorded.ended = begun, ended or begun + 1
         return recorded
 
 
@@ -666,15 +671,19 @@ def test_raising_schedule_fails_only_the_waits_on_its_stream():
 async def test_lost_wake_up_of_a_blocking_thread_is_recovered(
     accelerator, producer, blocking_policy, monkeypatch
 ):
-    from torchfut_aio._devices import _watcher
+    kind = type(_loops.current())
+    real = kind.call_soon
+
+    def call_soon(loop, function):
+        # As if KeyboardInterrupt was raised just before the loop called the thread's function.
+        return threading.current_thread().name == _watcher.BLOCKER or real(loop, function)
 
     monkeypatch.setattr(_watcher, "_FALLBACK", 0.01)
     reader = Reader(completed_on(producer, accelerator, None))
     async with anyio.create_task_group() as tg:
         tg.start_soon(reader)
         await pending(1)
-        # As if KeyboardInterrupt was raised just before the loop called the thread's function.
-        monkeypatch.setattr(_watcher.Watcher, "_unblock", lambda *args: None)
+        monkeypatch.setattr(kind, "call_soon", call_soon)
         accelerator.wake()
     assert reader.outcome.tolist() == NEW
 
@@ -720,7 +729,10 @@ async def test_event_is_queried_once_per_poll_for_many_waits(accelerator, produc
 async def test_cancelled_waits_leave_no_work_for_a_blocking_thread(
     accelerator, producer, blocking_policy
 ):
+    def recorded_events():
+        return sum(type(thing) is RecordedEvent for thing in gc.get_objects())
 
+    before = recorded_events()
     with producer:
         accelerator.sleep(PATIENCE)
     async with anyio.create_task_group() as tg:
@@ -729,9 +741,8 @@ async def test_cancelled_waits_leave_no_work_for_a_blocking_thread(
         for _ in range(100):
             with anyio.move_on_after(0):
                 await synchronize(producer)
-        [queue] = watcher_of(_loops.current())._active.values()
-        assert len(queue.events) < 40
-        assert len(queue.blocker.work) <= 1
+        assert recorded_events() < before + 40
+        assert len(blocking_work()) <= 1
         accelerator.wake()
 
 
