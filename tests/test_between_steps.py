@@ -6,86 +6,122 @@ Repetition under load (test_stress.py) hits these moments by chance; these tests
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
+from contextlib import contextmanager
 
 import anyio
 import pytest
 import trio
 import uvloop
 
+import torchfut_aio
 from torchfut_aio import Future, _future, _loops, as_completed, gather
 
 from .explorer import interrupts
-from .loops import on_asyncio, on_every_loop
+from .test_stress import every_loop
 from .threads import PATIENCE
 
-moments = pytest.mark.parametrize("moment", ["before", "after"])
+
+def completing(complete):
+    """Yield an interrupt for each instruction of the package, at which ``complete()`` is called.
+
+    A signal handler or a finaliser may do that at some of them, another thread at each.
+    """
+    return interrupts(torchfut_aio, at="instructions", do=complete)
 
 
-class Racing(dict):
-    """State of a future that completes just before, or just after, a waiter is added."""
-
-    def __init__(self, fut, moment):
-        super().__init__()
-        self.fut, self.moment = fut, moment
-
-    def __setitem__(self, follower, kind):
-        if self.moment == "before" and not self.fut.done():
-            self.fut.set_result("in between")
-        super().__setitem__(follower, kind)
-        if self.moment == "after" and not self.fut.done():
-            self.fut.set_result("in between")
+@contextmanager
+def woken_by(function):
+    """Call a function in a thread, unless an interrupt calls it before; check that it wakes us."""
+    timer, began = threading.Timer(0.01, function), time.monotonic()
+    timer.start()
+    yield
+    timer.join()
+    assert time.monotonic() - began < PATIENCE, "timed out"
 
 
-def completes(moment):
-    fut = Future()
-    fut._state = Racing(fut, moment)
-    return fut
+@every_loop
+def test_task_about_to_wait_is_woken(backend, options):
+    async def main(interrupt):
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(complete_later)
+            with anyio.fail_after(PATIENCE), interrupt:
+                assert await fut == "in between"
+
+    async def complete_later():
+        await anyio.wait_all_tasks_blocked()
+        complete()
+
+    def complete():
+        fut.try_set_result("in between")
+
+    for interrupt in completing(complete):
+        fut = Future()
+        anyio.run(main, interrupt, backend=backend, backend_options=options)
 
 
-@on_every_loop
-@moments
-async def test_task_about_to_wait_is_woken(moment):
-    with anyio.fail_after(PATIENCE):
-        assert await completes(moment) == "in between"
+def test_thread_about_to_wait_is_woken():
+    def complete():
+        fut.try_set_result("in between")
+
+    for interrupt in completing(complete):
+        fut = Future()
+        with woken_by(complete), interrupt:
+            assert fut.wait(PATIENCE) == "in between", interrupt
 
 
-@moments
-def test_thread_about_to_wait_is_woken(moment):
-    assert completes(moment).wait(timeout=PATIENCE) == "in between"
+def test_callback_being_added_at_completion_runs_once():
+    for interrupt in completing(lambda: fut.try_set_result("in between")):
+        fut, ran = Future(), []
+        with interrupt:
+            fut.add_done_callback(ran.append)
+            child = fut.then(lambda fut: fut.value())
+        fut.try_set_result("in between")
+        assert ran == [fut], interrupt
+        assert child.wait(timeout=0) == "in between", interrupt
 
 
-@moments
-def test_callback_being_added_at_completion_runs_once(moment):
-    fut, ran = completes(moment), []
-    fut.add_done_callback(ran.append)
-    assert ran == [fut]
-    child = completes(moment).then(lambda fut: fut.value())
-    assert child.wait(timeout=0) == "in between"
+def test_as_asyncio_being_made_at_completion_completes():
+    async def main(interrupt):
+        with interrupt:
+            copy = fut.as_asyncio()
+        fut.try_set_result("in between")
+        assert await asyncio.wait_for(copy, PATIENCE) == "in between", interrupt
+
+    for interrupt in completing(lambda: fut.try_set_result("in between")):
+        fut = Future()
+        asyncio.run(main(interrupt))
 
 
-@on_asyncio
-@moments
-async def test_as_asyncio_being_made_at_completion_completes(moment):
-    assert await completes(moment).as_asyncio() == "in between"
+def test_futures_combined_during_completion_complete():
+    def complete():
+        for fut in futures:
+            fut.try_set_result("in between")
 
-
-@moments
-def test_futures_combined_during_completion_complete(moment):
-    assert gather([completes(moment) for _ in range(3)]).wait(PATIENCE) == ["in between"] * 3
-    assert len(list(as_completed([completes(moment) for _ in range(3)]))) == 3
+    for interrupt in completing(complete):
+        futures = [Future() for _ in range(3)]
+        with interrupt:
+            both = gather(futures)
+        complete()
+        assert both.wait(PATIENCE) == ["in between"] * 3, interrupt
+    for interrupt in completing(complete):
+        futures = [Future() for _ in range(3)]
+        with interrupt:
+            completed = as_completed(futures, timeout=PATIENCE)
+        complete()
+        assert len([*completed]) == 3, interrupt
 
 
 def test_as_completed_about_to_wait_sees_the_completion():
-    fut = Future()
-    completed = as_completed([fut])
+    def complete():
+        fut.try_set_result(None)
 
-    class Racing(dict):
-        def __setitem__(self, waiter, _):
-            fut.set_result(None)  # before the waiter is stored, so it is not woken
-            super().__setitem__(waiter, None)
-
-    completed._state.waiters.waiting = Racing()
-    assert next(completed) is fut
+    for interrupt in completing(complete):
+        fut = Future()
+        completed = as_completed([fut], timeout=PATIENCE)
+        with woken_by(complete), interrupt:
+            assert next(completed) is fut, interrupt
 
 
 async def value_of(fut):
