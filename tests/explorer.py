@@ -213,10 +213,10 @@ class _Monitoring:
 
     def start(self) -> None:
         _watch(self._interrupt.files)
-        _monitoring.register_callback(_TOOL, _monitoring.events.INSTRUCTION, self._step)
+        _monitoring.register_callback(TOOL, _monitoring.events.INSTRUCTION, self._step)
 
     def stop(self) -> None:
-        _monitoring.register_callback(_TOOL, _monitoring.events.INSTRUCTION, None)
+        _monitoring.register_callback(TOOL, _monitoring.events.INSTRUCTION, None)
 
     def _step(self, code: CodeType, offset: int) -> None:
         frame = sys._getframe(1)
@@ -225,7 +225,7 @@ class _Monitoring:
             points.step(frame)
 
 
-_TOOL = 4
+TOOL = 4
 _monitoring: Any = getattr(sys, "monitoring", None)  # from CPython 3.12 on
 _watched: tuple[str, ...] = ()
 
@@ -241,13 +241,13 @@ def _watch(files: tuple[str, ...]) -> None:
         return
     if _watched:
         for code in _codes(_watched):
-            _monitoring.set_local_events(_TOOL, code, 0)
-        _monitoring.free_tool_id(_TOOL)
+            _monitoring.set_local_events(TOOL, code, 0)
+        _monitoring.free_tool_id(TOOL)
     _watched = files
     if files:
-        _monitoring.use_tool_id(_TOOL, "explorer")
+        _monitoring.use_tool_id(TOOL, "explorer")
         for code in _codes(files):
-            _monitoring.set_local_events(_TOOL, code, _monitoring.events.INSTRUCTION)
+            _monitoring.set_local_events(TOOL, code, _monitoring.events.INSTRUCTION)
 
 
 _frozen: weakref.WeakSet[FunctionType] = weakref.WeakSet()

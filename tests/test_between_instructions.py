@@ -9,6 +9,7 @@ within one instruction are in test_races.py.)
 from __future__ import annotations
 
 import concurrent.futures
+import itertools
 import threading
 import time
 from contextlib import suppress
@@ -37,6 +38,7 @@ from torchfut_aio._threads import QueueWorker, WorkerThread
 from .explorer import interrupts
 from .test_stress import every_loop
 from .threads import PATIENCE
+from .waiting import waiting
 
 
 def between_instructions(step, *modules):
@@ -172,7 +174,7 @@ def test_timeout_racing_a_completion_has_one_outcome(other):
     for interrupt in between_instructions(other, _core, _timeouts):
         fut = Future()
         child = with_timeout(fut, PATIENCE)
-        deadline = next(iter(fut._state))
+        [deadline] = _core.callbacks_of(fut)
         other.now = lambda: deadline.expire()
         with interrupt:
             fut.set_result("value")
@@ -180,7 +182,7 @@ def test_timeout_racing_a_completion_has_one_outcome(other):
     for interrupt in between_instructions(other, _core, _timeouts):
         fut = Future()
         child = with_timeout(fut, PATIENCE)
-        deadline = next(iter(fut._state))
+        [deadline] = _core.callbacks_of(fut)
         other.now = lambda: fut.set_result("value")
         with interrupt:
             deadline.expire()
@@ -352,7 +354,7 @@ def test_get_returns_with_a_put_at_any_step(other):
         timer.cancel()
         timer.join()
         assert got == [1], interrupt
-        assert not stream._state.readers.waiting, interrupt
+        assert waiting(stream) == (0, 0), interrupt
 
 
 # ------------------------------------------------- a task about to wait, or about to resume
@@ -367,12 +369,10 @@ def test_await_wakes_with_a_completion_at_any_step(other, backend, options, noth
             with interrupt:
                 got.append(await fut)
 
-    for interrupt in between_instructions(other):
+    # The points until the task sleeps. Later, no thread would complete the future.
+    for interrupt in itertools.islice(between_instructions(other), 201):
         fut, got = Future(), []
         other.now = lambda: try_set(fut, 1)
-        # The points until the task sleeps. Later, no thread would complete the future.
-        if interrupt._left > 200:
-            break
         with suppress(TimeoutError):
             timer = threading.Timer(0.02, try_set, (fut, 1))
             timer.start()
@@ -396,11 +396,9 @@ def test_task_reads_a_value_put_at_any_step(other, backend, options, nothing_blo
             stream.put(1)
             stream.close()
 
-    for interrupt in between_instructions(other):
+    for interrupt in itertools.islice(between_instructions(other), 201):
         stream, got, puts = ValueStream(), [], [None]
         other.now = put
-        if interrupt._left > 200:
-            break
         timer = threading.Timer(0.02, put)
         timer.start()
         anyio.run(main, backend=backend, backend_options=options)

@@ -20,6 +20,7 @@ import torch
 from torchfut_aio import CallbackError, Future, InvalidStateError
 from torchfut_aio._core import _callbacks
 
+from .explorer import interrupts
 from .threads import PATIENCE, running, until
 
 
@@ -434,22 +435,16 @@ def test_then_returns_a_future_result_without_unwrapping_it():
     assert child.wait() is inner
 
 
-def test_finaliser_can_complete_the_first_future_of_a_thread(monkeypatch):
-    ran, real = [], _callbacks._Nesting
+def test_finaliser_can_complete_the_first_future_of_a_thread():
+    def complete(what):
+        fut = Future()
+        fut.add_done_callback(lambda _: ran.append(what))
+        fut.set_result(None)
 
-    def finalised():  # as if the collector ran a finaliser here
-        monkeypatch.setattr(_callbacks, "_Nesting", real)
-        inner = Future()
-        inner.add_done_callback(lambda _: ran.append("inner"))
-        inner.set_result(None)
-        return real()
-
-    def complete():
-        outer = Future()
-        outer.add_done_callback(lambda _: ran.append("outer"))
-        outer.set_result(None)
-
-    monkeypatch.setattr(_callbacks, "_Nesting", finalised)
-    with running(complete):
-        pass
-    assert ran == ["inner", "outer"]
+    for interrupt in interrupts(_callbacks, thread="new", do=lambda: complete("finaliser")):
+        ran = []
+        thread = threading.Thread(target=complete, args=("thread",), name="new")
+        with interrupt:
+            thread.start()
+            thread.join(PATIENCE)
+        assert sorted(ran) == ["finaliser"] * (interrupt.where is not None) + ["thread"], interrupt

@@ -14,6 +14,7 @@ import sys
 import threading
 import weakref
 from collections import OrderedDict
+from types import SimpleNamespace
 
 import pytest
 import uvloop
@@ -170,21 +171,27 @@ def nothing(_):
     """A callback that a program has added."""
 
 
+def without(module, name):
+    """Return `_cpython` as it is without a private name of another module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(module, name)
+        return SimpleNamespace(**runpy.run_path(_cpython.__file__))
+
+
 def test_running_loop_is_also_found_by_the_public_api():
-    async def main():
-        loop = asyncio.get_running_loop()
-        return _cpython.running_loop() is loop and _cpython.PublicEvents._get_running_loop() is loop
+    async def main(running_loop):
+        return running_loop() is asyncio.get_running_loop()
 
-    assert asyncio.run(main())
-    assert _cpython.running_loop() is None
-    assert _cpython.PublicEvents._get_running_loop() is None
+    for module in (_cpython, without(asyncio, "_get_running_loop")):
+        assert asyncio.run(main(module.running_loop))
+        assert module.running_loop() is None
 
 
-def test_callback_of_a_loop_is_detected_from_frames(monkeypatch):
-    async def main():
+def test_callback_of_a_loop_is_detected_from_frames():
+    async def main(in_callback_of=_cpython.in_callback_of):
         loop = asyncio.get_running_loop()
         asked = loop.create_future()
-        loop.call_soon(lambda: asked.set_result(_cpython.in_callback_of(loop)))
+        loop.call_soon(lambda: asked.set_result(in_callback_of(loop)))
         return await asked
 
     class ASleepingSelector(selectors.DefaultSelector):
@@ -196,9 +203,7 @@ def test_callback_of_a_loop_is_detected_from_frames(monkeypatch):
         loop, asleep = kind(ASleepingSelector()), []
         assert loop.run_until_complete(main())
         assert set(asleep) == {False}
-        monkeypatch.setattr(_cpython, "_get_frame", lambda: None)
-        assert not loop.run_until_complete(main())
-        monkeypatch.undo()
+        assert not loop.run_until_complete(main(without(sys, "_getframe").in_callback_of))
         loop.close()
     loop = uvloop.new_event_loop()
     assert loop.run_until_complete(main())
@@ -319,8 +324,9 @@ def test_place_of_a_non_coroutine_is_none(monkeypatch):
     coroutine.send(None)
     assert _cpython.place_of(coroutine).startswith("wait, test_cpython.py:")
     with monkeypatch.context() as patch:
-        patch.setattr(_cpython, "_has_gil", lambda: False)
-        assert _cpython.place_of(coroutine) is None
+        patch.setattr(sys, "_is_gil_enabled", lambda: False, raising=False)
+        patch.setattr(sys, "version_info", (3, 14, 9))
+        assert runpy.run_path(_cpython.__file__)["place_of"](coroutine) is None
     coroutine.close()
     assert _cpython.place_of(coroutine) is None
     future.get_loop().close()

@@ -79,7 +79,7 @@ def test_explorer_series_can_alternate_and_stop_tracing():
     alone = [*places(explorer.interrupts(HERE))]
     assert [*places(explorer.interrupts(HERE), theirs)] == alone
     if sys.version_info >= (3, 12):
-        assert sys.monitoring.get_tool(explorer._TOOL) is None
+        assert sys.monitoring.get_tool(explorer.TOOL) is None
 
 
 def test_explorer_can_call_a_function_instead_of_raising():

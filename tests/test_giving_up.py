@@ -33,6 +33,7 @@ from torchfut_aio import (
 from torchfut_aio._errors import rpc_error
 
 from .documentation import ROOT, blocks
+from .explorer import interrupts
 from .loops import on_asyncio, on_every_loop
 from .threads import PATIENCE, alongside, running
 
@@ -321,24 +322,16 @@ def test_exactly_one_racing_try_set_returns_true():
         assert sorted(results) == [False, False, False, True]
 
 
-def test_try_set_that_loses_a_late_race_returns_false(monkeypatch):
-    fut = Future()
-
-    class Late:  # another thread completes the future while this value is searched
-        def __reduce_ex__(self, protocol):
-            return int, (5,)
-
-    real = torchfut_aio._core._completion.try_complete
-
-    def try_complete(future, outcome):
-        if not fut.done():
-            monkeypatch.undo()
-            fut.set_result("first")
-        return real(future, outcome)
-
-    monkeypatch.setattr(torchfut_aio._core._completion, "try_complete", try_complete)
-    assert fut.try_set_result(Late()) is False
-    assert fut.value() == "first"
+def test_try_set_that_loses_a_late_race_returns_false():
+    wins = []
+    for interrupt in interrupts(
+        torchfut_aio, at="instructions", do=lambda: fut.try_set_result("other")
+    ):
+        fut = Future()
+        with interrupt:
+            wins.append(fut.try_set_result("this"))
+        assert fut.value() == ("this" if wins[-1] else "other"), interrupt
+    assert set(wins) == {True, False}
 
 
 def test_callbacks_run_before_try_set_returns():

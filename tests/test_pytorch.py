@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import torchfut_aio
-from torchfut_aio import _pytorch
+from torchfut_aio._pytorch import thread_state_functions
 
 from . import forks
 
@@ -117,7 +117,10 @@ del torch._C.{name}
 torch.accelerator.{public} = lambda *args, theirs=theirs: theirs(*args)
 """
 
-OF_THREADS = {name: f"del torch._C.{name}" for name in _pytorch._OF_THREADS}
+THREAD_STATE = [
+    name if hasattr(torch._C, name) else f"_{name}" for name in vars(thread_state_functions())
+]
+OF_THREADS = {name: f"del torch._C.{name}" for name in THREAD_STATE}
 WITH_A_FALLBACK = {
     "DisableTorchFunctionSubclass": "del torch._C.DisableTorchFunctionSubclass",
     "RemoteException": "del sys.modules['torch.distributed.rpc.internal'].RemoteException",
@@ -239,7 +242,7 @@ def test_failed_future_has_no_value_for_torch_wait_all():
 
 
 def test_private_names_of_pytorch_are_used_in_one_module():
-    private = {*_pytorch._OF_THREADS, "DisableTorchFunctionSubclass", "RemoteException"}
+    private = {*THREAD_STATE, "DisableTorchFunctionSubclass", "RemoteException"}
     for path in PACKAGE.rglob("*.py"):
         if path.name == "_pytorch.py":
             continue

@@ -33,20 +33,21 @@ from torchfut_aio import (
     _waiters,
 )
 from torchfut_aio.serving import _stream, _stream_state
+from torchfut_aio.serving._stream import state_of
 
 from .accelerator import FIRST, NEW, being_filled, read_on_current_stream, simulated_only
 from .explorer import interrupts
 from .loops import on_asyncio, on_every_loop
 from .test_memory import Growth
 from .threads import PATIENCE, alongside, running, until
-from .waiting import Reader, eventually, polled
+from .waiting import Reader, eventually, polled, waiting
 
 MODULES = (_stream, _stream_state, _waiters)
 
 
-def waiting(stream):
-    """Return how many wait for a value, and for room."""
-    return len(stream._state.readers.waiting), len(stream._state.writers.waiting)
+def room_in(stream):
+    """Fill the stream, and return how many values had room."""
+    return sum(iter(lambda: stream.try_put("fills it"), False))
 
 
 async def read_all(stream):
@@ -313,13 +314,14 @@ def test_stream_limit_holds_for_concurrent_producers():
             else:
                 stream.put(n, timeout=PATIENCE)
 
+    values = iter(stream)
     with running(*[produce] * 4):
-        for n, _ in enumerate(stream):
+        for n, _ in enumerate(values):
             most = max(most, len(stream))
             if n == 4 * 267 - 1:
                 break
     assert most <= 3
-    assert len(stream._state.room) == 3
+    assert room_in(stream) == 3
 
 
 @on_every_loop
@@ -670,7 +672,7 @@ def test_value_put_too_late_does_not_count_as_unread():
             super().__setitem__(*item)
             readers.clear()
 
-    stream._state.values = Values()
+    state_of(stream).values = Values()
     with pytest.raises(StreamClosedError):
         stream.put(1)
     assert list(stream) == []
@@ -1154,8 +1156,9 @@ def test_an_interrupted_put_is_done_or_not_and_wakes_readers(max_size, many):
     done = not_done = 0
     for interrupt in interrupts(*MODULES):
         stream, reader = ValueStream(max_size=max_size), Waiter()
+        values = iter(stream)
         stream.put("before")
-        stream._state.readers.waiting[reader] = reader
+        state_of(stream).readers.waiting[reader] = reader
         with interrupt:
             stream.put_many(["a", "b"]) if many else stream.put("a")
         if len(stream) > 1:
@@ -1164,10 +1167,9 @@ def test_an_interrupted_put_is_done_or_not_and_wakes_readers(max_size, many):
         else:
             not_done += 1
             assert interrupt.raised
-        got = [next(iterator) for iterator in [iter(stream)] for _ in range(len(stream))]
+        got = [next(values) for _ in range(len(stream))]
         assert got in (["before"], ["before", "a"], ["before", "a", "b"])
-        if max_size is not None:
-            assert len(stream._state.room) == max_size
+        assert max_size is None or room_in(stream) == max_size
     assert done
     assert not_done
 
@@ -1196,15 +1198,14 @@ def test_an_interrupted_read_loses_no_value_and_no_wake_up(read):
         stream, writer, got = ValueStream(max_size=2), Waiter(), []
         stream.put_many(["a", "b"])
         values = iter(stream)
-        stream._state.writers.waiting[writer] = writer
+        state_of(stream).writers.waiting[writer] = writer
         with interrupt:
             read(stream, values, got)
         assert len(got) + len(stream) == 2
         if got:
             assert writer.woken
-        stream.close()
-        assert got + list(values) == ["a", "b"]
-        assert len(stream._state.room) == 2
+        assert got + [next(values) for _ in range(len(stream))] == ["a", "b"]
+        assert room_in(stream) == 2
 
 
 @pytest.mark.parametrize("read", READS.values(), ids=READS)
@@ -1223,7 +1224,7 @@ def test_interrupted_read_during_a_put_keeps_the_stream_limit(read):
         for _ in range(3):
             writer.woken = 0
             stream.put("a")
-            stream._state.writers.waiting[writer] = writer
+            state_of(stream).writers.waiting[writer] = writer
             with pytest.raises(KeyboardInterrupt):
                 read(stream, values, got)
             for _ in range(2):
@@ -1267,8 +1268,8 @@ def test_an_interrupted_end_wakes_all_or_can_be_repeated(end):
         stream, reader, writer = ValueStream(max_size=1), Waiter(), Waiter()
         stream.put(1)
         listeners = [iter(stream)]
-        stream._state.readers.waiting[reader] = reader
-        stream._state.writers.waiting[writer] = writer
+        state_of(stream).readers.waiting[reader] = reader
+        state_of(stream).writers.waiting[writer] = writer
         with interrupt:
             if end == "drop":
                 listeners.clear()
@@ -1277,7 +1278,7 @@ def test_an_interrupted_end_wakes_all_or_can_be_repeated(end):
                     pass
             else:
                 getattr(stream, end)()
-        if not stream._state.end:
+        if stream.listening and not stream.closed:
             continue  # interrupted before it changed anything
         ended += 1
         until(lambda: reader.woken and writer.woken)
@@ -1313,39 +1314,36 @@ def test_interleaved_operations_read_or_refuse_each_value_once(max_size, first, 
 
         with interrupt:
             act(first, "c")
-        stream.close()
-        got += values
+        got += [next(values) for _ in range(len(stream))]
         if second == "stop_listening":
             assert set(got) <= set(accepted)
         else:
             assert sorted(got) == sorted(accepted)
-            assert max_size is None or len(stream._state.room) == max_size
+            assert max_size is None or stream.closed or room_in(stream) == max_size
         assert len(set(got)) == len(got)
-
-
-class Racing(OrderedDict):
-    """The values of a stream that ends just before one more value is stored."""
-
-    def __init__(self, stream, end, got):
-        super().__init__()
-        self.stream, self.end, self.got = stream, end, got
-
-    def __setitem__(self, outcome, value):
-        getattr(self.stream, self.end)()
-        self.got.extend(self.stream if self.end == "close" else ())
-        super().__setitem__(outcome, value)
 
 
 @pytest.mark.parametrize("end", ["close", "stop_listening"])
 @pytest.mark.parametrize("max_size", [None, 4])
-def test_value_put_too_late_is_refused(max_size, end):
-    for put in (ValueStream.put, lambda stream, value: stream.put_many([value])):
-        stream, got = ValueStream(max_size=max_size), []
-        stream._state.values = Racing(stream, end, got)
-        with pytest.raises(StreamClosedError):
-            put(stream, 1)
-        assert (got, len(stream)) == ([], 0)
-        assert max_size is None or len(stream._state.room) == max_size
+@pytest.mark.parametrize("many", [False, True], ids=["put", "put_many"])
+def test_value_put_too_late_is_refused(many, max_size, end):
+    def do():
+        getattr(stream, end)()
+        got.extend(stream if end == "close" else ())
+
+    refusals = 0
+    for interrupt in interrupts(*MODULES, at="instructions", do=do):
+        stream, got, refused = ValueStream(max_size=max_size), [], []
+        with interrupt:
+            try:
+                stream.put_many([1]) if many else stream.put(1)
+            except StreamClosedError:
+                refused.append(1)
+        if interrupt.where is not None:
+            assert len(stream) == 0, interrupt
+            assert end == "stop_listening" or got + refused == [1], interrupt
+        refusals += len(refused)
+    assert refusals
 
 
 def test_finaliser_can_put_and_close():
@@ -1527,7 +1525,7 @@ async def test_value_with_a_failed_kernel_raises_in_its_turn(accelerator, produc
     with pytest.raises(RuntimeError, match="the kernel failed"):
         await (anext(values) if how == "anext" else stream.aget())
     assert await anext(values) == "behind"
-    assert len(stream._state.room) == 5
+    assert room_in(stream) == 5
 
 
 # -------------------------------------------------------------------------- the rest

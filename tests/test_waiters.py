@@ -16,11 +16,12 @@ import pytest
 
 from torchfut_aio import ValueStream, _loops, _waiters
 from torchfut_aio.serving import _stream, _stream_state
+from torchfut_aio.serving._stream import state_of
 
 from .explorer import interrupts
 from .loops import on_every_loop
 from .threads import PATIENCE, alongside, running, until
-from .waiting import eventually
+from .waiting import eventually, waiting
 
 MODULES = (_stream, _stream_state, _waiters)
 
@@ -33,7 +34,8 @@ def full(*values):
 
 def nothing_left(*streams):
     """Return True if there is no waiter, and no reference to a loop."""
-    waiters = [each for s in streams for each in (s._state.readers, s._state.writers)]
+    states = [state_of(stream) for stream in streams]
+    waiters = [each for state in states for each in (state.readers, state.writers)]
     return not any(each.waiting or each.lines for each in waiters)
 
 
@@ -71,7 +73,7 @@ async def test_many_writers_are_woken_once_each_in_order(wakes):
             tg.start_soon(stream.aput, number)
             await anyio.lowlevel.checkpoint()
         await anyio.wait_all_tasks_blocked()
-        assert len(stream._state.writers.waiting) == n
+        assert waiting(stream) == (0, n)
         assert [await anext(values) for _ in range(n + 1)] == ["first", *range(n)]
     assert counts["task"] == 2 * n  # each writer, and the reader once per value
     assert nothing_left(stream)
@@ -104,7 +106,7 @@ async def test_many_threads_are_woken_once_each(wakes):
     stream, n = full("first"), 20
     values, counts = aiter(stream), wakes()
     async with alongside(*[lambda k=k: stream.put(k, timeout=PATIENCE) for k in range(n)]):
-        await eventually(lambda: len(stream._state.writers.waiting) == n)
+        await eventually(lambda: waiting(stream) == (0, n))
         counts.clear()
         got = []
         for _ in range(n + 1):
@@ -130,7 +132,7 @@ async def test_many_values_at_once_wake_as_many_readers(wakes):
         stream.put_many([0, 1, 2, 3])
         await anyio.wait_all_tasks_blocked()
         assert counts["task"] == 4
-        assert len(stream._state.readers.waiting) == 6
+        assert waiting(stream) == (6, 0)
         stream.put_many([*range(4, 10)])
     assert sorted(got) == [*range(10)]
 
@@ -149,13 +151,10 @@ async def test_values_wake_one_reader_of_each_kind(wakes):
     async with alongside(*[read_in_thread] * 3), anyio.create_task_group() as tg:
         for _ in range(3):
             tg.start_soon(read)
-        await eventually(lambda: len(stream._state.readers.waiting) == 6)
-        assert sorted(each.kind for each in stream._state.readers.describe()) == (
-            ["task"] * 3 + ["thread"] * 3
-        )
+        await eventually(lambda: waiting(stream) == (6, 0))
         counts.clear()
         stream.put(0)
-        await eventually(lambda: got == [0] and len(stream._state.readers.waiting) == 5)
+        await eventually(lambda: got == [0] and waiting(stream) == (5, 0))
         assert counts == {"task": 1, "thread": 1}
         stream.put_many([1, 2, 3, 4, 5])
     assert sorted(got) == [*range(6)]
@@ -222,8 +221,7 @@ class Pair:
         for _ in range(number):
             self.add()
         self.turn()
-        waiters = self.stream._state.readers if self.reads else self.stream._state.writers
-        assert len(waiters.waiting) == number
+        assert sum(waiting(self.stream)) == number
 
     def add(self):
         self.tasks.append(self.loop.create_task(self.read() if self.reads else self.put()))
@@ -356,7 +354,7 @@ def test_thread_starting_to_wait_at_any_step_is_woken(how):
         )
         with interrupt:
             thread.start()
-            until(lambda: stream._state.readers.waiting or got)
+            until(lambda: waiting(stream)[0] or got)
             if interrupt.where is None:
                 stream.put(1)
             thread.join(PATIENCE)
@@ -379,9 +377,9 @@ def test_a_thread_interrupted_at_any_step_leaves_no_other_asleep(how):
         with interrupt:
             interrupted = threading.Thread(target=read, name="interrupted")
             interrupted.start()
-            until(lambda: stream._state.readers.waiting or got)
+            until(lambda: waiting(stream)[0] or got)
             other.start()
-            until(lambda: len(stream._state.readers.waiting) + len(got) == 2)
+            until(lambda: waiting(stream)[0] + len(got) == 2)
             stream.put(1)
             until(lambda: 1 in got)
             stream.put(2)
@@ -391,7 +389,7 @@ def test_a_thread_interrupted_at_any_step_leaves_no_other_asleep(how):
         assert not other.is_alive()
         assert 1 in got
         assert None in got or sorted(got) == [1, 2]
-        assert not stream._state.readers.waiting
+        assert waiting(stream) == (0, 0)
 
 
 def test_value_put_back_wakes_a_reader_about_to_wait():
@@ -401,7 +399,7 @@ def test_value_put_back_wakes_a_reader_about_to_wait():
         def wake(self, waiter):
             self.calls += 1
             if self.calls == 1:
-                stream._state.readers.waiting[reader] = reader  # a reader that has found no value
+                readers[reader] = reader  # a reader that has found no value
                 raise KeyboardInterrupt
 
     class Reader:
@@ -411,7 +409,8 @@ def test_value_put_back_wakes_a_reader_about_to_wait():
             self.woken += 1
 
     stream, writer, reader = full(1), Writer(), Reader()
-    stream._state.writers.waiting[writer] = writer
+    readers = state_of(stream).readers.waiting
+    state_of(stream).writers.waiting[writer] = writer
     values = iter(stream)
     with pytest.raises(KeyboardInterrupt):
         next(values)
@@ -535,11 +534,11 @@ def test_blocked_signal_handler_wakes_before_the_interrupted_put():
         signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
 
     def read():
-        waiting = stream._state.writers.waiting
-        until(lambda: len(waiting) == 1)
-        (interrupted,) = waiting
+        writers = state_of(stream).writers.waiting
+        until(lambda: len(writers) == 1)
+        (interrupted,) = writers
         until(lambda: begun or interrupt())
-        until(lambda: waiting and interrupted not in waiting)
+        until(lambda: writers and interrupted not in writers)
         values = iter(stream)
         got = [next(values)]
         until(lambda: handled)

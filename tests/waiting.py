@@ -1,4 +1,4 @@
-"""Waits for device work, as tests see them."""
+"""Waits, as tests see them: for device work, for events, and in streams."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 
-from torchfut_aio import poll_statistics
+from torchfut_aio import ValueStream, poll_statistics
+from torchfut_aio.serving._stream import state_of
 
 from .threads import PATIENCE
 
@@ -27,6 +28,12 @@ async def pending(waits: int) -> None:
     with anyio.fail_after(PATIENCE):
         while poll_statistics().pending != waits:
             await anyio.lowlevel.checkpoint()
+
+
+def waiting(stream: ValueStream[Any]) -> tuple[int, int]:
+    """Return how many tasks and threads wait for a value of the stream, and for room in it."""
+    state = state_of(stream)
+    return len(state.readers.waiting), len(state.writers.waiting)
 
 
 async def eventually(condition: Callable[[], bool]) -> None:
