@@ -60,7 +60,8 @@ def accelerator(accelerator_module: Any, request: pytest.FixtureRequest) -> Iter
         pytest.skip("this machine has one accelerator")
     write_zeros(accelerator_module)
     accelerator_module.reset_counters()
-    _events._pools.clear()  # drop events of a backend that an earlier test emulated
+    # Drop events of a backend that an earlier test emulated.
+    _events._pools.clear()  # noqa: SLF001
     yield accelerator_module
     accelerator_module.reset()
 
