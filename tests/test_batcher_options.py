@@ -591,6 +591,22 @@ ThreadPoolExecutor(1).submit(lambda: print(batcher.submit(5).wait(60), flush=Tru
 """
 
 
+# An interpreter on which the package cannot learn in advance that the exit begins.
+WITHOUT_NOTICE = """
+import concurrent.futures.thread, threading, time
+del threading._register_atexit
+from torchfut_aio import Batcher
+
+batcher = Batcher(list, max_batch_size=2, max_queue_size=9, max_wait=3600)
+for n in range(3):
+    batcher.submit(n).add_done_callback(lambda fut: print(fut.value(), flush=True))
+"""
+
+
+def test_exit_runs_queued_items_where_no_notice_is_given():
+    assert forks.output(WITHOUT_NOTICE).split() == ["0", "1", "2"]
+
+
 def test_exit_runs_queued_items_on_all_workers():
     printed = forks.output(AT_EXIT).splitlines()
     assert sorted(printed)[0] == "10"

@@ -109,6 +109,24 @@ class BatchQueue:
             # lock that another thread held at the fork.
             self.ended = InternalFuture()
 
+    # ------------------------------------------------------------------------- beginning
+
+    def start(self) -> InternalFuture[None]:
+        """Start the threads, and return ``ready``.
+
+        Raises:
+            RuntimeError: No thread could be started.
+        """
+        for worker in self.workers:
+            worker.ensure_thread()
+        self.check_ready()  # without an initializer, there is nothing to wait for
+        return self.ready
+
+    def check_ready(self) -> None:
+        """Complete ``ready`` if it is time."""
+        if self.broken is not None or all(worker.is_ready for worker in self.workers):
+            self.ready.try_set_result(None)
+
     # ---------------------------------------------------------------------- submitting
 
     def put(self, future: Future[Any], item: Any) -> None:
@@ -298,24 +316,6 @@ class BatchQueue:
     def is_inside(self) -> bool:
         """Return True if the function calls, or a callback of a future that it completes."""
         return any(worker.is_inside() for worker in self.workers)
-
-    # ------------------------------------------------------------------------- beginning
-
-    def start(self) -> InternalFuture[None]:
-        """Start the threads, and return `ready`.
-
-        Raises:
-            RuntimeError: No thread could be started.
-        """
-        for worker in self.workers:
-            worker.ensure_thread()
-        self.check_ready()  # without an initializer, there is nothing to wait for
-        return self.ready
-
-    def check_ready(self) -> None:
-        """Complete `ready` if it is time."""
-        if self.broken is not None or all(worker.is_ready for worker in self.workers):
-            self.ready.try_set_result(None)
 
     def fail_queued(self, error: BaseException) -> None:
         """Fail every queued item."""
