@@ -24,8 +24,9 @@ async def double_soon(items):
 
 
 def batcher_of(function=double, *, max_batch_size=8, max_queue_size=100, **options):
+    options = {"name": NAME} | options
     return Batcher(
-        function, max_batch_size=max_batch_size, max_queue_size=max_queue_size, name=NAME, **options
+        function, max_batch_size=max_batch_size, max_queue_size=max_queue_size, **options
     )
 
 

@@ -1353,6 +1353,7 @@ def test_item_submitted_at_any_step_of_the_thread_is_run(closes):
         ({"max_queue_size": "9"}, TypeError, "max_queue_size must be an int or None, not str"),
         ({"max_wait": "1"}, TypeError, "max_wait must be a number of seconds"),
         ({"max_wait": None}, TypeError, "max_wait must be a number of seconds"),
+        ({"name": 3}, TypeError, "name must be a str or None, not int"),
         ({"function": None}, TypeError, "takes a function of a list of items, not NoneType"),
     ],
 )

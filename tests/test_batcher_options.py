@@ -311,7 +311,7 @@ def test_closed_batcher_cannot_be_entered():
     batcher = batcher_of()
     batcher.close()
     for enter in (batcher.__enter__, lambda: asyncio.run(batcher.__aenter__())):
-        with pytest.raises(BatcherClosedError):
+        with pytest.raises(BatcherClosedError, match="cannot be entered again"):
             enter()
 
 
@@ -908,8 +908,8 @@ async def async_function(*args):
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
-        ({"cost": sum}, TypeError, "cost and max_batch_cost are needed together"),
-        ({"max_batch_cost": 5}, TypeError, "cost and max_batch_cost are needed together"),
+        ({"cost": sum}, TypeError, "needed together: max_batch_cost is missing"),
+        ({"max_batch_cost": 5}, TypeError, "needed together: cost is missing"),
         ({"cost": sum, "max_batch_cost": 0}, ValueError, "max_batch_cost must be positive, not 0"),
         ({"cost": sum, "max_batch_cost": math.nan}, ValueError, "must be a number, not NaN"),
         ({"cost": sum, "max_batch_cost": "5"}, TypeError, "must be a number, not '5'"),

@@ -131,9 +131,10 @@ class Batcher(ProcessLocal, Generic[T, R]):
             function is called from several threads, or in several tasks.
         initializer: Called in each thread before its first batch, with the number of the thread,
             from 0 to ``max_concurrent_batches`` - 1: to load a model, choose a device, or set the
-            number of torch's threads. The block of ``with`` or ``async with`` begins when it has
-            returned in all threads; if it raises, so does the entry, and the batcher is closed.
-            Without a block, every item fails with its error. Not for async functions.
+            number of torch's threads. Several threads call it at the same time. The block of
+            ``with`` or ``async with`` begins when it has returned in all threads; if it raises, so
+            does the entry, and the batcher is closed. Without a block, every item fails with its
+            error. Not for async functions.
         on_batch: Called with a `BatchReport` after each batch, in the thread that ran it, when the
             futures are done. That thread runs no other batch until it returns. An error that it
             raises is logged.
@@ -186,7 +187,8 @@ class Batcher(ProcessLocal, Generic[T, R]):
                 )
         wait = max(number_checked(max_wait, "max_wait must be a number of seconds"), 0.0)
         if (cost is None) != (max_batch_cost is None):
-            raise TypeError("cost and max_batch_cost are needed together: one is missing")
+            missing = "cost" if cost is None else "max_batch_cost"
+            raise TypeError(f"cost and max_batch_cost are needed together: {missing} is missing")
         most = math.inf
         if max_batch_cost is not None:
             most = number_checked(max_batch_cost, "max_batch_cost must be a number")
@@ -201,6 +203,8 @@ class Batcher(ProcessLocal, Generic[T, R]):
                 "an initializer is for threads, and an async function runs in tasks: prepare what "
                 "it needs before the batcher is entered"
             )
+        if not isinstance(name, str | None):
+            raise TypeError(f"name must be a str or None, not {type(name).__qualname__}")
         if name is None:
             name = (
                 f"torchfut_aio batcher of {getattr(func, '__qualname__', type(func).__qualname__)}"
@@ -417,8 +421,7 @@ class Batcher(ProcessLocal, Generic[T, R]):
     def __enter__(self) -> Batcher[T, R]:
         if self._needs_loop:
             raise RuntimeError("the function is async: enter the batcher by async with")
-        self._queue.check_open()
-        self._queue.start().block(None, _INITIALIZER_BLOCKS)
+        self._start().block(None, _INITIALIZER_BLOCKS)
         self._check_initialized()
         return self
 
@@ -427,8 +430,7 @@ class Batcher(ProcessLocal, Generic[T, R]):
 
     async def __aenter__(self) -> Batcher[T, R]:
         queue = self._queue
-        queue.check_open()
-        ready = queue.start()
+        ready = self._start()
         if not self._needs_loop:
             await ready
             self._check_initialized()
@@ -438,6 +440,13 @@ class Batcher(ProcessLocal, Generic[T, R]):
             # Last: if an interrupt comes before, the entry can be repeated.
             queue.owner = OwnerLoop(queue.ended, queue.name)
         return self
+
+    def _start(self) -> InternalFuture[None]:
+        if self.closed:
+            raise BatcherClosedError(
+                "the batcher was closed, and cannot be entered again: create one for each block"
+            )
+        return self._queue.start()
 
     def _check_initialized(self) -> None:
         broken = self._queue.broken
