@@ -290,7 +290,7 @@ async def test_async_entry_raises_the_error_of_the_initializer():
     await eventually(lambda: not threads())
 
 
-def test_futures_get_the_error_of_the_initializer_without_a_block():
+def test_futures_get_the_initializer_error_without_a_block():
     def initialize(number):
         raise OSError("no such GPU")
 
@@ -477,7 +477,7 @@ def test_dropped_batcher_ends_all_its_threads(gated):
 
 
 @pytest.mark.parametrize("close", [True, False])
-def test_function_and_reports_can_close_a_batcher_of_many_workers(close):
+def test_function_and_report_can_close_a_batcher_of_workers(close):
     def closes(items):
         if close:
             batcher.close()
