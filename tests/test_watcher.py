@@ -17,19 +17,10 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchfut_aio import (
-    Future,
-    PollPolicy,
-    _loops,
-    get_poll_policy,
-    poll_statistics,
-    set_poll_policy,
-    synchronize,
-)
+from torchfut_aio import Future, PollPolicy, _loops, poll_statistics, set_poll_policy, synchronize
 from torchfut_aio._devices import RecordedEvent, _watcher, record_event
 from torchfut_aio._devices._watcher import Watcher, watcher_of
 from torchfut_aio._loops import _alarm
-from torchfut_aio._loops._asyncio import AsyncioLoop
 from torchfut_aio._threads import workers
 
 from . import forks
@@ -427,24 +418,24 @@ async def test_timers_of_the_loop_replace_a_missing_timerfd(accelerator, produce
 
 
 @on_asyncio
-async def test_next_wait_replaces_a_lost_timer_of_the_loop(accelerator, producer, monkeypatch):
-    def call_later(loop, *args, **options):
-        timers.append(real(loop, *args, **options))
-        return timers[-1]
-
-    monkeypatch.setattr(_alarm, "new_timer", lambda: None)
-    timers, real = [], AsyncioLoop.call_later
-    monkeypatch.setattr(AsyncioLoop, "call_later", call_later)
-    readers = [Reader(completed_on(producer, accelerator, None)) for _ in range(2)]
+@pytest.mark.parametrize("has_timerfd", [True, False])
+async def test_new_waits_do_not_put_polls_off(accelerator, producer, has_timerfd, monkeypatch):
+    if not has_timerfd:
+        monkeypatch.setattr(_alarm, "new_timer", lambda: None)
+    value = completed_on(producer, accelerator, None)
     async with anyio.create_task_group() as tg:
-        tg.start_soon(readers[0])
+        tg.start_soon(Reader(value))
         await pending(1)
-        timers[-1].cancel()  # as if an interrupt had made the loop drop its call
-        await asyncio.sleep(2 * get_poll_policy().max_interval)
-        tg.start_soon(readers[1])
-        await pending(2)
+        before = poll_statistics().polls
+        for _ in range(100):
+            tg.start_soon(Reader(value))
+            await asyncio.sleep(0)
+            turn_ends = time.monotonic() + 0.001
+            while time.monotonic() < turn_ends:
+                pass
+        polls = poll_statistics().polls - before
         accelerator.wake()
-    assert [reader.outcome.tolist() for reader in readers] == [NEW, NEW]
+    assert polls > 10
 
 
 # ------------------------------------------------------------- loops and processes end

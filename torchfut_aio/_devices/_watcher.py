@@ -202,14 +202,12 @@ class Watcher:
 
     def _set_alarm(self) -> None:
         at = min(map(_next_poll, list(self._active.values())), default=inf)
-        now = monotonic()
-        # Also if it is overdue, as an interrupt may have made the loop drop its call.
-        if at < self._alarm_at or self._alarm_at < now:
+        if at < self._alarm_at:
             alarm = self._alarm  # read once: a finaliser may close and drop it in between
             if alarm is None:
                 alarm = self._alarm = self._loop.alarm(self.poll)
             self._alarm_at = inf  # unknown, if set() is interrupted
-            alarm.set(max(at - now, 0.0))
+            alarm.set(max(at - monotonic(), 0.0))
             self._alarm_at = at
 
     def close_if_idle(self) -> None:

@@ -12,6 +12,7 @@ import math
 import os
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -76,8 +77,7 @@ class Alarm:
     the function raises and has not set the alarm again, it is called again after a moment.
 
     A timerfd stays readable until it is set again. So if an interrupt keeps the loop from calling
-    the function, the loop calls it in the next turn. A timer of the loop is lost then, and the
-    caller has to set the alarm again once it is overdue.
+    the function, the loop calls it in the next turn.
     """
 
     def __init__(self, loop: Loop, function: Callable[[], object]) -> None:
@@ -87,7 +87,7 @@ class Alarm:
         self._timer: TimerFd | None = None
         self._watched = False
         self._set_anew = False
-        self._call: Any = None  # with a timer of the loop: its pending call
+        self._call: weakref.ref[Any] | None = None  # with a timer of the loop: its pending call
 
     def set(self, seconds: float) -> None:
         """Call the function in ``seconds``, or never if that is infinite."""
@@ -98,7 +98,8 @@ class Alarm:
             assert self._timer is not None
             self._timer.set(seconds)
         elif seconds < math.inf:
-            self._call = self._loop.call_later(seconds, self._fire)
+            # Weak, so that `_call_lost` notices when an interrupt makes the loop drop the call.
+            self._call = weakref.ref(self._loop.call_later(seconds, self._fire), self._call_lost)
 
     def is_exact(self) -> bool:
         """Return True if the alarm is exact to microseconds. If possible, make it so."""
@@ -152,6 +153,17 @@ class Alarm:
             self.set(math.inf)
 
     def _cancel_call(self) -> None:
-        call, self._call = self._call, None
-        if call is not None:
-            call.cancel()
+        call, self._call = self._call, None  # *before* cancelling, which drops the call: _call_lost
+        handle = None if call is None else call()
+        if handle is not None:
+            handle.cancel()
+
+    def _call_lost(self, call: weakref.ref[Any]) -> None:
+        if self._call is call:
+            self._call = None
+            try:
+                self.set(0.0)
+            except RecursionError:
+                raise
+            except RuntimeError:  # the loop is closed
+                pass

@@ -230,7 +230,7 @@ class Loop(ABC):
         """Call ``function`` in so many seconds, by the loop's own timers.
 
         Returns:
-            An object with ``cancel()``.
+            An object with ``cancel()``, to which weak references can be made.
 
         Raises:
             RuntimeError: The loop is closed.
