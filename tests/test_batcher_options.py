@@ -375,7 +375,7 @@ def test_initializer_that_returns_a_coroutine_fails_the_entry():
 def test_so_many_batches_run_at_once_in_threads_of_their_own(gated):
     batcher = with_all_running(gated, 3)
     waiting = batcher.submit(3)
-    assert len({thread.ident for thread in threads()}) == 3
+    until(lambda: len(threads()) == 3)  # one that lost a race to start may be about to end
     statistics = batcher.statistics()
     assert (statistics.running, statistics.queued) == (3, 1)
     assert repr(batcher).endswith("queued=1/100 running=3>")
@@ -582,13 +582,36 @@ def double(items):
 
 batcher = Batcher(
     double, max_batch_size=2, max_queue_size=9, max_wait=3600, max_concurrent_batches=3,
-    on_batch=lambda report: print(report.items, flush=True),
+    on_batch=lambda report: print(f"{report.items}\\n", end="", flush=True),
 )
 for n in range(3):
     batcher.submit(n)
 # A thread that the interpreter waits for first, and that waits for a batch of one item.
-ThreadPoolExecutor(1).submit(lambda: print(batcher.submit(5).wait(60), flush=True))
+ThreadPoolExecutor(1).submit(
+    lambda: print(f"{batcher.submit(5).wait(60)}\\n", end="", flush=True)  # in one step
+)
 """
+
+
+AFTER_MAIN = """
+import threading, time
+from torchfut_aio import Batcher
+
+def serve():
+    threading.main_thread().join()
+    for n in range(5):
+        assert batcher.submit(n).wait(60) == n
+        time.sleep(0.02)
+
+batcher = Batcher(
+    list, max_batch_size=2, max_queue_size=9, initializer=lambda number: print(number, flush=True)
+)
+threading.Thread(target=serve).start()
+"""
+
+
+def test_threads_stay_while_others_outlive_the_main_thread():
+    assert forks.output(AFTER_MAIN).split() == ["0"]
 
 
 # An interpreter on which the package cannot learn in advance that the exit begins.
@@ -749,6 +772,76 @@ def test_cost_is_called_a_few_times_for_each_item():
     assert len(called) < 3 * count
 
 
+def test_cost_that_changes_its_list_changes_no_batch():
+    def cost(items):
+        items.sort()
+        most = items[-1] * len(items)
+        items.clear()
+        return most
+
+    batches, futures = batches_of([9, 1, 1, 1], cost=cost, max_batch_cost=10)
+    assert batches == [[9], [1, 1, 1]]
+    assert [fut.value() for fut in futures] == [18, 2, 2, 2]
+
+
+def test_contradicting_costs_of_a_batch_fail_no_item():
+    def cost(items):  # of several items: 1 when asked first, and 99 afterwards
+        known.append(items)
+        return 1 if len(items) == 1 or known.count(items) == 1 else 99
+
+    known = []
+    _, futures = batches_of(range(9), cost=cost, max_batch_cost=10)
+    assert [fut.value() for fut in futures] == double(range(9))
+
+
+def test_item_given_up_while_its_cost_is_computed_is_not_run():
+    def cost(items):
+        assert submitted.wait(PATIENCE)
+        futures[0].cancel()
+        return 1
+
+    submitted, futures = threading.Event(), []
+    with batcher_of(cost=cost, max_batch_cost=10) as batcher:
+        futures.append(batcher.submit(1))
+        submitted.set()
+        until(lambda: batcher.statistics().given_up == 1)
+    assert (batcher.statistics().items, batcher.statistics().running_for) == (0, 0)
+
+
+@on_every_loop
+async def test_watchdog_does_not_see_a_batch_whose_items_all_left():
+    costs = threading.Event()
+
+    def cost(items):
+        costs.set()
+        time.sleep(0.05)
+        return 1
+
+    async with batcher_of(cost=cost, max_batch_cost=10) as batcher:
+        async with anyio.create_task_group() as group:
+            group.start_soon(batcher, 1)
+            await eventually(costs.is_set)
+            group.cancel_scope.cancel()
+        await eventually(lambda: rests(batcher))
+        assert batcher.statistics().running_for == 0
+        assert await batcher(2) == 4
+
+
+def rests(batcher):
+    """Return True if the batcher has nothing to do."""
+    statistics = batcher.statistics()
+    return statistics.queued == statistics.running == 0 == statistics.running_for
+
+
+def test_items_that_fail_at_close_are_not_given_up():
+    for _ in range(30):
+        batcher = batcher_of(max_batch_size=1)
+        for n in range(50):
+            batcher.submit(n)
+        batcher.close(drain=False)
+        assert batcher.statistics().given_up == 0
+
+
 def test_cost_can_submit_to_and_close_its_batcher():
     late = []
 
@@ -809,15 +902,54 @@ def test_exception_among_the_results_is_no_error_of_the_batch():
     assert batcher.statistics().failed == 1
 
 
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize(
+    "error", [ValueError, KeyboardInterrupt, SystemExit, asyncio.CancelledError, GeneratorExit]
+)
 def test_report_function_that_raises_harms_nothing(error, caplog):
     def fails(report):
         raise error("in the report")
 
-    with batcher_of(on_batch=fails) as batcher:
+    initialized = []
+    with batcher_of(on_batch=fails, initializer=initialized.append) as batcher:
         for n in range(3):
             assert batcher.submit(n).wait(PATIENCE) == 2 * n
-    assert len(caplog.records) == (3 if error is ValueError else 0)
+    assert initialized == [0]  # the same thread runs on
+    assert len(caplog.records) == (0 if error in (KeyboardInterrupt, SystemExit) else 3)
+
+
+def test_report_has_an_error_of_its_own():
+    def fails(items):
+        raise ValueError("foo")
+
+    reports = []
+    with batcher_of(fails, on_batch=reports.append) as batcher:
+        error = settled([batcher.submit(1)])[0].exception()
+    assert reports[0].error is not error
+    assert str(reports[0].error) == "foo"
+
+
+def test_kept_reports_of_failures_keep_no_batcher():
+    async def use():
+        async with batcher_of(lambda items: 1 / 0, on_batch=reports.append) as batcher:
+            with suppress(ZeroDivisionError):
+                await batcher(1)
+            return weakref.ref(batcher)
+
+    reports = []
+    kept = asyncio.run(use())
+    gc.collect()
+    assert kept() is None
+
+
+def test_exception_returned_for_several_items_is_copied():
+    def same(items):
+        return [ValueError("foo")] * len(items)
+
+    with batcher_of(same, max_batch_size=3, max_wait=math.inf) as batcher:
+        errors = [fut.exception() for fut in settled([batcher.submit(n) for n in range(3)])]
+    assert [str(error) for error in errors] == ["foo"] * 3
+    assert len({id(error) for error in errors}) == 3
+    assert batcher.statistics().failed == 3
 
 
 def test_results_do_not_wait_for_the_report():

@@ -4,8 +4,8 @@
 calls functions that block, and `LoopThread` runs an event loop.
 
 Submitting takes no lock, so a finaliser or a signal handler may submit in the middle of another
-submission. Once it returns, a running thread is going to take the item. If it raises, the item is
-withdrawn.
+submission. (Where a thread has to be started, that takes a lock of ``threading``.) Once it returns,
+a running thread is going to take the item. If it raises, the item is withdrawn.
 
 A forked child has none of the threads. At exit the interpreter waits for threads that are not
 daemons, and `Worker.timeout_at_exit` ends daemons. Submitting raises while it finalizes.
@@ -45,10 +45,10 @@ _logger = logging.getLogger("torchfut_aio")
 def call_contained(function: Callable[..., object], *args: object) -> None:
     """Call a function that may run the program's callbacks; log its errors."""
     try:
-        # A worker thread has no caller to pass KeyboardInterrupt on to.
-        with suppress(KeyboardInterrupt, SystemExit):
-            function(*args)
-    except Exception:
+        function(*args)
+    except (KeyboardInterrupt, SystemExit):
+        pass  # a worker thread has no caller to pass it on to
+    except BaseException:
         _logger.exception("Got the following error when calling %s:", function_name(function))
 
 
@@ -420,6 +420,15 @@ _exit_has_begun = False
 def is_exiting() -> bool:
     """Return True if the interpreter has begun to exit. It first waits for threads."""
     return _exit_has_begun or not threading.main_thread().is_alive()
+
+
+def program_runs() -> bool:
+    """Return True if the interpreter, as it exits, waits for a thread that is not a worker's."""
+    main = threading.main_thread()
+    return any(
+        not (thread.daemon or thread is main or isinstance(thread, WorkerThread))
+        for thread in threading.enumerate()
+    )
 
 
 def _begin_exit() -> None:

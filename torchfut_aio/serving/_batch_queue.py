@@ -32,12 +32,14 @@ from .._arguments import number_checked
 from .._cpython import Queue
 from .._errors import BatcherClosedError, QueueFullError, drop_catching_frame, one_for_each
 from .._future import Future, InternalFuture
-from .._threads import LONGEST_REST, is_exiting
+from .._threads import LONGEST_REST, is_exiting, program_runs
 from .._waiters import first
 from ._owner_loop import OwnerLoop
 
 if TYPE_CHECKING:
     from ._batch_worker import BatchWorker
+
+_REST_AT_EXIT = 0.1  # seconds between two checks of whether threads of the program still run
 
 _Entry = tuple[Future[Any], tuple[Any, float]]
 
@@ -167,7 +169,11 @@ class BatchQueue:
 
     def give_up(self, future: Future[Any]) -> None:
         """Let the item of ``future`` leave the queue, unless it is there no more."""
-        if self.items.pop(future, None) is not None:  # rule 1
+        if self.items.pop(future, None) is None:  # rule 1
+            return
+        outcome = _core.outcome_of(future)
+        # Another thread may be failing the queue, as the batcher closes.
+        if outcome is None or not isinstance(outcome.error, BatcherClosedError):
             self.given_up.add()
 
     def _make_room(self) -> bool:
@@ -213,7 +219,7 @@ class BatchQueue:
                 raise
             except RuntimeError:  # a finaliser or another thread has just changed it
                 continue
-            seconds = LONGEST_REST
+            seconds = LONGEST_REST if not self.exiting else _REST_AT_EXIT
             if entries:
                 left = entries[0][1][1] + limits.max_wait - time.monotonic()
                 is_full = len(entries) == limits.max_batch_size
@@ -225,8 +231,8 @@ class BatchQueue:
                     if not self._drop_given_up(entries):
                         self._move(entries, worker)
                     continue
-                seconds = min(left, LONGEST_REST)
-            elif is_last:
+                seconds = min(left, seconds)
+            elif self.closing or (self.exiting and not program_runs()):
                 break
             del entries  # a rest holds no reference to an item
             with suppress(queue.Empty):
@@ -260,11 +266,18 @@ class BatchQueue:
             fitting = self._before_refused(entries[: self._fitting(entries)])
             entries = fitting or entries[:1]
             worker.cost, worker.refusal = self._cost(_items(entries))
+            if worker.refusal is not None and len(entries) > 1:  # the costs contradict each other
+                entries = entries[:1]
+                worker.cost, worker.refusal = self._cost(_items(entries))
+            if self._drop_given_up(entries):  # the function took time
+                return
         worker.began = time.monotonic()
         for future, (item, submitted) in entries:
             worker.batch.append((future, item, submitted))  # *before* it leaves the queue: rule 1
             if self.items.pop(future, None) is None:  # it was given up
                 del worker.batch[-1]
+        if not worker.batch:
+            worker.end_batch()
 
     def _fitting(self, entries: Sequence[_Entry]) -> int:
         """Return how many of the first entries cost at most as much as a batch may."""
@@ -292,7 +305,7 @@ class BatchQueue:
         limits = self.limits
         assert limits.cost is not None
         try:
-            cost = number_checked(limits.cost(items), "cost() must return a number")
+            cost = number_checked(limits.cost([*items]), "cost() must return a number")
             if cost < 0:
                 raise ValueError(f"cost() must not return a negative number, such as {cost:g}")
             if cost > limits.max_batch_cost:

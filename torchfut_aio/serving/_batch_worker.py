@@ -13,7 +13,7 @@ import torch
 
 from .. import _core
 from .._arguments import hides_async, listed
-from .._errors import BatcherClosedError, drop_catching_frame, one_for_each
+from .._errors import BatcherClosedError, drop_catching_frame, one_for_each, own_copy
 from .._future import Future
 from .._threads import Worker, WorkerThread, call_contained
 from ._batch_queue import BatchQueue, complete
@@ -119,13 +119,13 @@ class BatchWorker(Worker):
         if self.batch:  # rule 2 of the queue
             text = "the thread that ran the batch was interrupted before this future was done"
             self.fail_batch(RuntimeError(text))
-            self._end_batch()
+            self.end_batch()
         if self._initialized is not thread and not (queue.closing and not queue.items):
             self._initialized = thread
             self._initialize()
         while queue.fill(self):
             self._run_batch()
-            self._end_batch()
+            self.end_batch()
         if queue.has_ended:
             queue.fail_queued(BatcherClosedError("the batcher is closed"))
 
@@ -146,7 +146,7 @@ class BatchWorker(Worker):
         start = time.monotonic()
         error = self.refusal
         if self.queue.broken is not None:
-            error = one_for_each(self.queue.broken, 2)[1]  # a copy for this batch
+            error = own_copy(self.queue.broken)
         runs = error is None
         try:
             results = self._results(items) if error is None else one_for_each(error, len(futures))
@@ -159,30 +159,39 @@ class BatchWorker(Worker):
             self.items += len(futures)
             self.wait_time += len(futures) * start - sum(submitted)
             self.run_time += run_time
+        reports = self._on_batch is not None and runs
+        # A copy for the report, made now: as clients raise the error, it gets their frames.
+        reported = own_copy(error) if reports and error is not None else None
         self.began = None  # before the futures are done: a client may read the statistics then
         try:
             self._complete(futures, results)
         except BaseException as raised:  # a callback raised it, or there was no memory
             self.fail_batch(drop_catching_frame(raised))
-        if self._on_batch is not None and runs:
+        if self._on_batch is not None and reports:
             report = BatchReport(
                 name=self.name,
                 items=[entry[1] for entry in self.batch],  # the function may have changed `items`
                 cost=self.cost,
                 wait_times=[start - each for each in submitted],
                 run_time=run_time,
-                error=error,
+                error=reported,
             )
             call_contained(self._on_batch, report)
             del report
         # The frames of an error lead here. If they led back to it, only the garbage collector could
         # free it.
-        del futures, items, results, error
+        del futures, items, results, error, reported
 
     def _complete(self, futures: list[Future[Any]], results: list[Any]) -> None:
         outcomes = _core.outcomes_of_results(futures, results)
-        for outcome in outcomes:
-            self.failed += outcome.error is not None
+        errors = set()
+        for place, outcome in enumerate(outcomes):
+            if outcome.error is not None:
+                self.failed += 1
+                if id(outcome.error) in errors:  # returned for several items
+                    outcomes[place] = _core.outcome_of_error(own_copy(outcome.error))
+                    outcome.mark_retrieved()
+                errors.add(id(outcome.error))
         _core.complete_all(futures, outcomes)
 
     def _results(self, items: list[Any]) -> list[Any]:
@@ -207,7 +216,7 @@ class BatchWorker(Worker):
             results = [row.clone() for row in results]
         return results
 
-    def _end_batch(self) -> None:
+    def end_batch(self) -> None:
         self.began = self.cost = self.refusal = None
         self.batch = []  # last: rule 1 of the queue
 

@@ -14,9 +14,10 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from .. import _core
 from .._arguments import async_checked, number_checked, size_checked, timeout_checked
 from .._dependent import DependentFuture
-from .._errors import BatcherClosedError
+from .._errors import BatcherClosedError, own_copy
 from .._future import Future, InternalFuture
 from .._process_local import ProcessLocal
 from .._repr import function_name
@@ -103,8 +104,9 @@ class Batcher(ProcessLocal, Generic[T, R]):
 
     The end of the ``with`` or ``async with`` block closes the batcher, and runs queued items unless
     the block raises. Garbage collection and the exit of the interpreter also close it; the exit
-    waits for the threads. A forked child begins with an empty queue and with threads of its own. It
-    has to enter the batcher again if the function is async.
+    waits for the threads. (A batcher is not collected if its function refers to it, such as a
+    method of the object that owns it.) A forked child begins with an empty queue and with threads
+    of its own. It has to enter the batcher again if the function is async.
 
     Args:
         func: Called with a list of items. It returns as many results in the same order: a list,
@@ -252,7 +254,7 @@ class Batcher(ProcessLocal, Generic[T, R]):
                 pass  # its batch has begun, or it was not queued
             else:
                 self._queue.given_up.add()
-            future.cancel()  # so that its error is not logged, if its batch has begun and fails
+            _core.ignore_error(future)  # if its batch has begun, and fails
             raise
         finally:
             del future  # the frames of its error lead here
@@ -261,7 +263,7 @@ class Batcher(ProcessLocal, Generic[T, R]):
         """Queue an item, from any thread, and return the future of its result.
 
         To give the item up, cancel the future. It then leaves the queue when its batch would begin,
-        or when it would make the queue full.
+        or soon after the queue is full.
 
         Raises:
             QueueFullError: ``max_queue_size`` items wait.
@@ -449,10 +451,9 @@ class Batcher(ProcessLocal, Generic[T, R]):
         return self._queue.start()
 
     def _check_initialized(self) -> None:
-        broken = self._queue.broken
-        if broken is not None:
+        if self._queue.broken is not None:
             self._begin_to_close(drain=False)
-            raise broken
+            raise own_copy(self._queue.broken)
 
     async def __aexit__(self, kind: object, *_: object) -> None:
         await self.aclose(drain=kind is None)
