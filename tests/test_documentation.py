@@ -87,8 +87,17 @@ RUN = {
 }
 
 
-def is_app(block):
-    return block.code.startswith("# app.py")
+def files(page):
+    """Return the programs that a page tells its reader to save, by the names of their files."""
+    return {file_name(b): b.code for b in blocks("python") if b.page == page and file_name(b)}
+
+
+def file_name(block):
+    name = re.match(r"# (\w+\.py)\n", block.code)
+    return name and name[1]
+
+
+SERVING = "docs/guides/serving.md"
 
 
 @pytest.mark.parametrize(
@@ -96,7 +105,7 @@ def is_app(block):
     [
         pytest.param(block, loop, id=f"{block.page}:{block.line}-{loop}")
         for block in blocks("python")
-        if not is_app(block)  # run by the server
+        if not file_name(block)  # run by a server or by pytest
         and block.page != "docs/guides/seeing.md"  # test_debug.py runs these: they write files
         for loop in (RUN if RUN["asyncio"] in block.code else ["asyncio"])
     ],
@@ -118,12 +127,10 @@ def test_documentation_programs_print_the_stated_output(block, loop):
 SERVE = "python -m uvicorn app:app --loop uvloop --port 8000"
 
 
-@pytest.mark.parametrize(
-    "page", ["docs/tutorial.md", "docs/guides/serving.md", "docs/guides/metrics.md"]
-)
+@pytest.mark.parametrize("page", ["docs/tutorial.md", SERVING, "docs/guides/metrics.md"])
 def test_documentation_servers_return_the_stated_answers(tmp_path, page):
     pytest.importorskip("uvicorn", reason="install the extra `server` to test servers")
-    (app,) = [b.code for b in blocks("python") if b.page == page and is_app(b)]
+    app = files(page)["app.py"]
     if "prometheus_client" in app:
         pytest.importorskip("prometheus_client", reason="install the extra `test` for metrics")
     commands = [b for b in blocks("sh") if b.page == page]
@@ -131,9 +138,25 @@ def test_documentation_servers_return_the_stated_answers(tmp_path, page):
     asked = [b for b in commands if b.code.startswith("curl")]
     assert asked
     (tmp_path / "app.py").write_text(app)
+    (tmp_path / "handling.py").write_text(files(SERVING)["handling.py"])
     with running_server(tmp_path) as address:
         for block in asked:
             assert answer_to(block.code, address).strip() == block.printed.strip()
+
+
+def test_serving_guide_has_a_server_test_that_passes(tmp_path):
+    pytest.importorskip("starlette", reason="install the extra `server` to test servers")
+    for name, code in files(SERVING).items():
+        (tmp_path / name).write_text(code)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_app.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, "1 passed" in done.stdout) == (0, True), done.stdout + done.stderr
 
 
 @contextlib.contextmanager
