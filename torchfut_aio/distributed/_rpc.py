@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import contextvars
 import functools
 from collections.abc import Awaitable, Callable
-from contextlib import AbstractContextManager, closing
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from .. import _core, _loops
@@ -151,7 +151,7 @@ class _Host:
 _hosts: list[Any] = [_background_loop]  # the last one runs the calls
 
 
-def serve_on(portal: anyio.from_thread.BlockingPortal) -> AbstractContextManager[object]:
+def serve_on(portal: anyio.from_thread.BlockingPortal) -> contextlib.AbstractContextManager[object]:
     """Run the functions of `async_rpc` on the loop of ``portal``, in this process.
 
     For an application whose functions share state with its own loop, on asyncio, uvloop or trio.
@@ -193,7 +193,7 @@ def serve_on(portal: anyio.from_thread.BlockingPortal) -> AbstractContextManager
             raise
         host = _host_here()
     _hosts.append(host)
-    return closing(host)
+    return contextlib.closing(host)
 
 
 def _host_here() -> _Host:
