@@ -27,6 +27,7 @@ import torchfut_aio._loops._trio  # noqa: F401  or the first wait imports it, an
 
 from . import explorer
 from .accelerator import accelerator, accelerator_module, consumer, producer
+from .batchers import Gated
 from .threads import PATIENCE, until
 
 __all__ = ["accelerator", "accelerator_module", "consumer", "producer"]
@@ -201,3 +202,11 @@ def collected() -> Callable[[], None]:
             pass
 
     return collect
+
+
+@pytest.fixture
+def gated() -> Iterator[Gated]:
+    """A function of a batcher that blocks until the test lets it return, or ends."""
+    gated = Gated()
+    yield gated
+    gated.may_return.set()

@@ -43,7 +43,6 @@ from . import explorer, forks
 from .accelerator import being_filled
 from .batchers import (
     NAME,
-    Gated,
     batcher_of,
     double,
     double_soon,
@@ -56,14 +55,6 @@ from .loops import on_asyncio, on_every_loop
 from .meanings import LISTS, NOT_LISTS
 from .threads import PATIENCE, alongside, no_thread_starts, running, until
 from .waiting import Reader, eventually, polled
-
-
-@pytest.fixture
-def gated():
-    gated = Gated()
-    yield gated
-    gated.may_return.set()
-
 
 # --------------------------------------------------------------------------------- batches
 

@@ -41,13 +41,6 @@ from .threads import PATIENCE, no_thread_starts, running, until
 from .waiting import eventually
 
 
-@pytest.fixture
-def gated():
-    gated = Gated()
-    yield gated
-    gated.may_return.set()
-
-
 def flat(lists):
     return [*itertools.chain.from_iterable(lists)]
 

@@ -222,14 +222,15 @@ class BatchQueue:
             seconds = LONGEST_REST if not self.exiting else _REST_AT_EXIT
             if entries:
                 left = entries[0][1][1] + limits.max_wait - time.monotonic()
-                is_full = len(entries) == limits.max_batch_size
+                count = len(entries)
                 if limits.cost is not None:
-                    is_full |= self._fitting(entries) < len(entries)
+                    count = self._fitting(entries)
                 else:  # with a cost, any further item may fill the batch
                     self._wakes_at = limits.max_batch_size
+                is_full = len(entries) == limits.max_batch_size or count < len(entries)
                 if left <= 0 or is_full or is_last:
                     if not self._drop_given_up(entries):
-                        self._move(entries, worker)
+                        self._move(entries[:count] or entries[:1], worker)
                     continue
                 seconds = min(left, seconds)
             elif self.closing or (self.exiting and not program_runs()):
@@ -261,10 +262,9 @@ class BatchQueue:
         return found
 
     def _move(self, entries: Sequence[_Entry], worker: BatchWorker) -> None:
-        """Move as many of the first entries to ``worker`` as may form a batch."""
+        """Move to ``worker`` the entries before the first one that is refused alone."""
         if self.limits.cost is not None:
-            fitting = self._before_refused(entries[: self._fitting(entries)])
-            entries = fitting or entries[:1]
+            entries = self._before_refused(entries) or entries[:1]
             worker.cost, worker.refusal = self._cost(_items(entries))
             if worker.refusal is not None and len(entries) > 1:  # the costs contradict each other
                 entries = entries[:1]

@@ -179,23 +179,7 @@ class Batcher(ProcessLocal, Generic[T, R]):
                 f"a batcher takes a function of a list of items, not {type(func).__qualname__}"
             )
         async_checked(func)
-        max_batch_size = size_checked(max_batch_size, "max_batch_size")
-        if max_queue_size is not None:
-            max_queue_size = size_checked(max_queue_size, "max_queue_size", "an int or None")
-            if max_queue_size < max_batch_size:
-                raise ValueError(
-                    "max_queue_size must be at least max_batch_size, which is "
-                    f"{max_batch_size}; not {max_queue_size}"
-                )
-        wait = max(number_checked(max_wait, "max_wait must be a number of seconds"), 0.0)
-        if (cost is None) != (max_batch_cost is None):
-            missing = "cost" if cost is None else "max_batch_cost"
-            raise TypeError(f"cost and max_batch_cost are needed together: {missing} is missing")
-        most = math.inf
-        if max_batch_cost is not None:
-            most = number_checked(max_batch_cost, "max_batch_cost must be a number")
-            if most <= 0:
-                raise ValueError(f"max_batch_cost must be positive, not {most:g}")
+        limits = _limits(max_batch_size, max_queue_size, max_wait, cost, max_batch_cost)
         workers = size_checked(max_concurrent_batches, "max_concurrent_batches")
         for each, what in ((cost, "cost"), (initializer, "initializer"), (on_batch, "on_batch")):
             _check_plain_function(each, what)
@@ -211,8 +195,7 @@ class Batcher(ProcessLocal, Generic[T, R]):
             name = (
                 f"torchfut_aio batcher of {getattr(func, '__qualname__', type(func).__qualname__)}"
             )
-        limit = math.inf if max_queue_size is None else max_queue_size
-        self._queue = BatchQueue(name, Limits(max_batch_size, limit, wait, cost, most))
+        self._queue = BatchQueue(name, limits)
         for _ in range(workers):
             self._queue.workers.append(BatchWorker(self._queue, func, initializer, on_batch))
 
@@ -465,6 +448,35 @@ class Batcher(ProcessLocal, Generic[T, R]):
             queue.wake()
         elif queue is not None and queue.owner is not None:
             queue.finish()  # ends the task of the loop that waits for it
+
+
+def _limits(
+    max_batch_size: int,
+    max_queue_size: int | None,
+    max_wait: float,
+    cost: Callable[[list[Any]], float] | None,
+    max_batch_cost: float | None,
+) -> Limits:
+    """Return these arguments of a batcher, or raise TypeError or ValueError."""
+    max_batch_size = size_checked(max_batch_size, "max_batch_size")
+    if max_queue_size is not None:
+        max_queue_size = size_checked(max_queue_size, "max_queue_size", "an int or None")
+        if max_queue_size < max_batch_size:
+            raise ValueError(
+                "max_queue_size must be at least max_batch_size, which is "
+                f"{max_batch_size}; not {max_queue_size}"
+            )
+    wait = max(number_checked(max_wait, "max_wait must be a number of seconds"), 0.0)
+    if (cost is None) != (max_batch_cost is None):
+        missing = "cost" if cost is None else "max_batch_cost"
+        raise TypeError(f"cost and max_batch_cost are needed together: {missing} is missing")
+    most = math.inf
+    if max_batch_cost is not None:
+        most = number_checked(max_batch_cost, "max_batch_cost must be a number")
+        if most <= 0:
+            raise ValueError(f"max_batch_cost must be positive, not {most:g}")
+    limit = math.inf if max_queue_size is None else max_queue_size
+    return Limits(max_batch_size, limit, wait, cost, most)
 
 
 def _check_plain_function(function: Any, name: str) -> None:
