@@ -101,11 +101,10 @@ def application(predict: Predict) -> Starlette:
 
 def serve(listener: socket.socket) -> None:
     sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-    import quickstart
+    import digits
 
     torch.set_num_threads(1)
-    quickstart.EPOCHS = 0  # a model that has learnt nothing takes as long
-    predict = partial(quickstart.classify, quickstart.train(torch.empty(0), torch.empty(0)))
+    predict = partial(digits.classify, digits.new_classifier())  # untrained, it takes as long
     gc.freeze()
     config = uvicorn.Config(application(predict), loop="uvloop", ws="none", log_level="warning")
     uvicorn.Server(config).run([listener])

@@ -7,7 +7,7 @@
     curl -N 'http://127.0.0.1:8000/text?prompt=The&length=200'
 
 The server runs Starlette on uvicorn, with uvloop. ``POST /digit`` takes the 64 pixels of an image,
-0 to 16, and returns the digit, using the classifier of quickstart.py behind a `Batcher`. ``GET
+0 to 16, and returns the digit, using the classifier of digits.py behind a `Batcher`. ``GET
 /text`` continues a text: one thread generates a few tokens of every text at a time, and a
 `ValueStream` passes each token to the handler, which sends it as a server-sent event. The server
 handles these cases:
@@ -46,8 +46,7 @@ import anyio
 import anyio.to_thread
 import torch
 import uvicorn
-from quickstart import classify, train
-from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+from digits import classify, images_and_labels, train
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -452,9 +451,7 @@ def main() -> None:
     port = int(sys.argv[1]) if len(sys.argv) > 1 else 8000
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    digits = load_digits()
-    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
-    model = train(images, torch.tensor(digits.target))
+    model = train(*images_and_labels())
     serve(Service(partial(classify, model), bigrams(__doc__)), port)
 
 

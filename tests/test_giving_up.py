@@ -402,7 +402,7 @@ def test_finished_timeouts_and_iterators_do_not_count_as_waiters():
     assert not fut.has_waiters()
 
 
-# ------------------------------------------- the guide's client, the quickstart's worker
+# ----------------------------------------- the guide's client, the classifier's worker
 
 
 @pytest.fixture
@@ -437,17 +437,17 @@ class Model(torch.nn.Module):
 
 
 @pytest.fixture
-def quickstart(monkeypatch):
+def digits(monkeypatch):
     pytest.importorskip("sklearn")
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    return pytest.importorskip("quickstart")
+    return pytest.importorskip("digits")
 
 
 @pytest.mark.parametrize("error", [None, ValueError("of the model")])
-def test_worker_survives_clients_that_cancel(client, quickstart, error):
+def test_worker_survives_clients_that_cancel(client, digits, error):
     model = Model(error)
     batcher = Batcher(
-        functools.partial(quickstart.classify, model),
+        functools.partial(digits.classify, model),
         max_batch_size=64,
         max_wait=0,
         max_queue_size=64,
