@@ -238,5 +238,5 @@ def test_quickstart_answers_more_with_batches_than_one_by_one():
     alone, batched = re.findall(r"([\d.]+) ms of CPU for each", printed)
     assert float(batched) < float(alone)
     assert len(re.findall(r"p50 [\d,]+ ms, p99 [\d,]+ ms", printed)) == 2
-    assert "of 30.1 questions on average" in printed  # 512 in 17 batches
+    assert float(re.search(r"of ([\d.]+) questions on average", printed)[1]) > 20
     assert 'means "How do I change my password?"' in printed
