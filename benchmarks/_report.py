@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import platform
 from collections.abc import Iterator
@@ -19,7 +20,18 @@ import pandas as pd
 from ._bench import measure
 from ._machine import commit, machine
 
-PACKAGES = ("torch", "uvloop", "trio", "anyio", "uvicorn", "janus", "culsans")
+PACKAGES = (
+    "torch",
+    "uvloop",
+    "trio",
+    "anyio",
+    "uvicorn",
+    "starlette",
+    "transformers",
+    "ray",
+    "janus",
+    "culsans",
+)
 GREY = "#7d8590"  # visible on white and on black
 
 
@@ -53,7 +65,9 @@ def tables(figures: pd.DataFrame) -> Iterator[str]:
         of_rounds = rows.pivot(index=["column", "round"], columns="peer", values="figure")[peers]
         medians = of_rounds.groupby("column").median()
         ratios = of_rounds.div(of_rounds[peers[0]], axis=0).groupby("column").median()
-        cells = medians.map(rounded) + ratios.map(" (×{:.2f})".format)
+        # There is no ratio to nothing.
+        shares = ratios.map(lambda it: f" (×{it:.2f})" if math.isfinite(it) else "")
+        cells = medians.map(rounded) + shares
         cells[peers[0]] = medians[peers[0]].map(rounded)
         cells = cells.where(medians.notna(), "").loc[columns].rename(index=label)
         shown = cells.T if len(columns) <= len(peers) else cells

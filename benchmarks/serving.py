@@ -1,175 +1,147 @@
-"""A server under load: the digits of examples/http_server.py, and ways to answer from a thread.
+"""A server under load: five ways to run a model, of which four are what people deploy.
 
-Starlette on uvicorn and uvloop, in a process of its own. ``POST /NAME`` takes an image, and a
-thread runs the model on up to 64 of them at once, after 2 ms at most. The ways differ in how the
-request waits for its digit: a `Batcher`, or a worker thread written by hand that completes
-futures of torch, of `concurrent.futures` or of the loop. The executor has a thread for each
-connection. This process is the load: each connection sends its next request when it has the
-answer to the one before. One way at a time has load.
+Each is a server in a process of its own, see `_servers`; Ray Serve only if it is installed. This
+process is the load. Each client sends its next request when it has the answer to the one before.
+Every tenth request has a time limit that is too short. The server has the limit in a header, and
+the client leaves soon after it. An item is run for nobody if that begins later than LATE after its
+limit. CPU is that of all processes of the server.
+
+Ray listens on all addresses. To keep it off the network:
+``unshare --net sh -c 'ip link set lo up; python -m benchmarks serving'``
 """
 
 from __future__ import annotations
 
 import asyncio
-import gc
-import json
+import importlib.util
+import itertools
 import multiprocessing
-import os
-import re
 import socket
-import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
-from pathlib import Path
-from queue import Empty, SimpleQueue
+from multiprocessing.process import BaseProcess
 from statistics import quantiles
-from threading import Thread
 from time import monotonic
 from typing import Any
 
-import torch
-import uvicorn
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+import aiohttp
+import psutil
 
-from torchfut_aio import Batcher
-
+from . import _servers
 from ._bench import Case, Figures, run
-from ._ways import BARE, BARE_BATCH, BRIDGE, THREAD, WRAP, way
 
-ROUNDS, DRAWN = 9, ""
-CONNECTIONS = 256
-MAX_BATCH, MAX_WAIT = 64, 0.002
-OURS = "Batcher"
-NAMES = (OURS, BARE_BATCH, BARE, BRIDGE, WRAP, THREAD)
-PIXELS = json.dumps([float(n % 17) for n in range(64)]).encode()
-
-# ------------------------------------------------------------------------------ the server
-
-Predict = Callable[[list[torch.Tensor]], list[int]]
-Answer = Callable[[torch.Tensor], Awaitable[int]]
-
-
-def by_hand(name: str, predict: Predict) -> Answer:
-    """Return what queues an image for a worker thread, and waits for its digit."""
-    this = way("uvloop", name)
-    queue: SimpleQueue[tuple[torch.Tensor, Any]] = SimpleQueue()
-
-    def work() -> None:
-        while True:
-            batch = [queue.get()]
-            due = monotonic() + MAX_WAIT
-            with suppress(Empty):
-                while len(batch) < MAX_BATCH:
-                    batch.append(queue.get(timeout=max(0, due - monotonic())))
-            images, futures = zip(*batch, strict=True)
-            this.complete(futures, predict(list(images)))
-            del batch, images, futures
-
-    async def answer(image: torch.Tensor) -> int:
-        fut = this.new()
-        queue.put((image, fut))
-        digit: int = await this.wait(fut)
-        return digit
-
-    Thread(target=work, daemon=True).start()
-    return answer
+ROUNDS, DRAWN = 3, "CPU second"
+WAYS = {
+    "Batcher": partial(_servers.serve, _servers.batcher),
+    "asyncio.Queue by hand": partial(_servers.serve, _servers.queue_by_hand),
+    "def endpoint, 40 threads": partial(_servers.serve, _servers.def_endpoint),
+    "run_in_executor": partial(_servers.serve, _servers.executor),
+    "Ray Serve, @serve.batch": _servers.serve_with_ray,
+}
+SLACK = 0.1  # seconds after its limit that a client waits for the server to say so
+PATIENCE = 60.0  # seconds; the time limit of the other requests
+TEXTS = [
+    f"{question} {thing}?"
+    for question in ("How do I change", "Where can I see the status of", "Who may cancel")
+    for thing in ("my password", "an order of last week", "the address of a parcel", "the invoice")
+]
+IMAGES = [[(number + n) % 17 for n in range(64)] for number in range(17)]
+# A model, what it is asked, the short limit and how long it is measured, both for each client.
+MODELS = [("embeddings", TEXTS, 0.002, 0.06), ("digits", IMAGES, 0.0001, 0.01)]
 
 
-def application(predict: Predict) -> Starlette:
-    answers: dict[int, Answer] = {}
+async def load(
+    address: str, process: int, samples: list[Any], limit: float, seconds: float, clients: int
+) -> dict[str, float]:
+    """Let the clients ask for so many seconds, and return the figures."""
+    numbers = itertools.count()
+    latencies: list[float] = []
 
-    @asynccontextmanager
-    async def lifespan(_app: Starlette) -> AsyncIterator[None]:
-        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(CONNECTIONS))
-        options = {"max_batch_size": MAX_BATCH, "max_wait": MAX_WAIT, "max_queue_size": CONNECTIONS}
-        async with Batcher(predict, **options) as batcher:
-            for number, name in enumerate(NAMES):
-                answers[number] = batcher if name == OURS else by_hand(name, predict)
-            yield
+    async def ask() -> None:
+        number, sent = next(numbers), monotonic()
+        within = limit if number % 10 == 0 else PATIENCE
+        options = {"json": samples[number % len(samples)], "headers": {"limit": str(within)}}
+        try:
+            async with asyncio.timeout(within + SLACK), session.post("/", **options) as response:
+                if response.status != 504:
+                    response.raise_for_status()
+                    await response.json()
+                    latencies.append(monotonic() - sent)
+        except TimeoutError:
+            if within == PATIENCE:
+                raise
 
-    async def digit(request: Request) -> Response:
-        image = torch.tensor(json.loads(await request.body())).reshape(1, 8, 8) / 16
-        return JSONResponse({"digit": await answers[request.path_params["way"]](image)})
+    async def counts() -> list[int]:
+        async with session.post("/counts") as response:
+            numbers: list[int] = await response.json(content_type=None)
+            return numbers
 
-    return Starlette(routes=[Route("/{way:int}", digit, methods=["POST"])], lifespan=lifespan)
+    async def client() -> None:
+        while monotonic() < end:
+            await ask()
 
-
-def serve(listener: socket.socket) -> None:
-    sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-    import digits
-
-    torch.set_num_threads(1)
-    predict = partial(digits.classify, digits.new_classifier())  # untrained, it takes as long
-    gc.freeze()
-    config = uvicorn.Config(application(predict), loop="uvloop", ws="none", log_level="warning")
-    uvicorn.Server(config).run([listener])
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(address, connector=connector) as session:
+        begin = monotonic() + seconds / 2  # it warms up
+        end = begin + seconds
+        tasks = [asyncio.ensure_future(client()) for _ in range(clients)]
+        await asyncio.sleep(begin - monotonic())
+        latencies.clear()
+        before, cpu, begin = await counts(), cpu_of(process), monotonic()
+        await asyncio.sleep(end - begin)
+        cpu, took, counted = cpu_of(process) - cpu, monotonic() - begin, latencies[:]
+        await asyncio.gather(*tasks)  # or the error of the first that was not answered
+        items, late = (now - then for now, then in zip(await counts(), before, strict=True))
+    at = quantiles(counted, n=100, method="inclusive")
+    return {
+        "answers a second": len(counted) / took,
+        "answers a CPU second": len(counted) / cpu,
+        "p50, ms": at[49] * 1e3,
+        "p99, ms": at[98] * 1e3,
+        "items run for nobody, %": late / items * 100,
+    }
 
 
 def cpu_of(process: int) -> float:
-    """Return how many seconds of CPU a process has taken."""
-    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    """Return how many seconds of CPU a process and its descendants have taken."""
+    parent = psutil.Process(process)
+    return sum(sum(each.cpu_times()[:2]) for each in [parent, *parent.children(recursive=True)])
 
 
-# -------------------------------------------------------------------------------- the load
+async def loads(address: str, process: BaseProcess, model: Any, quick: bool) -> Figures:
+    name, samples, limit, seconds = model
+    async with aiohttp.ClientSession(address) as session:
+        started = False
+        while not started:
+            if not process.is_alive():
+                raise RuntimeError("the server has ended")
+            await asyncio.sleep(0.1)
+            with suppress(aiohttp.ClientConnectorError):
+                async with session.post("/counts") as response:
+                    started = response.ok
+    figures: dict[tuple[str, Any], float] = {}
+    for clients in (1, 16) if quick else (1, 16, 64, 256):
+        duration = 1 if quick else 4 + clients * seconds
+        args = (address, process.pid, samples, limit * clients, duration, clients)
+        for title, figure in (await load(*args)).items():
+            figures[f"{name}: {title}", clients] = figure
+    return figures
 
 
-async def load(address: Any, process: int, number: int, seconds: float) -> Figures:
-    latencies: list[float] = []
-    head = f"POST /{number} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(PIXELS)}\r\n\r\n"
-    streams = [await asyncio.open_connection(*address) for _ in range(CONNECTIONS)]
-
-    async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        sent = monotonic()
-        writer.write(head.encode() + PIXELS)
-        answer = await reader.readuntil(b"\r\n\r\n")
-        length = re.search(rb"content-length: (\d+)", answer)
-        if length is None or not answer.startswith(b"HTTP/1.1 200"):
-            raise RuntimeError(answer.decode())
-        await reader.readexactly(int(length[1]))
-        latencies.append(monotonic() - sent)
-
-    async def ask_again(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while monotonic() < end:
-            await ask(reader, writer)
-        writer.close()
-
-    # uvloop accepts one connection a turn: if those before it were at work already, the last
-    # would wait for 256 long turns.
-    for stream in streams:
-        await ask(*stream)
-    begin = monotonic() + seconds / 4  # it warms up
-    end = begin + seconds
-    tasks = [asyncio.ensure_future(ask_again(*stream)) for stream in streams]
-    await asyncio.sleep(begin - monotonic())
-    latencies.clear()
-    cpu, begin = cpu_of(process), monotonic()
-    await asyncio.sleep(end - begin)
-    cpu, took, counted = cpu_of(process) - cpu, monotonic() - begin, latencies[:]
-    await asyncio.gather(*tasks)  # or the error of the first that was not answered
-    at, answered = quantiles(counted, n=100, method="inclusive"), len(counted)
-    columns = {
-        "requests a second": answered / took,
-        "p50, ms": at[49] * 1e3,
-        "p99, ms": at[98] * 1e3,
-        "CPU of a request, us": cpu / answered * 1e6,
-    }
-    title = f"A server with {CONNECTIONS} connections"
-    return {(title, column): figure for column, figure in columns.items()}
+def measured(way: str, model: Any, quick: bool) -> Figures:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    process = multiprocessing.get_context("spawn").Process(target=WAYS[way], args=(model[0], port))
+    process.start()
+    try:
+        return run("uvloop", loads, f"http://127.0.0.1:{port}", process, model, quick)
+    finally:
+        process.terminate()
+        process.join()
 
 
 def cases(quick: bool) -> Iterator[Case]:
-    listener = socket.create_server(("127.0.0.1", 0), backlog=2 * CONNECTIONS)
-    context = multiprocessing.get_context("spawn")
-    process = context.Process(target=serve, args=(listener,), daemon=True)
-    process.start()  # it ends with this process, and answers when it has started
-    seconds = 1 if quick else 4
-    yield {
-        name: partial(run, "uvloop", load, listener.getsockname(), process.pid, number, seconds)
-        for number, name in enumerate(NAMES)
-    }
+    ways = [*WAYS] if importlib.util.find_spec("ray") else [*WAYS][:-1]
+    for model in MODELS:
+        yield {way: partial(measured, way, model, quick) for way in ways}
