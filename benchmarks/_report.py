@@ -42,7 +42,7 @@ def report(name: str, options: argparse.Namespace) -> None:
     about = facts(f"python -m benchmarks {name}" + " --quick" * options.quick, rounds)
     figures = measure(module.cases(options.quick), rounds)
     if options.save:
-        save(options.folder, name, figures, about, module.DRAWN)
+        save(options.folder, name, figures, about, module.DRAWN, module.BY)
     print(*tables(figures), about, sep="\n")
 
 
@@ -87,7 +87,7 @@ def label(column: Any) -> str:
     return str(column) if isinstance(column, str) else f"{column:,}"
 
 
-def save(folder: Path, name: str, figures: pd.DataFrame, facts: str, drawn: str) -> None:
+def save(folder: Path, name: str, figures: pd.DataFrame, facts: str, drawn: str, by: str) -> None:
     """Write NAME.json, NAME.md, and NAME.svg of the tables whose titles match ``drawn``."""
     folder.mkdir(parents=True, exist_ok=True)
     short = figures.assign(figure=figures["figure"].map("{:.4g}".format).astype(float))
@@ -96,10 +96,10 @@ def save(folder: Path, name: str, figures: pd.DataFrame, facts: str, drawn: str)
     (folder / f"{name}.json").write_text(json.dumps({"about": facts, "figures": rows}) + "\n")
     (folder / f"{name}.md").write_text("\n".join([*tables(figures), facts]) + "\n")
     if drawn:
-        draw(folder / f"{name}.svg", figures[figures["table"].str.contains(drawn)])
+        draw(folder / f"{name}.svg", figures[figures["table"].str.contains(drawn)], by)
 
 
-def draw(path: Path, figures: pd.DataFrame) -> None:
+def draw(path: Path, figures: pd.DataFrame, by: str) -> None:
     """Draws the medians of these tables, on no background."""
     import matplotlib as mpl
     import seaborn as sns
@@ -124,7 +124,7 @@ def draw(path: Path, figures: pd.DataFrame) -> None:
         aspect=1.6,
         facet_kws={"sharex": False, "sharey": False},
     )
-    grid.set(xscale="log", yscale="log").set_titles("{col_name}").set_axis_labels("futures", "")
+    grid.set(xscale="log", yscale="log").set_titles("{col_name}").set_axis_labels(by, "")
     grid.legend.set_title("")
     for axis in grid.axes.flat:
         axis.xaxis.set_major_formatter("{x:,.0f}")

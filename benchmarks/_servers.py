@@ -112,7 +112,7 @@ async def queue_by_hand(model: Model, largest: int) -> AsyncIterator[Answer]:
 
 @asynccontextmanager
 async def def_endpoint(model: Model, _largest: int) -> AsyncIterator[Answer]:
-    """Do what Starlette and FastAPI do with a ``def`` endpoint; nothing interrupts its wait."""
+    """Do what Starlette and FastAPI do with a ``def`` endpoint; it has no time limit."""
 
     async def answer(item: Item) -> Any:
         return (await run_in_threadpool(model, [item]))[0]
@@ -137,8 +137,8 @@ async def item_of(request: Request) -> tuple[float, Item]:
     return limit, (monotonic() + limit, await request.json())
 
 
-def serve(way: Way, name: str, port: int) -> None:
-    """Answer ``POST /`` within the time limit in its header, and ``POST /counts``."""
+def serve(way: Way, name: str, port: int, *, limited: bool = True) -> None:
+    """Answer ``POST /``, if limited within the time in its header, and ``POST /counts``."""
     import uvicorn
 
     model = Model(name)
@@ -153,7 +153,7 @@ def serve(way: Way, name: str, port: int) -> None:
     async def ask(request: Request) -> Response:
         limit, item = await item_of(request)
         try:
-            async with asyncio.timeout(limit):
+            async with asyncio.timeout(limit if limited else None):
                 return JSONResponse(await answers[0](item))
         except TimeoutError:
             return Response(status_code=504)

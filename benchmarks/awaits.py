@@ -20,7 +20,7 @@ from ._bench import Case, Figures, run
 from ._waves import producers, wave
 from ._ways import way, ways
 
-ROUNDS, DRAWN = 15, "1 thread|p50"
+ROUNDS, DRAWN, BY = 15, "1 thread|p50", "futures"
 PAUSE = 0.0001  # seconds; longer than any of the loops takes to fall asleep
 WARM_UP = 5  # batches that do not count
 

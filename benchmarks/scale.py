@@ -30,7 +30,7 @@ from ._bench import Case, Figures, run
 from ._waves import native_tasks, producers, wave
 from ._ways import BARE, BRIDGE, FLOOR, SET_RESULT, THREAD, WRAP, way, ways
 
-ROUNDS, DRAWN = 3, "complete"
+ROUNDS, DRAWN, BY = 3, "complete", "futures"
 MOST_THREADS = 1_000
 MEASURABLE = 1_000
 

@@ -31,11 +31,11 @@ import psutil
 from . import _servers
 from ._bench import Case, Figures, run
 
-ROUNDS, DRAWN = 3, "CPU second"
+ROUNDS, DRAWN, BY = 3, "CPU second", "clients"
 WAYS = {
     "Batcher": partial(_servers.serve, _servers.batcher),
     "asyncio.Queue by hand": partial(_servers.serve, _servers.queue_by_hand),
-    "def endpoint, 40 threads": partial(_servers.serve, _servers.def_endpoint),
+    "def endpoint, 40 threads": partial(_servers.serve, _servers.def_endpoint, limited=False),
     "run_in_executor": partial(_servers.serve, _servers.executor),
     "Ray Serve, @serve.batch": _servers.serve_with_ray,
 }

@@ -22,7 +22,7 @@ from torchfut_aio import ValueStream
 
 from ._bench import Case, Figures, run
 
-ROUNDS, DRAWN = 15, ""
+ROUNDS, DRAWN, BY = 15, "", "streams"
 STREAMS = 100
 TOKENS = 100  # of a stream
 REST = 1e-3  # seconds

@@ -29,7 +29,7 @@ from torchfut_aio import PollPolicy
 
 from ._bench import Case, Figures, run
 
-ROUNDS, DRAWN = 3, ""
+ROUNDS, DRAWN, BY = 3, "", "waits"
 DEVICE = "cuda" if torch.cuda.is_available() else "sim"
 STREAMS = 4
 MANY = 1_000
