@@ -29,7 +29,9 @@ class Embedder:
         transformers.utils.logging.disable_progress_bar()
         self._tokenizer = AutoTokenizer.from_pretrained(FOLDER)
         self._model = AutoModel.from_pretrained(FOLDER).eval()
+        self.name = "all-MiniLM-L6-v2"
         self.max_tokens: int = self._tokenizer.model_max_length  # of a text
+        self.vocabulary_size: int = self._tokenizer.vocab_size
 
     def tokenize(self, text: str) -> Tokens:
         """Return the tokens of a text; takes a tenth of a millisecond for a sentence."""

@@ -24,7 +24,12 @@ from .threads import PATIENCE, PATIENCE_WITH_PROCESSES
 # The server ignores modules that are not installed.
 PROCESSES = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
 PROCESSES.set_forkserver_preload(
-    ["torch.distributed._functional_collectives", "tests.services", "tests.http_service"]
+    [
+        "torch.distributed._functional_collectives",
+        "tests.services",
+        "tests.http_service",
+        "tests.embeddings_service",
+    ]
 )
 
 LOOPS = {

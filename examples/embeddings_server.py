@@ -1,0 +1,271 @@
+"""An embeddings server with OpenAI's API: texts in batches, limited by their tokens.
+
+    pip install '.[examples]'    # in a checkout
+    python examples/embeddings_server.py [port]
+
+    curl http://127.0.0.1:8000/v1/embeddings \
+        -d '{"model": "all-MiniLM-L6-v2", "input": ["one text", "another text"]}'
+
+Each text of a request is an item of a `Batcher`. If the request is refused or times out, or its
+client leaves, its texts leave the queue. See docs/guides/embeddings.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import gc
+import logging
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import anyio
+import torch
+import uvicorn
+from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+from pydantic import BaseModel, BeforeValidator, Field, Strict, ValidationError
+from pydantic_core import to_json
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from torchfut_aio import Batcher, BatchReport, Future, QueueFullError, gather
+
+if TYPE_CHECKING:
+    from embedder import Embedder, Tokens
+
+MAX_BODY = 4_000_000  # bytes
+MAX_INPUTS = 2048  # texts in a request, as in OpenAI's API
+MAX_CHARACTERS = 10_000  # of a text; it takes 10 ms to find its tokens
+MAX_TOKENS = 50_000  # in a request
+MAX_QUEUE = 2 * MAX_INPUTS  # texts
+MAX_BATCH = 64  # texts
+MAX_BATCH_TOKENS = 1024  # with padding; larger batches are no faster on a CPU
+SECONDS = 20.0  # for a request
+LONGEST_WAIT = 10.0  # seconds; if a text waits for longer, the server is overloaded
+LONGEST_BATCH = 60.0  # seconds; a batch that runs for longer hangs
+GRACE = 25  # seconds to answer the accepted requests after SIGTERM
+
+logger = logging.getLogger("embeddings_server")
+
+# -------------------------------------------------------------------------------- requests
+
+
+def listed(given: object) -> object:
+    """Put a single text, or the token ids of a single text, into a list."""
+    is_single = isinstance(given, list) and given and isinstance(given[0], int)
+    return [given] if is_single or isinstance(given, str) else given
+
+
+Text = Annotated[str, Field(min_length=1, max_length=MAX_CHARACTERS)]
+TokenIds = Annotated[
+    list[Annotated[int, Strict(), Field(ge=0)]], Field(min_length=1, fail_fast=True)
+]
+Texts = Annotated[list[Text | TokenIds], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
+
+
+class EmbeddingRequest(BaseModel):
+    """The body of a request. Other fields, such as ``user``, have no effect."""
+
+    model: str
+    input: Annotated[Texts, BeforeValidator(listed)]
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: None = None  # the vectors of this model cannot be shortened
+
+
+def parse(body: bytes, model: Embedder) -> tuple[EmbeddingRequest, list[Tokens]]:
+    """Return the request and the tokens of its texts. Reject what would fail a whole batch.
+
+    This takes a tenth of a millisecond for each sentence, so it runs in a thread.
+    """
+    try:
+        request = EmbeddingRequest.model_validate_json(body)
+    except ValidationError as error:
+        wrong = [(*each["loc"][:2], each["msg"]) for each in error.errors()]
+        raise HTTPException(400, "; ".join(": ".join(map(str, each)) for each in wrong)) from None
+    if request.model != model.name:
+        raise HTTPException(404, f"the model {request.model!r} does not exist, only {model.name!r}")
+    texts = [model.tokenize(text) if isinstance(text, str) else text for text in request.input]
+    if max(map(len, texts)) > model.max_tokens or sum(map(len, texts)) > MAX_TOKENS:
+        limits = f"{model.max_tokens} tokens in a text, {MAX_TOKENS} in a request"
+        raise HTTPException(400, f"input: too long; the limits are {limits}")
+    if max(map(max, texts)) >= model.vocabulary_size:
+        raise HTTPException(400, f"input: the model has {model.vocabulary_size} token ids")
+    return request, texts
+
+
+async def body_of(request: Request) -> bytes:
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BODY:
+            raise HTTPException(413, f"the body has more than {MAX_BODY} bytes")
+    return bytes(body)
+
+
+async def cancel_when_left(request: Request, scope: anyio.CancelScope) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    scope.cancel()
+
+
+async def show_error(_request: Request, error: Exception) -> Response:
+    """Answer as OpenAI's API does."""
+    assert isinstance(error, HTTPException)
+    kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
+    content = {"message": error.detail, "type": kind, "param": None, "code": None}
+    return JSONResponse({"error": content}, error.status_code, error.headers)
+
+
+# --------------------------------------------------------------------------------- metrics
+
+TIMES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20)
+SIZE = Histogram("batcher_batch_size", "Texts in a batch", buckets=(1, 2, 4, 8, 16, 32, 64))
+RUN = Histogram("batcher_run_seconds", "Time that a batch ran", buckets=TIMES)
+WAIT = Histogram("batcher_wait_seconds", "Time that a text waited", buckets=TIMES)
+
+
+def observe(report: BatchReport[Tokens]) -> None:
+    SIZE.observe(len(report.items))
+    RUN.observe(report.run_time)
+    for seconds in report.wait_times:
+        WAIT.observe(seconds)
+
+
+# ------------------------------------------------------------------------------ the server
+
+
+class Service(Collector):
+    """The application, and a collector of Prometheus for the statistics of its batcher."""
+
+    def __init__(self, model: Embedder) -> None:
+        self.model = model
+        self.batcher: Batcher[Tokens, torch.Tensor] = Batcher(
+            model.embed,
+            cost=lambda texts: max(map(len, texts)) * len(texts),
+            max_batch_cost=MAX_BATCH_TOKENS,
+            max_batch_size=MAX_BATCH,
+            max_queue_size=MAX_QUEUE,
+            on_batch=observe,
+        )
+        routes = [
+            Route("/v1/embeddings", self.embeddings, methods=["POST"]),
+            Route("/v1/models", self.models),
+            Route("/metrics", self.metrics),
+            Route("/live", self.live),
+            Route("/ready", self.ready),
+        ]
+        self.app = Starlette(
+            routes=routes,
+            exception_handlers={HTTPException: show_error},
+            lifespan=self._lifespan,
+        )
+
+    @asynccontextmanager
+    async def _lifespan(self, _app: Starlette) -> AsyncIterator[None]:
+        REGISTRY.register(self)
+        async with self.batcher:
+            yield
+            await self.batcher.aclose(timeout=1)  # no request is left
+
+    async def embeddings(self, request: Request) -> Response:
+        """Return a vector for each text."""
+        try:
+            with anyio.fail_after(SECONDS):
+                asked, texts = await asyncio.to_thread(parse, await body_of(request), self.model)
+                vectors = torch.stack(await self.embed(request, texts)).numpy().astype("<f4")
+        except QueueFullError:
+            # Not 429: the server does too much, and not this client. A proxy may ask another one.
+            raise HTTPException(503, "the server is overloaded", {"Retry-After": "1"}) from None
+        except TimeoutError:
+            # OpenAI's client would try again, and so add to the load.
+            raise HTTPException(504, "it took too long", {"x-should-retry": "false"}) from None
+        except ClientDisconnect:
+            return Response(status_code=499)  # the client does not read it
+        except HTTPException:
+            raise
+        except Exception:
+            logger.exception("the model failed")
+            raise HTTPException(500, "the model failed") from None
+        shown: list[Any] = vectors.tolist()
+        if asked.encoding_format == "base64":
+            shown = [base64.b64encode(vector).decode() for vector in vectors]
+        data = [{"object": "embedding", "index": n, "embedding": v} for n, v in enumerate(shown)]
+        count = sum(map(len, texts))
+        usage = {"prompt_tokens": count, "total_tokens": count}
+        content = {"object": "list", "data": data, "model": asked.model, "usage": usage}
+        # The loop waits for this. json.dumps() would take ten times as long.
+        return Response(to_json(content), media_type="application/json")
+
+    async def embed(self, request: Request, texts: list[Tokens]) -> list[torch.Tensor]:
+        """Return the vectors of all texts, or give up all of them."""
+        futures: list[Future[torch.Tensor]] = []
+        with anyio.CancelScope() as scope:
+            listener = asyncio.create_task(cancel_when_left(request, scope))
+            try:
+                for text in texts:
+                    futures.append(self.batcher.submit(text))
+                return await gather(futures)
+            finally:
+                listener.cancel()
+                for future in futures:
+                    future.cancel()  # does nothing to a future that is done
+        raise ClientDisconnect
+
+    async def models(self, _request: Request) -> Response:
+        """List the only model."""
+        model = {"object": "model", "id": self.model.name, "created": 0, "owned_by": ""}
+        return JSONResponse({"object": "list", "data": [model]})
+
+    async def live(self, _request: Request) -> Response:
+        """Answer 503 if a restart would help."""
+        hangs = self.batcher.statistics().running_for > LONGEST_BATCH
+        return Response("a batch hangs" if hangs else "ok", 503 if hangs else 200)
+
+    async def ready(self, _request: Request) -> Response:
+        """Answer 503 if other servers should get the requests."""
+        is_late = self.batcher.statistics().oldest > LONGEST_WAIT
+        return Response("overloaded" if is_late else "ok", 503 if is_late else 200)
+
+    def metrics(self, _request: Request) -> Response:
+        """Answer a scrape of Prometheus; Starlette calls it in a thread."""
+        return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+
+    def collect(self) -> Iterator[Metric]:
+        """Return the statistics of now."""
+        now = self.batcher.statistics()
+        yield GaugeMetricFamily("batcher_queued_items", "Texts that wait", now.queued)
+        yield GaugeMetricFamily("batcher_oldest_seconds", "Wait of the oldest text", now.oldest)
+        yield GaugeMetricFamily("batcher_running_for_seconds", "Of the batch", now.running_for)
+        yield CounterMetricFamily("batcher_rejected_items", "As the queue was full", now.rejected)
+        yield CounterMetricFamily("batcher_given_up_items", "Before they ran", now.given_up)
+        yield CounterMetricFamily("batcher_failed_items", "Texts that failed", now.failed)
+
+
+def serve(model: Embedder, port: int) -> None:
+    """Serve until SIGTERM or Ctrl-C, and answer the requests accepted by then."""
+    torch.set_num_threads(1)  # the event loop needs a core as well
+    # Otherwise a full collection searches the modules and the model, and stops all threads for a
+    # tenth of a second. Collect first: a frozen object that is garbage is never freed.
+    gc.collect()
+    gc.freeze()
+    app, grace = Service(model).app, GRACE
+    uvicorn.run(app, port=port, loop="uvloop", access_log=False, timeout_graceful_shutdown=grace)
+
+
+def main() -> None:
+    from embedder import Embedder  # imports transformers, which takes seconds
+
+    model = Embedder()
+    model.embed([model.tokenize("the first call takes longer")])
+    serve(model, port=int(sys.argv[1]) if len(sys.argv) > 1 else 8000)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""The example embeddings server, with the model of the example or one that obeys its test."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import sys
+import time
+import warnings
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
+import embeddings_server
+
+
+class Model:
+    """Has a token for each letter. Its batches wait until the file ``gate`` exists."""
+
+    name = "letters"
+    max_tokens = 10
+    vocabulary_size = 128
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self._gate, self._ran = folder / "gate", folder / "ran"
+
+    def tokenize(self, text: str) -> list[int]:
+        return [ord(letter) for letter in text]
+
+    def embed(self, texts: list[list[int]]) -> torch.Tensor:
+        """Return the first token of each text and their number; "!" fails the batch."""
+        with self._ran.open("a") as file:
+            print(json.dumps(["".join(map(chr, text)) for text in texts]), file=file)
+        while not self._gate.exists():
+            time.sleep(0.001)
+        if any(text == [ord("!")] for text in texts):
+            raise OSError("the model is broken")
+        return torch.tensor([[text[0], len(text)] for text in texts], dtype=torch.float32)
+
+
+def serve(folder: pathlib.Path, constants: dict[str, Any]) -> None:
+    """Serve `Model` on a free port, with some constants of the example changed."""
+    _write_to(folder)
+    vars(embeddings_server).update(constants)
+    embeddings_server.serve(Model(folder), 0)
+
+
+def serve_example(folder: pathlib.Path, texts: list[str]) -> None:
+    """Run the example on a free port. Before, store what its model returns for each text alone."""
+    _write_to(folder)
+    from embedder import Embedder
+
+    model = Embedder()
+    alone = [(tokens := model.tokenize(text), model.embed([tokens])[0].tolist()) for text in texts]
+    (folder / "alone").write_text(json.dumps(alone))
+    sys.argv[1:] = ["0"]
+    embeddings_server.main()
+
+
+def _write_to(folder: pathlib.Path) -> None:
+    os.dup2(os.open(folder / "log", os.O_WRONLY | os.O_CREAT, 0o600), 2)
+    warnings.simplefilter("error")
