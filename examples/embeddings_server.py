@@ -46,7 +46,7 @@ MAX_CHARACTERS = 10_000  # of a text; it takes 10 ms to find its tokens
 MAX_TOKENS = 50_000  # in a request
 MAX_QUEUE = 2 * MAX_INPUTS  # texts
 MAX_BATCH = 64  # texts
-MAX_BATCH_TOKENS = 1024  # with padding; larger batches are no faster on a CPU
+MAX_BATCH_TOKENS = 1024  # larger batches are no faster on a CPU
 SECONDS = 20.0  # for a request
 LONGEST_WAIT = 10.0  # seconds; if a text waits for longer, the server is overloaded
 LONGEST_BATCH = 60.0  # seconds; a batch that runs for longer hangs
@@ -147,8 +147,8 @@ class Service(Collector):
     def __init__(self, model: Embedder) -> None:
         self.model = model
         self.batcher: Batcher[Tokens, torch.Tensor] = Batcher(
-            model.embed,
-            cost=lambda texts: max(map(len, texts)) * len(texts),
+            self.run,
+            cost=lambda texts: sum(map(len, texts)),
             max_batch_cost=MAX_BATCH_TOKENS,
             max_batch_size=MAX_BATCH,
             max_queue_size=MAX_QUEUE,
@@ -173,6 +173,17 @@ class Service(Collector):
         async with self.batcher:
             yield
             await self.batcher.aclose(timeout=1)  # no request is left
+
+    def run(self, texts: list[Tokens]) -> list[torch.Tensor]:
+        """Run the model on texts of similar length together, as it pads them to the longest."""
+        vectors: dict[int, torch.Tensor] = {}
+        order = sorted(range(len(texts)), key=lambda n: len(texts[n]))
+        while order:
+            longest = 1.5 * len(texts[order[0]])
+            group = [n for n in order if len(texts[n]) <= longest]
+            vectors |= zip(group, self.model.embed([texts[n] for n in group]), strict=True)
+            order = order[len(group) :]
+        return [vectors[n] for n in range(len(texts))]
 
     async def embeddings(self, request: Request) -> Response:
         """Return a vector for each text."""
