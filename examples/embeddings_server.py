@@ -90,7 +90,7 @@ def parse(body: bytes, model: Embedder) -> tuple[EmbeddingRequest, list[Tokens]]
         wrong = [(*each["loc"][:2], each["msg"]) for each in error.errors()]
         raise HTTPException(400, "; ".join(": ".join(map(str, each)) for each in wrong)) from None
     if request.model != model.name:
-        raise HTTPException(404, f"the model {request.model!r} does not exist, only {model.name!r}")
+        raise HTTPException(404, f"the model does not exist; this server has {model.name!r}")
     texts = [model.tokenize(text) if isinstance(text, str) else text for text in request.input]
     if max(map(len, texts)) > model.max_tokens or sum(map(len, texts)) > MAX_TOKENS:
         limits = f"{model.max_tokens} tokens in a text, {MAX_TOKENS} in a request"
@@ -169,9 +169,10 @@ class Service(Collector):
 
     @asynccontextmanager
     async def _lifespan(self, _app: Starlette) -> AsyncIterator[None]:
-        REGISTRY.register(self)
         async with self.batcher:
+            REGISTRY.register(self)
             yield
+            REGISTRY.unregister(self)
             await self.batcher.aclose(timeout=1)  # no request is left
 
     def run(self, texts: list[Tokens]) -> list[torch.Tensor]:
@@ -262,8 +263,8 @@ class Service(Collector):
 def serve(model: Embedder, port: int) -> None:
     """Serve until SIGTERM or Ctrl-C, and answer the requests accepted by then."""
     torch.set_num_threads(1)  # the event loop needs a core as well
-    # Otherwise a full collection searches the modules and the model, and stops all threads for a
-    # tenth of a second. Collect first: a frozen object that is garbage is never freed.
+    # A full collection would search all modules and the model, and stop all threads for a fifth of
+    # a second. It skips frozen objects, so a cycle of them is never freed: collect garbage first.
     gc.collect()
     gc.freeze()
     app, grace = Service(model).app, GRACE

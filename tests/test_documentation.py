@@ -107,6 +107,7 @@ SERVING = "docs/guides/serving.md"
         for block in blocks("python")
         if not file_name(block)  # run by a server or by pytest
         and block.page != "docs/guides/seeing.md"  # test_debug.py runs these: they write files
+        and block.page != "docs/guides/embeddings.md"  # test_embeddings_server.py has its server
         for loop in (RUN if RUN["asyncio"] in block.code else ["asyncio"])
     ],
 )

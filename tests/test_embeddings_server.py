@@ -16,6 +16,7 @@ from contextlib import contextmanager
 import pytest
 
 from .cluster import PROCESSES
+from .documentation import blocks
 from .threads import PATIENCE, PATIENCE_WITH_PROCESSES, until
 
 openai = pytest.importorskip("openai", reason="install the extra `test` for OpenAI's client")
@@ -144,6 +145,14 @@ def test_embeddings_equal_those_of_the_model_alone(example, options):
             assert answer.usage.prompt_tokens == sum(map(len, tokens[:count]))
 
 
+def test_program_of_the_guide_prints_the_stated_output(example, capsys):
+    [block] = [b for b in blocks("python") if b.page == "docs/guides/embeddings.md"]
+    names = {}
+    exec(block.code.replace("http://127.0.0.1:8000", example.url), names)
+    names["client"].close()
+    assert capsys.readouterr().out == block.printed
+
+
 def test_concurrent_requests_share_batches(example):
     alone = [expected for _, expected in json.loads((example.folder / "alone").read_text())]
 
@@ -219,7 +228,7 @@ def test_bad_input_is_refused_with_a_message(refusing, given, message):
         (b'{"model": "letters", "input": "\\ud800"}', 400, "Invalid JSON"),
         (b'{"model": "letters"}', 400, "input: Field required"),
         (b'{"model": "letters", "input": {"a": 1}}', 400, "input: Input should be a valid array"),
-        (b'{"model": "other", "input": "a"}', 404, "'other' does not exist, only 'letters'"),
+        (b'{"model": "other", "input": "a"}', 404, "does not exist; this server has 'letters'"),
         (b'{"model": "letters", "input": "a", "dimensions": 2}', 400, "dimensions: "),
         (b'{"model": "letters", "input": "a", "encoding_format": "x"}', 400, "encoding_format: "),
         (b" " * 4_000_001, 413, "more than 4000000 bytes"),
