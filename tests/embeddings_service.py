@@ -15,6 +15,8 @@ import torch
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
 import embeddings_server
 
+from .threads import PATIENCE_WITH_PROCESSES
+
 
 class Model:
     """Has a token for each letter. Its batches wait until the file ``gate`` exists."""
@@ -42,14 +44,14 @@ class Model:
 
 def serve(folder: pathlib.Path, constants: dict[str, Any]) -> None:
     """Serve `Model` on a free port, with some constants of the example changed."""
-    _write_to(folder)
+    _prepare(folder)
     vars(embeddings_server).update(constants)
     embeddings_server.serve(Model(folder), 0)
 
 
 def serve_example(folder: pathlib.Path, texts: list[str]) -> None:
     """Run the example on a free port. Before, store what its model returns for each text alone."""
-    _write_to(folder)
+    _prepare(folder)
     from embedder import Embedder
 
     model = Embedder()
@@ -59,6 +61,8 @@ def serve_example(folder: pathlib.Path, texts: list[str]) -> None:
     embeddings_server.main()
 
 
-def _write_to(folder: pathlib.Path) -> None:
+def _prepare(folder: pathlib.Path) -> None:
+    embeddings_server.SECONDS = PATIENCE_WITH_PROCESSES
+    embeddings_server.GRACE = int(PATIENCE_WITH_PROCESSES)
     os.dup2(os.open(folder / "log", os.O_WRONLY | os.O_CREAT, 0o600), 2)
     warnings.simplefilter("error")
