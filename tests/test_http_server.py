@@ -513,7 +513,7 @@ def test_every_request_behind_nginx_is_answered_at_shutdown(proxied, signals):
     async def asks(proxy, n, *, is_new):
         connection = await Connection.open(proxy)
         while True:
-            status, _, body = await connection.ask(request(n))
+            status, headers, body = await connection.ask(request(n))
             if status == 503:
                 refused.append(n)
                 return
@@ -521,7 +521,7 @@ def test_every_request_behind_nginx_is_answered_at_shutdown(proxied, signals):
             answered.append(n)
             if len(answered) == 300:
                 enough.set()
-            if is_new:
+            if is_new or headers["connection"] == "close":
                 await connection.close()
                 connection = await Connection.open(proxy)
 
