@@ -17,10 +17,11 @@ import random
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, suppress
 from functools import partial
-from typing import TypeVar
+from threading import Thread
+from typing import Any, TypeVar
 
 import anyio
 import torch
@@ -33,9 +34,10 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from torchfut_aio import Batcher, QueueFullError
+from torchfut_aio import Batcher, QueueFullError, ValueStream
 
-MAX_TEXTS = 100  # at a time, so that their tokens always fit into the queue
+MAX_TEXTS = 100  # at a time; each has a thread
+MAX_AHEAD = 16  # tokens that a client has not read yet
 MAX_BODY = 10_000  # bytes
 BODY_SECONDS = 5.0  # to receive an image
 SECONDS = 5.0  # to classify it
@@ -44,6 +46,7 @@ GRACE = 25  # seconds to shut down, more than any request may take
 
 T = TypeVar("T")
 R = TypeVar("R")
+Generate = Callable[[str, int], Iterator[str]]  # of a prompt and a length
 
 
 async def run_unless_left(request: Request, batcher: Batcher[T, R], item: T) -> R:
@@ -99,16 +102,23 @@ class TextResponse(StreamingResponse):
             TextResponse.number -= 1
 
 
-async def events(tokens: Batcher[str, str], text: str, length: int) -> AsyncIterator[str]:
-    """Continue the text; each token is an item of a batch, once the client has room for it."""
-    try:
-        for _ in range(length):
-            token = await tokens(text)
-            text += token
-            yield f"data: {json.dumps(token)}\n\n"
-        yield "event: end\ndata:\n\n"
-    except (Exception, SystemExit, KeyboardInterrupt) as error:  # it is too late for a status
-        yield f"event: error\ndata: {json.dumps(type(error).__name__)}\n\n"
+def write(generate: Generate, prompt: str, length: int, stream: ValueStream[str]) -> None:
+    """Generate a text in this thread. A full stream blocks it until the client has read."""
+    with suppress(BaseException), stream:  # the reader gets the error
+        for token in generate(prompt, length):
+            stream.put(token)  # raises StreamClosedError when the client has left
+
+
+async def events(*text: Any) -> AsyncIterator[str]:
+    stream = ValueStream[str](max_size=MAX_AHEAD)
+    Thread(target=write, args=(*text, stream)).start()
+    with stream.listen() as tokens:
+        try:
+            async for token in tokens:
+                yield f"data: {json.dumps(token)}\n\n"
+            yield "event: end\ndata:\n\n"
+        except (Exception, SystemExit, KeyboardInterrupt) as error:  # it is too late for a status
+            yield f"event: error\ndata: {json.dumps(type(error).__name__)}\n\n"
 
 
 async def text(request: Request) -> Response:
@@ -119,7 +129,7 @@ async def text(request: Request) -> Response:
         raise HTTPException(400, "the length must be a number, 0 to 9999")
     if TextResponse.number >= MAX_TEXTS:
         raise HTTPException(503, "too many texts", {"Retry-After": "1"})
-    stream = events(request.app.state.tokens, prompt, int(length))
+    stream = events(request.app.state.generate, prompt, int(length))
     return TextResponse(stream, media_type="text/event-stream")
 
 
@@ -134,14 +144,14 @@ def handle_signals(handler: Callable[..., object] | signal.Handlers) -> None:
         signal.signal(number, handler)
 
 
-def serve(digits: Batcher[torch.Tensor, int], tokens: Batcher[str, str], port: int) -> None:
+def serve(digits: Batcher[torch.Tensor, int], generate: Generate, port: int) -> None:
     """Serve until SIGTERM or Ctrl-C, and answer the requests received by then."""
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         handle_signals(stop)  # instead of uvicorn, which drops requests at a second Ctrl-C
-        app.state.digits, app.state.tokens = digits, tokens
-        async with digits, tokens:
+        app.state.digits, app.state.generate = digits, generate
+        async with digits:
             yield
 
     def stop(*_: object) -> None:
@@ -175,9 +185,10 @@ def serve(digits: Batcher[torch.Tensor, int], tokens: Batcher[str, str], port: i
     handle_signals(signal.SIG_IGN)  # the process exits
 
 
-def next_letters(texts: list[str]) -> list[str]:
-    """Return a letter for each text, in the place of a language model."""
-    return [random.choice(__doc__) for _ in texts]
+def generate(_prompt: str, length: int) -> Iterator[str]:
+    """Yield letters, in the place of a language model."""
+    for _ in range(length):
+        yield random.choice(__doc__)
 
 
 def main() -> None:
@@ -189,8 +200,7 @@ def main() -> None:
     digits = Batcher(
         partial(classify, model), max_batch_size=64, max_queue_size=256, max_wait=0.002
     )
-    tokens = Batcher(next_letters, max_batch_size=64, max_queue_size=256)
-    serve(digits, tokens, int(sys.argv[1]) if sys.argv[1:] else 8000)
+    serve(digits, generate, int(sys.argv[1]) if sys.argv[1:] else 8000)
 
 
 if __name__ == "__main__":
