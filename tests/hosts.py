@@ -40,9 +40,14 @@ class Host:
     switch: str
     port: str
 
+    @property
+    def prefix(self) -> list[str]:
+        """The words to put before a command to run it on the host."""
+        return ["ip", "netns", "exec", self.name]
+
     def start(self, *arguments: str, **options: Any) -> subprocess.Popen[str]:
         """Start this interpreter on the host. The program ends with the hosts at the latest."""
-        command = ["ip", "netns", "exec", self.name, sys.executable, *arguments]
+        command = [*self.prefix, sys.executable, *arguments]
         folders = os.pathsep.join(map(str, [ROOT, ROOT / "examples"]))
         env = {**os.environ, "PYTHONPATH": folders}
         return subprocess.Popen(command, text=True, cwd=ROOT, env=env, **options)

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -23,18 +25,19 @@ from .threads import PATIENCE
 
 
 def on_every_loop(main: Callable[..., Any], *args: Any) -> None:
-    async def in_time() -> None:
-        with anyio.fail_after(PATIENCE):
-            await main(*args)
-
     for loop in LOOPS:
-        run_on(loop, in_time)
+        run_on(loop, in_time, main, *args)
+
+
+async def in_time(main: Callable[..., Any], *args: Any) -> None:
+    with anyio.fail_after(PATIENCE):
+        await main(*args)
 
 
 def ray() -> None:
     import ray
 
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)
 
     @ray.remote
     def add(first: int, second: int) -> int:
@@ -82,6 +85,99 @@ def ray() -> None:
             as_future(count.remote())
 
     on_every_loop(main)
+    ray.shutdown()
+
+
+def ray_workers() -> None:
+    import os
+    import signal
+
+    import ray
+    import ray_workers
+    from worker_pool import WorkerError
+
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+
+    @ray.remote(num_cpus=1, max_restarts=-1)
+    class Actor:
+        """A worker whose vectors are the number of its process."""
+
+        def embed(self, texts: list[str]) -> list[int]:
+            return [os.getpid()] * len(texts)
+
+    actors = [Actor.remote() for _ in range(2)]
+
+    async def main() -> None:
+        [bad], [good] = await gather([actor.embed.remote(["text"]) for actor in actors])
+        async with ray_workers.batcher_of(actors) as batcher:
+            answers: list[int | str] = []
+
+            async def ask() -> int | str:
+                try:
+                    answers.append(await batcher("text"))
+                except WorkerError as error:
+                    answers.append(str(error))
+                return answers[-1]
+
+            assert {await ask() for _ in range(4)} == {bad, good}
+            os.kill(bad, signal.SIGKILL)
+            while not isinstance(await ask(), str):
+                pass
+            assert str(answers.pop()).startswith("actor 0 failed: Actor")
+            answers.clear()
+            while await ask() == good:
+                pass
+            assert isinstance(answers[-1], int), answers  # of the actor that was restarted
+
+    anyio.run(in_time, main)
+    ray.shutdown()
+
+
+def ray_serve() -> None:
+    import ray
+    import ray_serve
+    from ray import serve
+
+    async def post(text: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, writer = await asyncio.open_connection("127.0.0.1", 8000)
+        head = f"POST / HTTP/1.1\r\nHost: here\r\nContent-Length: {len(text)}\r\n\r\n"
+        writer.write((head + text).encode())
+        return reader, writer
+
+    async def main(handle: Any, open_gate: Callable[[], None], log: Callable[[], str]) -> None:
+        async def until(condition: Callable[[Any], bool]) -> None:
+            while not condition(await handle.statistics.remote()):
+                pass
+
+        posted = [await post("first")]
+        await until(lambda found: found.running == 1)
+        for text in ("leaves", "stays"):
+            posted.append(await post(text))
+        await until(lambda found: found.queued == 2)
+        posted[1][1].close()
+        await until(lambda found: found.given_up == 1)
+        open_gate()
+        assert (await posted[2][0].readuntil(b"]")).endswith(b"[5.0]")
+        assert log() == "first\nstays\n"
+        for _, writer in posted:
+            writer.close()
+
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    with tempfile.TemporaryDirectory() as folder:
+        gate, log = Path(folder, "gate"), Path(folder, "log")
+
+        def load() -> Callable[[list[str]], list[list[float]]]:
+            def embed(texts: list[str]) -> list[list[float]]:
+                with log.open("a") as file:
+                    print(*texts, file=file)
+                while not gate.exists():
+                    time.sleep(0.01)
+                return [[float(len(text))] for text in texts]
+
+            return embed
+
+        anyio.run(in_time, main, ray_serve.run(load, replicas=1), gate.touch, log.read_text)
+    serve.shutdown()
     ray.shutdown()
 
 

@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from .forks import ROOT
+from .hosts import hosts, skip_without_hosts
 from .threads import PATIENCE_WITH_PROCESSES
 
 
@@ -18,15 +20,21 @@ def skip_without(library):
         pytest.skip(f"install the extra `integrations` to test {library}")
 
 
-def run(program, *, first=""):
+ENVIRONMENT = {
+    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "examples")]),
+    "RAY_AUTH_MODE": "disabled",  # otherwise, Ray needs a token to start
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+def run(program, *, first="", within=()):
     code = f"{first}; from tests import integrations; integrations.{program}()".lstrip("; ")
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [*within, sys.executable, "-c", code],
         capture_output=True,
         text=True,
         timeout=PATIENCE_WITH_PROCESSES,
-        # Otherwise Ray needs a token to start on this machine.
-        env={**os.environ, "RAY_AUTH_MODE": "disabled"},
+        env={**os.environ, **ENVIRONMENT},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     for sign in ("Exception ignored", "never retrieved", "never awaited"):
@@ -36,7 +44,6 @@ def run(program, *, first=""):
 @pytest.mark.parametrize(
     ("module", "program"),
     [
-        ("ray", "ray"),
         ("distributed", "dask"),
         ("grpc", "grpc"),
         ("trio_asyncio", "trio_asyncio"),
@@ -45,6 +52,14 @@ def run(program, *, first=""):
 def test_library_futures_are_adopted(module, program):
     skip_without(module)
     run(program)
+
+
+@pytest.mark.parametrize("program", ["ray", "ray_workers", "ray_serve"])
+def test_ray_works_as_the_guides_say(program):
+    skip_without("ray")
+    skip_without_hosts()
+    with hosts(1) as [host]:  # Ray listens on all addresses
+        run(program, within=host.prefix)
 
 
 def test_greenlets_and_loops_complete_futures_for_each_other():
