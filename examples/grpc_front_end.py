@@ -21,7 +21,7 @@ from worker_pool import Worker, worker_pool
 
 from torchfut_aio import Batcher, as_future, gather
 
-TIMEOUT = 2.0  # seconds; several times what the longest batch takes
+LIMIT = 2.0  # seconds; several times what the longest batch takes
 
 # Check a silent connection every second. If no answer comes in another second, close it, and open a
 # new one. Otherwise, a connection whose packets were lost for a minute stays silent for a long time
@@ -37,10 +37,14 @@ OPTIONS = [
 
 def worker_of(channel: grpc.Channel) -> Worker:
     """Return a function that embeds a batch of texts on the worker at the end of a channel."""
-    call = channel.unary_unary("/Embedder/Embed")
+    method = channel.unary_unary("/Embedder/Embed")
 
     async def embed(texts: list[str]) -> Sequence[torch.Tensor]:
-        answer = await as_future(call.future(json.dumps(texts).encode(), timeout=TIMEOUT))
+        call = method.future(json.dumps(texts).encode())
+        try:
+            answer = await as_future(call)
+        finally:
+            call.cancel()  # has no effect if it is done
         if not texts:
             return []
         return list(torch.frombuffer(bytearray(answer), dtype=torch.float32).view(len(texts), -1))
@@ -56,7 +60,7 @@ async def embedder(addresses: list[str]) -> AsyncIterator[Batcher[str, torch.Ten
         for channel in channels.values():
             stack.enter_context(channel)
         workers = {address: worker_of(channel) for address, channel in channels.items()}
-        run = await stack.enter_async_context(worker_pool(workers, TIMEOUT))
+        run = await stack.enter_async_context(worker_pool(workers, LIMIT))
         async with Batcher(
             run, max_batch_size=64, max_queue_size=1000, max_concurrent_batches=len(workers)
         ) as batcher:

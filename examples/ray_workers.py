@@ -22,7 +22,7 @@ from worker_pool import Worker, worker_pool
 
 from torchfut_aio import Batcher, as_future, gather
 
-TIMEOUT = 10.0  # seconds; several times what the longest batch takes
+LIMIT = 10.0  # seconds; several times what the longest batch takes
 
 
 class EmbedderActor:
@@ -44,7 +44,11 @@ def worker_of(actor: Any) -> Worker:
     """Return a function that embeds a batch on an actor."""
 
     async def embed(texts: list[str]) -> Sequence[Tensor]:
-        vectors: list[Tensor] = await as_future(actor.embed.remote(texts))
+        future = as_future(actor.embed.remote(texts))
+        try:
+            vectors: list[Tensor] = await future
+        finally:
+            future.cancel()  # if the pool waits no more, a later error is not logged
         return vectors
 
     return embed
@@ -55,7 +59,7 @@ async def batcher_of(actors: Sequence[Any]) -> AsyncIterator[Batcher[str, Any]]:
     """Yield a batcher that runs each batch on a free actor."""
     workers = {f"actor {number}": worker_of(actor) for number, actor in enumerate(actors)}
     async with (
-        worker_pool(workers, TIMEOUT) as run,
+        worker_pool(workers, LIMIT) as run,
         Batcher(
             run, max_batch_size=64, max_queue_size=1000, max_concurrent_batches=len(workers)
         ) as batcher,

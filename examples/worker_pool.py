@@ -17,30 +17,32 @@ class WorkerError(Exception):
 
 @asynccontextmanager
 async def worker_pool(workers: Mapping[str, Worker], limit: float) -> AsyncIterator[Worker]:
-    """Yield a batch function. A batch runs on a free worker, or fails within ``limit`` seconds."""
+    """Yield a batch function. A worker has ``limit`` seconds for a batch."""
     free, next_free = anyio.create_memory_object_stream[str](len(workers))
 
     async def run(items: list[Any]) -> Sequence[Any]:
-        name = None
         try:
             with anyio.fail_after(limit):
                 name = await next_free.receive()
+        except TimeoutError:
+            raise WorkerError(f"no worker was free within {limit:g} s") from None
+        try:
+            with anyio.fail_after(limit):
                 results = await workers[name](items)
         except Exception as error:
-            if name is None:
-                raise WorkerError(f"no worker was free within {limit:g} s") from None
             tasks.start_soon(put_aside, name)
-            raise WorkerError(f"{name} failed: {error!r}") from error
+            late = isinstance(error, TimeoutError)
+            what = f"no answer within {limit:g} s" if late else repr(error)
+            raise WorkerError(f"{name}: {what}") from error
         free.send_nowait(name)
         return results
 
     async def put_aside(name: str) -> None:
-        answered = False
-        while not answered:
+        while True:
             with suppress(Exception), anyio.fail_after(limit):
                 await workers[name]([])  # an empty batch is a ping
-                answered = True
-            await anyio.sleep(0 if answered else limit / 4)
+                break
+            await anyio.sleep(limit / 4)
         free.send_nowait(name)
 
     async with anyio.create_task_group() as tasks:

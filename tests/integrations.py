@@ -37,7 +37,15 @@ async def in_time(main: Callable[..., Any], *args: Any) -> None:
 def ray() -> None:
     import ray
 
-    ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    _ray_references()
+    _ray_workers()
+    _ray_serve()
+    ray.shutdown()
+
+
+def _ray_references() -> None:
+    import ray
 
     @ray.remote
     def add(first: int, second: int) -> int:
@@ -85,10 +93,9 @@ def ray() -> None:
             as_future(count.remote())
 
     on_every_loop(main)
-    ray.shutdown()
 
 
-def ray_workers() -> None:
+def _ray_workers() -> None:
     import os
     import signal
 
@@ -96,7 +103,7 @@ def ray_workers() -> None:
     import ray_workers
     from worker_pool import WorkerError
 
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray_workers.LIMIT = 2.0
 
     @ray.remote(num_cpus=1, max_restarts=-1)
     class Actor:
@@ -123,18 +130,23 @@ def ray_workers() -> None:
             os.kill(bad, signal.SIGKILL)
             while not isinstance(await ask(), str):
                 pass
-            assert str(answers.pop()).startswith("actor 0 failed: Actor")
+            assert str(answers.pop()).startswith("actor 0: Actor")
             answers.clear()
             while await ask() == good:
                 pass
             assert isinstance(answers[-1], int), answers  # of the actor that was restarted
+            os.kill(good, signal.SIGSTOP)
+            while not isinstance(await ask(), str):
+                pass
+            os.kill(good, signal.SIGCONT)
+            assert answers[-1] == "actor 1: no answer within 2 s"
+            while await ask() != good:
+                pass
 
     anyio.run(in_time, main)
-    ray.shutdown()
 
 
-def ray_serve() -> None:
-    import ray
+def _ray_serve() -> None:
     import ray_serve
     from ray import serve
 
@@ -162,7 +174,6 @@ def ray_serve() -> None:
         for _, writer in posted:
             writer.close()
 
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     with tempfile.TemporaryDirectory() as folder:
         gate, log = Path(folder, "gate"), Path(folder, "log")
 
@@ -178,7 +189,6 @@ def ray_serve() -> None:
 
         anyio.run(in_time, main, ray_serve.run(load, replicas=1), gate.touch, log.read_text)
     serve.shutdown()
-    ray.shutdown()
 
 
 _opened = threading.Event()

@@ -54,12 +54,11 @@ def test_library_futures_are_adopted(module, program):
     run(program)
 
 
-@pytest.mark.parametrize("program", ["ray", "ray_workers", "ray_serve"])
-def test_ray_works_as_the_guides_say(program):
+def test_ray_runs_batches_and_its_futures_are_adopted():
     skip_without("ray")
     skip_without_hosts()
     with hosts(1) as [host]:  # Ray listens on all addresses
-        run(program, within=host.prefix)
+        run("ray", within=host.prefix)
 
 
 def test_greenlets_and_loops_complete_futures_for_each_other():
