@@ -4,8 +4,9 @@
     python examples/ray_workers.py 2 < texts
 
 The number is that of the actors. `ray.init()` starts a cluster on this machine, or connects to the
-one that RAY_ADDRESS names. If an actor dies, its batch fails, and Ray restarts the actor. If a
-machine cannot be reached, its batch fails within 10 s.
+one that RAY_ADDRESS names. There, each machine needs `embedder.py` and `ray_workers.py` on its
+PYTHONPATH. If an actor dies, its batch fails, and Ray restarts the actor. If its machine cannot be
+reached, its batch fails within 10 s.
 """
 
 from __future__ import annotations
