@@ -80,7 +80,8 @@ def examples(session: nox.Session) -> None:
 def integrations(session: nox.Session) -> None:
     """Run the tests that need Ray, gRPC and other libraries."""
     install(session, "test,integrations")
-    run(session, "test", "tests/test_integrations.py", *session.posargs)
+    files = ("tests/test_integrations.py", "tests/test_several_machines.py")
+    run(session, "test", *files, *session.posargs)
 
 
 @nox.session(python=False)
