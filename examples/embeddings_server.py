@@ -1,7 +1,7 @@
 """An embeddings server with OpenAI's API: texts in batches, limited by their tokens.
 
     pip install '.[examples]'    # in a checkout
-    python examples/embeddings_server.py [port]
+    python examples/embeddings_server.py [port] [host]    # 8000 and 127.0.0.1
 
     curl http://127.0.0.1:8000/v1/embeddings \
         -d '{"model": "all-MiniLM-L6-v2", "input": ["one text", "another text"]}'
@@ -35,20 +35,30 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from torchfut_aio import Batcher, BatchReport, Future, QueueFullError, gather
+from torchfut_aio import (
+    Batcher,
+    BatcherClosedError,
+    BatchReport,
+    Future,
+    QueueFullError,
+    gather,
+)
 
 if TYPE_CHECKING:
     from embedder import Embedder, Tokens
 
-MAX_BODY = 4_000_000  # bytes
-MAX_INPUTS = 2048  # texts in a request, as in OpenAI's API
-MAX_CHARACTERS = 10_000  # of a text; it takes 10 ms to find its tokens
-MAX_TOKENS = 50_000  # in a request
+# A slow core runs 1,000 tokens in a second, so MAX_TOKENS take less than half of SECONDS.
+# Finding the tokens of a body takes at most 3 s, even if its words are chosen for that.
+MAX_BODY = 128_000  # bytes
+MAX_BODIES = 512  # requests that wait until their tokens are found
+MAX_INPUTS = 1024  # texts in a request
+MAX_CHARACTERS = 4000  # of a text; 512 tokens of English have about 2,200
+MAX_TOKENS = 8_000  # in a request
 MAX_QUEUE = 2 * MAX_INPUTS  # texts
 MAX_BATCH = 64  # texts
 MAX_BATCH_TOKENS = 1024  # larger batches are no faster on a CPU
 SECONDS = 20.0  # for a request
-LONGEST_WAIT = 10.0  # seconds; if a text waits for longer, the server is overloaded
+LONGEST_WAIT = 10.0  # seconds; if anything waits for longer, the server is overloaded
 LONGEST_BATCH = 60.0  # seconds; a batch that runs for longer hangs
 GRACE = 25  # seconds to answer the accepted requests after SIGTERM
 
@@ -75,28 +85,38 @@ class EmbeddingRequest(BaseModel):
 
     model: str
     input: Annotated[Texts, BeforeValidator(listed)]
-    encoding_format: Literal["float", "base64"] = "float"
+    encoding_format: Literal["float", "base64", None] = None
     dimensions: None = None  # the vectors of this model cannot be shortened
+
+
+def check_name(name: str, model: Embedder) -> None:
+    if name != model.name:
+        raise HTTPException(404, f"the model does not exist; this server has {model.name!r}")
 
 
 def parse(body: bytes, model: Embedder) -> tuple[EmbeddingRequest, list[Tokens]]:
     """Return the request and the tokens of its texts. Reject what would fail a whole batch.
 
-    This takes a tenth of a millisecond for each sentence, so it runs in a thread.
+    This takes a tenth of a millisecond for each sentence, so it runs in a thread. It stops at the
+    first text that exceeds a limit.
     """
     try:
         request = EmbeddingRequest.model_validate_json(body)
     except ValidationError as error:
         wrong = [(*each["loc"][:2], each["msg"]) for each in error.errors()]
         raise HTTPException(400, "; ".join(": ".join(map(str, each)) for each in wrong)) from None
-    if request.model != model.name:
-        raise HTTPException(404, f"the model does not exist; this server has {model.name!r}")
-    texts = [model.tokenize(text) if isinstance(text, str) else text for text in request.input]
-    if max(map(len, texts)) > model.max_tokens or sum(map(len, texts)) > MAX_TOKENS:
-        limits = f"{model.max_tokens} tokens in a text, {MAX_TOKENS} in a request"
-        raise HTTPException(400, f"input: too long; the limits are {limits}")
-    if max(map(max, texts)) >= model.vocabulary_size:
-        raise HTTPException(400, f"input: the model has {model.vocabulary_size} token ids")
+    check_name(request.model, model)
+    texts: list[Tokens] = []
+    count = 0
+    for given in request.input:
+        text = model.tokenize(given) if isinstance(given, str) else given
+        count += len(text)
+        if len(text) > model.max_tokens or count > MAX_TOKENS:
+            limits = f"{model.max_tokens} tokens in a text, {MAX_TOKENS} in a request"
+            raise HTTPException(400, f"input: too long; the limits are {limits}")
+        if max(text) >= model.vocabulary_size:
+            raise HTTPException(400, f"input: the model has {model.vocabulary_size} token ids")
+        texts.append(text)
     return request, texts
 
 
@@ -109,15 +129,29 @@ async def body_of(request: Request) -> bytes:
     return bytes(body)
 
 
-async def cancel_when_left(request: Request, scope: anyio.CancelScope) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-    scope.cancel()
+@asynccontextmanager
+async def connected(request: Request) -> AsyncIterator[None]:
+    """Cancel the block, and raise ClientDisconnect, if the client leaves."""
+
+    async def listen() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        scope.cancel()
+
+    with anyio.CancelScope() as scope:
+        listener = asyncio.create_task(listen())
+        try:
+            yield
+        finally:
+            listener.cancel()
+    if scope.cancelled_caught:
+        raise ClientDisconnect
 
 
 async def show_error(_request: Request, error: Exception) -> Response:
-    """Answer as OpenAI's API does."""
-    assert isinstance(error, HTTPException)
+    """Answer as OpenAI's API does. uvicorn logs what is not an HTTPException."""
+    if not isinstance(error, HTTPException):
+        error = HTTPException(500, "the server failed")
     kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
     content = {"message": error.detail, "type": kind, "param": None, "code": None}
     return JSONResponse({"error": content}, error.status_code, error.headers)
@@ -141,11 +175,18 @@ def observe(report: BatchReport[Tokens]) -> None:
 # ------------------------------------------------------------------------------ the server
 
 
+class ModelError(Exception):
+    """The model failed. The log has its error, which may be of any type."""
+
+
 class Service(Collector):
     """The application, and a collector of Prometheus for the statistics of its batcher."""
 
     def __init__(self, model: Embedder) -> None:
         self.model = model
+        self.parser: Batcher[bytes, tuple[EmbeddingRequest, list[Tokens]]] = Batcher(
+            lambda bodies: [parse(bodies[0], model)], max_batch_size=1, max_queue_size=MAX_BODIES
+        )
         self.batcher: Batcher[Tokens, torch.Tensor] = Batcher(
             self.run,
             cost=lambda texts: sum(map(len, texts)),
@@ -157,19 +198,20 @@ class Service(Collector):
         routes = [
             Route("/v1/embeddings", self.embeddings, methods=["POST"]),
             Route("/v1/models", self.models),
+            Route("/v1/models/{name:path}", self.models),
             Route("/metrics", self.metrics),
             Route("/live", self.live),
             Route("/ready", self.ready),
         ]
         self.app = Starlette(
             routes=routes,
-            exception_handlers={HTTPException: show_error},
+            exception_handlers={HTTPException: show_error, Exception: show_error},
             lifespan=self._lifespan,
         )
 
     @asynccontextmanager
     async def _lifespan(self, _app: Starlette) -> AsyncIterator[None]:
-        async with self.batcher:
+        async with self.parser, self.batcher:
             REGISTRY.register(self)
             yield
             REGISTRY.unregister(self)
@@ -179,32 +221,37 @@ class Service(Collector):
         """Run the model on texts of similar length together, as it pads them to the longest."""
         vectors: dict[int, torch.Tensor] = {}
         order = sorted(range(len(texts)), key=lambda n: len(texts[n]))
-        while order:
-            longest = 1.5 * len(texts[order[0]])
-            group = [n for n in order if len(texts[n]) <= longest]
-            vectors |= zip(group, self.model.embed([texts[n] for n in group]), strict=True)
-            order = order[len(group) :]
+        try:
+            while order:
+                longest = 1.5 * len(texts[order[0]])
+                group = [n for n in order if len(texts[n]) <= longest]
+                vectors |= zip(group, self.model.embed([texts[n] for n in group]), strict=True)
+                order = order[len(group) :]
+        except BaseException:
+            logger.exception("the model failed")
+            raise ModelError from None
         return [vectors[n] for n in range(len(texts))]
 
     async def embeddings(self, request: Request) -> Response:
         """Return a vector for each text."""
         try:
             with anyio.fail_after(SECONDS):
-                asked, texts = await asyncio.to_thread(parse, await body_of(request), self.model)
-                vectors = torch.stack(await self.embed(request, texts)).numpy().astype("<f4")
+                body = await body_of(request)
+                async with connected(request):
+                    asked, texts = await self.parser(body)
+                    vectors = (await self.embed(texts)).numpy().astype("<f4")
         except QueueFullError:
             # Not 429: the server does too much, and not this client. A proxy may ask another one.
             raise HTTPException(503, "the server is overloaded", {"Retry-After": "1"}) from None
+        except (BatcherClosedError, asyncio.CancelledError):  # after GRACE
+            raise HTTPException(503, "the server shuts down") from None
         except TimeoutError:
             # OpenAI's client would try again, and so add to the load.
             raise HTTPException(504, "it took too long", {"x-should-retry": "false"}) from None
+        except ModelError:
+            raise HTTPException(500, "the model failed") from None
         except ClientDisconnect:
             return Response(status_code=499)  # the client does not read it
-        except HTTPException:
-            raise
-        except Exception:
-            logger.exception("the model failed")
-            raise HTTPException(500, "the model failed") from None
         shown: list[Any] = vectors.tolist()
         if asked.encoding_format == "base64":
             shown = [base64.b64encode(vector).decode() for vector in vectors]
@@ -215,25 +262,29 @@ class Service(Collector):
         # The loop waits for this. json.dumps() would take ten times as long.
         return Response(to_json(content), media_type="application/json")
 
-    async def embed(self, request: Request, texts: list[Tokens]) -> list[torch.Tensor]:
+    async def embed(self, texts: list[Tokens]) -> torch.Tensor:
         """Return the vectors of all texts, or give up all of them."""
         futures: list[Future[torch.Tensor]] = []
-        with anyio.CancelScope() as scope:
-            listener = asyncio.create_task(cancel_when_left(request, scope))
-            try:
-                for text in texts:
-                    futures.append(self.batcher.submit(text))
-                return await gather(futures)
-            finally:
-                listener.cancel()
-                for future in futures:
-                    future.cancel()  # does nothing to a future that is done
-        raise ClientDisconnect
+        try:
+            for text in texts:
+                futures.append(self.batcher.submit(text))
+            vectors = torch.stack(await gather(futures))
+        finally:
+            for future in futures:
+                if not future.cancel():
+                    future.exception()  # an error that nothing retrieves would be logged
+        if not vectors.isfinite().all():
+            logger.error("the model returned numbers that are not finite")
+            raise ModelError
+        return vectors
 
-    async def models(self, _request: Request) -> Response:
-        """List the only model."""
+    async def models(self, request: Request) -> Response:
+        """List the only model, or show it."""
         model = {"object": "model", "id": self.model.name, "created": 0, "owned_by": ""}
-        return JSONResponse({"object": "list", "data": [model]})
+        if "name" not in request.path_params:
+            return JSONResponse({"object": "list", "data": [model]})
+        check_name(request.path_params["name"], self.model)
+        return JSONResponse(model)
 
     async def live(self, _request: Request) -> Response:
         """Answer 503 if a restart would help."""
@@ -242,7 +293,8 @@ class Service(Collector):
 
     async def ready(self, _request: Request) -> Response:
         """Answer 503 if other servers should get the requests."""
-        is_late = self.batcher.statistics().oldest > LONGEST_WAIT
+        oldest = max(each.statistics().oldest for each in (self.parser, self.batcher))
+        is_late = oldest > LONGEST_WAIT
         return Response("overloaded" if is_late else "ok", 503 if is_late else 200)
 
     def metrics(self, _request: Request) -> Response:
@@ -251,6 +303,9 @@ class Service(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Return the statistics of now."""
+        requests = self.parser.statistics()
+        yield GaugeMetricFamily("parser_queued_requests", "Requests that wait", requests.queued)
+        yield CounterMetricFamily("parser_rejected_requests", "As too many wait", requests.rejected)
         now = self.batcher.statistics()
         yield GaugeMetricFamily("batcher_queued_items", "Texts that wait", now.queued)
         yield GaugeMetricFamily("batcher_oldest_seconds", "Wait of the oldest text", now.oldest)
@@ -260,15 +315,23 @@ class Service(Collector):
         yield CounterMetricFamily("batcher_failed_items", "Texts that failed", now.failed)
 
 
-def serve(model: Embedder, port: int) -> None:
+def serve(model: Embedder, port: str = "8000", host: str = "127.0.0.1") -> None:
     """Serve until SIGTERM or Ctrl-C, and answer the requests accepted by then."""
     torch.set_num_threads(1)  # the event loop needs a core as well
     # A full collection would search all modules and the model, and stop all threads for a fifth of
     # a second. It skips frozen objects, so a cycle of them is never freed: collect garbage first.
     gc.collect()
     gc.freeze()
-    app, grace = Service(model).app, GRACE
-    uvicorn.run(app, port=port, loop="uvloop", access_log=False, timeout_graceful_shutdown=grace)
+    uvicorn.run(
+        Service(model).app,
+        host=host,
+        port=int(port),
+        loop="uvloop",
+        http="h11",  # httptools drops the body of a request that asks for an upgrade
+        ws="none",
+        access_log=False,
+        timeout_graceful_shutdown=GRACE,
+    )
 
 
 def main() -> None:
@@ -276,7 +339,7 @@ def main() -> None:
 
     model = Embedder()
     model.embed([model.tokenize("the first call takes longer")])
-    serve(model, port=int(sys.argv[1]) if len(sys.argv) > 1 else 8000)
+    serve(model, *sys.argv[1:3])
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import math
 import os
 import pathlib
 import sys
@@ -11,15 +13,30 @@ import warnings
 from typing import Any
 
 import torch
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from torchfut_aio import QueueFullError
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
 import embeddings_server
 
 from .threads import PATIENCE_WITH_PROCESSES
 
+FAULTS = {
+    "!": OSError("the model is broken"),
+    "T": TimeoutError("the model is broken"),
+    "Q": QueueFullError("the model is broken"),
+    "H": HTTPException(418, "the model is broken"),
+    "D": ClientDisconnect("the model is broken"),
+    "S": SystemExit("the model is broken"),
+    "K": KeyboardInterrupt("the model is broken"),
+    "C": asyncio.CancelledError("the model is broken"),
+}
+
 
 class Model:
-    """Has a token for each letter. Its batches wait until the file ``gate`` exists."""
+    """Has a token for each letter. Its batches, and the text "wait", wait for the file ``gate``."""
 
     name = "letters"
     max_tokens = 10
@@ -27,26 +44,33 @@ class Model:
 
     def __init__(self, folder: pathlib.Path) -> None:
         self._gate, self._ran = folder / "gate", folder / "ran"
+        self._tokenized = folder / "tokenized"
 
     def tokenize(self, text: str) -> list[int]:
+        with self._tokenized.open("a") as file:
+            print(text, file=file)
+        while text == "wait" and not self._gate.exists():
+            time.sleep(0.001)
         return [ord(letter) for letter in text]
 
     def embed(self, texts: list[list[int]]) -> torch.Tensor:
-        """Return the first token of each text and their number; "!" fails the batch."""
+        """Return the first token of each text and their number; FAULTS fail the batch."""
         with self._ran.open("a") as file:
             print(json.dumps(["".join(map(chr, text)) for text in texts]), file=file)
         while not self._gate.exists():
             time.sleep(0.001)
-        if any(text == [ord("!")] for text in texts):
-            raise OSError("the model is broken")
-        return torch.tensor([[text[0], len(text)] for text in texts], dtype=torch.float32)
+        for text in texts:
+            if (fault := FAULTS.get("".join(map(chr, text)))) is not None:
+                raise fault
+        rows = [[math.nan if text == [ord("N")] else text[0], len(text)] for text in texts]
+        return torch.tensor(rows, dtype=torch.float32)
 
 
 def serve(folder: pathlib.Path, constants: dict[str, Any]) -> None:
     """Serve `Model` on a free port, with some constants of the example changed."""
     _prepare(folder)
     vars(embeddings_server).update(constants)
-    embeddings_server.serve(Model(folder), 0)
+    embeddings_server.serve(Model(folder), "0")
 
 
 def serve_example(folder: pathlib.Path, texts: list[str]) -> None:

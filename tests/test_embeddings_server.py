@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import importlib
 import json
 import os
@@ -12,7 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import pytest
 
@@ -65,6 +66,14 @@ class Server:
             with error:
                 return error.code, error.read().decode()
 
+    @contextmanager
+    def posting(self, body, **headers):
+        """Send a request, and close its connection at the end."""
+        address = self.url.removeprefix("http://")
+        with closing(http.client.HTTPConnection(address, timeout=PATIENCE)) as connection:
+            connection.request("POST", "/v1/embeddings", body, headers)
+            yield connection
+
     def metrics(self):
         """Return the values that have no label, by name without prefix."""
         families = parser.text_string_to_metric_families(self.get("/metrics")[1])
@@ -75,6 +84,10 @@ class Server:
         """Return the batches of the test's model."""
         path = self.folder / "ran"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def tokenized(self):
+        path = self.folder / "tokenized"
+        return path.read_text().split() if path.exists() else []
 
     def open_gate(self):
         (self.folder / "gate").touch()
@@ -195,9 +208,28 @@ def test_batches_have_few_tokens_and_little_padding(serve, pool):
         assert server.metrics()["batch_size_count"] == 3
 
 
-def test_models_list_names_the_model(serve):
-    with serve() as server, server.openai() as client:
-        assert [model.id for model in client.models.list()] == ["letters"]
+def test_models_are_listed_and_retrieved(refusing):
+    assert [model.id for model in refusing.models.list()] == ["letters"]
+    assert refusing.models.retrieve("letters").id == "letters"
+    with pytest.raises(openai.NotFoundError, match="this server has 'letters'"):
+        refusing.models.retrieve("organization/other")
+
+
+def test_null_is_the_default_of_optional_fields(serve):
+    with serve() as server:
+        server.open_gate()
+        body = {"model": "letters", "input": "a", "encoding_format": None, "dimensions": None}
+        with server.posting(json.dumps(body)) as connection:
+            assert connection.getresponse().status == 200
+
+
+@pytest.mark.parametrize("protocol", ["h2c", "websocket"])
+def test_upgrade_to_another_protocol_is_ignored(serve, protocol):
+    with serve() as server:
+        server.open_gate()
+        body = json.dumps({"model": "letters", "input": "a"})
+        with server.posting(body, Connection="Upgrade", Upgrade=protocol) as connection:
+            assert connection.getresponse().status == 200
 
 
 # ---------------------------------------------------------------------------------- errors
@@ -218,8 +250,8 @@ def test_models_list_names_the_model(serve):
         ("a" * 11, "10 tokens in a text"),
         ([[1], [1] * 11], "10 tokens in a text"),
         (["a" * 10] * 11, "100 in a request"),
-        ("a" * 10_001, "at most 10000 characters"),
-        (["a"] * 2049, "at most 2048 items"),
+        ("a" * 4001, "at most 4000 characters"),
+        (["a"] * 1025, "at most 1024 items"),
     ],
 )
 def test_bad_input_is_refused_with_a_message(refusing, given, message):
@@ -238,7 +270,7 @@ def test_bad_input_is_refused_with_a_message(refusing, given, message):
         (b'{"model": "other", "input": "a"}', 404, "does not exist; this server has 'letters'"),
         (b'{"model": "letters", "input": "a", "dimensions": 2}', 400, "dimensions: "),
         (b'{"model": "letters", "input": "a", "encoding_format": "x"}', 400, "encoding_format: "),
-        (b" " * 4_000_001, 413, "more than 4000000 bytes"),
+        (b" " * 128_001, 413, "more than 128000 bytes"),
     ],
     ids=str,
 )
@@ -264,14 +296,40 @@ def refusing(refusing_server):
         yield client
 
 
-def test_errors_of_the_model_fail_their_batch_only(serve):
-    with serve() as server, server.openai() as client:
-        server.open_gate()
-        with pytest.raises(openai.InternalServerError, match="the model failed"):
-            embed(client, ["a", "!"])
+@pytest.mark.parametrize("text", service.FAULTS)
+def test_errors_of_the_model_fail_their_batch_only(failing_server, text):
+    server = failing_server
+    failed, logged = server.metrics()["failed_items_total"], server.log().count("is broken")
+    with server.openai() as client:
+        with pytest.raises(openai.InternalServerError, match="the model failed") as caught:
+            embed(client, ["a", text])
+        assert caught.value.status_code == 500
         assert embed(client, "b").data[0].embedding == [ord("b"), 1]
-        assert server.metrics()["failed_items_total"] == 2
-        assert "the model is broken" in server.log()
+    assert server.metrics()["failed_items_total"] == failed + 2
+    assert server.log().count("is broken") == logged + 1
+
+
+def test_vectors_that_are_not_finite_fail_their_request(failing_server):
+    with failing_server.openai() as client:
+        with pytest.raises(openai.InternalServerError, match="the model failed"):
+            embed(client, ["a", "N"])
+    assert "not finite" in failing_server.log()
+
+
+@pytest.fixture(scope="module")
+def failing_server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("failing")
+    with running(Server(service.serve, folder, {})) as server:
+        server.open_gate()
+        yield server
+
+
+def test_no_text_is_tokenized_after_one_that_is_too_long(serve):
+    with serve(MAX_TOKENS=20) as server, server.openai() as client:
+        for texts in (["ab", "a" * 11, "c"], ["de"] * 12):
+            with pytest.raises(openai.BadRequestError, match="too long"):
+                embed(client, texts)
+        assert server.tokenized() == ["ab", "a" * 11, *["de"] * 11]
 
 
 # -------------------------------------------------------------------------------- overload
@@ -349,6 +407,48 @@ def test_texts_of_a_client_that_leaves_are_not_run(serve):
         assert "Exception" not in server.log()
 
 
+def test_texts_of_a_pipelining_client_that_leaves_are_not_run(serve, pool):
+    with serve(MAX_BATCH=1) as server, server.openai() as client:
+        first = asking(pool, client, "a")
+        until(lambda: server.ran() == [["a"]])
+        body = json.dumps({"model": "letters", "input": ["b", "c"]})
+        further = "GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        with server.posting(body + further, **{"Content-Length": str(len(body))}):
+            until(lambda: server.metrics()["queued_items"] == 2)
+        until(lambda: server.metrics()["given_up_items_total"] == 2)
+        server.open_gate()
+        first.result()
+        assert server.ran() == [["a"]]
+
+
+def test_requests_that_wait_for_their_tokens_are_limited(serve, pool):
+    with serve(MAX_BODIES=1, LONGEST_WAIT=0.2) as server, server.openai() as client:
+        first = asking(pool, client, "wait")
+        until(lambda: server.tokenized() == ["wait"])
+        second = pool.submit(embed, client, "b")
+        until(lambda: server.get("/ready") == (503, "overloaded"))
+        with pytest.raises(openai.InternalServerError, match="overloaded"):
+            embed(client, "c")
+        assert server.metrics()["parser_rejected_requests_total"] == 1
+        server.open_gate()
+        first.result(), second.result()
+        assert server.get("/ready") == (200, "ok")
+        assert server.tokenized() == ["wait", "b"]
+
+
+def test_client_that_leaves_before_the_tokens_is_given_up(serve, pool):
+    with serve() as server, server.openai() as client:
+        first = asking(pool, client, "wait")
+        until(lambda: server.tokenized() == ["wait"])
+        with server.posting(json.dumps({"model": "letters", "input": "b"})):
+            until(lambda: server.metrics()["parser_queued_requests"] == 1)
+        until(lambda: server.metrics()["parser_queued_requests"] == 0)
+        server.open_gate()
+        first.result()
+        embed(client, "c")
+        assert server.tokenized() == ["wait", "c"]
+
+
 # ------------------------------------------------------------------------------- operation
 
 
@@ -396,3 +496,32 @@ def test_sigterm_ends_a_server_whose_model_hangs(serve, pool):
         with pytest.raises(openai.InternalServerError, match="took too long"):
             asked.result()
         assert server.exit_code() == -signal.SIGTERM
+
+
+def test_requests_that_outlast_the_grace_period_get_503(serve, pool):
+    with serve(GRACE=1, MAX_BATCH=1) as server, server.openai() as client:
+        asked = [asking(pool, client, text) for text in "ab"]
+        until(lambda: server.metrics()["queued_items"] == 1)
+        os.kill(server.process.pid, signal.SIGTERM)
+        for each in asked:
+            with pytest.raises(openai.InternalServerError, match="the server shuts down") as caught:
+                each.result()
+            assert caught.value.status_code == 503
+        server.open_gate()
+        assert server.exit_code() == -signal.SIGTERM
+        assert "Exception in ASGI application" not in server.log()
+
+
+def test_second_interrupt_ends_the_server_without_waiting(serve, pool):
+    with serve(MAX_BATCH=1) as server, server.openai() as client:
+        asked = [asking(pool, client, text) for text in "abc"]
+        until(lambda: server.metrics()["queued_items"] == 2)
+        os.kill(server.process.pid, signal.SIGINT)
+        until(lambda: "Waiting for connections to close" in server.log())
+        os.kill(server.process.pid, signal.SIGINT)
+        for each in asked:
+            with pytest.raises(openai.APIError):
+                each.result()
+        server.open_gate()  # the interpreter waits for the thread of the batch
+        server.exit_code()
+        assert "never retrieved" not in server.log()
