@@ -64,7 +64,7 @@ async def load_test(title: str, embed: Embed, requests: list[Tokens]) -> float:
 
 async def compare(embedder: Embedder, batcher: Batcher[Tokens, Tensor]) -> None:
     questions = [embedder.tokenize(text) for text in TEXTS]
-    requests = random.Random(0).choices(questions, k=8 * CLIENTS)
+    requests = random.Random(0).choices(questions, k=4 * CLIENTS)
 
     loop = asyncio.get_running_loop()
     with ThreadPoolExecutor(1) as pool:
