@@ -3,7 +3,7 @@
 Each is a server in a process of its own, see `_servers`; Ray Serve only if it is installed. This
 process is the load. Each client sends its next request when it has the answer to the one before.
 Every tenth request has a time limit that is too short. The server has the limit in a header, and
-the client leaves soon after it. An item is run for nobody if that begins later than LATE after its
+the client leaves soon after it. An item is run too late if that begins later than LATE after its
 limit. CPU is that of all processes of the server.
 
 Ray listens on all addresses. To keep it off the network:
@@ -99,7 +99,7 @@ async def load(
         "answers a CPU second": len(counted) / cpu,
         "p50, ms": at[49] * 1e3,
         "p99, ms": at[98] * 1e3,
-        "items run for nobody, %": late / items * 100,
+        "items run too late, %": late / items * 100,
     }
 
 

@@ -662,14 +662,18 @@ def test_nginx_limits_the_requests_of_one_address(proxied):
 
 def test_client_that_leaves_nginx_gives_up_its_requests(proxied):
     async def main(proxy, server):
+        stays = asyncio.ensure_future(ask(proxy, request(5)))
+        await eventually(server, lambda s: s["running"] == 1)
         connections = [await Connection.open(proxy) for _ in range(20)]
         for n, connection in enumerate(connections):
             connection.writer.write(request(3) if n % 2 else text_request("a10000", 1000))
-        await eventually(server, lambda s: s["queued"] + s["running"] == 10 and s["texts"] == 10)
+        await eventually(server, lambda s: (s["queued"], s["texts"]) == (10, 10))
         for connection in connections:
             await connection.close()
-        await eventually(server, lambda s: s["texts"] + s["queued"] == 0)
+        await eventually(server, lambda s: (s["given_up"], s["texts"]) == (10, 0))
         server.open_gate()
+        assert (await stays)[0] == 200
+        assert (await statistics(server))["items"] == 1
 
     patience = {"SECONDS": PATIENCE_WITH_PROCESSES, "TEXT_SECONDS": PATIENCE_WITH_PROCESSES}
     with proxied(is_open=False, **patience) as (proxy, server):
