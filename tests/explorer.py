@@ -27,6 +27,8 @@ from collections.abc import Callable, Iterator
 from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import Any
 
+from torchfut_aio._extension import use_extension
+
 __all__ = ["Interrupt", "freeze", "interrupts"]
 
 
@@ -38,6 +40,7 @@ def interrupts(
     do: Callable[[], object] | None = None,
     at: str = "signals",
     thread: str | None = None,
+    in_c: bool = False,
 ) -> Iterator[Interrupt]:
     """Yield one interrupt for each point in the code of ``modules``: context managers, one per run.
 
@@ -51,9 +54,12 @@ def interrupts(
             "instructions", before each of them: without a GIL, another thread may run there.
         thread: The name of a thread, started within the context, to interrupt; None for the thread
             that enters the context.
+        in_c: Whether the hot paths run in C, if the extension was built. Only what they call in
+            Python is interrupted then.
     """
     files = tuple(map(_files, modules))
     gc.collect()  # or the finalisers of earlier runs could be interrupted
+    before = use_extension(in_c)
     try:
         for number in itertools.count(first, every):
             interrupt = Interrupt(number, files, error, do, at, thread)
@@ -63,6 +69,7 @@ def interrupts(
                 return
     finally:
         _watch(())
+        use_extension(before)
 
 
 def _files(module: ModuleType) -> str:

@@ -88,7 +88,7 @@ def described(name, thing):
     for member, value in members_of(thing if isinstance(thing, type) else type(thing)):
         if isinstance(value, property):
             yield f"    {member}: {inspect.signature(value.fget).return_annotation}"
-        elif isinstance(value, types.FunctionType):
+        elif isinstance(inspect.unwrap(value), types.FunctionType):  # if it runs in C, too
             prefix = "async " if inspect.iscoroutinefunction(value) else ""
             yield f"    {prefix}{member}{signature(value)}"
 

@@ -94,6 +94,8 @@ def test_public_objects_are_named_after_their_import_path(module):
 LAYERS = [
     "_public",
     "_cpython",
+    "_speedups",  # in C
+    "_extension",
     "_pytorch",
     "_annotations",
     "_repr",

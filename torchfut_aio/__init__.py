@@ -12,6 +12,7 @@ CONTRIBUTING.md lists the other modules. Import ``distributed`` (async functions
 DDP hooks) and ``debug`` (the waiters of each future, and traces) explicitly.
 """
 
+from . import _extension
 from ._adopt import as_future
 from ._as_completed import as_completed
 from ._devices import (
@@ -80,3 +81,4 @@ __all__ = [
 ]
 
 publish(__name__)
+_extension.install()

@@ -20,6 +20,7 @@ from ._errors import (
     InvalidStateError,
     warn_that_wait_blocks_a_loop,
 )
+from ._extension import speedup
 from ._repr import short
 from ._to_stdlib import copy_to_asyncio, copy_to_concurrent
 
@@ -92,6 +93,7 @@ class Future(torch.futures.Future[T]):
 
     # ------------------------------------------------------------------ completing
 
+    @speedup
     def set_result(self, result: T) -> None:
         """Complete the future with ``result``: wake its waiters and run its callbacks.
 
@@ -336,6 +338,7 @@ class Future(torch.futures.Future[T]):
 
     # -------------------------------------------------------------------- awaiting
 
+    @speedup
     def __await__(self, _ready: bool = True) -> Generator[Any, Any, T]:
         """Suspend the current task until the value is there, and return it.
 

@@ -31,6 +31,7 @@ import torch
 
 from .._devices import says_no_events
 from .._errors import CANCELLATIONS, InvalidStateError
+from .._extension import speedup
 from .._loops import Waker
 from .._threads import call_contained
 from . import _callbacks
@@ -59,6 +60,7 @@ def outcome_of(future: Future[Any]) -> Outcome | None:
 # ------------------------------------------------------------------------- completing
 
 
+@speedup
 def try_complete(future: Future[Any], outcome: Outcome) -> bool:
     """Complete a future; return False if it is done already."""
     state = future._state
@@ -150,6 +152,7 @@ def complete_all(futures: Sequence[Future[Any]], outcomes: Sequence[Outcome]) ->
         raise
 
 
+@speedup
 def _complete_all(
     futures: Sequence[Future[Any]],
     outcomes: Sequence[Outcome],

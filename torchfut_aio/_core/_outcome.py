@@ -26,6 +26,7 @@ from .._devices import (
     joint_readiness,
 )
 from .._errors import CANCELLATIONS
+from .._extension import speedup
 
 if TYPE_CHECKING:
     from .._future import Future
@@ -145,6 +146,7 @@ def outcome_of_error(error: BaseException, devices: Sequence[torch.device] = ())
     )
 
 
+@speedup
 def outcomes_of_results(futures: Iterable[Future[Any]], results: Iterable[Any]) -> list[Outcome]:
     """Return the outcome that each future has here and now; an exception is an error."""
     outcomes = []

@@ -17,6 +17,7 @@ from typing import Any
 
 from .. import _cpython
 from .._cpython import ResumeCallback, resume_callback, running_loop
+from .._extension import speedup
 from ._alarm import TimerFd
 from ._loop import BURST, AsyncFunction, Loop
 from ._waker import Waiter
@@ -125,17 +126,19 @@ class AsyncioLoop(Loop):
         self.wake_up = None
         self._renewed = False
         try:
-            self._resume_tasks(len(self.queue.copy()))
+            count = len(self.queue.copy())
+            at_once, self._at_once = self._at_once, 0  # these do not count as a burst
+            if count - at_once >= MANY:
+                self._start_burst_timer(count)
+            self._resume_tasks(count)
         except BaseException:
             if self.queue:
                 self.schedule_wake_up()
             raise
 
+    @speedup
     def _resume_tasks(self, count: int) -> None:
         waiters = self.queue
-        at_once, self._at_once = self._at_once, 0  # these do not count as a burst
-        if count - at_once >= MANY:
-            self._start_burst_timer(count)
         # In debug mode each task has a separate handle, so that the slow ones can be logged.
         debug = bool(waiters) and waiters[0].get_loop().get_debug()
         for _ in range(count):

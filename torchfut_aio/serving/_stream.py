@@ -14,6 +14,7 @@ from .. import _core, _loops
 from .._arguments import exception_checked, listed, size_checked, timeout_checked
 from .._devices import Moment
 from .._errors import CancelledError, ends_a_task
+from .._extension import speedup
 from .._process_local import ProcessLocal
 from .._waiters import first, give_up_after
 from ._stream_state import ROOM, StreamState
@@ -94,6 +95,7 @@ class ValueStream(ProcessLocal, Generic[T]):
 
     # --------------------------------------------------------------------- putting
 
+    @speedup
     def put(self, value: T, *, timeout: float | None = None) -> None:
         """Put a value into the stream. Block the calling thread while the stream is full.
 
@@ -123,6 +125,7 @@ class ValueStream(ProcessLocal, Generic[T]):
         if not self._state.put(outcome):
             self._put_rest(deque((outcome,)), 1, timeout)
 
+    @speedup
     def put_many(self, values: Sequence[T] | torch.Tensor, *, timeout: float | None = None) -> None:
         """Put values into the stream as `put` does, and wake each loop once for all of them.
 
@@ -465,6 +468,7 @@ class _Reader(AsyncIterator[T], Iterator[T]):
                 raise
             raise
 
+    @speedup
     async def __anext__(self) -> T:
         state = self._state
         del self  # as in __next__()
