@@ -292,7 +292,7 @@ async def values_of(futures, complete):
 @pytest.mark.parametrize("waiters", [1, 3])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 def test_interrupted_completion_in_c_loses_no_waiter(many, waiters, error):
-    for interrupt in interrupts(torchfut_aio, error=error, in_c=True):
+    for interrupt in interrupts(torchfut_aio, asyncio, error=error, in_c=True):
         futures = [Future() for _ in range(3)]
 
         def complete(futures=futures, interrupt=interrupt):
@@ -311,7 +311,7 @@ def test_interrupted_completion_in_c_loses_no_waiter(many, waiters, error):
 
 @needs_extension
 def test_interrupted_put_in_c_loses_no_value():
-    for interrupt in interrupts(torchfut_aio, in_c=True):
+    for interrupt in interrupts(torchfut_aio, asyncio, in_c=True):
         stream, got = ValueStream(), []
 
         async def read(stream=stream, got=got):
@@ -341,7 +341,7 @@ def test_interrupted_put_in_c_loses_no_value():
 @needs_extension
 @pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
 def test_interrupted_wait_in_c_leaves_nothing(new_loop):
-    for interrupt in interrupts(torchfut_aio, in_c=True):
+    for interrupt in interrupts(torchfut_aio, asyncio, in_c=True):
         fut, stream = Future(), ValueStream()
 
         async def main(fut=fut, stream=stream, interrupt=interrupt):

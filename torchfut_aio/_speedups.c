@@ -16,6 +16,10 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <structmember.h>
+#ifdef __linux__
+#include <math.h>
+#include <sys/timerfd.h>
+#endif
 
 #if PY_VERSION_HEX < 0x030B0000 || PY_VERSION_HEX >= 0x030F0000
 #error "not tested on this version of Python, which uses the Python functions instead"
@@ -57,6 +61,7 @@ static PyTypeObject *Outcome, *Future, *AsyncioLoop, *StreamState, *ValueStream,
 static PyObject *call_contained, *start_new_thread, *set_value_in_torch, *current, *this_thread;
 static PyObject *wake_again, *events, *still_waits, *InvalidStateError, *Handle, *run_of_handles;
 static PyTypeObject *AsyncioFuture, *AsyncioTask;
+static Py_ssize_t many; /* waiters in a burst */
 
 static const struct {
     void *where;
@@ -91,7 +96,7 @@ static const struct {
 /* The offsets of slots, in the objects of these types and of their subclasses. */
 static Py_ssize_t future_state, future_devices, outcome_value;
 static Py_ssize_t loop_queue, loop_wake_up, loop_thread, loop_event_loop, loop_taken, loop_renewed,
-    loop_checkpoints_suspend;
+    loop_at_once, loop_checkpoints_suspend;
 static Py_ssize_t stream_state, reader_state, state_values, state_end, state_room, state_readers;
 static Py_ssize_t waiters_waiting, waiters_lines;
 
@@ -109,6 +114,7 @@ static const struct {
     {&loop_event_loop, &AsyncioLoop, "event_loop"},
     {&loop_taken, &AsyncioLoop, "_taken"},
     {&loop_renewed, &AsyncioLoop, "_renewed"},
+    {&loop_at_once, &AsyncioLoop, "_at_once"},
     {&loop_checkpoints_suspend, &AsyncioLoop, "checkpoints_suspend"},
     {&stream_state, &ValueStream, "_state"},
     {&reader_state, &Reader, "_state"},
@@ -125,6 +131,8 @@ static const struct {
 /* Names of attributes. */
 #define NAMES(X)                                                                                 \
     X(_callbacks) X(_get_running_loop) X(_run) X(_take_back) X(append) X(appendleft) \
+    X(_start_burst_timer) X(_wake_up_lost) X(call_soon_threadsafe) X(cancel) X(is_closed)        \
+    X(run_wake_up)                                                                               \
     X(before_wait) X(checkpoint) X(close) X(create_future) X(end_read) X(error) X(get_debug)     \
     X(get_loop) X(leave_line) X(line_up) X(loop) X(popleft) X(read) X(readiness) X(ready)        \
     X(remove_done_callback) X(renew_wake_up) X(schedule_wake_up) X(set_result) X(throw) X(value) \
@@ -147,6 +155,13 @@ static int call_method(PyObject *object, PyObject *name, PyObject *argument)
                             : PyObject_CallMethodNoArgs(object, name));
 }
 
+static int is_true(PyObject *result)
+{
+    int truth = result ? PyObject_IsTrue(result) : -1;
+    Py_XDECREF(result);
+    return truth;
+}
+
 /* Return an attribute that is a slot, as a new reference. */
 static PyObject *get_slot(PyObject *object, Py_ssize_t offset, const char *name)
 {
@@ -167,20 +182,25 @@ static int discard(PyObject *dict, PyObject *key)
     return 0;
 }
 
-/* Return 1 if no kernel can fill a value: `type(value) in HOST_ONLY`. */
+/* Return 1 if no kernel can fill a value: `type(value) in HOST_ONLY`, which are a few types. */
 static int is_host_only(PyObject *value)
 {
-    int found = PySet_Contains(HOST_ONLY, (PyObject *)Py_TYPE(value));
-    if (found < 0)
-        PyErr_Clear(); /* a metaclass that is not hashable: Python raises that again */
-    return found == 1;
+    PyObject *type = (PyObject *)Py_TYPE(value);
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(HOST_ONLY); i++)
+        if (type == PyTuple_GET_ITEM(HOST_ONLY, i))
+            return 1;
+    return 0;
 }
 
+/* Return the outcome of a value that is host-only, so refers to nothing: nor can a cycle of
+   references lead through the outcome, and the garbage collector need not visit it. */
 static PyObject *new_outcome(PyObject *value)
 {
     PyObject *outcome = Outcome->tp_alloc(Outcome, 0);
-    if (outcome)
+    if (outcome) {
+        PyObject_GC_UnTrack(outcome);
         SLOT(outcome, outcome_value) = Py_NewRef(value);
+    }
     return outcome;
 }
 
@@ -206,6 +226,50 @@ static int runs_in_this_thread(PyObject *loop)
     return ident == PyThread_get_thread_ident();
 }
 
+/* Loop.schedule_wake_up(self); of asyncio's kind, from another thread than the loop's */
+static PyObject *schedule_wake_up(PyObject *const *arguments)
+{
+    PyObject *loop = arguments[0], *event_loop, *result = NULL;
+    if (Py_TYPE(loop) != AsyncioLoop || runs_in_this_thread(loop))
+        return PYTHON;
+    if (!(event_loop = PyObject_CallNoArgs(SLOT(loop, loop_event_loop))))
+        return NULL;
+    /* The loop gets the only reference to the method object. */
+    PyObject *method = PyObject_GetAttr(loop, s_run_wake_up), *call = NULL;
+    PyObject *lost = PyObject_GetAttr(loop, s__wake_up_lost);
+    PyObject *wake_up = method && lost ? PyWeakref_NewRef(method, lost) : NULL;
+    Py_XDECREF(lost);
+    if (wake_up && event_loop != Py_None) {
+        Py_XSETREF(SLOT(loop, loop_wake_up), wake_up);
+        call = PyObject_CallMethodOneArg(event_loop, s_call_soon_threadsafe, method);
+        int closed = call ? is_true(PyObject_CallMethodNoArgs(event_loop, s_is_closed)) : -1;
+        if (closed == 0)
+            result = Py_NewRef(Py_None);
+        else {
+            Py_XSETREF(SLOT(loop, loop_wake_up), Py_NewRef(Py_None));
+            if (closed == 1 && call_method(call, s_cancel, NULL) == 0)
+                result = PYTHON;
+            else if (!call && PyErr_ExceptionMatches(PyExc_RuntimeError)) {
+                PyErr_Clear(); /* it may be closed: Python tries again */
+                result = PYTHON;
+            }
+        }
+    } else if (wake_up) {
+        Py_DECREF(wake_up);
+        result = PYTHON; /* it was garbage-collected */
+    }
+    Py_XDECREF(call);
+    Py_XDECREF(method);
+    Py_DECREF(event_loop);
+    return result;
+}
+
+static int schedule(PyObject *loop)
+{
+    PyObject *result = schedule_wake_up(&loop);
+    return result == PYTHON ? call_method(loop, s_schedule_wake_up, NULL) : dropped(result);
+}
+
 /* AsyncioLoop.wake, from another thread than the loop's; else the method of the waker. */
 static int wake(PyObject *waker, PyObject *waiter)
 {
@@ -217,15 +281,13 @@ static int wake(PyObject *waker, PyObject *waiter)
     int failed = call_method(queue, s_append, waiter);
     Py_DECREF(queue);
     /* Append *before* reading `wake_up`: see Loop.wake(). */
-    if (!failed && SLOT(waker, loop_wake_up) == Py_None)
-        failed = call_method(waker, s_schedule_wake_up, NULL);
-    return failed;
+    return failed || SLOT(waker, loop_wake_up) != Py_None ? failed : schedule(waker);
 }
 
 /* ------------------------------------------------------------------------ completing a future */
 
-enum { TRY_COMPLETE, COMPLETE_ALL, OUTCOMES_OF_RESULTS, SET_RESULT, AWAIT, RESUME_TASKS, PUT,
-       PUT_MANY, ANEXT };
+enum { TRY_COMPLETE, COMPLETE_ALL, OUTCOMES_OF_RESULTS, SET_RESULT, AWAIT, RESUME_TASKS, SCHEDULE_WAKE_UP,
+       RUN_WAKE_UP, SET_TIMER, PUT, PUT_MANY, ANEXT };
 static PyObject *python_of(int which);
 
 /* Claim a pending future without devices and callbacks for an outcome that is a plain value. Return
@@ -307,7 +369,8 @@ static int deliver(PyObject *state, PyObject *waiters)
     return result;
 }
 
-/* Wake the waiters of a future that was claimed, and complete the C++ future. */
+/* Wake the waiters of a future that was claimed, and complete the C++ future. Return 1 if Python has
+   to do it again, as there is a callback: another thread is adding it just now. */
 static int publish(PyObject *future, PyObject *outcome, PyObject *waiters)
 {
     PyObject *state = get_slot(future, future_state, "_state");
@@ -315,9 +378,12 @@ static int publish(PyObject *future, PyObject *outcome, PyObject *waiters)
     Py_XDECREF(state);
     if (result != 0)
         return result;
-    PyObject *arguments[] = {NULL, future, SLOT(outcome, outcome_value)};
-    return dropped(PyObject_Vectorcall(
-        set_value_in_torch, arguments + 1, 2 | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL));
+    PyObject *value = Py_NewRef(SLOT(outcome, outcome_value));
+    PyObject *arguments[] = {NULL, future, value};
+    result = dropped(PyObject_Vectorcall(set_value_in_torch, arguments + 1,
+                                         2 | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL));
+    Py_DECREF(value);
+    return result;
 }
 
 /* The handler of try_complete(): repeat the completion, in a new thread if the stack is full. */
@@ -436,20 +502,15 @@ static PyObject *complete_all(PyObject *const *arguments)
         int is_common = PyObject_TypeCheck(future, Future) && Py_TYPE(outcome) == Outcome &&
                         SLOT(outcome, outcome_value);
         int result = is_common ? claim(future, outcome) : 0;
-        if (result == 1)
-            result = publish(future, outcome, waiters) == 0 ? 1 : -1;
-        else if (result == 0)
-            result = PyList_Append(other_futures, future) < 0 ||
-                             PyList_Append(other_outcomes, outcome) < 0
+        int is_other = result == 0 || (result == 1 && (result = publish(future, outcome, waiters)));
+        if (result >= 0 && is_other)
+            result = PyList_Append(other_futures, future) || PyList_Append(other_outcomes, outcome)
                          ? -1
-                         : 1;
+                         : 0;
         Py_DECREF(future);
         Py_DECREF(outcome);
-        if (result < 0) {
-            if (!PyErr_Occurred()) /* of deliver(): a callback. So repeat it. */
-                PyErr_SetString(PyExc_RuntimeError, "a callback was added during the completion");
+        if (result < 0)
             goto end;
-        }
     }
     refused = PyObject_CallFunctionObjArgs(
         python_of(COMPLETE_ALL), other_futures, other_outcomes, waiters, NULL);
@@ -565,13 +626,6 @@ end:
     return result;
 }
 
-static int is_true(PyObject *result)
-{
-    int truth = result ? PyObject_IsTrue(result) : -1;
-    Py_XDECREF(result);
-    return truth;
-}
-
 /* Return 1 if each task must have a separate handle, 0 if not, -1 for an error. */
 static int needs_handles(PyObject *queue)
 {
@@ -623,6 +677,66 @@ static PyObject *resume_tasks(PyObject *const *arguments)
 end:
     Py_DECREF(queue);
     return result;
+}
+
+/* AsyncioLoop.run_wake_up(self) */
+static PyObject *run_wake_up(PyObject *const *arguments)
+{
+    PyObject *loop = arguments[0], *result = NULL;
+    if (Py_TYPE(loop) != AsyncioLoop || !SLOT(loop, loop_queue))
+        return PYTHON;
+    PyObject *queue = Py_NewRef(SLOT(loop, loop_queue));
+    Py_XSETREF(SLOT(loop, loop_wake_up), Py_NewRef(Py_None));
+    Py_XSETREF(SLOT(loop, loop_renewed), Py_NewRef(Py_False));
+    Py_ssize_t size = PyObject_Size(queue);
+    PyObject *count = size < 0 ? NULL : PyLong_FromSsize_t(size);
+    if (count) {
+        Py_ssize_t at_once = PyLong_AsSsize_t(SLOT(loop, loop_at_once)); /* no burst */
+        Py_XSETREF(SLOT(loop, loop_at_once), PyLong_FromLong(0));
+        if (size - at_once < many || call_method(loop, s__start_burst_timer, count) == 0) {
+            PyObject *both[] = {loop, count};
+            result = resume_tasks(both);
+            if (result == PYTHON)
+                result = PyObject_Vectorcall(python_of(RESUME_TASKS), both, 2, NULL);
+        }
+        Py_DECREF(count);
+    }
+    if (!result) {
+        PyObject *error = PyErr_GetRaisedException();
+        if (PyObject_Size(queue) > 0 && call_method(loop, s_schedule_wake_up, NULL) < 0)
+            Py_DECREF(error);
+        else
+            PyErr_SetRaisedException(error);
+    }
+    Py_DECREF(queue);
+    return result;
+}
+
+/* TimerFd.set(self, seconds) */
+static PyObject *set_timer(PyObject *const *arguments)
+{
+#ifdef __linux__
+    PyObject *value = PyFloat_CheckExact(arguments[1]) ? PyObject_GetAttr(arguments[0], s_value)
+                                                       : NULL;
+    if (value && PyLong_CheckExact(value)) {
+        long descriptor = PyLong_AsLong(value);
+        double seconds = PyFloat_AS_DOUBLE(arguments[1]);
+        struct itimerspec time = {{0, 0}, {0, 0}}; /* all zero stops the timer */
+        if (!isinf(seconds) && seconds < 1e9) {
+            long long nanoseconds = (long long)(seconds * 1e9);
+            if (nanoseconds < 1)
+                nanoseconds = 1;
+            time.it_value.tv_sec = nanoseconds / 1000000000;
+            time.it_value.tv_nsec = nanoseconds % 1000000000;
+        }
+        Py_DECREF(value);
+        timerfd_settime((int)descriptor, 0, &time, NULL);
+        Py_RETURN_NONE;
+    }
+    Py_XDECREF(value);
+    PyErr_Clear();
+#endif
+    return PYTHON;
 }
 
 /* ------------------------------------------------------------- in the loop's thread: waiting */
@@ -1398,6 +1512,9 @@ static struct {
     [SET_RESULT] = {"_future.Future.set_result", 2, set_result},
     [AWAIT] = {"_future.Future.__await__", 1, await},
     [RESUME_TASKS] = {"_loops._asyncio.AsyncioLoop._resume_tasks", 2, resume_tasks},
+    [SCHEDULE_WAKE_UP] = {"_loops._loop.Loop.schedule_wake_up", 1, schedule_wake_up},
+    [RUN_WAKE_UP] = {"_loops._asyncio.AsyncioLoop.run_wake_up", 1, run_wake_up},
+    [SET_TIMER] = {"_loops._alarm.TimerFd.set", 2, set_timer},
     [PUT] = {"serving._stream.ValueStream.put", 2, put},
     [PUT_MANY] = {"serving._stream.ValueStream.put_many", 2, put_many},
     [ANEXT] = {"serving._stream._Reader.__anext__", 1, anext},
@@ -1494,16 +1611,10 @@ static int speedup_traverse(Speedup *self, visitproc visit, void *arg)
     return 0;
 }
 
-static int speedup_clear(Speedup *self)
-{
-    Py_CLEAR(self->python);
-    return 0;
-}
-
 static void speedup_dealloc(Speedup *self)
 {
     PyObject_GC_UnTrack(self);
-    speedup_clear(self);
+    Py_DECREF(self->python);
     PyObject_GC_Del(self);
 }
 
@@ -1524,7 +1635,6 @@ static PyTypeObject SpeedupType = {
     .tp_new = speedup_new,
     .tp_dealloc = (destructor)speedup_dealloc,
     .tp_traverse = (traverseproc)speedup_traverse,
-    .tp_clear = (inquiry)speedup_clear,
     .tp_descr_get = speedup_bind,
     .tp_getattro = (getattrofunc)speedup_getattr,
     .tp_repr = (reprfunc)speedup_repr,
@@ -1564,6 +1674,9 @@ static PyObject *install(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignore
             return NULL;
         Py_XSETREF(*(PyObject **)USED[i].where, found);
     }
+    Py_XSETREF(HOST_ONLY, PySequence_Tuple(HOST_ONLY));
+    if (!HOST_ONLY)
+        return NULL;
     Py_XSETREF(InvalidStateError, attribute_of_module("", "asyncio", "InvalidStateError"));
     if (!InvalidStateError)
         return NULL;
@@ -1575,6 +1688,11 @@ static PyObject *install(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignore
     for (size_t i = 0; i < Py_ARRAY_LENGTH(SLOTS); i++)
         if (find_slot(SLOTS[i].where, *(PyObject **)SLOTS[i].type, SLOTS[i].name) < 0)
             return NULL;
+    PyObject *number = attribute_of_module("torchfut_aio.", "_loops._asyncio", "MANY");
+    many = number ? PyLong_AsSsize_t(number) : -1;
+    Py_XDECREF(number);
+    if (many < 0)
+        return NULL;
     for (size_t i = 0; i < Py_ARRAY_LENGTH(FAST); i++)
         if (!FAST[i].python)
             return PyErr_Format(PyExc_RuntimeError, "%s has no @speedup", FAST[i].name);

@@ -16,6 +16,8 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from .._extension import speedup
+
 if TYPE_CHECKING:
     from ._loop import Loop
 
@@ -33,6 +35,7 @@ class TimerFd(ctypes.c_int):
     file fails.
     """
 
+    @speedup
     def set(self, seconds: float) -> None:
         """Restart the timer, or stop it if ``seconds`` is infinite; it is not readable then."""
         nanoseconds = 0 if seconds == math.inf else max(int(seconds * 1e9), 1)

@@ -120,6 +120,7 @@ class AsyncioLoop(Loop):
         if not waiter.done():
             waiter.set_result(None)
 
+    @speedup
     def run_wake_up(self) -> None:
         # Unlike in Loop.run_wake_up(), this comes first, so that threads schedule another wake-up:
         # one of the tasks may run the loop within its step.

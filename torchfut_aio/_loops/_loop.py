@@ -22,6 +22,7 @@ from threading import get_ident
 from typing import Any, ClassVar, Protocol
 
 from .._cpython import running_loop
+from .._extension import speedup
 from ._alarm import Alarm, TimerFd
 from ._waker import Waiter
 
@@ -89,6 +90,7 @@ class Loop(ABC):
         if self.wake_up is None:
             self.schedule_wake_up()
 
+    @speedup
     def schedule_wake_up(self) -> None:
         """Schedule a call of `run_wake_up`. If this is interrupted, the next `wake` does it."""
         try:
