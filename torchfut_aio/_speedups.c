@@ -131,8 +131,8 @@ static const struct {
 /* Names of attributes. */
 #define NAMES(X)                                                                                 \
     X(_callbacks) X(_get_running_loop) X(_run) X(_take_back) X(append) X(appendleft) \
-    X(_start_burst_timer) X(_wake_up_lost) X(call_soon_threadsafe) X(cancel) X(is_closed)        \
-    X(run_wake_up)                                                                               \
+    X(_start_burst_timer) X(_wake_up_lost) X(call_soon) X(call_soon_threadsafe) X(cancel)      \
+    X(is_closed) X(run_wake_up)                                                                  \
     X(before_wait) X(checkpoint) X(close) X(create_future) X(end_read) X(error) X(get_debug)     \
     X(get_loop) X(leave_line) X(line_up) X(loop) X(popleft) X(read) X(readiness) X(ready)        \
     X(remove_done_callback) X(renew_wake_up) X(schedule_wake_up) X(set_result) X(throw) X(value) \
@@ -226,42 +226,55 @@ static int runs_in_this_thread(PyObject *loop)
     return ident == PyThread_get_thread_ident();
 }
 
-/* Loop.schedule_wake_up(self); of asyncio's kind, from another thread than the loop's */
-static PyObject *schedule_wake_up(PyObject *const *arguments)
+/* AsyncioLoop.call_soon(self, function), from another thread than the loop's */
+static PyObject *call_soon(PyObject *const *arguments)
 {
-    PyObject *loop = arguments[0], *event_loop, *result = NULL;
+    PyObject *loop = arguments[0], *event_loop, *call = NULL, *result = PYTHON;
     if (Py_TYPE(loop) != AsyncioLoop || runs_in_this_thread(loop))
         return PYTHON;
     if (!(event_loop = PyObject_CallNoArgs(SLOT(loop, loop_event_loop))))
         return NULL;
-    /* The loop gets the only reference to the method object. */
-    PyObject *method = PyObject_GetAttr(loop, s_run_wake_up), *call = NULL;
-    PyObject *lost = PyObject_GetAttr(loop, s__wake_up_lost);
-    PyObject *wake_up = method && lost ? PyWeakref_NewRef(method, lost) : NULL;
-    Py_XDECREF(lost);
-    if (wake_up && event_loop != Py_None) {
-        Py_XSETREF(SLOT(loop, loop_wake_up), wake_up);
-        call = PyObject_CallMethodOneArg(event_loop, s_call_soon_threadsafe, method);
-        int closed = call ? is_true(PyObject_CallMethodNoArgs(event_loop, s_is_closed)) : -1;
-        if (closed == 0)
-            result = Py_NewRef(Py_None);
-        else {
-            Py_XSETREF(SLOT(loop, loop_wake_up), Py_NewRef(Py_None));
-            if (closed == 1 && call_method(call, s_cancel, NULL) == 0)
-                result = PYTHON;
-            else if (!call && PyErr_ExceptionMatches(PyExc_RuntimeError)) {
-                PyErr_Clear(); /* it may be closed: Python tries again */
-                result = PYTHON;
-            }
-        }
-    } else if (wake_up) {
-        Py_DECREF(wake_up);
-        result = PYTHON; /* it was garbage-collected */
+    if (event_loop != Py_None)
+        call = PyObject_CallMethodOneArg(event_loop, s_call_soon_threadsafe, arguments[1]);
+    if (call) {
+        int closed = is_true(PyObject_CallMethodNoArgs(event_loop, s_is_closed));
+        if (closed < 0 || (closed && call_method(call, s_cancel, NULL) < 0))
+            result = NULL;
+        else
+            result = PyBool_FromLong(!closed);
+        Py_DECREF(call);
+    } else if (PyErr_Occurred()) {
+        if (PyErr_ExceptionMatches(PyExc_RuntimeError) &&
+            !PyErr_ExceptionMatches(PyExc_RecursionError))
+            PyErr_Clear(); /* Python finds the same, and whether the loop is closed */
+        else
+            result = NULL;
     }
-    Py_XDECREF(call);
-    Py_XDECREF(method);
     Py_DECREF(event_loop);
     return result;
+}
+
+/* Loop.schedule_wake_up(self) */
+static PyObject *schedule_wake_up(PyObject *const *arguments)
+{
+    PyObject *loop = arguments[0];
+    if (Py_TYPE(loop) != AsyncioLoop)
+        return PYTHON;
+    /* The loop gets the only reference to the method object. */
+    PyObject *method = PyObject_GetAttr(loop, s_run_wake_up);
+    PyObject *lost = PyObject_GetAttr(loop, s__wake_up_lost);
+    PyObject *wake_up = method && lost ? PyWeakref_NewRef(method, lost) : NULL;
+    int is_open = -1;
+    if (wake_up) {
+        Py_XSETREF(SLOT(loop, loop_wake_up), wake_up);
+        is_open = is_true(PyObject_CallMethodOneArg(loop, s_call_soon, method));
+        if (is_open != 1)
+            Py_XSETREF(SLOT(loop, loop_wake_up), Py_NewRef(Py_None));
+    }
+    Py_XDECREF(lost);
+    Py_XDECREF(method);
+    /* If the loop is closed, Python finds the same, and drops the queue. */
+    return is_open < 0 ? NULL : is_open ? Py_NewRef(Py_None) : PYTHON;
 }
 
 static int schedule(PyObject *loop)
@@ -286,7 +299,7 @@ static int wake(PyObject *waker, PyObject *waiter)
 
 /* ------------------------------------------------------------------------ completing a future */
 
-enum { TRY_COMPLETE, COMPLETE_ALL, OUTCOMES_OF_RESULTS, SET_RESULT, AWAIT, RESUME_TASKS, SCHEDULE_WAKE_UP,
+enum { TRY_COMPLETE, COMPLETE_ALL, OUTCOMES_OF_RESULTS, SET_RESULT, AWAIT, RESUME_TASKS, CALL_SOON, SCHEDULE_WAKE_UP,
        RUN_WAKE_UP, SET_TIMER, PUT, PUT_MANY, ANEXT };
 static PyObject *python_of(int which);
 
@@ -1512,6 +1525,7 @@ static struct {
     [SET_RESULT] = {"_future.Future.set_result", 2, set_result},
     [AWAIT] = {"_future.Future.__await__", 1, await},
     [RESUME_TASKS] = {"_loops._asyncio.AsyncioLoop._resume_tasks", 2, resume_tasks},
+    [CALL_SOON] = {"_loops._asyncio.AsyncioLoop.call_soon", 2, call_soon},
     [SCHEDULE_WAKE_UP] = {"_loops._loop.Loop.schedule_wake_up", 1, schedule_wake_up},
     [RUN_WAKE_UP] = {"_loops._asyncio.AsyncioLoop.run_wake_up", 1, run_wake_up},
     [SET_TIMER] = {"_loops._alarm.TimerFd.set", 2, set_timer},

@@ -72,6 +72,7 @@ class AsyncioLoop(Loop):
         self._at_once += len(waiters)
         super().wake_all(waiters)
 
+    @speedup
     def call_soon(self, function: Callable[[], object]) -> bool:
         event_loop = self.event_loop()
         if event_loop is None:
