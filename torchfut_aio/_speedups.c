@@ -52,7 +52,8 @@ static void PyErr_SetRaisedException(PyObject *error)
 static char python_is_needed;
 #define PYTHON ((PyObject *)&python_is_needed)
 
-static int in_use; /* 1 from `install` on, unless tests want the Python functions */
+static int is_installed; /* after `install`: what follows is there */
+static int in_use;       /* from then on, unless tests want the Python functions */
 
 /* ------------------------------------------------- what it uses of the package and of asyncio */
 
@@ -1710,7 +1711,7 @@ static PyObject *install(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignore
     for (size_t i = 0; i < Py_ARRAY_LENGTH(FAST); i++)
         if (!FAST[i].python)
             return PyErr_Format(PyExc_RuntimeError, "%s has no @speedup", FAST[i].name);
-    in_use = 1;
+    in_use = is_installed = 1;
     Py_RETURN_NONE;
 }
 
@@ -1719,7 +1720,7 @@ static PyObject *use(PyObject *Py_UNUSED(module), PyObject *flag)
     int before = in_use, now = PyObject_IsTrue(flag);
     if (now < 0)
         return NULL;
-    in_use = now;
+    in_use = now && is_installed;
     return PyBool_FromLong(before);
 }
 
