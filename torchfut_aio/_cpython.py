@@ -3,6 +3,8 @@
 Each name was checked on CPython 3.11.7, 3.12.1, 3.13.0, 3.14.8 and 3.15.0. Where one is missing or
 different, the package does without: on another interpreter or a newer one, on a loop with another
 class of futures, in a task that is not asyncio's. So the package sets no upper bound on Python.
+``_speedups.c`` uses three of the names in the same way: ``_callbacks`` of a future, ``_run`` of a
+handle, and ``_get_running_loop``.
 """
 
 from __future__ import annotations
