@@ -1642,6 +1642,7 @@ static PyMemberDef speedup_members[] = {
 static PyTypeObject SpeedupType = {
     PyVarObject_HEAD_INIT(NULL, 0)
     .tp_name = "torchfut_aio._speedups.Speedup",
+    .tp_doc = "A Python function whose common case runs in C.",
     .tp_basicsize = sizeof(Speedup),
     .tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_HAVE_VECTORCALL |
                 Py_TPFLAGS_METHOD_DESCRIPTOR,
