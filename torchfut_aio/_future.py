@@ -13,7 +13,6 @@ from . import _core, _loops
 from ._annotations import FutureAlias
 from ._arguments import callback_checked, devices_checked, exception_checked, timeout_checked
 from ._core import OUTCOME
-from ._devices import HOST_ONLY
 from ._errors import (
     WAIT_BLOCKS,
     AsyncioCancelledError,
@@ -112,13 +111,7 @@ class Future(torch.futures.Future[T]):
             >>> fut.wait()
             5
         """
-        if type(result) in HOST_ONLY and not self._devices:
-            # The common case, without a call: a thread that completes many futures is faster.
-            outcome = _core.Outcome()
-            outcome.value = result
-        else:
-            outcome = _core.outcome_of_value(result, self._devices)
-        if not _core.try_complete(self, outcome):
+        if not _core.try_complete_with_value(self, result):
             _core.refuse_second(self)
 
     def set_exception(self, result: BaseException) -> None:  # type: ignore[override]

@@ -781,7 +781,7 @@ in_python:
     return PyObject_CallNoArgs(current);
 }
 
-/* AsyncioLoop.waiter(); of another loop, its method. */
+/* Loop.waiter(), of an AsyncioLoop; of another loop, its method. */
 static PyObject *new_waiter(PyObject *loop)
 {
     if (Py_TYPE(loop) != AsyncioLoop)

@@ -19,7 +19,7 @@ from .. import _cpython
 from .._cpython import ResumeCallback, resume_callback, running_loop
 from .._extension import speedup
 from ._alarm import TimerFd
-from ._loop import BURST, AsyncFunction, Loop
+from ._loop import BURST, AsyncFunction, Loop, TaskWaiter
 from ._waker import Waiter
 
 # Completing a future releases the GIL for an instant, in C++. While a loop is awake and waits for
@@ -63,10 +63,7 @@ class AsyncioLoop(Loop):
         if get_ident() == self.thread and _polls_before_it_sleeps(waiter.get_loop()):
             self.resume(waiter)
         else:
-            # A copy of Loop.wake(): a call less for threads that complete many futures.
-            self.queue.append(waiter)
-            if self.wake_up is None:
-                self.schedule_wake_up()
+            super().wake(waiter)
 
     def wake_all(self, waiters: list[asyncio.Future[None]], /) -> None:
         self._at_once += len(waiters)
@@ -102,15 +99,6 @@ class AsyncioLoop(Loop):
         return Waiter(kind="task", name=task.get_name(), where=_cpython.place_of(task.get_coro()))
 
     # ------------------------------------------------------ in the loop's own thread
-
-    def waiter(self) -> asyncio.Future[None]:
-        # A copy of Loop.waiter(), with a call less.
-        if self.before_wait is not None:
-            self.before_wait()
-        if self.wake_up is not None:
-            self.renew_wake_up()
-        # It is not garbage-collected, as it runs the caller.
-        return self.event_loop().create_future()  # type: ignore[union-attr]
 
     def new_waiter(self) -> asyncio.Future[None]:
         return self._running().create_future()
@@ -179,7 +167,7 @@ class AsyncioLoop(Loop):
             self._burst_timer.set(min(found * PAUSE_FOR_EACH, LONGEST_PAUSE))
             self.wake_up = BURST
 
-    def pause_in_burst(self, found: int) -> asyncio.Future[None] | None:
+    def pause_in_burst(self, found: int) -> TaskWaiter | None:
         if found < MANY:
             return None
         waiter = self.waiter()
