@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import sys
 
 from docutils import nodes
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
+from sphinx.errors import PycodeError
+from sphinx.pycode import ModuleAnalyzer
 from sphinx.transforms.post_transforms import SphinxPostTransform
 
 import torchfut_aio
@@ -17,7 +21,13 @@ author = "the authors of torchfut-aio"
 copyright = author  # noqa: A001  Sphinx calls it that
 version = release = importlib.metadata.version("torchfut-aio")
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+]
 exclude_patterns = ["_results"]
 nitpicky = True
 # Types that the signatures name and this site does not describe.
@@ -79,6 +89,22 @@ class LinkPublicNames(SphinxPostTransform):
             link += literal
 
 
+def defining_module(_: Sphinx, module: str, name: str) -> str | None:
+    """Return the module whose source defines a public name, for the links to the source.
+
+    The `__module__` of a public object is the module that users import it from.
+    """
+    first = name.partition(".")[0]
+    thing = getattr(sys.modules[module], first, None)
+    for private in [name for name in sys.modules if name.startswith("torchfut_aio.")]:
+        if getattr(sys.modules[private], first, None) is thing:
+            with contextlib.suppress(PycodeError):  # a module in C
+                if name in ModuleAnalyzer.for_module(private).find_tags():
+                    return private
+    return None
+
+
 def setup(app: Sphinx) -> None:
-    """Register the transform."""
+    """Register the transform and the search for sources."""
     app.add_post_transform(LinkPublicNames)
+    app.connect("viewcode-follow-imported", defining_module)

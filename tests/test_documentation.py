@@ -213,6 +213,14 @@ def test_readme_links_exist():
     assert [link for link in here if not (ROOT / link).exists()] == []
 
 
+def test_examples_page_links_every_example():
+    page = (ROOT / "docs" / "examples.md").read_text()
+    linked = re.findall(r"<\.\./examples/(.*?)>", page)
+    assert sorted(set(linked)) == sorted(
+        p.name for p in (ROOT / "examples").iterdir() if p.is_file()
+    )
+
+
 def test_every_public_name_is_in_the_reference():
     pages = (ROOT / "docs" / "reference").glob("*.md")
     text = "\n".join(page.read_text() for page in pages)
