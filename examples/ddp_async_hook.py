@@ -1,6 +1,6 @@
 """DDP with an async function as communication hook, compared with plain DDP.
 
-    pip install 'torchfut-aio[examples]'
+    pip install '.[examples]'    # in a checkout
     torchrun --standalone --nproc-per-node 2 examples/ddp_async_hook.py
 
 This example trains the same small classifier of handwritten digits on gloo five times: with
@@ -25,7 +25,7 @@ from torchfut_aio.distributed import async_comm_hook, shutdown
 try:
     from sklearn.datasets import load_digits  # type: ignore[import-untyped]
 except ModuleNotFoundError:
-    sys.exit("This example needs scikit-learn: pip install 'torchfut-aio[examples]'")
+    sys.exit("This example needs scikit-learn: pip install '.[examples]'")
 
 STEPS = 40
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 try:
     from sklearn.datasets import load_digits  # type: ignore[import-untyped]
 except ModuleNotFoundError as error:
-    sys.exit(f"{error}: pip install 'torchfut-aio[examples]'")
+    sys.exit(f"{error}: pip install '.[examples]'")
 
 
 def images_and_labels() -> tuple[Tensor, Tensor]:

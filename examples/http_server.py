@@ -1,6 +1,6 @@
 """An HTTP server: digits in batches, and texts token by token, as server-sent events.
 
-    pip install 'torchfut-aio[examples]'
+    pip install '.[examples]'    # in a checkout
     python examples/http_server.py [port]
 
     curl -d "[$(yes 8 | head -64 | paste -sd,)]" http://127.0.0.1:8000/digit

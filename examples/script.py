@@ -1,6 +1,6 @@
 """Futures in a script without an event loop, between worker threads and an async library.
 
-    pip install torchfut-aio
+    pip install .    # in a checkout
     python examples/script.py
 
 This example measures a data set that is stored in files, one of which is broken. An async

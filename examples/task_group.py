@@ -1,6 +1,6 @@
 """Fan-out and fan-in under a deadline, in task groups, on three event loops.
 
-    pip install 'torchfut-aio[uvloop,trio]'
+    pip install '.[uvloop,trio]'    # in a checkout
     python examples/task_group.py [asyncio|uvloop|trio] [seconds]
 
 Documents are stored in shards. Each shard has a worker thread, which scores its documents and

@@ -1,5 +1,6 @@
 """List and record the waits of a small server, for Perfetto.
 
+    pip install .    # in a checkout
     python examples/tracing.py [trace.json]
 
 Six requests use a batcher, whose function takes 20 ms per batch. Another request waits for a
