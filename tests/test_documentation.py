@@ -116,6 +116,8 @@ def test_documentation_programs_print_the_stated_output(block, loop):
         pytest.skip("this build of PyTorch has no TensorPipe, so RPC cannot be started")
     if "opentelemetry" in block.code:
         pytest.importorskip("opentelemetry.sdk.trace", reason="install the extra `test` to trace")
+    if "starlette" in block.code:
+        pytest.importorskip("starlette", reason="install the extra `server` to test servers")
     done = documentation.run(block.code.replace(RUN["asyncio"], RUN[loop]))
     if "float16" in block.code and "Invalid scalar type" in done.stderr:
         pytest.skip("this build of PyTorch has a gloo that reduces no float16")
