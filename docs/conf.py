@@ -1,4 +1,4 @@
-"""Configuration of Sphinx. To build: ``sphinx-build -W -n docs build/docs``."""
+"""Configuration of Sphinx. To build: ``scripts/docs``."""
 
 from __future__ import annotations
 

@@ -215,6 +215,16 @@ def test_readme_links_exist():
     assert [link for link in here if not (ROOT / link).exists()] == []
 
 
+def test_each_searched_word_leads_to_one_page_first():
+    # The search of the site puts a main entry of the index before titles and texts.
+    text = "\n".join(page.read_text() for page in documentation.PAGES)
+    entries = ",".join(re.findall(r"^```\{index\} (.*)$", text, flags=re.MULTILINE))
+    words = re.findall(r"! ([^,]+)", entries)
+    assert len({word.lower() for word in words}) == len(words)
+    assert set(words) >= {"503", "504", "metrics", "Prometheus", "OpenTelemetry", "SSE"}
+    assert set(words) >= {"websocket", "micro-batching", "hang", "pytest"}
+
+
 def test_examples_page_links_every_example():
     page = (ROOT / "docs" / "examples.md").read_text()
     linked = re.findall(r"<\.\./examples/(.*?)>", page)
