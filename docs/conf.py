@@ -14,6 +14,7 @@ from sphinx.pycode import ModuleAnalyzer
 from sphinx.transforms.post_transforms import SphinxPostTransform
 
 import torchfut_aio
+import torchfut_aio.debug
 import torchfut_aio.distributed
 
 project = "torchfut-aio"
@@ -62,7 +63,7 @@ linkcheck_timeout = 20
 linkcheck_retries = 2
 
 PUBLIC = {}
-for module in (torchfut_aio, torchfut_aio.distributed):
+for module in (torchfut_aio, torchfut_aio.debug, torchfut_aio.distributed):
     for public in module.__all__:
         PUBLIC[public] = f"{module.__name__}.{public}"
 
@@ -77,7 +78,8 @@ class LinkPublicNames(SphinxPostTransform):
         if self.env.docname.startswith("reference/") and self.env.docname != "reference/index":
             return  # links would lead to where they are
         for literal in [*self.document.findall(nodes.literal)]:
-            parts = literal.astext().removesuffix("()").split(".")
+            text = literal.astext().removeprefix("debug.")
+            parts = text.removesuffix("()").split(".")
             inside_link = isinstance(literal.parent, (nodes.reference, pending_xref))
             if inside_link or parts[0] not in PUBLIC or not all(map(str.isidentifier, parts)):
                 continue
