@@ -1,4 +1,4 @@
-"""Where figures are kept, and of which machine and which commit they are."""
+"""Where figures are saved, and which machine and commit they are of."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ RESULTS = Path(__file__).parents[1] / "docs" / "_results"
 
 
 def machine() -> str:
-    """Describe where this runs."""
+    """Describe the processor and the system."""
     cpus = Path("/proc/cpuinfo")
     lines = cpus.read_text().splitlines() if cpus.exists() else []
     models = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
@@ -21,15 +21,11 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """Return the commit of this checkout, marked if something but results has been changed."""
+    """Return the commit of this checkout, marked if anything but results has changed."""
+    git = ["git", "-C", str(RESULTS.parent)]
     status = ["status", "--porcelain", "--", ":/", f":(exclude){RESULTS}"]
     try:
-        head, changed = (
-            subprocess.check_output(
-                ["git", "-C", str(RESULTS.parent), *arguments], text=True, stderr=subprocess.DEVNULL
-            ).strip()
-            for arguments in (["rev-parse", "--short=12", "HEAD"], status)
-        )
+        head = subprocess.check_output([*git, "rev-parse", "--short=12", "HEAD"], text=True)
+        return head.strip() + "-dirty" * bool(subprocess.check_output([*git, *status]))
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return head + ("-dirty" if changed else "")

@@ -1,4 +1,4 @@
-"""Waves: as many tasks, each of which awaits a future that another thread completes."""
+"""Waves: many tasks, each of which awaits a future that another thread completes."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Act = Callable[[list[Any], Callable[[], object]], object]
 
 
 async def wave(
-    loop: str, way: Way, count: int, act: Act, note: Callable[[Any], object]
+    loop: str, way: Way, count: int, act: Act, note: Callable[[Any], object] = id
 ) -> tuple[float, float]:
     """Start tasks that await a future each, and end them by ``act(futures, cancel)``.
 
-    ``note`` is called with what each got. Returns seconds until all wait, and from then until the
+    ``note`` is called with each value. Return the seconds until all wait, and from then until the
     last has ended.
     """
     waiting = ended = 0
@@ -58,10 +58,7 @@ async def wave(
 
 @asynccontextmanager
 async def native_tasks(loop: str) -> AsyncIterator[tuple[Callable[..., object], Callable[[], Any]]]:
-    """Yield what starts a task and what cancels all, and wait for them in the end.
-
-    A task group would do more for each task that ends, while the clock runs.
-    """
+    """Yield functions that start a task and cancel all; a TaskGroup would do more for each."""
     if loop == "trio":
         async with trio.open_nursery() as nursery:
             yield nursery.start_soon, nursery.cancel_scope.cancel
@@ -78,21 +75,22 @@ async def native_tasks(loop: str) -> AsyncIterator[tuple[Callable[..., object], 
 
 @contextmanager
 def producers(way: Way, threads: int = 1, pause: float = 0.0) -> Iterator[Act]:
-    """Yield an act that hands futures to threads, which complete them, a share each, in one go.
+    """Yield an act that hands futures to threads, which complete a share each, in one go.
 
-    The value is the time at which the thread began, ``pause`` seconds after it was asked to.
+    The value is the time at which the thread began, ``pause`` seconds after it got them.
     """
-    queues: list[SimpleQueue[list[Any] | None]] = [SimpleQueue() for _ in range(threads)]
+    queues: list[SimpleQueue[list[Any]]] = [SimpleQueue() for _ in range(threads)]
 
-    def produce(queue: SimpleQueue[list[Any] | None]) -> None:
-        while (futures := queue.get()) is not None:
+    def produce(queue: SimpleQueue[list[Any]]) -> None:
+        while futures := queue.get():
             time.sleep(pause)
             way.complete(futures, [perf_counter()] * len(futures))
-            futures = None  # nobody pays for freeing them while the clock runs again
+            del futures  # or they would be freed while the clock runs again
 
     def hand_out(futures: list[Any], _cancel: object = None) -> None:
         for n, queue in enumerate(queues):
-            queue.put(futures[n::threads])
+            if share := futures[n::threads]:
+                queue.put(share)
 
     for queue in queues:
         Thread(target=produce, args=(queue,)).start()
@@ -100,4 +98,4 @@ def producers(way: Way, threads: int = 1, pause: float = 0.0) -> Iterator[Act]:
         yield hand_out
     finally:
         for queue in queues:
-            queue.put(None)
+            queue.put([])

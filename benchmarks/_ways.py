@@ -1,9 +1,9 @@
-"""Ways of awaiting what another thread completes: ours, and what is written today.
+"""Ways to await what another thread completes: those of this package, and those by hand.
 
-`Way.complete` is called in another thread, with all the futures that it completes in one go, and
-with their values. What a loop itself has for this is a bare future: ``loop.create_future()``, on
-trio an Event and a value, which has no torch object. The floor is the least that can be done for
-one future at a time: a deque, and one wake-up of the loop for many.
+`Way.complete` is called in another thread, with all futures to complete in one go, and their
+values. A bare future is what the loop itself has: ``loop.create_future()``, or on trio an Event
+and a value. The floor is the least that can complete one future at a time: a deque, and one wake-up
+of the loop for many.
 """
 
 from __future__ import annotations
@@ -28,21 +28,9 @@ WAYS = (SET_RESULT, SET_RESULTS, BARE, BARE_BATCH, BRIDGE, WRAP, THREAD, FLOOR_O
 
 
 class Way(NamedTuple):
-    """How a future is made and awaited, and how many are completed."""
-
     new: Callable[[], Any]
     wait: Callable[[Any], Awaitable[Any]]
     complete: Callable[[Sequence[Any], Sequence[Any]], object]
-
-
-class Native(NamedTuple):
-    """A bare future of a loop: how it is made, awaited and set, and how the loop is woken."""
-
-    new: Callable[[], Any]
-    wait: Callable[[Any], Awaitable[Any]]
-    set: Callable[[Any, Any], None]
-    wake: Callable[..., object]
-    run_in_thread: Callable[[Callable[[], Any]], Awaitable[Any]]
 
 
 class Arrival:
@@ -54,19 +42,22 @@ class Arrival:
         self.event = trio.Event()
 
     def set(self, value: Any) -> None:
-        """Give the value to the task that waits."""
         self.value = value
         self.event.set()
 
     async def wait(self) -> Any:
-        """Return the value."""
         await self.event.wait()
         return self.value
 
 
-def set_unless_done(fut: asyncio.Future[Any], value: Any) -> None:
-    if not fut.done():
-        fut.set_result(value)
+class Native(NamedTuple):
+    """What a loop has: how to make, await and set a bare future, to wake it, to use a thread."""
+
+    new: Callable[[], Any]
+    wait: Callable[[Any], Awaitable[Any]]
+    set: Callable[[Any, Any], None]
+    wake: Callable[..., object]
+    run_in_thread: Callable[[Callable[[], Any]], Awaitable[Any]]
 
 
 def native(loop_name: str) -> Native:
@@ -80,6 +71,11 @@ def native(loop_name: str) -> Native:
 
 def itself(fut: Any) -> Any:
     return fut
+
+
+def set_unless_done(fut: asyncio.Future[Any], value: Any) -> None:
+    if not fut.done():
+        fut.set_result(value)
 
 
 def each(complete: Callable[[Any, Any], object]) -> Callable[[Sequence[Any], Sequence[Any]], None]:
@@ -110,17 +106,16 @@ def through_deque(of: Native) -> Callable[[Any, Any], None]:
     return complete
 
 
-def bridged(of: Native, fut: torch.futures.Future[Any]) -> Awaitable[Any]:
-    waiter = of.new()
-    fut.add_done_callback(lambda fut: of.wake(of.set, waiter, fut.value()))
-    return of.wait(waiter)
-
-
 def way(loop: str, name: str) -> Way:
     """Return a way, for the loop that runs in this thread."""
     of = native(loop)
     ours, torchs, plain = torchfut_aio.Future, torch.futures.Future, concurrent.futures.Future
     from_deque = through_deque(of)
+
+    def bridged(fut: torch.futures.Future[Any]) -> Awaitable[Any]:
+        waiter = of.new()
+        fut.add_done_callback(lambda fut: of.wake(of.set, waiter, fut.value()))
+        return of.wait(waiter)
 
     def complete_both(pair: tuple[Any, torch._C.Future], value: Any) -> None:
         from_deque(pair[0], value)
@@ -131,7 +126,7 @@ def way(loop: str, name: str) -> Way:
         SET_RESULTS: Way(ours, itself, torchfut_aio.set_results),
         BARE: Way(of.new, of.wait, each(partial(of.wake, of.set))),
         BARE_BATCH: Way(of.new, of.wait, partial(of.wake, each(of.set))),
-        BRIDGE: Way(torchs, partial(bridged, of), each(torchs.set_result)),
+        BRIDGE: Way(torchs, bridged, each(torchs.set_result)),
         WRAP: Way(plain, asyncio.wrap_future, each(plain.set_result)),
         THREAD: Way(torchs, lambda fut: of.run_in_thread(fut.wait), each(torchs.set_result)),
         FLOOR: Way(of.new, of.wait, each(from_deque)),
@@ -144,5 +139,5 @@ def way(loop: str, name: str) -> Way:
 
 
 def ways(loop: str) -> list[str]:
-    """Return the names of the ways that there are on a loop."""
+    """Return the names of the ways that a loop has."""
     return [name for name in WAYS if loop != "trio" or name != WRAP]

@@ -1,26 +1,26 @@
-"""How fast tasks resume that await futures which other threads complete.
+"""How fast tasks resume that await futures which another thread completes.
 
-A batch of tasks waits, each for a future of its own. A thread waits a moment, so that the loop is
-asleep. Then it looks at the clock, and completes all futures in one go, one by one or at once,
-with the time. Each task looks at the clock on its next line. What counts is, by the size of the
-batch, the time until the last of them, which makes so many a second; and the percentiles of all.
-The threads in fut.wait() are those of the loop's default pool, of a few on asyncio, 40 on trio.
+A batch of tasks waits, each for its own future. A thread waits a moment, so that the loop falls
+asleep, reads the clock, and completes all futures with that time, one by one or at once. Each task
+reads the clock on its next line. The time until the last of them gives the throughput; all of them
+give the percentiles. The threads in fut.wait() are those of the loop's default pool: few on
+asyncio, 40 on trio.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from statistics import quantiles
 from time import perf_counter
 
 import anyio
 
-from ._bench import Case, Figures, run
+from ._bench import Case, Figures, percentiles, run
 from ._waves import producers, wave
 from ._ways import way, ways
 
-ROUNDS, DRAWN, BY = 15, "1 thread|p50", "futures"
+ROUNDS, BY = 15, "futures completed at once"
+PLOTS = {"awaits": "1 thread", "awaits-latency": "p50"}
 PAUSE = 0.0001  # seconds; longer than any of the loops takes to fall asleep
 WARM_UP = 5  # batches that do not count
 
@@ -45,9 +45,7 @@ async def awaits(loop: str, name: str, batch: int, threads: int, batches: int) -
     by = f"on {loop}, {threads} thread{'s' * (threads > 1)}"
     figures = {f"Thousands of futures awaited a second {by}": len(latencies) / seconds / 1e3}
     if threads == 1:
-        at = quantiles(latencies, n=100, method="inclusive")
-        until = f"Microseconds until the next line on {loop}"
-        figures |= {f"{until}, p50": at[49] * 1e6, f"{until}, p99": at[98] * 1e6}
+        figures |= percentiles(f"Microseconds until the next line on {loop}, {{}}", latencies, 1e-6)
     return {(title, batch): figure for title, figure in figures.items()}
 
 

@@ -1,13 +1,12 @@
-"""Counts what the hot paths cost, which no noise of a machine disturbs, against what they may.
+"""Count what the hot paths cost, independent of the machine's noise, and compare it with limits.
 
     python -m benchmarks.costs [--write]
 
 For each path: the bytecode instructions, per future, that are executed in the package, without its
 C extension, and in what it calls; and the bytes that a pending await holds, as Python's allocator
-counts them. CI compares them with those in costs.json, where a tenth more is a failure. Counts
-depend on the version of Python: for one that has none there, those of the nearest are taken, with
-half as much again as room. ``--write`` puts the counts of this version there. What runs in C is
-counted by ``benchmarks.instructions``.
+counts them. CI compares them with costs.json, where a tenth more is a failure. Counts depend on the
+version of Python: a version without counts is compared with the nearest, and may have half as much
+again. ``--write`` saves the counts of this version. `benchmarks.instructions` counts C.
 """
 
 from __future__ import annotations
@@ -41,12 +40,6 @@ ROOM, ROOM_FOR_OTHER_VERSIONS, FEW = 1.1, 1.5, 2
 Futures = list[Future[int]]
 Complete = Callable[[Futures], None]
 
-# -------------------------------------------------------------------------------- the paths
-
-
-def nothing(_: object) -> None:
-    pass
-
 
 def complete_here(futures: Futures) -> None:
     for fut in futures:
@@ -58,6 +51,7 @@ async def value_of(awaitable: Any) -> Any:
 
 
 async def waiting(awaitables: list[Any]) -> list[asyncio.Task[Any]]:
+    """Return tasks that wait for each."""
     tasks = [asyncio.ensure_future(value_of(each)) for each in awaitables]
     await asyncio.sleep(0)
     return tasks
@@ -95,6 +89,10 @@ async def take_all(futures: Futures) -> None:
         fut.value()
 
 
+def nothing(_: object) -> None:
+    pass
+
+
 # Each is called with futures, pending or done, and with what completes them in another thread.
 PATHS: dict[str, Callable[[Futures, Complete], Any]] = {
     "create": lambda _, __: [Future() for _ in range(COUNT)],
@@ -118,10 +116,8 @@ PATHS: dict[str, Callable[[Futures, Complete], Any]] = {
     "await, set by another thread, on trio": awaited_on_trio,
 }
 
-# --------------------------------------------------------------------------------- counting
 
-
-async def instructions(name: str) -> float:
+async def bytecode(name: str) -> float:
     """Count in this thread, and in the other one while this one stands still: no races."""
     count = 0
 
@@ -142,7 +138,7 @@ async def instructions(name: str) -> float:
         thread.start()
         thread.join()
 
-    for _ in range(2):  # what is done once, such as an import, is not of interest
+    for _ in range(2):  # the first time, imports count
         count, futures = 0, [Future[int]() for _ in range(COUNT)]
         if name.endswith("when done"):
             complete_here(futures)
@@ -167,36 +163,44 @@ async def bytes_of_pending() -> float:
     return (after - before) / MANY
 
 
-# ------------------------------------------------------------------------------- comparing
+def check(key: str, costs: dict[str, float], digits: int, few: float = 0) -> int:
+    """Compare costs with those in costs.json; return 1 if one has grown."""
+    committed = json.loads(COMMITTED.read_text())
+    if "--write" in sys.argv[1:]:
+        committed[key] = {name: round(cost, digits) for name, cost in costs.items()}
+        COMMITTED.write_text(json.dumps(committed, indent=2) + "\n")
+    versions = [other for other in committed if other.startswith("3.")]
+    nearest = min(versions, key=lambda other: abs(int(other[2:]) - sys.version_info.minor))
+    limits, room = (
+        (committed[key], ROOM)
+        if key in committed
+        else (committed[nearest], ROOM_FOR_OTHER_VERSIONS)
+    )
+    grown = []
+    for name, cost in costs.items():
+        allowed = max(limits[name] * room, limits[name] + few)
+        print(f"  {name:38}{cost:>10.{digits}f}, allowed{allowed:>10.{digits}f}")
+        grown += [name] * (cost > allowed)
+    if grown:
+        print(
+            f"\nGrown: {'; '.join(grown)}. If a change needs that, say why in its commit, and save "
+            "the new costs: --write",
+            file=sys.stderr,
+        )
+    return 1 if grown else 0
 
 
 def main() -> int:
     use_extension(False)
     gc.disable()  # or finalisers would count where they happen to run
     costs: dict[str, float] = {
-        name: anyio.run(instructions, name, backend="trio" if "trio" in name else "asyncio")
+        name: anyio.run(bytecode, name, backend="trio" if "trio" in name else "asyncio")
         for name in PATHS
     }
     costs["bytes of a pending await"] = anyio.run(bytes_of_pending)
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    committed = json.loads(COMMITTED.read_text())
-    if "--write" in sys.argv[1:]:
-        committed[version] = {name: round(cost, 1) for name, cost in costs.items()}
-        COMMITTED.write_text(json.dumps(committed, indent=2) + "\n")
-    versions = [key for key in committed if key.startswith("3.")]
-    nearest = min(versions, key=lambda other: abs(int(other[2:]) - sys.version_info.minor))
-    room = ROOM if nearest == version else ROOM_FOR_OTHER_VERSIONS
-    allowed = {name: max(cost * room, cost + FEW) for name, cost in committed[nearest].items()}
-    print(f"bytecode instructions per future, Python {version}; allowed from those of {nearest}")
-    for name, cost in costs.items():
-        print(f"  {name:38}{cost:>10.1f}, allowed{allowed[name]:>10.1f}")
-    if grown := [name for name, cost in costs.items() if cost > allowed[name]]:
-        print(
-            f"\nGrown: {'; '.join(grown)}. If that is what it takes, say why in the commit, and "
-            "have the new counts committed: python -m benchmarks.costs --write",
-            file=sys.stderr,
-        )
-    return 1 if grown else 0
+    print(f"bytecode instructions per future, Python {version}")
+    return check(version, costs, digits=1, few=FEW)
 
 
 if __name__ == "__main__":

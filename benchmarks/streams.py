@@ -1,9 +1,7 @@
-"""What a value costs that goes from a thread to a task through one of many streams.
+"""What a token costs on its way from a thread to a task, through one of many streams.
 
-A thread generates tokens for 100 streams: for each one token, or ten at once, then it rests a
-millisecond. A task a stream reads them. What counts is the CPU time of the process, by tokens.
-The peers are what is written today: an asyncio.Queue, fed by a ``call_soon_threadsafe`` for each
-token or for ten at once, and the queues of janus and culsans.
+A thread puts tokens into 100 streams: into each one token, or ten at once, then it rests for a
+millisecond. A task for each stream reads them. The figure is the CPU time of the process, by token.
 """
 
 from __future__ import annotations
@@ -22,7 +20,8 @@ from torchfut_aio import ValueStream
 
 from ._bench import Case, Figures, run
 
-ROUNDS, DRAWN, BY = 15, "", "streams"
+ROUNDS, BY = 15, ""
+PLOTS = {"streams": "CPU"}
 STREAMS = 100
 TOKENS = 100  # of a stream
 REST = 1e-3  # seconds
@@ -37,7 +36,7 @@ def put_in_thread(queue: Any, tokens: list[int], _: object) -> None:
     put_each(queue.sync_q.put_nowait, tokens)
 
 
-# By name, what makes a stream, and what feeds it tokens, which gets ``call_soon_threadsafe``, too.
+# How to make a stream, and to put tokens into it, also with the loop's ``call_soon_threadsafe``.
 PEERS: dict[str, tuple[Callable[[], Any], Callable[[Any, list[int], Any], object]]] = {
     "put": (ValueStream, lambda stream, tokens, _: put_each(stream.put, tokens)),
     "put_many": (ValueStream, lambda stream, tokens, _: stream.put_many(tokens)),
