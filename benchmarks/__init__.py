@@ -1,4 +1,4 @@
 """Benchmarks: ``python -m benchmarks`` runs those of the performance page.
 
-``benchmarks.costs`` and ``benchmarks.instructions`` compare counts with their limits.
+``python -m benchmarks.costs`` compares counts with their limits.
 """

@@ -120,7 +120,7 @@ def draw(path: Path, figures: pd.DataFrame, by: str) -> None:
                 line = medians[peer].loc[rows["column"].unique()]
                 ends = (line, line.index) if named else (line.index, line)
                 axis.plot(*ends, style + ("" if named else "-"), label=peer)
-        axis.set_title(textwrap.fill(title, 40 if named else 60), fontsize=10)
+        axis.set_title(textwrap.fill(title, 42 if named else 60), fontsize=10)
         if named:
             axis.margins(y=0.5 / len(medians))
             axis.set(xscale="log")

@@ -2,11 +2,14 @@
 
     python -m benchmarks.costs [--write]
 
-For each path: the bytecode instructions, per future, that are executed in the package, without its
-C extension, and in what it calls; and the bytes that a pending await holds, as Python's allocator
-counts them. CI compares them with costs.json, where a tenth more is a failure. Counts depend on the
-version of Python: a version without counts is compared with the nearest, and may have half as much
-again. ``--write`` saves the counts of this version. `benchmarks.instructions` counts C.
+For each path in Python: the bytecode instructions, per future, that are executed in the package and
+in what it calls; and the bytes that a pending await holds, as Python's allocator counts them. A
+version of Python without counts is compared with the nearest, and may have half as much again.
+
+For each path in C: the machine instructions that callgrind counts, relative to those in Python, as
+the counts depend on the compiler and the processor. They need valgrind and the C extension.
+
+CI compares them with costs.json, where a tenth more is a failure. ``--write`` saves the counts.
 """
 
 from __future__ import annotations
@@ -14,10 +17,15 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import os
+import re
+import shutil
+import subprocess
 import sys
+import tempfile
 import threading
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from inspect import isawaitable
 from pathlib import Path
 from types import FrameType
@@ -28,13 +36,15 @@ import trio
 import trio.testing
 
 import torchfut_aio
-from torchfut_aio import Future, as_completed, collect_all, gather
+from torchfut_aio import Future, ValueStream, as_completed, collect_all, debug, gather, set_results
 from torchfut_aio._extension import use_extension
 
 COMMITTED = Path(__file__).with_suffix(".json")
 PACKAGE = str(Path(torchfut_aio.__file__).parent)
 COUNT = 10  # futures: fewer than a burst, in which the clock decides how often a loop looks
 MANY = 1_000
+IN_C = "machine instructions in C, relative to Python"
+VALGRIND = ["valgrind", "-q", "--tool=callgrind", "--instr-atstart=no"]
 ROOM, ROOM_FOR_OTHER_VERSIONS, FEW = 1.1, 1.5, 2
 
 Futures = list[Future[int]]
@@ -163,6 +173,76 @@ async def bytes_of_pending() -> float:
     return (after - before) / MANY
 
 
+async def put_and_read(futures: Futures) -> None:
+    stream = ValueStream[int]()
+
+    def put() -> None:
+        with stream:
+            for _ in futures:
+                stream.put(1)
+
+    with stream.listen() as values:
+        async with asyncio.TaskGroup() as tg:
+            tg.create_task(asyncio.to_thread(put))
+            async for _ in values:
+                pass
+
+
+# Each is called with pending futures. With the last two, a task waits for each.
+PATHS_IN_C: dict[str, Callable[[Futures], Awaitable[Any]]] = {
+    "nothing": lambda _: asyncio.sleep(0, None),  # subtracted from the others
+    "set": lambda futures: asyncio.sleep(0, complete_here(futures)),
+    "begin to wait": waiting,
+    "put into a stream, read": put_and_read,
+    "set by another thread, resume": lambda futures: asyncio.to_thread(complete_here, futures),
+    "set_results, resume": lambda futures: asyncio.to_thread(set_results, futures, [1] * MANY),
+}
+
+
+def control(argument: str) -> None:
+    command = ["callgrind_control", argument, str(os.getpid())]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+async def dump(in_c: bool, name: str) -> None:
+    futures: Futures = [Future() for _ in range(MANY)]
+    tasks = await waiting(futures) if name.endswith("resume") else []
+    control("--zero")
+    await PATHS_IN_C[name](futures)
+    control(f"--dump={in_c} {name}")
+    complete_here([fut for fut in futures if not fut.done()])
+    await asyncio.gather(*tasks)
+
+
+def count_within_callgrind() -> None:
+    """Run each path on each implementation, and write a dump after it."""
+    gc.disable()
+    control("--instr=on")
+    for in_c in (False, True):
+        use_extension(in_c)
+        for name in [
+            *PATHS_IN_C,
+            *PATHS_IN_C,
+        ]:  # the second dump replaces the first, which had imports
+            asyncio.run(dump(in_c, name))
+
+
+def instructions() -> dict[tuple[bool, str], float]:
+    """Return the instructions per future of each path, in Python and in C, less that of nothing."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        within = [sys.executable, "-m", "benchmarks.costs", "--within"]
+        command = [*VALGRIND, f"--callgrind-out-file={folder}/out", *within]
+        subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+        for dump in sorted(Path(folder).iterdir(), key=lambda path: path.stat().st_mtime_ns):
+            text = dump.read_text()
+            trigger = re.search(r"^desc: Trigger: dump (\w+) (.*)$", text, flags=re.M)
+            total = re.search(r"^totals: (\d+)$", text, flags=re.M)
+            if trigger and total:
+                found[trigger[1] == "True", trigger[2]] = int(total[1]) / MANY
+    return {(in_c, name): n - found[in_c, "nothing"] for (in_c, name), n in found.items()}
+
+
 def check(key: str, costs: dict[str, float], digits: int, few: float = 0) -> int:
     """Compare costs with those in costs.json; return 1 if one has grown."""
     committed = json.loads(COMMITTED.read_text())
@@ -191,6 +271,12 @@ def check(key: str, costs: dict[str, float], digits: int, few: float = 0) -> int
 
 
 def main() -> int:
+    if "--within" in sys.argv[1:]:
+        count_within_callgrind()
+        return 0
+    found = {}
+    if shutil.which("callgrind_control") and debug.uses_extension():
+        found = instructions()
     use_extension(False)
     gc.disable()  # or finalisers would count where they happen to run
     costs: dict[str, float] = {
@@ -200,7 +286,14 @@ def main() -> int:
     costs["bytes of a pending await"] = anyio.run(bytes_of_pending)
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     print(f"bytecode instructions per future, Python {version}")
-    return check(version, costs, digits=1, few=FEW)
+    status = check(version, costs, digits=1, few=FEW)
+    if not found:
+        print("no machine instructions are counted: valgrind or the C extension is missing")
+        return status
+    names = [name for name in PATHS_IN_C if name != "nothing"]
+    ratios = {name: found[True, name] / found[False, name] for name in names}
+    print(IN_C)
+    return check(IN_C, ratios, digits=3) or status
 
 
 if __name__ == "__main__":
