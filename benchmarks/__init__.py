@@ -1,4 +1,1 @@
-"""Benchmarks: ``python -m benchmarks`` runs those of the performance page.
-
-``python -m benchmarks.costs`` compares counts with their limits.
-"""
+"""Benchmarks: ``python -m benchmarks`` runs those of the performance page."""
