@@ -24,6 +24,8 @@ from torchfut_aio import Future, StreamClosedError, ValueStream, _core, _extensi
 from torchfut_aio import set_results as set_many
 from torchfut_aio._loops._asyncio import AsyncioLoop
 from torchfut_aio._loops._loop import current
+from torchfut_aio._waiters import Waiters
+from torchfut_aio.serving._stream import state_of
 
 from . import forks
 from .explorer import interrupts
@@ -236,6 +238,21 @@ async def test_finished_read_cannot_be_awaited_again(implementation):
 
 
 @on_asyncio
+async def test_read_has_the_name_of_its_function(implementation):
+    read = anext(ValueStream().listen())
+    assert (read.__name__, read.__qualname__) == ("__anext__", "_Reader.__anext__")
+    read.close()
+
+
+@on_asyncio
+async def test_read_that_is_never_awaited_warns(implementation, collected):
+    values = ValueStream().listen()
+    with pytest.warns(RuntimeWarning, match="'_Reader.__anext__' was never awaited"):
+        anext(values)
+    collected()
+
+
+@on_asyncio
 async def test_cycle_through_a_pending_await_is_collected(implementation, collected):
     class Cycle:
         pass
@@ -269,6 +286,52 @@ async def test_await_cannot_be_stepped_within_its_own_step(implementation):
         next(iterator)
     assert errors == [ValueError]
     iterator.close()
+
+
+@on_asyncio
+async def test_read_cannot_be_closed_within_its_own_end(implementation, monkeypatch):
+    values, errors = ValueStream().listen(), []
+    reads = [anext(values), anext(values)]  # two, as one alone is in no line
+    for read in reads:
+        read.send(None)
+
+    def leave_line(self, waiter, waker):
+        try:
+            reads[1].close()
+        except BaseException as error:
+            errors.append(type(error))
+
+    monkeypatch.setattr(Waiters, "leave_line", leave_line)
+    with pytest.raises(KeyError):
+        reads[1].throw(KeyError("thrown"))
+    assert errors == [ValueError]
+    reads[0].close()
+
+
+@pytest.mark.parametrize("error", [KeyError, ValueError])
+def test_error_of_storing_the_waiter_is_raised(implementation, error):
+    class Waiter(asyncio.Future):
+        is_stored = False
+
+        def __hash__(self):
+            if not self.is_stored:
+                self.is_stored = True
+                raise error("hash")
+            return id(self)
+
+    class Loop(asyncio.SelectorEventLoop):
+        def create_future(self):
+            return Waiter(loop=self)
+
+    async def main():
+        with pytest.raises(error, match="hash"):
+            await Future()
+
+    loop = Loop()
+    try:
+        loop.run_until_complete(main())
+    finally:
+        loop.close()
 
 
 # -------------------------------------------------------------------------- interrupts
@@ -348,7 +411,8 @@ def test_interrupted_wait_in_c_leaves_nothing(new_loop):
             values = stream.listen()
             current().renew_wake_up()  # known from here on
             with interrupt:
-                for each in (fut.__await__(), anext(values)):
+                for begin in (fut.__await__, values.__anext__):
+                    each = begin()
                     each.send(None)
                     with suppress(asyncio.CancelledError):
                         each.throw(asyncio.CancelledError())
@@ -360,6 +424,29 @@ def test_interrupted_wait_in_c_leaves_nothing(new_loop):
                 loop.run_until_complete(main())
         finally:
             loop.close()
+
+
+@needs_extension
+def test_interrupted_read_that_python_continues_wakes_another():
+    for interrupt in interrupts(torchfut_aio, in_c=True):
+        stream = ValueStream()
+        # C leaves to Python what is no plain value.
+        outcomes = [_core.outcome_of_error(KeyError("foo")) for _ in range(2)]
+
+        async def main(stream=stream, outcomes=outcomes, interrupt=interrupt):
+            values = stream.listen()
+            first, second = anext(values), asyncio.ensure_future(anext(values))
+            first.send(None)
+            await asyncio.sleep(0)
+            state_of(stream).put(outcomes[0])
+            with interrupt, suppress(KeyError):
+                first.send(None)
+            if not len(stream):  # the first reader has it
+                state_of(stream).put(outcomes[1])
+            with pytest.raises(KeyError):
+                await asyncio.wait_for(second, PATIENCE)
+
+        asyncio.run(main())
 
 
 # -------------------------------------------------------------------------- references

@@ -886,7 +886,7 @@ static PySendResult end_wait(Wait *self, PySendResult how, PyObject **result)
 {
     PyObject *error = how == PYGEN_ERROR ? no_stop_iteration(PyErr_GetRaisedException()) : NULL;
     int failed = self->waiter ? self->kind->leave(self) : 0;
-    if (how == PYGEN_ERROR && self->stage != IN_PYTHON && self->kind->fail) {
+    if (how == PYGEN_ERROR && self->kind->fail) {
         PyObject *first = failed ? PyErr_GetRaisedException() : NULL;
         failed = self->kind->fail(self);
         if (!failed && first) {
@@ -923,8 +923,10 @@ static PySendResult go_on(Wait *self, PySendResult how, PyObject **result)
             break;
         how = PyIter_Send(self->inner, Py_None, result);
     }
+    if (how != PYGEN_NEXT)
+        how = end_wait(self, how, result);
     self->is_running = 0;
-    return how == PYGEN_NEXT ? how : end_wait(self, how, result);
+    return how;
 }
 
 static int begins_to_run(Wait *self)
@@ -1089,8 +1091,8 @@ static PyObject *wait_close(Wait *self, PyObject *Py_UNUSED(ignored))
     Py_INCREF(self);
     if (close_inner(self) == 0)
         PyErr_SetNone(PyExc_GeneratorExit);
-    self->is_running = 0;
     end_wait(self, PYGEN_ERROR, &result);
+    self->is_running = 0;
     Py_DECREF(self);
     if (!PyErr_ExceptionMatches(PyExc_GeneratorExit))
         return NULL;
@@ -1100,10 +1102,12 @@ static PyObject *wait_close(Wait *self, PyObject *Py_UNUSED(ignored))
 
 static void wait_finalize(Wait *self)
 {
-    if (self->stage == NEW || self->stage == ENDED)
+    if (self->stage == ENDED || (self->stage == NEW && !self->kind->is_coroutine))
         return;
     PyObject *error = PyErr_GetRaisedException();
-    if (dropped(wait_close(self, NULL)) < 0)
+    if (self->stage == NEW
+            ? PyErr_WarnEx(PyExc_RuntimeWarning, "coroutine '_Reader.__anext__' was never awaited", 1)
+            : dropped(wait_close(self, NULL)))
         PyErr_WriteUnraisable((PyObject *)self);
     if (error)
         PyErr_SetRaisedException(error);
@@ -1111,10 +1115,10 @@ static void wait_finalize(Wait *self)
 
 static int wait_clear(Wait *self)
 {
+    self->stage = ENDED; /* first, as what it drops may run Python code */
     clear_waiter(self);
     Py_CLEAR(self->inner);
     Py_CLEAR(self->of);
-    self->stage = ENDED;
     return 0;
 }
 
@@ -1136,6 +1140,17 @@ static void wait_dealloc(Wait *self)
     PyObject_GC_Del(self);
 }
 
+/* The name of the Python function: asyncio and trio show it. */
+static PyObject *wait_name(Wait *self, void *attribute)
+{
+    return PyObject_GetAttrString(python_of(self->kind->is_coroutine ? ANEXT : AWAIT), attribute);
+}
+
+static PyGetSetDef wait_attributes[] = {
+    {"__name__", (getter)wait_name, NULL, NULL, "__name__"},
+    {"__qualname__", (getter)wait_name, NULL, NULL, "__qualname__"},
+    {NULL},
+};
 static PyMethodDef wait_methods[] = {
     {"send", (PyCFunction)wait_send_method, METH_O, NULL},
     {"throw", (PyCFunction)(void (*)(void))wait_throw, METH_FASTCALL, NULL},
@@ -1160,6 +1175,7 @@ static PyTypeObject WaitType = {
     .tp_iter = PyObject_SelfIter,
     .tp_iternext = (iternextfunc)wait_next,
     .tp_methods = wait_methods,
+    .tp_getset = wait_attributes,
     .tp_as_async = &wait_async,
 };
 
@@ -1210,17 +1226,17 @@ static PySendResult begin_await(Wait *self, PyObject *state, PyObject **result)
     PySendResult how = PYGEN_ERROR;
     PyObject *waiter = NULL, *loop = running_loop();
     int done = loop ? PyDict_Contains(state, OUTCOME) : -1;
-    if (done == 0 && (waiter = new_waiter(loop))) {
+    if (done == 0 && (done = -1, waiter = new_waiter(loop)) &&
+        PyDict_SetItem(state, waiter, loop) == 0) {
+        self->waiter = Py_NewRef(waiter); /* an error removes it: see end_wait() */
+        self->loop = Py_NewRef(loop);
         /* Stored before the check for the outcome: rule 3 of _core. */
-        done = PyDict_SetItem(state, waiter, loop) < 0 ? -1 : PyDict_Contains(state, OUTCOME);
-        if (done == 0) {
-            self->waiter = Py_NewRef(waiter);
-            self->loop = Py_NewRef(loop);
+        done = PyDict_Contains(state, OUTCOME);
+        if (done == 0)
             how = suspend_by(self, Py_NewRef(waiter), WAITS);
-        } else if (discard(state, waiter) < 0)
-            done = -1;
-    } else if (done == 0)
-        done = -1;
+        else if (done == 1 && (done = discard(state, waiter) == 0))
+            clear_waiter(self);
+    }
     if (done == 1)
         how = checkpoint(self, loop, state, result);
     Py_XDECREF(waiter);
