@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import copy
 import gc
 import importlib.util
 import inspect
 import os
 import pickle
 import sys
+import weakref
 from contextlib import suppress
+from unittest import mock
 
 import pytest
 import torch
@@ -83,6 +86,33 @@ def test_function_in_c_looks_like_its_python_function():
     assert "in C" in repr(function)
     with pytest.raises(AttributeError):
         function.nothing  # noqa: B018
+
+
+@needs_extension
+def test_function_in_c_is_copied_and_pickled_by_its_name():
+    put = ValueStream.put
+    assert pickle.loads(pickle.dumps(put)) is put
+    assert copy.deepcopy([put])[0] is put
+
+
+@needs_extension
+def test_weak_references_to_a_method_in_c_work():
+    stream = ValueStream()
+    method = weakref.WeakMethod(stream.put)
+    method()(5)
+    assert stream.get() == 5
+
+
+@needs_extension
+def test_mock_of_a_method_in_c_checks_its_arguments():
+    stream = mock.create_autospec(ValueStream, instance=True)
+    stream.put(1)
+    with pytest.raises(TypeError):
+        stream.put(1, 2)
+    with mock.patch.object(ValueStream, "put", autospec=True) as put:
+        real = ValueStream()
+        real.put(3)
+    put.assert_called_once_with(real, 3)
 
 
 def test_arguments_may_be_given_by_name(implementation):

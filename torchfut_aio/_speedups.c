@@ -1561,6 +1561,7 @@ typedef struct {
     PyObject_HEAD
     vectorcallfunc vectorcall;
     PyObject *python;
+    PyObject *weakrefs;
     int which;
 } Speedup;
 
@@ -1578,15 +1579,15 @@ static PyObject *speedup_call(Speedup *self, PyObject *const *arguments, size_t 
 }
 
 static PyObject *speedup_new(PyTypeObject *Py_UNUSED(type), PyObject *arguments,
-                             PyObject *names)
+                             PyObject *Py_UNUSED(names))
 {
     PyObject *python, *module, *name = NULL, *full = NULL;
     Speedup *self = NULL;
-    if (names || !PyArg_ParseTuple(arguments, "O", &python))
+    if (!PyArg_ParseTuple(arguments, "O", &python))
         return NULL;
     if ((module = PyObject_GetAttrString(python, "__module__")) &&
         (name = PyObject_GetAttrString(python, "__qualname__")))
-        full = PyUnicode_FromFormat("%U.%U", module, name);
+        full = PyUnicode_FromFormat("%S.%S", module, name);
     for (size_t i = 0; full && i < Py_ARRAY_LENGTH(FAST); i++) {
         PyObject *known = PyUnicode_FromFormat("torchfut_aio.%s", FAST[i].name);
         if (!known || PyUnicode_Compare(known, full) != 0) {
@@ -1597,6 +1598,7 @@ static PyObject *speedup_new(PyTypeObject *Py_UNUSED(type), PyObject *arguments,
         if ((self = PyObject_GC_New(Speedup, &SpeedupType))) {
             self->vectorcall = (vectorcallfunc)speedup_call;
             self->python = Py_NewRef(python);
+            self->weakrefs = NULL;
             self->which = (int)i;
             Py_XSETREF(FAST[i].python, Py_NewRef(python));
             PyObject_GC_Track(self);
@@ -1645,11 +1647,33 @@ static int speedup_traverse(Speedup *self, visitproc visit, void *arg)
 static void speedup_dealloc(Speedup *self)
 {
     PyObject_GC_UnTrack(self);
+    if (self->weakrefs)
+        PyObject_ClearWeakRefs((PyObject *)self);
     Py_DECREF(self->python);
     PyObject_GC_Del(self);
 }
 
-static PyGetSetDef speedup_attributes[] = {{"__doc__", (getter)speedup_doc}, {NULL}};
+/* isinstance() takes it for a function, as do unittest.mock and inspect. */
+static PyObject *speedup_class(Speedup *self, void *Py_UNUSED(closure))
+{
+    return Py_NewRef(Py_TYPE(self->python));
+}
+
+/* It is copied and pickled by its name. */
+static PyObject *speedup_reduce(Speedup *self, PyObject *Py_UNUSED(ignored))
+{
+    return PyObject_GetAttrString(self->python, "__qualname__");
+}
+
+static PyMethodDef speedup_methods[] = {
+    {"__reduce__", (PyCFunction)speedup_reduce, METH_NOARGS, NULL},
+    {NULL},
+};
+static PyGetSetDef speedup_attributes[] = {
+    {"__class__", (getter)speedup_class},
+    {"__doc__", (getter)speedup_doc},
+    {NULL},
+};
 static PyMemberDef speedup_members[] = {
     {"__wrapped__", T_OBJECT, offsetof(Speedup, python), READONLY},
     {NULL},
@@ -1670,6 +1694,8 @@ static PyTypeObject SpeedupType = {
     .tp_descr_get = speedup_bind,
     .tp_getattro = (getattrofunc)speedup_getattr,
     .tp_repr = (reprfunc)speedup_repr,
+    .tp_weaklistoffset = offsetof(Speedup, weakrefs),
+    .tp_methods = speedup_methods,
     .tp_getset = speedup_attributes,
     .tp_members = speedup_members,
 };
