@@ -16,6 +16,7 @@ import pickle
 import sys
 import weakref
 from contextlib import suppress
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -23,10 +24,11 @@ import torch
 import uvloop
 
 import torchfut_aio
-from torchfut_aio import Future, StreamClosedError, ValueStream, _core, _extension, debug
+from torchfut_aio import Future, StreamClosedError, ValueStream, _core, _extension, _loops, debug
 from torchfut_aio import set_results as set_many
+from torchfut_aio._cpython import resume_callback
 from torchfut_aio._loops._asyncio import AsyncioLoop
-from torchfut_aio._loops._loop import current
+from torchfut_aio._loops._loop import BURST, current
 from torchfut_aio._waiters import Waiters
 from torchfut_aio.serving._stream import state_of
 
@@ -364,6 +366,69 @@ def test_error_of_storing_the_waiter_is_raised(implementation, error):
         loop.close()
 
 
+# ------------------------------------------------------------------------------ order
+
+
+def test_first_of_two_outcomes_of_one_future_counts(implementation):
+    fut = Future()
+    assert set_many([fut, fut], [ValueError("first"), 2]) == [fut]
+    with pytest.raises(ValueError, match="first"):
+        fut.value()
+
+
+@on_asyncio
+async def test_tasks_resume_in_the_order_of_their_futures(implementation):
+    futures, order = [Future() for _ in range(4)], []
+    futures[1].add_done_callback(lambda _: None)  # C leaves it to Python
+
+    async def wait(n):
+        with suppress(ValueError):
+            await futures[n]
+        order.append(n)
+
+    tasks = [asyncio.ensure_future(wait(n)) for n in range(4)]
+    await asyncio.sleep(0)
+    async with alongside(lambda: set_many(futures, [0, 1, ValueError("foo"), 3])):
+        pass
+    await asyncio.wait(tasks)
+    assert order == [0, 1, 2, 3]
+
+
+@on_asyncio
+async def test_wake_up_interrupted_within_a_step_loses_no_task(implementation):
+    futures, loop = [Future() for _ in range(3)], current()
+
+    async def interfere():
+        await futures[0]
+        # What an interrupt leaves of a wake-up in a loop that a task runs within its step.
+        loop._taken = resume_callback(loop.queue[0])  # noqa: SLF001
+        loop.queue[0].remove_done_callback(loop._taken[0])  # noqa: SLF001
+
+    tasks = [
+        asyncio.ensure_future(interfere()),
+        *map(asyncio.ensure_future, map(value_of, futures)),
+    ]
+    await asyncio.sleep(0)
+    async with alongside(lambda: set_many(futures, [0, 1, 2])):
+        pass
+    assert await asyncio.wait_for(asyncio.gather(*tasks), PATIENCE) == [None, 0, 1, 2]
+
+
+@on_asyncio
+async def test_wake_up_that_cannot_be_scheduled_is_not_pending(implementation, monkeypatch):
+    @property
+    def fails(self):
+        raise MemoryError
+
+    loop = current()
+    loop.wake_up = BURST
+    with monkeypatch.context() as patch:
+        patch.setattr(AsyncioLoop, "_wake_up_lost", fails)
+        with pytest.raises(MemoryError):
+            loop.schedule_wake_up()
+    assert loop.wake_up is None
+
+
 # -------------------------------------------------------------------------- interrupts
 
 
@@ -477,6 +542,37 @@ def test_interrupted_read_that_python_continues_wakes_another():
                 await asyncio.wait_for(second, PATIENCE)
 
         asyncio.run(main())
+
+
+def at_each_depth(function):
+    """Call a function on a full stack, then with more and more room, until it has enough."""
+    try:
+        at_each_depth(function)
+    except RecursionError:
+        function()
+
+
+@needs_extension
+@pytest.mark.parametrize("name", ["set_result", "put", "put_many"])
+@on_asyncio
+async def test_full_stack_in_c_loses_no_waiter(name):
+    fut, stream = Future(), ValueStream()
+    values = stream.listen()
+    functions = {
+        "set_result": partial(fut.set_result, 1),
+        "put": partial(stream.put, 1),
+        "put_many": partial(stream.put_many, [1]),
+    }
+    task = asyncio.ensure_future(value_of(fut if name == "set_result" else anext(values)))
+    await asyncio.sleep(0)
+
+    def complete():
+        with suppress(torchfut_aio.InvalidStateError):
+            at_each_depth(functions[name])
+
+    async with alongside(complete):
+        pass
+    assert await asyncio.wait_for(task, PATIENCE) == 1
 
 
 # -------------------------------------------------------------------------- references
@@ -674,6 +770,23 @@ def test_list_that_changes_during_put_many_is_put_whole_or_not(implementation):
     assert len(stream) <= 100
 
 
+def test_collector_finds_no_list_with_missing_items(implementation):
+    stream, incomplete, before = ValueStream(), [], gc.get_threshold()
+
+    def look(*_):
+        lists = [each for each in gc.get_objects(0) if type(each) is list]
+        incomplete.extend(len(each) for each in lists if len(gc.get_referents(each)) < len(each))
+
+    gc.callbacks.append(look)
+    gc.set_threshold(1, 1, 1)
+    try:
+        stream.put_many([1] * 10)
+    finally:
+        gc.set_threshold(*before)
+        gc.callbacks.remove(look)
+    assert not incomplete
+
+
 class EqualsAll(asyncio.Future):
     """A waiter that equals every key of the state of a future, or raises."""
 
@@ -732,3 +845,24 @@ def test_state_that_is_replaced_crashes_nothing(implementation):
     _core.add_waiter(fut, object(), Waker(fut))
     with suppress(AttributeError):
         fut.set_result(1)
+
+
+def test_state_that_a_comparison_replaces_crashes_nothing(implementation):
+    class Waiter:
+        replaces = False
+
+        def __hash__(self):
+            return hash(_core.OUTCOME)
+
+        def __eq__(self, other):
+            if self.replaces:
+                fut._state = {}
+                others.extend({} for _ in range(100))  # where the old state was
+            return False
+
+    fut, waiter, others = Future(), Waiter(), []
+    _core.add_waiter(fut, waiter, _loops.THREADS)
+    waiter.replaces = True
+    with suppress(Exception):
+        fut.set_result(1)
+    assert not any(others)

@@ -212,6 +212,39 @@ static PyObject *dict_slot(PyObject *object, Py_ssize_t offset)
     return dict && PyDict_CheckExact(dict) ? dict : NULL;
 }
 
+/* Return 1 if the stack has room for a call, so that repeat() can start a thread; else raise. */
+static int has_room(void)
+{
+    if (Py_EnterRecursiveCall(" to wake what waits"))
+        return 0;
+    Py_LeaveRecursiveCall();
+    return 1;
+}
+
+/* Call `call[0](*call[1:])`, which does again what an error has interrupted: in a new thread if the
+   stack is full. Steal `call`. Return -1 with the first error, or 0 if there was none. */
+static int repeat(PyObject *call)
+{
+    PyObject *error = PyErr_GetRaisedException();
+    int failed = !call;
+    if (call && dropped(PyObject_Vectorcall(PyTuple_GET_ITEM(call, 0), &PyTuple_GET_ITEM(call, 1),
+                                            PyTuple_GET_SIZE(call) - 1, NULL)) < 0) {
+        PyObject *second = PyErr_GetRaisedException();
+        failed = dropped(PyObject_CallFunctionObjArgs(start_new_thread, call_contained, call,
+                                                      NULL)) < 0;
+        if (error)
+            Py_DECREF(second);
+        else
+            error = second;
+    }
+    Py_XDECREF(call);
+    if (error && !failed)
+        PyErr_SetRaisedException(error);
+    else
+        Py_XDECREF(error);
+    return PyErr_Occurred() ? -1 : 0;
+}
+
 /* ------------------------------------------------------------------------- waking, any thread */
 
 static int runs_in_this_thread(PyObject *loop)
@@ -269,9 +302,9 @@ static PyObject *schedule_wake_up(PyObject *const *arguments)
     if (wake_up) {
         Py_XSETREF(SLOT(loop, loop_wake_up), wake_up);
         is_open = is_true(PyObject_CallMethodOneArg(loop, s_call_soon, method));
-        if (is_open != 1)
-            Py_XSETREF(SLOT(loop, loop_wake_up), Py_NewRef(Py_None));
     }
+    if (is_open != 1)
+        Py_XSETREF(SLOT(loop, loop_wake_up), Py_NewRef(Py_None));
     Py_XDECREF(lost);
     Py_XDECREF(method);
     /* If the loop is closed, Python finds the same, and drops the queue. */
@@ -311,12 +344,16 @@ static int claim(PyObject *future, PyObject *outcome)
     PyObject *devices = SLOT(future, future_devices), *state = dict_slot(future, future_state);
     if (!state || !devices || !PyTuple_CheckExact(devices) || PyTuple_GET_SIZE(devices))
         return 0;
+    if (!has_room())
+        return -1;
     PyObject *key, *waker;
     Py_ssize_t position = 0;
     while (PyDict_Next(state, &position, &key, &waker))
         if (key == OUTCOME || waker == CALLBACK || waker == Py_None)
             return 0;
+    Py_INCREF(state); /* a comparison may run Python code */
     PyObject *stored = PyDict_SetDefault(state, OUTCOME, outcome);
+    Py_DECREF(state);
     return stored ? stored == outcome : -1;
 }
 
@@ -400,39 +437,16 @@ static int publish(PyObject *future, PyObject *outcome, PyObject *waiters)
     return result;
 }
 
-/* The handler of try_complete(): repeat the completion, in a new thread if the stack is full. */
-static int complete_again(PyObject *future, PyObject *outcome)
-{
-    PyObject *error = PyErr_GetRaisedException(); /* or NULL, if there is a callback */
-    PyObject *call = Py_BuildValue("(O(O)(O)OO)", python_of(COMPLETE_ALL), future, outcome,
-                                   Py_None, Py_True);
-    PyObject *arguments = call ? PyTuple_GetSlice(call, 1, 5) : NULL;
-    int failed = !arguments;
-    if (!failed && dropped(PyObject_CallObject(python_of(COMPLETE_ALL), arguments)) < 0) {
-        PyObject *second = PyErr_GetRaisedException();
-        failed = dropped(PyObject_CallFunctionObjArgs(start_new_thread, call_contained, call,
-                                                      NULL)) < 0;
-        if (error)
-            Py_DECREF(second);
-        else
-            error = second;
-    }
-    Py_XDECREF(call);
-    Py_XDECREF(arguments);
-    if (error && !failed)
-        PyErr_SetRaisedException(error);
-    else
-        Py_XDECREF(error);
-    return PyErr_Occurred() ? -1 : 0;
-}
-
 /* Return 1 if the future is completed, 0 if Python has to do it, -1 for an error. */
 static int complete(PyObject *future, PyObject *outcome)
 {
     int result = claim(future, outcome);
     if (result != 1)
         return result;
-    if (publish(future, outcome, NULL) != 0 && complete_again(future, outcome) < 0)
+    /* The handler of try_complete() */
+    if (publish(future, outcome, NULL) != 0 &&
+        repeat(Py_BuildValue("(O(O)(O)OO)", python_of(COMPLETE_ALL), future, outcome, Py_None,
+                             Py_True)) < 0)
         return -1;
     return 1;
 }
@@ -499,38 +513,36 @@ in_python:
     return PYTHON;
 }
 
-/* _complete_all(futures, outcomes, waiters): C completes the common ones, then Python the others.
-   Python also wakes the loops. complete_all() repeats all of it if this is interrupted. */
+/* _complete_all(futures, outcomes, waiters): C completes those up to the first uncommon one, then
+   Python the rest, and wakes the loops. complete_all() repeats all of it if this is interrupted. */
 static PyObject *complete_all(PyObject *const *arguments)
 {
     PyObject *futures = arguments[0], *outcomes = arguments[1], *waiters = arguments[2];
     if (!PyList_CheckExact(futures) || !PyList_CheckExact(outcomes) ||
         !PyDict_CheckExact(waiters) || PyList_GET_SIZE(futures) != PyList_GET_SIZE(outcomes))
         return PYTHON;
-    PyObject *refused = NULL, *other_futures = PyList_New(0), *other_outcomes = PyList_New(0);
-    if (!other_futures || !other_outcomes)
-        goto end;
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(futures) && i < PyList_GET_SIZE(outcomes); i++) {
+    Py_ssize_t i = 0;
+    for (; i < PyList_GET_SIZE(futures) && i < PyList_GET_SIZE(outcomes); i++) {
         PyObject *future = Py_NewRef(PyList_GET_ITEM(futures, i));
         PyObject *outcome = Py_NewRef(PyList_GET_ITEM(outcomes, i));
         int is_common = PyObject_TypeCheck(future, Future) && Py_TYPE(outcome) == Outcome &&
                         SLOT(outcome, outcome_value);
-        int result = is_common ? claim(future, outcome) : 0;
-        int is_other = result == 0 || (result == 1 && (result = publish(future, outcome, waiters)));
-        if (result >= 0 && is_other)
-            result = PyList_Append(other_futures, future) || PyList_Append(other_outcomes, outcome)
-                         ? -1
-                         : 0;
+        int claimed = is_common ? claim(future, outcome) : 0;
+        int result = claimed == 1 ? publish(future, outcome, waiters) : claimed;
         Py_DECREF(future);
         Py_DECREF(outcome);
         if (result < 0)
-            goto end;
+            return NULL;
+        if (claimed == 0 || result == 1)
+            break;
     }
-    refused = PyObject_CallFunctionObjArgs(
-        python_of(COMPLETE_ALL), other_futures, other_outcomes, waiters, NULL);
-end:
-    Py_XDECREF(other_futures);
-    Py_XDECREF(other_outcomes);
+    PyObject *rest[] = {PyList_GetSlice(futures, i, PY_SSIZE_T_MAX),
+                        PyList_GetSlice(outcomes, i, PY_SSIZE_T_MAX), waiters};
+    PyObject *refused = rest[0] && rest[1]
+                            ? PyObject_Vectorcall(python_of(COMPLETE_ALL), rest, 3, NULL)
+                            : NULL;
+    Py_XDECREF(rest[0]);
+    Py_XDECREF(rest[1]);
     return refused;
 }
 
@@ -661,8 +673,8 @@ static int needs_handles(PyObject *queue)
 static PyObject *resume_tasks(PyObject *const *arguments)
 {
     PyObject *loop = arguments[0];
-    if (Py_TYPE(loop) != AsyncioLoop || SLOT(loop, loop_taken) != Py_None ||
-        !SLOT(loop, loop_queue) || !PyLong_CheckExact(arguments[1]))
+    if (Py_TYPE(loop) != AsyncioLoop || !SLOT(loop, loop_queue) ||
+        !PyLong_CheckExact(arguments[1]))
         return PYTHON;
     Py_ssize_t count = PyLong_AsSsize_t(arguments[1]), size;
     if (count == -1 && PyErr_Occurred())
@@ -676,7 +688,8 @@ static PyObject *resume_tasks(PyObject *const *arguments)
             goto end;
         if (size == 0)
             break;
-        status = resume_first(loop, queue);
+        /* Taken by a wake-up that was interrupted, also by one within a step of a task. */
+        status = SLOT(loop, loop_taken) == Py_None ? resume_first(loop, queue) : 1;
         if (status == 1)
             break;
     }
@@ -1307,16 +1320,8 @@ static int wake_waiters(PyObject *readers, Py_ssize_t number)
     Py_INCREF(waiter);
     Py_INCREF(waker);
     int failed = PyDict_DelItem(waiting, waiter);
-    if (!failed && wake(waker, waiter) < 0) {
-        PyObject *error = PyErr_GetRaisedException();
-        PyObject *taken = Py_BuildValue("[(OO)]", waiter, waker);
-        if (taken && dropped(PyObject_CallOneArg(wake_again, taken)) == 0)
-            PyErr_SetRaisedException(error);
-        else
-            Py_DECREF(error);
-        Py_XDECREF(taken);
-        failed = -1;
-    }
+    if (!failed && wake(waker, waiter) < 0)
+        failed = repeat(Py_BuildValue("(O[(OO)])", wake_again, waiter, waker));
     Py_DECREF(waiter);
     Py_DECREF(waker);
     return failed;
@@ -1335,15 +1340,8 @@ static PyObject *store(PyObject *state, PyObject *outcomes)
         failed = call_method(state, s__take_back, outcomes);
     if (!failed)
         failed = wake_waiters(readers, number);
-    if (failed) {
-        PyObject *error = PyErr_GetRaisedException();
-        PyObject *count = PyLong_FromSsize_t(number);
-        if (count && call_method(readers, s_wake_again, count) == 0)
-            PyErr_SetRaisedException(error);
-        else
-            Py_DECREF(error);
-        Py_XDECREF(count);
-    }
+    if (failed)
+        repeat(Py_BuildValue("(Nn)", PyObject_GetAttr(readers, s_wake_again), number));
     Py_DECREF(values);
     Py_DECREF(readers);
     return failed ? NULL : Py_NewRef(Py_None);
@@ -1358,6 +1356,7 @@ static PyObject *put_values(PyObject *stream, PyObject *values)
     PyObject *outcomes = PyList_New(size);
     if (!outcomes)
         return NULL;
+    PyObject_GC_UnTrack(outcomes); /* or Python code could find it while items are missing */
     for (Py_ssize_t i = 0; i < size; i++) {
         /* To make an outcome may run Python code, which may change a list. */
         PyObject *value = i < PySequence_Fast_GET_SIZE(values)
@@ -1375,7 +1374,7 @@ static PyObject *put_values(PyObject *stream, PyObject *values)
     }
     PyObject *result = PYTHON, *state = Py_NewRef(SLOT(stream, stream_state));
     if (is_plain_state(state) && !PyDict_GET_SIZE(SLOT(state, state_end)))
-        result = store(state, outcomes);
+        result = has_room() ? store(state, outcomes) : NULL;
     Py_DECREF(state);
     Py_DECREF(outcomes);
     return result;
