@@ -11,7 +11,9 @@ import pkgutil
 import re
 import subprocess
 import sys
+import time
 import types
+import urllib.error
 import urllib.request
 
 import pytest
@@ -98,6 +100,8 @@ def file_name(block):
 
 
 SERVING = "docs/guides/serving.md"
+FASTAPI = "docs/guides/fastapi.md"
+TESTING = "docs/guides/testing.md"
 
 
 @pytest.mark.parametrize(
@@ -130,10 +134,12 @@ def test_documentation_programs_print_the_stated_output(block, loop):
 SERVE = "python -m uvicorn app:app --loop uvloop --port 8000"
 
 
-@pytest.mark.parametrize("page", ["docs/tutorial.md", SERVING, "docs/guides/metrics.md"])
+@pytest.mark.parametrize("page", ["docs/tutorial.md", SERVING, FASTAPI, "docs/guides/metrics.md"])
 def test_documentation_servers_return_the_stated_answers(tmp_path, page):
     pytest.importorskip("uvicorn", reason="install the extra `server` to test servers")
     app = files(page)["app.py"]
+    if "fastapi" in app:
+        pytest.importorskip("fastapi.sse", reason="install the extra `test` to test FastAPI")
     if "prometheus_client" in app:
         pytest.importorskip("prometheus_client", reason="install the extra `test` for metrics")
     commands = [b for b in blocks("sh") if b.page == page]
@@ -147,19 +153,52 @@ def test_documentation_servers_return_the_stated_answers(tmp_path, page):
             assert answer_to(block.code, address).strip() == block.printed.strip()
 
 
-def test_serving_guide_has_a_server_test_that_passes(tmp_path):
-    pytest.importorskip("starlette", reason="install the extra `server` to test servers")
-    for name, code in files(SERVING).items():
+def test_fastapi_guide_stops_a_stream_whose_client_leaves(tmp_path):
+    pytest.importorskip("uvicorn", reason="install the extra `server` to test servers")
+    pytest.importorskip("fastapi.sse", reason="install the extra `test` to test FastAPI")
+    one_stream = files(FASTAPI)["app.py"].replace("MAX_STREAMS = 100", "MAX_STREAMS = 1")
+    (tmp_path / "app.py").write_text(one_stream)
+    (tmp_path / "handling.py").write_text(files(SERVING)["handling.py"])
+
+    def begin(address):
+        try:
+            return urllib.request.urlopen(f"{address}/text?length=1000000000", timeout=PATIENCE)
+        except urllib.error.HTTPError as refusal:
+            return refusal
+
+    with running_server(tmp_path) as address:
+        for _ in range(2):
+            with wait_until(lambda: begin(address), lambda answer: answer.status == 200) as answer:
+                assert answer.readline() == b'data: "token 0"\n'
+                with begin(address) as refused:
+                    assert refused.status == 503
+
+
+def wait_until(get, condition):
+    """Return what ``get`` returns, once it meets the condition."""
+    end = time.monotonic() + PATIENCE
+    while not condition(found := get()):
+        found.close()
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    return found
+
+
+@pytest.mark.parametrize(("page", "tests"), [(TESTING, 8), (FASTAPI, 3)])
+def test_guides_have_server_tests_that_pass(tmp_path, page, tests):
+    for package in ("starlette", "fastapi", "freezegun", "httpx2", "pytest_asyncio"):
+        pytest.importorskip(package, reason="install the extra `test` to test servers")
+    for name, code in {**files(SERVING), **files(page)}.items():
         (tmp_path / name).write_text(code)
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_app.py"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": f"{ROOT}"},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert (done.returncode, "1 passed" in done.stdout) == (0, True), done.stdout + done.stderr
+    assert (done.returncode, f"{tests} passed" in done.stdout) == (0, True), done.stdout + done.stderr
 
 
 @contextlib.contextmanager
@@ -187,10 +226,11 @@ def running_server(folder):
 def answer_to(curl, address):
     """Return what curl, and then grep, would print for the answer from another address."""
     path = re.search(r"http://127.0.0.1:8000(/[^\s']*)", curl)[1]
-    body = re.search(r"-d '(.*?)'", curl)
+    body = re.search(r"(-d|--json) '(.*?)'", curl)
     pattern = re.search(r"\| grep -E '(.*)'", curl)
+    kind = "application/json" if "--json" in curl else "text/plain"
     request = urllib.request.Request(
-        address + path, body and body[1].encode(), {"Content-Type": "text/plain"}
+        address + path, body and body[2].encode(), {"Content-Type": kind}
     )
     with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
         lines = answer.read().decode().splitlines(keepends=True)
