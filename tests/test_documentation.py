@@ -198,7 +198,9 @@ def test_guides_have_server_tests_that_pass(tmp_path, page, tests):
         text=True,
         check=False,
     )
-    assert (done.returncode, f"{tests} passed" in done.stdout) == (0, True), done.stdout + done.stderr
+    assert (done.returncode, f"{tests} passed" in done.stdout) == (0, True), (
+        done.stdout + done.stderr
+    )
 
 
 @contextlib.contextmanager

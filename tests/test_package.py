@@ -99,6 +99,7 @@ LAYERS = [
     "_pytorch",
     "_annotations",
     "_repr",
+    "_absent",
     "_process_local",
     "_arguments",
     "_errors",

@@ -222,8 +222,43 @@ def test_concurrent_futures_functions_fail_with_a_hint():
     assert not hasattr(Future(), "_condition")
 
 
-def test_missing_result_attribute_raises_with_a_hint():
-    for future in (Future(), Future):
-        assert not hasattr(future, "result")
-        with pytest.raises(AttributeError, match=r"await .* wait\(timeout\) .* value\(\)"):
-            future.result()
+ABSENT = {
+    Future: {
+        "result": r"await .* wait\(timeout\) .* value\(\)",
+        "get_loop": "no loop",
+        "running": r"has_waiters\(\)",
+        "set_running_or_notify_cancel": r"try_set_result\(\)",
+    },
+    Batcher: {"map": r"gather\(\)", "shutdown": r"aclose\(\)"},
+    ValueStream: {
+        "put_nowait": "try_put",
+        "send_nowait": "try_put",
+        "full": "try_put",
+        "get_nowait": r"get\(timeout=0\)",
+        "receive_nowait": r"get\(timeout=0\)",
+        "send": "await aput",
+        "receive": "await aget",
+        "aclose": r"close\(\)",
+        "qsize": r"len\(stream\)",
+        "empty": r"len\(stream\)",
+        "shutdown": r"close\(\)",
+        "join": "does not know",
+        "task_done": "does not know",
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "cure"),
+    [
+        pytest.param(kind, name, cure, id=f"{kind.__name__}.{name}")
+        for kind, names in ABSENT.items()
+        for name, cure in names.items()
+    ],
+)
+def test_name_of_a_similar_class_raises_with_a_hint(kind, name, cure):
+    limits = {"max_batch_size": 1, "max_queue_size": 1}
+    for thing in (kind, Batcher(list, **limits) if kind is Batcher else kind()):
+        assert not hasattr(thing, name)
+        with pytest.raises(AttributeError, match=f"a {kind.__name__} .*{cure}"):
+            getattr(thing, name)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import torch
 
 from . import _core, _loops
+from ._absent import Absent
 from ._annotations import FutureAlias
 from ._arguments import callback_checked, devices_checked, exception_checked, timeout_checked
 from ._core import OUTCOME
@@ -25,16 +26,6 @@ from ._to_stdlib import copy_to_asyncio, copy_to_concurrent
 
 T = TypeVar("T")
 S = TypeVar("S")
-
-
-class _Absent:
-    """An attribute that other futures have. Reading it raises an error that says what to use."""
-
-    def __init__(self, cure: str) -> None:
-        self._cure = cure
-
-    def __get__(self, future: object, kind: object) -> NoReturn:
-        raise AttributeError(self._cure)
 
 
 class Future(torch.futures.Future[T]):
@@ -516,12 +507,21 @@ class Future(torch.futures.Future[T]):
     # --------------------------------------------------------------------- the rest
 
     if not TYPE_CHECKING:  # type checkers find none of these
-        result = _Absent(
+        result = Absent(
             "a Future has no result(), which returns at once in asyncio and blocks in "
             "concurrent.futures: await the future, or call wait(timeout) to block, or value() if "
             "it is done"
         )
-        _condition = _Absent(
+        get_loop = Absent("a Future has no get_loop(): it belongs to no loop; await it on any loop")
+        running = Absent(
+            "a Future has no running(): it does not know what will complete it; done() and "
+            "has_waiters() describe it"
+        )
+        set_running_or_notify_cancel = Absent(
+            "a Future has no set_running_or_notify_cancel(): check done() before the work, and "
+            "call try_set_result() or try_set_exception(), which do nothing if it was cancelled"
+        )
+        _condition = Absent(
             "wait() and as_completed() of concurrent.futures take futures of that module only: "
             "pass fut.as_concurrent() to them, or use those of torchfut_aio, as_completed() and "
             "wait_all()"

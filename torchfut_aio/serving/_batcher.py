@@ -12,9 +12,10 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from .. import _core
+from .._absent import Absent
 from .._arguments import async_checked, number_checked, size_checked, timeout_checked
 from .._dependent import DependentFuture
 from .._errors import BatcherClosedError, own_copy
@@ -201,6 +202,12 @@ class Batcher(ProcessLocal, Generic[T, R]):
 
     _what = "a Batcher"
     _cure = "create it in the process that submits; a child that is forked begins with none queued"
+
+    if not TYPE_CHECKING:  # names of executors
+        map = Absent("a Batcher has no map(): submit each item, and gather() the futures")
+        shutdown = Absent(
+            "a Batcher has no shutdown(): leave its block, or await aclose(), or close()"
+        )
 
     # ------------------------------------------------------------------------------ items
 

@@ -6,11 +6,12 @@ import types
 from collections import deque
 from collections.abc import AsyncIterator, Generator, Iterator, Sequence
 from types import TracebackType
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
 from .. import _core, _loops
+from .._absent import Absent
 from .._arguments import exception_checked, listed, size_checked, timeout_checked
 from .._devices import Moment
 from .._errors import CancelledError, ends_a_task
@@ -85,6 +86,23 @@ class ValueStream(ProcessLocal, Generic[T]):
         "let the other process put its values into a multiprocessing.Queue, from which a thread "
         "of this process puts them; to share the stream here, pass the stream itself"
     )
+
+    if not TYPE_CHECKING:  # names of queues, and of the streams of anyio and trio
+        put_nowait = send_nowait = full = Absent(
+            "a ValueStream has try_put(value) instead, which returns False if the stream is full"
+        )
+        get_nowait = receive_nowait = Absent(
+            "a ValueStream has get(timeout=0) instead, which raises TimeoutError if there is no "
+            "value"
+        )
+        send = Absent("a ValueStream has `await aput(value)` instead, and put(value) for threads")
+        receive = Absent("a ValueStream has `await aget()` instead, and get() for threads")
+        qsize = empty = Absent("a ValueStream has a length instead: len(stream)")
+        aclose = shutdown = Absent("a ValueStream has close() instead, which never waits")
+        join = task_done = Absent(
+            "a ValueStream does not know what its readers do with the values: let them complete "
+            "a Future"
+        )
 
     def __init__(self, *, max_size: int | None = None) -> None:
         """Make a stream that is open."""
