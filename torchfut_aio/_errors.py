@@ -204,11 +204,11 @@ class BatcherClosedError(RuntimeError):
 class RpcError(RuntimeError):
     """A remote procedure call failed: the error of a future that `as_future` made of the call.
 
-    It is also an instance of TimeoutError if the call has timed out, of ConnectionError if the
-    connection was lost, for example because the callee has died, and otherwise of the type that the
-    callee raised, if this process finds that by its name, and it is an ``Exception`` and no
-    ``ExceptionGroup``. Its text has the remote traceback. It has none of the attributes of the
-    remote error.
+    If the call has timed out, it is also a TimeoutError. If the connection was lost, for example
+    because the callee has died, it is also a ConnectionError. Otherwise, it is also an instance of
+    the type that the callee raised. (That type must be an ``Exception``, no ``ExceptionGroup``, and
+    importable in this process.) Its text has the remote traceback. It has none of the attributes of
+    the remote error.
 
     PyTorch itself calls functions without ``async_rpc``. If it cannot pickle the type of their
     error, import the type in this process, or construct the error from a text, the caller gets an

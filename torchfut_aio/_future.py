@@ -43,14 +43,14 @@ class Future(torch.futures.Future[T]):
     as it was.
 
     Args:
-        devices: The devices on which tensors in the value may reside, as
-            ``torch.device`` with an index, string or index; a value on any other is an error. Child
-            futures made by `then` inherit them. If None, the value is searched for
-            tensors of the accelerator when the future is completed, and streams are
-            synchronised all the same. Tensors are found in containers that torch's pytree
-            knows, in dataclasses, and in the attributes of plain objects, but never in a
-            module. A value of more than a thousand parts is not searched to the end, and
-            counts as one that the kernels fill that are enqueued on the current streams.
+        devices: The devices on which tensors in the value may reside, each as a
+            ``torch.device``, a string or an index. A value on another device is an error. Child
+            futures made by `then` inherit the devices. If None, the value is searched for tensors
+            of the accelerator when the future is completed, and streams are synchronised all the
+            same. The search looks into containers that torch's pytree knows, dataclasses, and the
+            attributes of plain objects, but never into a module. It ends after a thousand parts.
+            A value with more parts is ready when all kernels have finished that are enqueued on
+            the current streams.
 
     Example:
         >>> import asyncio, threading
@@ -192,9 +192,9 @@ class Future(torch.futures.Future[T]):
         return OUTCOME in self._state
 
     def cancelled(self) -> bool:
-        """Return True if the future, or what it was made from, was cancelled.
+        """Return True if the future was cancelled, or failed because its source was cancelled.
 
-        That is, if it failed with a `CancelledError`, or with that of asyncio or of
+        That is, if its error is a `CancelledError` of this package, asyncio or
         concurrent.futures.
         """
         return _core.is_cancelled(self)
@@ -202,9 +202,9 @@ class Future(torch.futures.Future[T]):
     def has_waiters(self) -> bool:
         """Return True if the future is pending and something waits for it now.
 
-        A task that awaits it counts, a thread in `wait`, and an attached callback, also that of a
-        child of `then`, of `gather`, or of a copy for another library. Callbacks that PyTorch's C++
-        has attached do not count.
+        Tasks that await it count, threads in `wait`, and attached callbacks. These include the
+        callbacks of a child of `then`, of `gather`, and of a copy for another library, but not
+        those that PyTorch's C++ has attached.
 
         A worker may check this to skip abandoned work. But it is also False between the creation
         of the future and the first ``await``, so False means abandoned only after something has
@@ -225,8 +225,8 @@ class Future(torch.futures.Future[T]):
     def value(self) -> T:
         """Return the value of a future that is done, without synchronising streams.
 
-        So kernels may still fill its tensors, unless this thread has waited for the future, or got
-        it from `as_completed`, or runs its callback.
+        Kernels may still fill its tensors, unless this thread has waited for the future, got it
+        from `as_completed`, or runs its callback.
 
         Raises:
             InvalidStateError: The future is pending.
@@ -245,6 +245,9 @@ class Future(torch.futures.Future[T]):
 
     def exception(self) -> BaseException | None:
         """Return the error that the future was completed with, or None if it has a value.
+
+        Unlike that of asyncio, it returns a `CancelledError`, and does not raise it. Unlike that of
+        concurrent.futures, it never blocks.
 
         Raises:
             InvalidStateError: The future is pending.
@@ -267,8 +270,8 @@ class Future(torch.futures.Future[T]):
         interrupted leaves the future as it was, without a waiter.
 
         Args:
-            timeout: How long to wait at most, in seconds. None is without a limit. With 0 or less
-                it does not wait.
+            timeout: The longest time to wait, in seconds. None sets no limit. With 0 or less, do
+                not wait.
 
         Raises:
             TimeoutError: The future was not done in time. It stays pending.

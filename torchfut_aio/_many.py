@@ -46,9 +46,9 @@ def collect_all(futures: Iterable[Any], *_others: object) -> Future[list[Any]]:
             adopts, in any mix. May be empty, and may name a future twice.
 
     Returns:
-        A future of the list of the very objects passed in. If some failed, it fails with the error
-        of the first of these in the list, once all are done. The pending futures keep a reference
-        to it, also if it is cancelled or dropped.
+        A future of a list of the same objects. If some failed, it fails once all are done, with the
+        error of the one that comes first in the list. The pending futures keep a reference to it,
+        even if it is cancelled or dropped.
 
     Raises:
         NotAFutureError: One of them is None, or cannot be adopted.

@@ -26,7 +26,7 @@ def with_timeout(future: Source[T], timeout: float | None) -> Future[T]: ...
 @overload
 def with_timeout(future: object, timeout: float | None) -> Future[Any]: ...
 def with_timeout(future: object, timeout: float | None) -> Future[Any]:
-    """Return a future that completes as ``future`` does, or in time with TimeoutError.
+    """Return a future that completes like ``future``, or fails with TimeoutError when time is up.
 
     For chains that no task awaits; a task may use the timeouts of its loop. A timeout does not
     cancel ``future``, and leaves no callback with it. While timeouts are pending, one thread waits

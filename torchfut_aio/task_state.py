@@ -52,7 +52,7 @@ def task_local_state(func: _AsyncFunction[P, T]) -> _AsyncFunction[P, T]: ...
 
 
 def task_local_state(func: Any) -> Any:
-    """Give an async function a separate state of torch, whatever other tasks do; a decorator.
+    """Decorate an async function so that it has a torch state of its own.
 
     The state is: grad mode, inference mode, forward-mode AD, autocast, the current device, and the
     current stream of each device. It begins as a copy of the state of the thread when the function

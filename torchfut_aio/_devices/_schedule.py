@@ -63,7 +63,7 @@ _policy = PollPolicy()
 
 
 def get_poll_policy() -> PollPolicy:
-    """Return the policy in force."""
+    """Return the policy that all event loops of the process use."""
     return _policy
 
 
@@ -71,7 +71,7 @@ def set_poll_policy(policy: PollPolicy) -> PollPolicy:
     """Set how all event loops of the process watch streams. Each uses it from its next poll on.
 
     Returns:
-        The policy that was in force before.
+        The previous policy.
 
     Raises:
         TypeError: ``policy`` is not a `PollPolicy`.

@@ -28,7 +28,7 @@ class PendingFuture:
     """A future that was pending, and its waiters.
 
     Attributes:
-        future: The future itself.
+        future (torchfut_aio.Future): The future itself.
         waiters: The tasks and threads that waited, then the callbacks, both in order of arrival.
             Empty if nothing waited.
         where: ``queued in batcher NAME`` or ``running in batcher NAME`` for an item of a

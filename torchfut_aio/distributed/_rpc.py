@@ -214,8 +214,8 @@ def shutdown(graceful: bool = True, timeout: float | None = None) -> None:
 
     Args:
         graceful: Whether to wait for all processes of the group, and for RPCs in flight.
-        timeout: How many seconds to wait for them. None is the default of ``rpc.shutdown``,
-            which waits for ever: pass a timeout if a process may have died.
+        timeout: The longest time to wait for them, in seconds. None waits without limit, as
+            ``rpc.shutdown`` does: pass a timeout if a process may have died.
 
     Raises:
         RuntimeError: Others did not shut down in time.

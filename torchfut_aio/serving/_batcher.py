@@ -51,12 +51,12 @@ class BatcherStatistics:
         given_up: The number of items that were given up before they were run.
         failed: The number of items that failed: with their batch, by a result that is an exception,
             or because of their cost. Items that fail because the batcher closes do not count.
-        wait_time: The time that the items that were run had waited, in seconds, in all.
-        run_time: The time for which the function has run, in seconds, in all.
+        wait_time: The total time that items waited before they were run, in seconds.
+        run_time: The total time that the function ran, in seconds.
         mean_batch_size: The mean number of items in a batch; 0.0 before the first.
-        oldest: The time for which the oldest queued item has waited, in seconds; 0.0 if none waits.
-        running_for: The time for which the batch that runs now has run, in seconds; the longest of
-            several, and 0.0 if none runs.
+        oldest: The time that the oldest queued item has waited, in seconds; 0.0 if none waits.
+        running_for: The time that the present batch has run, in seconds; the longest of several,
+            and 0.0 if none runs.
 
     Example:
         >>> import dataclasses, json
@@ -94,10 +94,11 @@ class Batcher(ProcessLocal, Generic[T, R]):
 
     The function is called in a thread of the batcher, always the same one. The thread starts when
     the batcher is entered, or with the first item, and ends when the batcher is closed. So models
-    and settings that belong to a thread stay. Until an item comes, the thread sleeps. If several
-    batches may run at the same time, each of so many threads runs one. An async function runs
-    instead as a task of the loop that has entered the batcher by ``async with``. No function sees
-    the context (``contextvars``) of a caller, as a batch has many callers.
+    and settings that belong to a thread stay. Until an item comes, the thread sleeps. With
+    ``max_concurrent_batches``, there are as many threads, and each runs one batch at a time. An
+    async function runs instead as a task of the loop that has entered the batcher by
+    ``async with``. No function sees the context (``contextvars``) of a caller, as a batch has many
+    callers.
 
     Every future completes. If the function raises, all items of the batch fail with its error,
     each with a separate copy of the exception. A result that is an exception fails its item. An
@@ -110,8 +111,8 @@ class Batcher(ProcessLocal, Generic[T, R]):
     of its own. It has to enter the batcher again if the function is async.
 
     Args:
-        func: Called with a list of items. It returns as many results in the same order: a list,
-            tuple or other sequence that is not text, or a tensor or array of that many rows.
+        func: Called with a list of n items. It returns n results in the same order: a list, tuple
+            or other sequence that is not text, or a tensor or array of shape (n, ...).
             Anything else, such as a dict, fails the batch with a TypeError. If it returns a tensor,
             each item gets a ``.clone()`` of its row, as rows share storage; to return the rows
             themselves, return ``list(tensor)``. Kernels on the streams that are current when it
@@ -119,25 +120,26 @@ class Batcher(ProcessLocal, Generic[T, R]):
             for that before the return: a ``with stream:`` around ``return`` has ended by then.
             Return clones of the static output of a CUDA graph: the next replay changes it.
         max_batch_size: The largest number of items in a batch.
-        max_queue_size: The largest number of items that wait, at least ``max_batch_size``; `submit`
-            refuses more. If n threads submit at the same time, they may exceed it by n. None sets
-            no limit.
+        max_queue_size: The largest number of items that wait, at least ``max_batch_size``. When so
+            many wait, `submit` raises `QueueFullError`. If n threads submit at the same time, they
+            may exceed it by n. None sets no limit.
         max_wait: The longest time that an item waits for others, in seconds. With 0 or less, a
             batch has the items that came while the last ones ran.
         cost: Called with a list of items; returns what a batch of them would cost, such as the
             number of tokens after padding. The cost must not be negative, nor fall when an item is
             added. It is called in a thread of the batcher as a batch is made, often for parts of
-            the batch too. An item fails if it costs more than ``max_batch_cost`` alone, or if the
-            function raises or returns another thing for it alone.
-        max_batch_cost: The most that a batch may cost. It is needed if ``cost`` is passed.
-        max_concurrent_batches: How many batches may run at the same time. With more than one, the
-            function is called from several threads, or in several tasks.
+            the batch too. An item fails if it alone costs more than ``max_batch_cost``, or if
+            ``cost`` raises, or returns no number, for it alone.
+        max_batch_cost: The largest cost of a batch, in the unit of ``cost``. Required with
+            ``cost``.
+        max_concurrent_batches: The number of batches that may run at the same time. With more than
+            one, the function is called from several threads, or in several tasks.
         initializer: Called in each thread before its first batch, with the number of the thread,
             from 0 to ``max_concurrent_batches`` - 1: to load a model, choose a device, or set the
             number of torch's threads. Several threads call it at the same time. The block of
-            ``with`` or ``async with`` begins when it has returned in all threads; if it raises, so
-            does the entry, and the batcher is closed. Without a block, every item fails with its
-            error. Not for async functions.
+            ``with`` or ``async with`` begins when it has returned in all threads. If it raises, the
+            statement raises the same error, and the batcher is closed. Without a block, every item
+            fails with its error. Not for async functions.
         on_batch: Called with a `BatchReport` after each batch, in the thread that ran it, when the
             futures are done. That thread runs no other batch until it returns. An error that it
             raises is logged.
@@ -301,7 +303,7 @@ class Batcher(ProcessLocal, Generic[T, R]):
         )
 
     def statistics(self) -> BatcherStatistics:
-        """Return what the batcher has done so far, from any thread."""
+        """Return a snapshot of what the batcher has done so far. Call it from any thread."""
         queue, now = self._queue, time.monotonic()
         workers = queue.workers
         oldest = queue.oldest()  # first, as it drops items that were given up
@@ -326,10 +328,10 @@ class Batcher(ProcessLocal, Generic[T, R]):
     # ---------------------------------------------------------------------------- closing
 
     def close(self, *, drain: bool = True, timeout: float | None = None) -> None:
-        """Take no more items, and block until the function runs no more.
+        """Close the batcher to new items, and block until the last batch has run.
 
-        A second call waits again. The function itself and callbacks of the futures may call it;
-        then it does not wait.
+        A second call waits again. A call in the function itself, or in a callback of a future, does
+        not wait.
 
         Args:
             drain: Run queued items. If False, they fail with `BatcherClosedError`.
