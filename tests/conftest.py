@@ -24,6 +24,7 @@ from hypothesis import HealthCheck, find, settings, strategies
 from torch.distributed import rpc
 
 import torchfut_aio._loops._trio  # noqa: F401  or the first wait imports it, and takes a lock
+from torchfut_aio._extension import use_extension
 
 from . import explorer
 from .accelerator import accelerator, accelerator_module, consumer, producer
@@ -96,6 +97,12 @@ def nothing_blocks_a_loop(block_buster: BlockBuster) -> BlockBuster:
     """Raise an error in code that blocks while an asyncio or uvloop loop runs."""
     block_buster.activate()  # a no-op if it is active, as most tests leave it
     return block_buster
+
+
+@pytest.fixture(autouse=True)
+def extension_is_used() -> None:
+    """Use the C extension, if it was built: an abandoned generator of `interrupts` left it off."""
+    use_extension(True)
 
 
 @pytest.fixture(autouse=True)

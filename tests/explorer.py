@@ -59,9 +59,9 @@ def interrupts(
     """
     files = tuple(map(_files, modules))
     gc.collect()  # or the finalisers of earlier runs could be interrupted
-    before = use_extension(in_c)
     try:
         for number in itertools.count(first, every):
+            use_extension(in_c)  # again each time, as an earlier generator may end late
             interrupt = Interrupt(number, files, error, do, at, thread)
             yield interrupt
             if interrupt.where is None:
@@ -69,7 +69,7 @@ def interrupts(
                 return
     finally:
         _watch(())
-        use_extension(before)
+        use_extension(True)
 
 
 def _files(module: ModuleType) -> str:
