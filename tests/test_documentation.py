@@ -131,7 +131,7 @@ def test_documentation_programs_print_the_stated_output(block, loop):
     assert done.stdout == block.printed
 
 
-SERVE = "python -m uvicorn app:app --loop uvloop --port 8000"
+SERVE = "python -m uvicorn app:app --loop uvloop --port 8000 --timeout-graceful-shutdown 15"
 
 
 @pytest.mark.parametrize("page", ["docs/tutorial.md", SERVING, FASTAPI, "docs/guides/metrics.md"])
@@ -184,11 +184,12 @@ def wait_until(get, condition):
     return found
 
 
-@pytest.mark.parametrize(("page", "tests"), [(TESTING, 8), (FASTAPI, 3)])
+@pytest.mark.parametrize(("page", "tests"), [(TESTING, 11), (FASTAPI, 7)])
 def test_guides_have_server_tests_that_pass(tmp_path, page, tests):
     for package in ("starlette", "fastapi", "freezegun", "httpx2", "pytest_asyncio"):
         pytest.importorskip(package, reason="install the extra `test` to test servers")
-    for name, code in {**files(SERVING), **files(page)}.items():
+    shared = {n: code for n, code in files(TESTING).items() if n in (ROOT / page).read_text()}
+    for name, code in {**files(SERVING), **shared, **files(page)}.items():
         (tmp_path / name).write_text(code)
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"],
@@ -228,11 +229,11 @@ def running_server(folder):
 def answer_to(curl, address):
     """Return what curl, and then grep, would print for the answer from another address."""
     path = re.search(r"http://127.0.0.1:8000(/[^\s']*)", curl)[1]
-    body = re.search(r"(-d|--json) '(.*?)'", curl)
+    body = re.search(r"-d '(.*?)'", curl)
     pattern = re.search(r"\| grep -E '(.*)'", curl)
-    kind = "application/json" if "--json" in curl else "text/plain"
+    kind = "application/json" if "application/json" in curl else "text/plain"
     request = urllib.request.Request(
-        address + path, body and body[2].encode(), {"Content-Type": kind}
+        address + path, body and body[1].encode(), {"Content-Type": kind}
     )
     with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
         lines = answer.read().decode().splitlines(keepends=True)
@@ -263,8 +264,9 @@ def test_each_searched_word_leads_to_one_page_first():
     entries = ",".join(re.findall(r"^```\{index\} (.*)$", text, flags=re.MULTILINE))
     words = re.findall(r"! ([^,]+)", entries)
     assert len({word.lower() for word in words}) == len(words)
-    assert set(words) >= {"503", "504", "metrics", "Prometheus", "OpenTelemetry", "SSE"}
-    assert set(words) >= {"websocket", "micro-batching", "hang", "pytest"}
+    assert set(words) >= {"503", "504", "metrics", "Prometheus", "OpenTelemetry", "SSE", "overload"}
+    assert set(words) >= {"websocket", "micro-batching", "hang", "pytest", "LLM"}
+    assert set(words) >= {"backpressure", "graceful shutdown", "Retry-After"}
 
 
 def test_examples_page_links_every_example():
