@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import contextlib
 import doctest
 import importlib
@@ -172,6 +173,23 @@ def test_fastapi_guide_stops_a_stream_whose_client_leaves(tmp_path):
                 assert answer.readline() == b'data: "token 0"\n'
                 with begin(address) as refused:
                     assert refused.status == 503
+
+
+def test_serving_guide_passes_on_a_timeout_error_of_a_model():
+    pytest.importorskip("starlette", reason="install the extra `server` to test servers")
+    names = {}
+    exec(files(SERVING)["handling.py"], names)
+    request = types.SimpleNamespace(receive=lambda: asyncio.sleep(PATIENCE))
+
+    def model(items):
+        raise TimeoutError("the database does not answer")
+
+    async def answer():
+        async with torchfut_aio.Batcher(model, max_batch_size=1, max_queue_size=1) as batcher:
+            await names["run_unless_left"](request, batcher, "item")
+
+    with pytest.raises(TimeoutError, match="the database does not answer"):
+        asyncio.run(answer())
 
 
 def wait_until(get, condition):
