@@ -51,19 +51,18 @@ Generate = Callable[[str, int], Iterator[str]]  # of a prompt and a length
 
 async def run_unless_left(request: Request, batcher: Batcher[T, R], item: T) -> R:
     """Return the result of the item. The body of the request must have been read."""
-    with anyio.CancelScope() as scope:
+    with anyio.CancelScope() as scope, anyio.move_on_after(SECONDS) as limit:
         listener = asyncio.create_task(cancel_when_left(request, scope))
         try:
-            with anyio.fail_after(SECONDS):
-                return await batcher(item)
+            return await batcher(item)
         except QueueFullError:
             raise HTTPException(503, "too many requests", {"Retry-After": "1"}) from None
-        except TimeoutError:
-            raise HTTPException(504, "it took too long") from None
         except (SystemExit, KeyboardInterrupt) as error:  # of the model; it would end the loop
             raise HTTPException(500, "the model has exited") from error
         finally:
             listener.cancel()
+    if limit.cancelled_caught:  # a TimeoutError of the model is no 504
+        raise HTTPException(504, "it took too long")
     raise ClientDisconnect
 
 
