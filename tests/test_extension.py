@@ -552,10 +552,9 @@ def at_each_depth(function):
         function()
 
 
-@needs_extension
 @pytest.mark.parametrize("name", ["set_result", "put", "put_many"])
 @on_asyncio
-async def test_full_stack_in_c_loses_no_waiter(name):
+async def test_full_stack_loses_no_waiter(implementation, name):
     fut, stream = Future(), ValueStream()
     values = stream.listen()
     functions = {

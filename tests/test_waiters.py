@@ -9,6 +9,7 @@ import signal
 import threading
 import weakref
 from collections import Counter
+from importlib.util import find_spec
 
 import anyio
 import anyio.lowlevel
@@ -552,3 +553,29 @@ def test_blocked_signal_handler_wakes_before_the_interrupted_put():
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert nothing_left(stream)
+
+
+@pytest.mark.skipif(not find_spec("_testcapi"), reason="this Python is built without _testcapi")
+def test_waiter_is_woken_even_if_memory_runs_out():
+    import _testcapi
+
+    class Waker:
+        closed = False
+
+        def wake(self, waiter):
+            woken[waiter] = True  # without memory, as the key is there
+
+    for number in range(40):  # of the allocation that fails
+        waiters, waker, woken = _waiters.Waiters(), Waker(), {"first": False, "second": False}
+        for waiter in woken:
+            waiters.waiting[waiter] = waker
+            waiters.line_up(waiter, waker)
+        _testcapi.set_nomemory(number, number + 1)
+        try:
+            waiters.wake(2)
+        except MemoryError:
+            _testcapi.remove_mem_hooks()
+            waiters.wake_again(2)  # as each caller does
+        finally:
+            _testcapi.remove_mem_hooks()
+        assert all(woken.values()), number

@@ -2,8 +2,8 @@
 
 A function that is decorated with `speedup` is its own specification. If the extension was built,
 ``_speedups.c`` does the same for the common case, and calls the function for everything else. The
-extension is built for CPython with a GIL. ``TORCHFUT_AIO_NO_EXTENSIONS=1`` in the environment turns
-it off, when the package is built and when it is imported.
+extension is built for CPython 3.11 to 3.14 with a GIL, on POSIX. ``TORCHFUT_AIO_NO_EXTENSIONS=1``
+in the environment turns it off, when the package is built and when it is imported.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ def uses_extension() -> bool:
     """Return True if the hot paths run in C.
 
     They run in Python if the extension was not built, if the environment variable
-    ``TORCHFUT_AIO_NO_EXTENSIONS`` was set when the package was imported, and without a GIL.
+    ``TORCHFUT_AIO_NO_EXTENSIONS`` was set when the package was imported, without a GIL, and if a
+    private name of CPython that the extension uses is missing.
     """
     return _speedups is not None and bool(_speedups.in_use())

@@ -1,17 +1,18 @@
 /* The hot paths of the package, in C.
 
    Each function of the table FAST stands for a Python function, which is its specification. It
-   handles the common case: exact types, no devices, no callbacks, loops of asyncio's kind. For
-   everything else it returns PYTHON, before it has changed anything, and the Python function runs.
+   handles the common case: exact types, completions without devices and callbacks, loops of
+   asyncio's kind. For everything else it returns PYTHON, before it has changed anything that the
+   Python function does not do again; and that function runs.
 
    1. State stays in the objects that Python uses: dicts, a deque, slots. So Python and C can take
       turns on the same future.
    2. The GIL is held. What runs between two calls that may run Python code is one step, which no
-      other thread and no signal handler can divide. To allocate an object may run Python code too:
-      the garbage collector calls finalisers.
+      other thread and no signal handler can divide. In 3.11, to allocate an object may run Python
+      code too: the garbage collector calls finalisers.
    3. A reference is borrowed only within such a step.
    4. An exception can only come from a call. So there are fewer points at which an interrupt must
-      be repaired than in Python. The repair itself is done in Python. */
+      be repaired than in Python. Most repairs are done in Python. */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -52,7 +53,7 @@ static void PyErr_SetRaisedException(PyObject *error)
 static char python_is_needed;
 #define PYTHON ((PyObject *)&python_is_needed)
 
-static int is_installed; /* after `install`: what follows is there */
+static int is_installed; /* `install` has filled the variables below */
 static int in_use;       /* from then on, unless tests want the Python functions */
 
 /* ------------------------------------------------- what it uses of the package and of asyncio */
@@ -60,9 +61,10 @@ static int in_use;       /* from then on, unless tests want the Python functions
 static PyObject *OUTCOME, *CALLBACK, *BURST, *HOST_ONLY, *KINDS;
 static PyTypeObject *Outcome, *Future, *AsyncioLoop, *StreamState, *ValueStream, *Reader, *Waiters;
 static PyObject *call_contained, *start_new_thread, *set_value_in_torch, *current, *this_thread;
-static PyObject *wake_again, *events, *still_waits, *InvalidStateError, *Handle, *run_of_handles;
+static PyObject *wake_taken_again, *asyncio_events, *still_waits, *InvalidStateError;
+static PyObject *Handle, *run_of_handles;
 static PyTypeObject *AsyncioFuture, *AsyncioTask;
-static Py_ssize_t many; /* waiters in a burst */
+static Py_ssize_t many; /* the fewest waiters of a burst */
 
 static const struct {
     void *where;
@@ -80,13 +82,13 @@ static const struct {
     {&ValueStream, "serving._stream", "ValueStream"},
     {&Reader, "serving._stream", "_Reader"},
     {&Waiters, "_waiters", "Waiters"},
-    {&wake_again, "_waiters", "_wake_again"},
+    {&wake_taken_again, "_waiters", "_wake_again"},
     {&call_contained, "_threads", "call_contained"},
     {&start_new_thread, "_core._completion", "start_new_thread"},
     {&set_value_in_torch, "_core._torch_future", "set_value_in_torch"},
     {&current, "_loops._loop", "current"},
     {&this_thread, "_loops._loop", "_this_thread"},
-    {&events, "_cpython", "_events"},
+    {&asyncio_events, "_cpython", "_events"},
     {&still_waits, "_cpython", "still_waits"},
     {&Handle, "_cpython", "_Handle"},
     {&run_of_handles, "_cpython", "_run"},
@@ -205,7 +207,7 @@ static PyObject *new_outcome(PyObject *value)
     return outcome;
 }
 
-/* Return a dict in a slot if it is empty or not, but there: else NULL, without an error. */
+/* Borrow the dict in a slot; or return NULL, without an error, if it is no dict. */
 static PyObject *dict_slot(PyObject *object, Py_ssize_t offset)
 {
     PyObject *dict = SLOT(object, offset);
@@ -221,27 +223,29 @@ static int has_room(void)
     return 1;
 }
 
-/* Call `call[0](*call[1:])`, which does again what an error has interrupted: in a new thread if the
-   stack is full. Steal `call`. Return -1 with the first error, or 0 if there was none. */
-static int repeat(PyObject *call)
+/* Raise an error again, unless what was called since then has failed too. Steal `error`. */
+static void raise_again(PyObject *error, int failed)
 {
-    PyObject *error = PyErr_GetRaisedException();
-    int failed = !call;
+    if (failed)
+        Py_DECREF(error);
+    else
+        PyErr_SetRaisedException(error);
+}
+
+/* Call `call[0](*call[1:])`, which does again what an error has interrupted: in a new thread if the
+   stack is full. Steal both; `error` may be NULL. Return -1 with the first error, or 0 if there was
+   none. */
+static int repeat(PyObject *error, PyObject *call)
+{
     if (call && dropped(PyObject_Vectorcall(PyTuple_GET_ITEM(call, 0), &PyTuple_GET_ITEM(call, 1),
                                             PyTuple_GET_SIZE(call) - 1, NULL)) < 0) {
         PyObject *second = PyErr_GetRaisedException();
-        failed = dropped(PyObject_CallFunctionObjArgs(start_new_thread, call_contained, call,
-                                                      NULL)) < 0;
-        if (error)
-            Py_DECREF(second);
-        else
-            error = second;
+        raise_again(second, dropped(PyObject_CallFunctionObjArgs(start_new_thread, call_contained,
+                                                                 call, NULL)));
     }
     Py_XDECREF(call);
-    if (error && !failed)
-        PyErr_SetRaisedException(error);
-    else
-        Py_XDECREF(error);
+    if (error)
+        PyErr_SetRaisedException(error); /* instead of a later one */
     return PyErr_Occurred() ? -1 : 0;
 }
 
@@ -251,7 +255,7 @@ static int runs_in_this_thread(PyObject *loop)
 {
     PyObject *thread = SLOT(loop, loop_thread);
     if (!thread || !PyLong_CheckExact(thread))
-        return 1; /* let Python have a look */
+        return 1; /* unknown: Python looks again, or the loops are compared */
     unsigned long ident = PyLong_AsUnsignedLong(thread);
     if (ident == (unsigned long)-1 && PyErr_Occurred()) {
         PyErr_Clear();
@@ -333,12 +337,12 @@ static int wake(PyObject *waker, PyObject *waiter)
 
 /* ------------------------------------------------------------------------ completing a future */
 
-enum { TRY_COMPLETE, COMPLETE_ALL, OUTCOMES_OF_RESULTS, SET_RESULT, AWAIT, RESUME_TASKS, CALL_SOON, SCHEDULE_WAKE_UP,
-       RUN_WAKE_UP, SET_TIMER, PUT, PUT_MANY, ANEXT };
+enum { TRY_COMPLETE, COMPLETE_ALL, OUTCOMES_OF_RESULTS, SET_RESULT, AWAIT, RESUME_TASKS, CALL_SOON,
+       SCHEDULE_WAKE_UP, RUN_WAKE_UP, SET_TIMER, PUT, PUT_MANY, ANEXT };
 static PyObject *python_of(int which);
 
-/* Claim a pending future without devices and callbacks for an outcome that is a plain value. Return
-   0 without any change if it is another. */
+/* Store the outcome of a plain value in a pending future that has no devices and no callbacks.
+   Return 1; or 0, unchanged, if Python has to do it; or -1 for an error. */
 static int claim(PyObject *future, PyObject *outcome)
 {
     PyObject *devices = SLOT(future, future_devices), *state = dict_slot(future, future_state);
@@ -357,7 +361,8 @@ static int claim(PyObject *future, PyObject *outcome)
     return stored ? stored == outcome : -1;
 }
 
-/* Wake one waiter, or move it to `waiters`; then remove it. Return 1 if it is a callback. */
+/* Wake one waiter, or move it to `waiters`; then remove it. Return 1 if it is a callback, or
+   IGNORED: Python has to do it. */
 static int deliver_one(PyObject *state, PyObject *waiter, PyObject *waker, PyObject *waiters)
 {
     if (waker == CALLBACK || waker == Py_None)
@@ -420,8 +425,8 @@ static int deliver(PyObject *state, PyObject *waiters)
     return result;
 }
 
-/* Wake the waiters of a future that was claimed, and complete the C++ future. Return 1 if Python has
-   to do it again, as there is a callback: another thread is adding it just now. */
+/* Wake the waiters of a future that was claimed, and complete the C++ future. Return 1 if Python
+   has to do it again, as there is a callback: another thread is adding it just now. */
 static int publish(PyObject *future, PyObject *outcome, PyObject *waiters)
 {
     PyObject *state = get_slot(future, future_state, "_state");
@@ -443,12 +448,12 @@ static int complete(PyObject *future, PyObject *outcome)
     int result = claim(future, outcome);
     if (result != 1)
         return result;
-    /* The handler of try_complete() */
-    if (publish(future, outcome, NULL) != 0 &&
-        repeat(Py_BuildValue("(O(O)(O)OO)", python_of(COMPLETE_ALL), future, outcome, Py_None,
-                             Py_True)) < 0)
-        return -1;
-    return 1;
+    if (publish(future, outcome, NULL) == 0)
+        return 1;
+    PyObject *error = PyErr_GetRaisedException(); /* as the handler of try_complete() */
+    PyObject *call = Py_BuildValue("(O(O)(O)OO)", python_of(COMPLETE_ALL), future, outcome, Py_None,
+                                   Py_True);
+    return repeat(error, call) < 0 ? -1 : 1;
 }
 
 /* try_complete(future, outcome) */
@@ -548,37 +553,33 @@ static PyObject *complete_all(PyObject *const *arguments)
 
 /* --------------------------------------------------------------- in the loop's thread: resuming */
 
-/* resume_callback(): borrow the callback and the context of a task that waits for `future`. */
-static int find_resume_callback(PyObject *callbacks, PyObject **callback, PyObject **context)
+/* resume_callback(): borrow the callback and the context of a task that waits, in a tuple; or
+   return NULL, without an error. */
+static PyObject *find_resume_callback(PyObject *callbacks)
 {
-    if (!callbacks || !PyList_CheckExact(callbacks) || !PyList_GET_SIZE(callbacks))
-        return 0;
+    if (!PyList_CheckExact(callbacks) || !PyList_GET_SIZE(callbacks))
+        return NULL;
     PyObject *pair = PyList_GET_ITEM(callbacks, 0);
     if (!PyTuple_CheckExact(pair) || PyTuple_GET_SIZE(pair) != 2)
-        return 0;
-    *callback = PyTuple_GET_ITEM(pair, 0);
-    *context = PyTuple_GET_ITEM(pair, 1);
-    return PyCFunction_CheckExact(*callback) && PyContext_CheckExact(*context) &&
-           PyCFunction_GET_SELF(*callback) &&
-           PyObject_TypeCheck(PyCFunction_GET_SELF(*callback), AsyncioTask);
+        return NULL;
+    PyObject *callback = PyTuple_GET_ITEM(pair, 0);
+    int is_of_task = PyCFunction_CheckExact(callback) && PyCFunction_GET_SELF(callback) &&
+                     PyObject_TypeCheck(PyCFunction_GET_SELF(callback), AsyncioTask) &&
+                     PyContext_CheckExact(PyTuple_GET_ITEM(pair, 1));
+    return is_of_task ? pair : NULL;
 }
 
 /* Keep what resumes a task, as its step did not begin: the next wake-up takes it. */
-static void keep_taken(PyObject *loop, PyObject *callback, PyObject *context)
+static void keep_taken(PyObject *loop, PyObject *pair)
 {
-    PyObject *error = PyErr_GetRaisedException();
-    PyObject *taken = PyTuple_Pack(2, callback, context);
-    if (taken)
-        Py_XSETREF(SLOT(loop, loop_taken), taken);
-    else
-        Py_XDECREF(error), error = PyErr_GetRaisedException();
-    PyErr_SetRaisedException(error);
+    if (pair)
+        Py_XSETREF(SLOT(loop, loop_taken), Py_NewRef(pair)); /* which is None: no code runs */
 }
 
 /* Run the step of a task; if it did not begin, put the waiter back. */
-static int run_step(PyObject *loop, PyObject *queue, PyObject *waiter, PyObject *callback,
-                    PyObject *context)
+static int run_step(PyObject *loop, PyObject *queue, PyObject *waiter, PyObject *pair)
 {
+    PyObject *callback = PyTuple_GET_ITEM(pair, 0), *context = PyTuple_GET_ITEM(pair, 1);
     PyObject *result = NULL;
     if (PyContext_Enter(context) == 0) {
         result = PyObject_CallOneArg(callback, waiter);
@@ -591,20 +592,13 @@ static int run_step(PyObject *loop, PyObject *queue, PyObject *waiter, PyObject 
     }
     PyObject *error = PyErr_GetRaisedException();
     PyObject *waits = PyObject_CallFunctionObjArgs(still_waits, callback, waiter, NULL);
-    if (!waits) {
-        Py_XDECREF(error);
-        return -1;
-    }
-    PyErr_SetRaisedException(error);
+    int failed = !waits;
     if (waits == Py_True) {
-        keep_taken(loop, callback, context);
-        error = PyErr_GetRaisedException();
-        if (call_method(queue, s_appendleft, waiter) < 0)
-            Py_DECREF(error);
-        else
-            PyErr_SetRaisedException(error);
+        keep_taken(loop, pair);
+        failed = call_method(queue, s_appendleft, waiter);
     }
-    Py_DECREF(waits);
+    Py_XDECREF(waits);
+    raise_again(error, failed);
     return -1;
 }
 
@@ -618,37 +612,27 @@ static int resume_first(PyObject *loop, PyObject *queue)
         Py_DECREF(waiter);
         return 1;
     }
-    PyObject *callback = NULL, *context = NULL;
-    PyObject *callbacks = PyObject_GetAttr(waiter, s__callbacks);
     int result = -1;
-    if (!callbacks)
+    PyObject *callbacks = PyObject_GetAttr(waiter, s__callbacks);
+    PyObject *pair = callbacks ? Py_XNewRef(find_resume_callback(callbacks)) : NULL;
+    if (!callbacks ||
+        (pair && call_method(waiter, s_remove_done_callback, PyTuple_GET_ITEM(pair, 0)) < 0))
         goto end;
-    if (find_resume_callback(callbacks, &callback, &context)) {
-        Py_INCREF(callback);
-        Py_INCREF(context);
-        if (call_method(waiter, s_remove_done_callback, callback) < 0)
-            goto end;
-    } else
-        callback = context = NULL;
     if (call_method(waiter, s_set_result, Py_None) < 0) {
         if (!PyErr_ExceptionMatches(InvalidStateError)) {
-            if (callback)
-                keep_taken(loop, callback, context);
+            keep_taken(loop, pair);
             goto end;
         }
         PyErr_Clear(); /* it has been cancelled */
     }
-    if (call_method(queue, s_popleft, NULL) < 0) {
-        if (callback)
-            keep_taken(loop, callback, context);
-        goto end;
-    }
-    result = callback ? run_step(loop, queue, waiter, callback, context) : 0;
+    if (call_method(queue, s_popleft, NULL) < 0)
+        keep_taken(loop, pair);
+    else
+        result = pair ? run_step(loop, queue, waiter, pair) : 0;
 end:
     Py_DECREF(waiter);
     Py_XDECREF(callbacks);
-    Py_XDECREF(callback);
-    Py_XDECREF(context);
+    Py_XDECREF(pair);
     return result;
 }
 
@@ -719,8 +703,11 @@ static PyObject *run_wake_up(PyObject *const *arguments)
     PyObject *count = size < 0 ? NULL : PyLong_FromSsize_t(size);
     if (count) {
         Py_ssize_t at_once = PyLong_AsSsize_t(SLOT(loop, loop_at_once)); /* no burst */
+        int failed = at_once == -1 && PyErr_Occurred();
         Py_XSETREF(SLOT(loop, loop_at_once), PyLong_FromLong(0));
-        if (size - at_once < many || call_method(loop, s__start_burst_timer, count) == 0) {
+        if (!failed && size - at_once >= many)
+            failed = call_method(loop, s__start_burst_timer, count);
+        if (!failed) {
             PyObject *both[] = {loop, count};
             result = resume_tasks(both);
             if (result == PYTHON)
@@ -730,10 +717,8 @@ static PyObject *run_wake_up(PyObject *const *arguments)
     }
     if (!result) {
         PyObject *error = PyErr_GetRaisedException();
-        if (PyObject_Size(queue) > 0 && call_method(loop, s_schedule_wake_up, NULL) < 0)
-            Py_DECREF(error);
-        else
-            PyErr_SetRaisedException(error);
+        raise_again(error, PyObject_Size(queue) > 0 &&
+                               call_method(loop, s_schedule_wake_up, NULL) < 0);
     }
     Py_DECREF(queue);
     return result;
@@ -743,13 +728,13 @@ static PyObject *run_wake_up(PyObject *const *arguments)
 static PyObject *set_timer(PyObject *const *arguments)
 {
 #ifdef __linux__
-    PyObject *value = PyFloat_CheckExact(arguments[1]) ? PyObject_GetAttr(arguments[0], s_value)
-                                                       : NULL;
+    double seconds = PyFloat_CheckExact(arguments[1]) ? PyFloat_AS_DOUBLE(arguments[1]) : -1;
+    int is_common = (seconds >= 0 && seconds < 1e9) || seconds == HUGE_VAL;
+    PyObject *value = is_common ? PyObject_GetAttr(arguments[0], s_value) : NULL;
     if (value && PyLong_CheckExact(value)) {
         long descriptor = PyLong_AsLong(value);
-        double seconds = PyFloat_AS_DOUBLE(arguments[1]);
         struct itimerspec time = {{0, 0}, {0, 0}}; /* all zero stops the timer */
-        if (!isinf(seconds) && seconds < 1e9) {
+        if (seconds != HUGE_VAL) {
             long long nanoseconds = (long long)(seconds * 1e9);
             if (nanoseconds < 1)
                 nanoseconds = 1;
@@ -776,7 +761,7 @@ static PyObject *running_loop(void)
     while (PyDict_Next(KINDS, &position, &library, &value))
         if (PyDict_GetItemWithError(modules, library) || PyErr_Occurred())
             goto in_python;
-    PyObject *event_loop = PyObject_CallMethodNoArgs(events, s__get_running_loop);
+    PyObject *event_loop = PyObject_CallMethodNoArgs(asyncio_events, s__get_running_loop);
     if (!event_loop)
         return NULL;
     PyObject *loop = NULL, *here = NULL;
@@ -821,24 +806,24 @@ static PyObject *new_waiter(PyObject *loop)
 
    It suspends the task by means of another iterator, `inner`: of a waiter, of a checkpoint, of
    kernels, or a coroutine in Python. So what is sent or thrown into it, and a cancellation, act as
-   they do on that iterator. When `inner` has returned, `go_on` decides about the next one. */
+   they do on that iterator. When `inner` has returned, `next_step` decides about the next one. */
 
 typedef struct Wait Wait;
 
 typedef struct {
     /* Set `inner` and return PYGEN_NEXT; or return the result; or an error. Takes what the last
        `inner` has returned, NULL at first. */
-    PySendResult (*go_on)(Wait *self, PyObject *returned, PyObject **result);
+    PySendResult (*next_step)(Wait *self, PyObject *returned, PyObject **result);
     /* Remove the waiter. */
     int (*leave)(Wait *self);
     /* An error ends the wait. */
     int (*fail)(Wait *self);
     int is_coroutine;
-} Kind;
+} WaitKind;
 
 struct Wait {
     PyObject_HEAD
-    const Kind *kind;
+    const WaitKind *kind;
     PyObject *of;     /* the future, or the state of the stream */
     PyObject *loop;   /* of the waiter */
     PyObject *waiter; /* while `of` has it */
@@ -849,7 +834,7 @@ struct Wait {
 
 static PyTypeObject WaitType;
 
-static PyObject *new_wait(const Kind *kind, PyObject *of)
+static PyObject *new_wait(const WaitKind *kind, PyObject *of)
 {
     Wait *self = PyObject_GC_New(Wait, &WaitType);
     if (!self)
@@ -930,7 +915,7 @@ static PySendResult go_on(Wait *self, PySendResult how, PyObject **result)
         PyObject *returned = *result;
         *result = NULL;
         Py_CLEAR(self->inner);
-        how = self->kind->go_on(self, returned, result);
+        how = self->kind->next_step(self, returned, result);
         Py_XDECREF(returned);
         if (how != PYGEN_NEXT)
             break;
@@ -1119,7 +1104,8 @@ static void wait_finalize(Wait *self)
         return;
     PyObject *error = PyErr_GetRaisedException();
     if (self->stage == NEW
-            ? PyErr_WarnEx(PyExc_RuntimeWarning, "coroutine '_Reader.__anext__' was never awaited", 1)
+            ? PyErr_WarnEx(PyExc_RuntimeWarning,
+                           "coroutine '_Reader.__anext__' was never awaited", 1)
             : dropped(wait_close(self, NULL)))
         PyErr_WriteUnraisable((PyObject *)self);
     if (error)
@@ -1239,25 +1225,30 @@ static PySendResult begin_await(Wait *self, PyObject *state, PyObject **result)
     PySendResult how = PYGEN_ERROR;
     PyObject *waiter = NULL, *loop = running_loop();
     int done = loop ? PyDict_Contains(state, OUTCOME) : -1;
-    if (done == 0 && (done = -1, waiter = new_waiter(loop)) &&
-        PyDict_SetItem(state, waiter, loop) == 0) {
+    if (done == 0) {
+        if (!(waiter = new_waiter(loop)) || PyDict_SetItem(state, waiter, loop) < 0)
+            goto end;
         self->waiter = Py_NewRef(waiter); /* an error removes it: see end_wait() */
         self->loop = Py_NewRef(loop);
         /* Stored before the check for the outcome: rule 3 of _core. */
         done = PyDict_Contains(state, OUTCOME);
         if (done == 0)
             how = suspend_by(self, Py_NewRef(waiter), WAITS);
-        else if (done == 1 && (done = discard(state, waiter) == 0))
+        else if (done == 1) {
+            if (discard(state, waiter) < 0)
+                goto end;
             clear_waiter(self);
+        }
     }
     if (done == 1)
         how = checkpoint(self, loop, state, result);
+end:
     Py_XDECREF(waiter);
     Py_XDECREF(loop);
     return how;
 }
 
-static PySendResult await_go_on(Wait *self, PyObject *Py_UNUSED(returned), PyObject **result)
+static PySendResult await_next_step(Wait *self, PyObject *Py_UNUSED(returned), PyObject **result)
 {
     PyObject *state = get_slot(self->of, future_state, "_state");
     if (!state)
@@ -1281,7 +1272,7 @@ static int await_leave(Wait *self)
     return failed;
 }
 
-static const Kind AWAITS_FUTURE = {await_go_on, await_leave, NULL, 0};
+static const WaitKind AWAITS_FUTURE = {await_next_step, await_leave, NULL, 0};
 
 /* Future.__await__(self); of a subclass, in Python. */
 static PyObject *await(PyObject *const *arguments)
@@ -1320,8 +1311,10 @@ static int wake_waiters(PyObject *readers, Py_ssize_t number)
     Py_INCREF(waiter);
     Py_INCREF(waker);
     int failed = PyDict_DelItem(waiting, waiter);
-    if (!failed && wake(waker, waiter) < 0)
-        failed = repeat(Py_BuildValue("(O[(OO)])", wake_again, waiter, waker));
+    if (!failed && wake(waker, waiter) < 0) {
+        PyObject *error = PyErr_GetRaisedException();
+        failed = repeat(error, Py_BuildValue("(O[(OO)])", wake_taken_again, waiter, waker));
+    }
     Py_DECREF(waiter);
     Py_DECREF(waker);
     return failed;
@@ -1340,8 +1333,11 @@ static PyObject *store(PyObject *state, PyObject *outcomes)
         failed = call_method(state, s__take_back, outcomes);
     if (!failed)
         failed = wake_waiters(readers, number);
-    if (failed)
-        repeat(Py_BuildValue("(Nn)", PyObject_GetAttr(readers, s_wake_again), number));
+    if (failed) {
+        PyObject *error = PyErr_GetRaisedException();
+        PyObject *again = PyObject_GetAttr(readers, s_wake_again);
+        repeat(error, again ? Py_BuildValue("(Nn)", again, number) : NULL);
+    }
     Py_DECREF(values);
     Py_DECREF(readers);
     return failed ? NULL : Py_NewRef(Py_None);
@@ -1429,13 +1425,13 @@ static PySendResult take_value(Wait *self, PyObject *values, PyObject **result)
         return *result ? PYGEN_RETURN : PYGEN_ERROR;
     }
     Py_XDECREF(outcome);
-    PyErr_Clear(); /* another reader has it, or the collector ran: look again */
+    PyErr_Clear(); /* an uncommon value, or one that another reader has: Python looks again */
     return continue_in_python(self);
 }
 
 static PySendResult wait_for_value(Wait *self, PyObject *state, PyObject *readers)
 {
-    PyObject *waiting = SLOT(readers, waiters_waiting);
+    PyObject *waiting = Py_NewRef(SLOT(readers, waiters_waiting));
     PyObject *loop = running_loop(), *waiter = loop ? new_waiter(loop) : NULL;
     PySendResult how = PYGEN_ERROR;
     if (waiter && PyDict_SetItem(waiting, waiter, loop) == 0) {
@@ -1446,11 +1442,12 @@ static PySendResult wait_for_value(Wait *self, PyObject *state, PyObject *reader
             failed = dropped(PyObject_CallMethodObjArgs(readers, s_line_up, waiter, loop, NULL));
         if (!failed) {
             if (PyODict_SIZE(SLOT(state, state_values)) || PyDict_GET_SIZE(SLOT(state, state_end)))
-                how = suspend_by(self, PyTuple_New(0), WAITS); /* which returns at once */
+                how = suspend_by(self, PyTuple_New(0), WAITS); /* empty: it looks again */
             else
                 how = suspend_by(self, Py_NewRef(waiter), WAITS);
         }
     }
+    Py_DECREF(waiting);
     Py_XDECREF(waiter);
     Py_XDECREF(loop);
     return how;
@@ -1459,7 +1456,9 @@ static PySendResult wait_for_value(Wait *self, PyObject *state, PyObject *reader
 static int reader_leave(Wait *self)
 {
     PyObject *readers = Py_NewRef(SLOT(self->of, state_readers));
-    int failed = discard(SLOT(readers, waiters_waiting), self->waiter);
+    PyObject *waiting = Py_NewRef(SLOT(readers, waiters_waiting));
+    int failed = discard(waiting, self->waiter);
+    Py_DECREF(waiting);
     if (!failed && PyDict_GET_SIZE(SLOT(readers, waiters_lines)))
         failed = dropped(PyObject_CallMethodObjArgs(readers, s_leave_line, self->waiter,
                                                     self->loop, NULL));
@@ -1474,16 +1473,13 @@ static int reader_fail(Wait *self)
     int failed = call_method(state, s_end_read, Py_None);
     if (failed) {
         PyObject *error = PyErr_GetRaisedException();
-        if (call_method(state, s_end_read, Py_None) == 0)
-            PyErr_SetRaisedException(error);
-        else
-            Py_DECREF(error);
+        raise_again(error, call_method(state, s_end_read, Py_None));
     }
     Py_DECREF(state);
     return failed;
 }
 
-static PySendResult reader_go_on(Wait *self, PyObject *returned, PyObject **result)
+static PySendResult reader_next_step(Wait *self, PyObject *returned, PyObject **result)
 {
     if (self->stage == IN_PYTHON) {
         *result = Py_NewRef(returned);
@@ -1516,7 +1512,7 @@ end:
     return how;
 }
 
-static const Kind READS_STREAM = {reader_go_on, reader_leave, reader_fail, 1};
+static const WaitKind READS_STREAM = {reader_next_step, reader_leave, reader_fail, 1};
 
 /* _Reader.__anext__(self); of a stream with a bound, in Python. */
 static PyObject *anext(PyObject *const *arguments)

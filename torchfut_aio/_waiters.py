@@ -70,37 +70,6 @@ class Waiters:
 
     def wake(self, events: float = 1) -> None:
         """Wake as many waiters of each waker as there are events."""
-        if self.lines:
-            self._wake(events)
-            return
-        waiting = self.waiting
-        try:
-            for waiter in waiting:  # the only one, as there are no lines
-                # No call between these two, so no interrupt can take the waiter and lose it.
-                waker = waiting[waiter]
-                del waiting[waiter]
-                break
-            else:
-                return
-        except RecursionError:
-            raise
-        except (KeyError, RuntimeError):  # another thread has just changed it
-            self._wake(events)
-            return
-        try:
-            waker.wake(waiter)
-        except BaseException:
-            _wake_again([(waiter, waker)])
-            raise
-
-    def wake_again(self, events: float = 1) -> None:
-        """Wake waiters after `wake` was interrupted; in a new thread if the stack is full."""
-        try:
-            self._wake(events)
-        except BaseException:
-            start_new_thread(self._wake, (events,))
-
-    def _wake(self, events: float) -> None:
         taken: list[tuple[object, _loops.Waker]] = []
         try:
             self._take_for(events, taken)
@@ -109,6 +78,13 @@ class Waiters:
         except BaseException:
             _wake_again(taken)
             raise
+
+    def wake_again(self, events: float = 1) -> None:
+        """Wake waiters after `wake` was interrupted; in a new thread if the stack is full."""
+        try:
+            self.wake(events)
+        except BaseException:
+            start_new_thread(self.wake, (events,))
 
     def _take_for(self, events: float, taken: list[tuple[object, _loops.Waker]]) -> None:
         self._take(self.waiting, 1, taken)  # which may be in no line: rule 3
@@ -130,16 +106,20 @@ class Waiters:
             waiter = first(line)
             if waiter is None:
                 return
-            # No call from here to `taken`: CPython checks for signals at calls, so an interrupt
-            # comes before these statements or after all of them.
+            waker = waiting.get(waiter)
+            if waker is None:  # it has been taken, or has left
+                line.pop(waiter, None)
+                continue
+            # To `taken` first, as there may be no memory. And no call from here on: CPython checks
+            # for signals at calls, so an interrupt comes before these statements or after all.
+            taken += ((waiter, waker),)
             try:
                 if line is not waiting:
                     del line[waiter]
-                waker = waiting[waiter]
                 del waiting[waiter]
-            except KeyError:  # it has been taken, or has left
+            except KeyError:  # another thread has just taken it
+                del taken[-1]
                 continue
-            taken += ((waiter, waker),)  # not append(), which is a call
             number -= 1
 
     # -------------------------------------------------------------------- waiting
