@@ -844,6 +844,7 @@ def test_state_that_is_replaced_crashes_nothing(implementation):
     _core.add_waiter(fut, object(), Waker(fut))
     with suppress(AttributeError):
         fut.set_result(1)
+    assert not hasattr(fut, "_state")  # the first waiter was woken
 
 
 def test_state_that_a_comparison_replaces_crashes_nothing(implementation):

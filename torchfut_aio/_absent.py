@@ -1,3 +1,5 @@
+"""Names of methods that similar classes of other libraries have, and these have not."""
+
 from __future__ import annotations
 
 from typing import NoReturn
