@@ -70,6 +70,8 @@ class Waiters:
 
     def wake(self, events: float = 1) -> None:
         """Wake as many waiters of each waker as there are events."""
+        if not (self.waiting or self.lines):
+            return  # a waiter that joins from here on finds the event when it checks
         taken: list[tuple[object, _loops.Waker]] = []
         try:
             self._take_for(events, taken)
