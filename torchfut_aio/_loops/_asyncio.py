@@ -28,7 +28,7 @@ from ._waker import Waiter
 # sleeps between its wake-ups, as drivers of network cards do: for as long as the thread may take to
 # complete twice as many again. The figures are in benchmarks/NOTES.md.
 MANY = 16  # waiters that one wake-up finds in a burst
-PAUSE_FOR_EACH = 8e-6  # seconds until the next wake-up, for each waiter that this one found
+PAUSE_FOR_EACH = 4e-6  # seconds until the next wake-up, for each waiter that this one found
 LONGEST_PAUSE = 1e-3
 
 
