@@ -770,7 +770,6 @@ async def test_trace_shows_wait_completion_and_resumption(tmp_path):
     start, finish = [next(e for e in shown.events if e["ph"] == phase) for phase in "sf"]
     assert (start["id"], start["tid"]) == (finish["id"], completes["tid"])
     assert finish["tid"] == yet["tid"]
-    worker.join(PATIENCE)
 
 
 @on_every_loop
