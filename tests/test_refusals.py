@@ -262,3 +262,8 @@ def test_name_of_a_similar_class_raises_with_a_hint(kind, name, cure):
         assert not hasattr(thing, name)
         with pytest.raises(AttributeError, match=f"a {kind.__name__} .*{cure}"):
             getattr(thing, name)
+
+
+def test_wrong_arguments_of_as_future_name_it():
+    with pytest.raises(TypeError, match=r"^as_future\(\) got an unexpected keyword argument"):
+        torchfut_aio.as_future(5, timeout=1)

@@ -156,6 +156,7 @@ class _AsFuture:
         return func
 
 
+_AsFuture.__call__.__qualname__ = "as_future"  # in TypeErrors about its arguments
 as_future: _AsFuture = _AsFuture()
 
 
