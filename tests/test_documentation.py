@@ -132,34 +132,87 @@ def test_documentation_programs_print_the_stated_output(block, loop):
     assert done.stdout == block.printed
 
 
+SERVERS = ["docs/tutorial.md", SERVING, FASTAPI, "docs/guides/metrics.md"]
 SERVE = "python -m uvicorn app:app --loop uvloop --port 8000 --timeout-graceful-shutdown 15"
 
 
-@pytest.mark.parametrize("page", ["docs/tutorial.md", SERVING, FASTAPI, "docs/guides/metrics.md"])
-def test_documentation_servers_return_the_stated_answers(tmp_path, page):
+def save_server(page, folder):
+    """Save the server of a page, and the files that it imports from other pages."""
     pytest.importorskip("uvicorn", reason="install the extra `server` to test servers")
     app = files(page)["app.py"]
     if "fastapi" in app:
         pytest.importorskip("fastapi.sse", reason="install the extra `test` to test FastAPI")
     if "prometheus_client" in app:
         pytest.importorskip("prometheus_client", reason="install the extra `test` for metrics")
-    commands = [b for b in blocks("sh") if b.page == page]
-    assert [b.code for b in commands if "uvicorn" in b.code] == [f"{SERVE}\n"]
-    asked = [b for b in commands if b.code.startswith("curl")]
-    assert asked
-    (tmp_path / "app.py").write_text(app)
-    (tmp_path / "handling.py").write_text(files(SERVING)["handling.py"])
+    for name, code in {**files(SERVING), **files(page)}.items():
+        (folder / name).write_text(code)
+
+
+def asked(page):
+    """Return the commands with which a page sends requests to its server."""
+    found = [b for b in blocks("sh") if b.page == page and b.code.startswith("curl")]
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("page", SERVERS)
+def test_documentation_servers_return_the_stated_answers(tmp_path, page):
+    started = [b.code for b in blocks("sh") if b.page == page and "uvicorn" in b.code]
+    assert started == [f"{SERVE}\n"]
+    save_server(page, tmp_path)
     with running_server(tmp_path) as address:
-        for block in asked:
+        for block in asked(page):
             assert answer_to(block.code, address).strip() == block.printed.strip()
 
 
+EXITS = """
+
+def model(items):
+    raise SystemExit
+
+
+def generate(prompt, length, stream):
+    stream.close(SystemExit())
+
+
+classify = next_letters = score = upper = model
+"""
+
+
+@pytest.mark.parametrize("page", SERVERS)
+def test_documentation_servers_survive_a_model_that_exits(tmp_path, page):
+    save_server(page, tmp_path)
+    with (tmp_path / "app.py").open("a") as app:
+        app.write(EXITS)
+    with running_server(tmp_path) as address:
+        for block in 2 * asked(page):
+            if "/live" not in block.code and "/metrics" not in block.code:
+                answer = answer_to(block.code, address)
+                assert answer == "500" or 'event: error\ndata: "SystemExit"\n' in answer
+
+
+def test_websocket_guide_survives_a_thread_that_exits(tmp_path):
+    pytest.importorskip("starlette", reason="install the extra `server` to test servers")
+    (program,) = [b.code for b in blocks("python") if b.page == "docs/guides/websockets.md"]
+    names = {}
+    exec(program.partition("with TestClient")[0] + EXITS.replace(", length", ""), names)
+    messages = [{"type": "websocket.connect"}, {"type": "websocket.receive", "text": "hello"}]
+
+    async def receive():
+        return messages.pop(0)
+
+    async def answer():
+        scope = {"type": "websocket", "path": "/text", "headers": []}
+        await names["app"](scope, receive, lambda message: asyncio.sleep(0))
+
+    with pytest.raises(RuntimeError, match="the thread has exited"):
+        asyncio.run(answer())
+
+
 def test_fastapi_guide_stops_a_stream_whose_client_leaves(tmp_path):
-    pytest.importorskip("uvicorn", reason="install the extra `server` to test servers")
-    pytest.importorskip("fastapi.sse", reason="install the extra `test` to test FastAPI")
-    one_stream = files(FASTAPI)["app.py"].replace("MAX_STREAMS = 100", "MAX_STREAMS = 1")
-    (tmp_path / "app.py").write_text(one_stream)
-    (tmp_path / "handling.py").write_text(files(SERVING)["handling.py"])
+    save_server(FASTAPI, tmp_path)
+    app = tmp_path / "app.py"
+    app.write_text(app.read_text().replace("MAX_STREAMS = 100", "MAX_STREAMS = 1"))
 
     def begin(address):
         try:
@@ -245,7 +298,10 @@ def running_server(folder):
 
 
 def answer_to(curl, address):
-    """Return what curl, and then grep, would print for the answer from another address."""
+    """Return what curl, and then grep, would print for the answer from another address.
+
+    For an error, return its status.
+    """
     path = re.search(r"http://127.0.0.1:8000(/[^\s']*)", curl)[1]
     body = re.search(r"-d '(.*?)'", curl)
     pattern = re.search(r"\| grep -E '(.*)'", curl)
@@ -253,8 +309,12 @@ def answer_to(curl, address):
     request = urllib.request.Request(
         address + path, body and body[1].encode(), {"Content-Type": kind}
     )
-    with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
-        lines = answer.read().decode().splitlines(keepends=True)
+    try:
+        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+            lines = answer.read().decode().splitlines(keepends=True)
+    except urllib.error.HTTPError as refusal:
+        with refusal:
+            return f"{refusal.status}"
     return "".join(line for line in lines if not pattern or re.search(pattern[1], line))
 
 
