@@ -228,21 +228,35 @@ def test_fastapi_guide_stops_a_stream_whose_client_leaves(tmp_path):
                     assert refused.status == 503
 
 
-def test_serving_guide_passes_on_a_timeout_error_of_a_model():
+def answer_of_serving_guide(model):
+    """Call ``run_unless_left`` of the guide with a batcher of the model."""
     pytest.importorskip("starlette", reason="install the extra `server` to test servers")
     names = {}
     exec(files(SERVING)["handling.py"], names)
     request = types.SimpleNamespace(receive=lambda: asyncio.sleep(PATIENCE))
 
+    async def answer():
+        async with torchfut_aio.Batcher(model, max_batch_size=1, max_queue_size=1) as batcher:
+            return await names["run_unless_left"](request, batcher, "item")
+
+    return asyncio.run(answer())
+
+
+def test_serving_guide_passes_on_a_timeout_error_of_a_model():
     def model(items):
         raise TimeoutError("the database does not answer")
 
-    async def answer():
-        async with torchfut_aio.Batcher(model, max_batch_size=1, max_queue_size=1) as batcher:
-            await names["run_unless_left"](request, batcher, "item")
-
     with pytest.raises(TimeoutError, match="the database does not answer"):
-        asyncio.run(answer())
+        answer_of_serving_guide(model)
+
+
+@pytest.mark.parametrize("interrupt", [SystemExit, KeyboardInterrupt])
+def test_serving_guide_answers_500_if_a_model_exits(interrupt):
+    def model(items):
+        raise interrupt
+
+    with pytest.raises(Exception, match="500: the model has exited"):
+        answer_of_serving_guide(model)
 
 
 def wait_until(get, condition):
