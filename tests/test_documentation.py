@@ -209,6 +209,25 @@ def test_websocket_guide_survives_a_thread_that_exits(tmp_path):
         asyncio.run(answer())
 
 
+def test_fastapi_hides_a_forgotten_await_without_annotation():
+    fastapi = pytest.importorskip("fastapi", reason="install the extra `test` to test FastAPI")
+    testclient = pytest.importorskip("fastapi.testclient", reason="it needs httpx2")
+    app = fastapi.FastAPI()
+
+    async def score():
+        return {"score": torchfut_aio.Future()}
+
+    async def annotated() -> dict[str, float]:
+        return await score()
+
+    app.get("/score")(score)
+    app.get("/annotated")(annotated)
+    client = testclient.TestClient(app)
+    assert client.get("/score").json() == {"score": {}}
+    with pytest.raises(fastapi.exceptions.ResponseValidationError):
+        client.get("/annotated")
+
+
 def test_fastapi_guide_stops_a_stream_whose_client_leaves(tmp_path):
     save_server(FASTAPI, tmp_path)
     app = tmp_path / "app.py"
