@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import concurrent.futures
 import contextlib
 import doctest
 import importlib
@@ -101,6 +102,7 @@ def file_name(block):
 
 
 SERVING = "docs/guides/serving.md"
+METRICS = "docs/guides/metrics.md"
 FASTAPI = "docs/guides/fastapi.md"
 TESTING = "docs/guides/testing.md"
 
@@ -132,7 +134,7 @@ def test_documentation_programs_print_the_stated_output(block, loop):
     assert done.stdout == block.printed
 
 
-SERVERS = ["docs/tutorial.md", SERVING, FASTAPI, "docs/guides/metrics.md"]
+SERVERS = ["docs/tutorial.md", SERVING, FASTAPI, METRICS]
 SERVE = "python -m uvicorn app:app --loop uvloop --port 8000 --timeout-graceful-shutdown 15"
 
 
@@ -144,7 +146,7 @@ def save_server(page, folder):
         pytest.importorskip("fastapi.sse", reason="install the extra `test` to test FastAPI")
     if "prometheus_client" in app:
         pytest.importorskip("prometheus_client", reason="install the extra `test` for metrics")
-    for name, code in {**files(SERVING), **files(page)}.items():
+    for name, code in {**files(METRICS), **files(SERVING), **files(page)}.items():
         (folder / name).write_text(code)
 
 
@@ -247,6 +249,39 @@ def test_fastapi_guide_stops_a_stream_whose_client_leaves(tmp_path):
                     assert refused.status == 503
 
 
+def test_fastapi_guide_ends_its_streams_when_it_shuts_down(tmp_path):
+    save_server(FASTAPI, tmp_path)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        with running_server(tmp_path) as address:
+            url = f"{address}/text?length=1000000000"
+            answer = urllib.request.urlopen(url, timeout=PATIENCE)
+            text = pool.submit(answer.read)
+        with answer:
+            assert text.result().endswith(b'event: error\ndata: "ServerStopsError"\n\n')
+
+
+LATE = """
+REQUEST_SECONDS = 1
+
+
+def score(rows):
+    threading.Event().wait(3)
+    return rows
+"""
+
+
+def test_metrics_guide_counts_results_that_are_discarded(tmp_path):
+    save_server(METRICS, tmp_path)
+    app = tmp_path / "app.py"
+    app.write_text("import threading\n" + app.read_text() + LATE)
+    score, _, metrics = asked(METRICS)
+    with running_server(tmp_path) as address:
+        assert answer_to(score.code, address) == "504"
+        found = answer_to(metrics.code.partition(" |")[0], address)
+    assert 'http_answers_total{status="504"} 1.0\n' in found
+    assert 'batcher_given_up_items_total{batcher="score"} 0.0\n' in found
+
+
 def answer_of_serving_guide(model):
     """Call ``run_unless_left`` of the guide with a batcher of the model."""
     pytest.importorskip("starlette", reason="install the extra `server` to test servers")
@@ -288,12 +323,13 @@ def wait_until(get, condition):
     return found
 
 
-@pytest.mark.parametrize(("page", "tests"), [(TESTING, 11), (FASTAPI, 7)])
+@pytest.mark.parametrize(("page", "tests"), [(TESTING, 11), (FASTAPI, 8)])
 def test_guides_have_server_tests_that_pass(tmp_path, page, tests):
-    for package in ("starlette", "fastapi", "freezegun", "httpx2", "pytest_asyncio"):
+    needed = ["starlette", "fastapi", "freezegun", "httpx2", "prometheus_client", "pytest_asyncio"]
+    for package in needed:
         pytest.importorskip(package, reason="install the extra `test` to test servers")
     shared = {n: code for n, code in files(TESTING).items() if n in (ROOT / page).read_text()}
-    for name, code in {**files(SERVING), **shared, **files(page)}.items():
+    for name, code in {**files(METRICS), **files(SERVING), **shared, **files(page)}.items():
         (tmp_path / name).write_text(code)
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"],
