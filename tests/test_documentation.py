@@ -167,6 +167,13 @@ def test_documentation_servers_return_the_stated_answers(tmp_path, page):
             assert answer_to(block.code, address).strip() == block.printed.strip()
 
 
+def test_tutorial_refuses_invalid_input_with_400(tmp_path):
+    save_server(SERVERS[0], tmp_path)
+    with running_server(tmp_path) as address:
+        for asked in ("/circle -d '[0.1]'", "/circle -d 'x'", "/text?length=x"):
+            assert answer_to(f"curl http://127.0.0.1:8000{asked}", address) == "400"
+
+
 EXITS = """
 
 def model(items):
