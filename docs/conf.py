@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import re
 import sys
+from typing import Any
 
 from docutils import nodes
 from sphinx.addnodes import pending_xref
@@ -34,7 +36,7 @@ nitpicky = True
 # Types that the signatures name and this site does not describe.
 nitpick_ignore_regex = [
     ("py:.*", r"(anyio|asyncio|collections|concurrent|contextlib|os|torch|trio|types|typing)\..*"),
-    ("py:.*", r"torchfut_aio\..*\._\w+\.[A-Z]|torchfut_aio\._\w+\.[A-Z]|_asyncio\.Future|P"),
+    ("py:.*", r"torchfut_aio\..*\._\w+\.[A-Z]|torchfut_aio\._\w+\.[A-Z]|_asyncio\.Future|[A-Z]"),
 ]
 
 default_role = "py:obj"
@@ -106,7 +108,14 @@ def defining_module(_: Sphinx, module: str, name: str) -> str | None:
     return None
 
 
+def shorten_type_variables(*arguments: Any) -> None:
+    """Remove the modules that napoleon writes before type variables."""
+    lines = arguments[-1]
+    lines[:] = [re.sub(r"torchfut_aio\.[\w.]+\.([A-Z])\b", r"\1", line) for line in lines]
+
+
 def setup(app: Sphinx) -> None:
     """Register the transform and the search for sources."""
     app.add_post_transform(LinkPublicNames)
     app.connect("viewcode-follow-imported", defining_module)
+    app.connect("autodoc-process-docstring", shorten_type_variables, priority=900)  # after napoleon

@@ -254,8 +254,9 @@ class Batcher(ProcessLocal, Generic[T, R]):
     def submit(self, item: T, /) -> Future[R]:
         """Queue an item, from any thread, and return the future of its result.
 
-        To give the item up, cancel the future. It then leaves the queue when its batch would begin,
-        or soon after the queue is full.
+        To give the item up, cancel the future. The item is not run, and leaves the queue when its
+        batch would begin. A full queue drops such items earlier. It searches for them at most 5% of
+        the time, so it may still raise `QueueFullError` shortly after a search.
 
         Raises:
             QueueFullError: ``max_queue_size`` items wait.
