@@ -420,7 +420,10 @@ def test_each_searched_word_leads_to_one_page_first():
     assert len({word.lower() for word in words}) == len(words)
     assert set(words) >= {"503", "504", "metrics", "Prometheus", "OpenTelemetry", "SSE", "overload"}
     assert set(words) >= {"websocket", "micro-batching", "hang", "pytest", "LLM"}
-    assert set(words) >= {"backpressure", "graceful shutdown", "Retry-After"}
+    assert set(words) >= {"backpressure", "graceful shutdown", "Retry-After", "422", "499"}
+    assert set(words) >= {"queue depth", "deduplicate", "coalesce", "single flight", "in-flight"}
+    assert set(words) >= {"all-reduce", "allreduce", "gunicorn", "SIGTERM", "Kubernetes"}
+    assert set(words) >= {"forgotten await", "time limit"}
 
 
 def test_examples_page_links_every_example():
