@@ -429,6 +429,29 @@ async def test_wake_up_that_cannot_be_scheduled_is_not_pending(implementation, m
     assert loop.wake_up is None
 
 
+def test_error_of_scheduling_a_wake_up_is_raised(implementation):
+    class Loop(asyncio.SelectorEventLoop):
+        error = None
+
+        def call_soon_threadsafe(self, *args, **kwargs):
+            error, self.error = self.error, None
+            if error is not None:  # as of a signal handler
+                raise error
+            return super().call_soon_threadsafe(*args, **kwargs)
+
+    fut, loop = Future(), Loop()
+
+    def complete():
+        loop.error = RuntimeError("handler")
+        with pytest.raises(RuntimeError, match="handler"):
+            fut.set_result(1)
+
+    try:
+        assert loop.run_until_complete(values_of([fut], complete)) == [1]
+    finally:
+        loop.close()
+
+
 # -------------------------------------------------------------------------- interrupts
 
 

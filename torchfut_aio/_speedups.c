@@ -267,29 +267,30 @@ static int runs_in_this_thread(PyObject *loop)
 /* AsyncioLoop.call_soon(self, function), from another thread than the loop's */
 static PyObject *call_soon(PyObject *const *arguments)
 {
-    PyObject *loop = arguments[0], *event_loop, *call = NULL, *result = PYTHON;
+    PyObject *loop = arguments[0], *event_loop, *error = NULL;
     if (Py_TYPE(loop) != AsyncioLoop || runs_in_this_thread(loop))
         return PYTHON;
     if (!(event_loop = PyObject_CallNoArgs(SLOT(loop, loop_event_loop))))
         return NULL;
-    if (event_loop != Py_None)
-        call = PyObject_CallMethodOneArg(event_loop, s_call_soon_threadsafe, arguments[1]);
-    if (call) {
-        int closed = is_true(PyObject_CallMethodNoArgs(event_loop, s_is_closed));
-        if (closed < 0 || (closed && call_method(call, s_cancel, NULL) < 0))
-            result = NULL;
-        else
-            result = PyBool_FromLong(!closed);
-        Py_DECREF(call);
-    } else if (PyErr_Occurred()) {
-        if (PyErr_ExceptionMatches(PyExc_RuntimeError) &&
-            !PyErr_ExceptionMatches(PyExc_RecursionError))
-            PyErr_Clear(); /* Python finds the same, and whether the loop is closed */
-        else
-            result = NULL;
+    if (event_loop == Py_None) { /* it was garbage-collected */
+        Py_DECREF(event_loop);
+        Py_RETURN_FALSE;
     }
+    PyObject *call = PyObject_CallMethodOneArg(event_loop, s_call_soon_threadsafe, arguments[1]);
+    int closed = -1;
+    if (call || PyErr_ExceptionMatches(PyExc_RuntimeError)) {
+        if (!call)
+            error = PyErr_GetRaisedException();
+        closed = is_true(PyObject_CallMethodNoArgs(event_loop, s_is_closed));
+        if (closed > 0 && call && call_method(call, s_cancel, NULL) < 0)
+            closed = -1;
+        if (error && closed == 0) /* it is of something else */
+            PyErr_SetRaisedException(Py_NewRef(error));
+    }
+    Py_XDECREF(call);
+    Py_XDECREF(error);
     Py_DECREF(event_loop);
-    return result;
+    return PyErr_Occurred() ? NULL : PyBool_FromLong(!closed);
 }
 
 /* Loop.schedule_wake_up(self) */
