@@ -200,6 +200,7 @@ def closes(iterator):
         [closes, next],
         [throws(KeyError("early")), next],
         [throws(asyncio.CancelledError()), closes],
+        [throws(StopIteration(7)), throws(StopIteration(7))],
     ],
 )
 async def test_await_in_c_steps_as_in_python(steps):
@@ -267,6 +268,9 @@ async def test_finished_read_cannot_be_awaited_again(implementation):
     assert await read == 5
     with pytest.raises(RuntimeError, match="cannot reuse already awaited"):
         await read
+    with pytest.raises(RuntimeError, match="cannot reuse already awaited"):
+        read.throw(KeyError)
+    read.close()
 
 
 @on_asyncio

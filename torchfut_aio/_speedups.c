@@ -934,6 +934,10 @@ static int begins_to_run(Wait *self)
         PyErr_SetString(PyExc_ValueError, "the wait is already executing");
         return 0;
     }
+    if (self->stage == ENDED && self->kind->is_coroutine) {
+        PyErr_SetString(PyExc_RuntimeError, "cannot reuse already awaited coroutine");
+        return 0;
+    }
     self->is_running = 1;
     return 1;
 }
@@ -941,16 +945,13 @@ static int begins_to_run(Wait *self)
 static PySendResult wait_send(Wait *self, PyObject *value, PyObject **result)
 {
     *result = NULL;
+    if (!begins_to_run(self))
+        return PYGEN_ERROR;
     if (self->stage == ENDED) {
-        if (self->kind->is_coroutine) {
-            PyErr_SetString(PyExc_RuntimeError, "cannot reuse already awaited coroutine");
-            return PYGEN_ERROR;
-        }
+        self->is_running = 0;
         *result = Py_NewRef(Py_None);
         return PYGEN_RETURN;
     }
-    if (!begins_to_run(self))
-        return PYGEN_ERROR;
     /* A reference, as what it calls may drop this object, or what it suspends by. */
     Py_INCREF(self);
     PySendResult how = PYGEN_RETURN; /* of no iterator */
@@ -1041,6 +1042,8 @@ static PyObject *wait_throw(Wait *self, PyObject *const *arguments, Py_ssize_t n
         return NULL;
     if (self->stage == ENDED || self->stage == NEW) {
         raise_thrown(arguments, number);
+        if (self->stage == NEW)
+            PyErr_SetRaisedException(no_stop_iteration(PyErr_GetRaisedException()));
         self->stage = ENDED;
         self->is_running = 0;
         Py_CLEAR(self->of);
@@ -1079,14 +1082,13 @@ static PyObject *wait_throw(Wait *self, PyObject *const *arguments, Py_ssize_t n
 static PyObject *wait_close(Wait *self, PyObject *Py_UNUSED(ignored))
 {
     PyObject *result = NULL;
-    if (!begins_to_run(self))
-        return NULL;
-    if (self->stage == ENDED || self->stage == NEW) {
+    if (!self->is_running && (self->stage == ENDED || self->stage == NEW)) {
         self->stage = ENDED;
-        self->is_running = 0;
         Py_CLEAR(self->of);
         Py_RETURN_NONE;
     }
+    if (!begins_to_run(self))
+        return NULL;
     Py_INCREF(self);
     if (close_inner(self) == 0)
         PyErr_SetNone(PyExc_GeneratorExit);
