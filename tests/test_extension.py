@@ -779,6 +779,39 @@ async def test_collection_at_every_step_disturbs_nothing(implementation, thresho
     collected()
 
 
+def test_finaliser_may_close_an_iterator_as_it_is_read(implementation):
+    before = gc.get_threshold()
+    for _ in range(20):
+        values = ValueStream().listen()
+        Interferes(partial(values.__exit__, None, None, None))
+        gc.set_threshold(1, 1, 1)
+        try:
+            read = anext(values)
+        finally:
+            gc.set_threshold(*before)
+        read.close()
+
+
+def test_await_in_a_finaliser_at_exit_aborts_nothing():
+    program = """
+        import codecs, os, torchfut_aio
+
+        class Last:
+            def __init__(self):
+                self.steps = torchfut_aio.Future().__await__()
+                self.write = os.write
+
+            def __del__(self):
+                self.write(1, b"finalised")
+                self.steps.send(None)  # the error is lost: no sys.stderr is left
+
+        last = Last()
+        codecs.register(lambda _, last=last: None)  # which are dropped after all modules
+        del last
+    """
+    assert forks.output(program) == "finalised"
+
+
 def test_list_that_changes_during_put_many_is_put_whole_or_not(implementation):
     values = [1] * 100
 

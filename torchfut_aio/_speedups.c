@@ -63,6 +63,7 @@ static PyTypeObject *Outcome, *Future, *AsyncioLoop, *StreamState, *ValueStream,
 static PyObject *call_contained, *start_new_thread, *set_value_in_torch, *current, *this_thread;
 static PyObject *wake_taken_again, *asyncio_events, *still_waits, *InvalidStateError;
 static PyObject *Handle, *run_of_handles;
+static PyObject *sys_modules; /* a reference, as the interpreter drops its own before others */
 static PyTypeObject *AsyncioFuture, *AsyncioTask;
 static Py_ssize_t many; /* the fewest waiters of a burst */
 
@@ -757,10 +758,10 @@ static PyObject *set_timer(PyObject *const *arguments)
 /* `running() or current()` of _loops/_loop.py: the loop that runs here, as a new reference. */
 static PyObject *running_loop(void)
 {
-    PyObject *library, *value, *modules = PyImport_GetModuleDict();
+    PyObject *library, *value;
     Py_ssize_t position = 0;
     while (PyDict_Next(KINDS, &position, &library, &value))
-        if (PyDict_GetItemWithError(modules, library) || PyErr_Occurred())
+        if (PyDict_GetItemWithError(sys_modules, library) || PyErr_Occurred())
             goto in_python;
     PyObject *event_loop = PyObject_CallMethodNoArgs(asyncio_events, s__get_running_loop);
     if (!event_loop)
@@ -1371,10 +1372,10 @@ static PyObject *put_values(PyObject *stream, PyObject *values)
             return in_python ? PYTHON : NULL;
         }
     }
-    PyObject *result = PYTHON, *state = Py_NewRef(SLOT(stream, stream_state));
+    PyObject *result = PYTHON, *state = Py_XNewRef(SLOT(stream, stream_state));
     if (is_plain_state(state) && !PyDict_GET_SIZE(SLOT(state, state_end)))
         result = has_room() ? store(state, outcomes) : NULL;
-    Py_DECREF(state);
+    Py_XDECREF(state);
     Py_DECREF(outcomes);
     return result;
 }
@@ -1523,7 +1524,10 @@ static PyObject *anext(PyObject *const *arguments)
     PyObject *reader = arguments[0];
     if (!PyObject_TypeCheck(reader, Reader) || !is_plain_state(SLOT(reader, reader_state)))
         return PYTHON;
-    return new_wait(&READS_STREAM, SLOT(reader, reader_state));
+    PyObject *state = Py_NewRef(SLOT(reader, reader_state)); /* which may leave the stream */
+    PyObject *read = new_wait(&READS_STREAM, state);
+    Py_DECREF(state);
+    return read;
 }
 
 /* -------------------------------------------------------------------------------- speedups */
@@ -1730,6 +1734,7 @@ static PyObject *install(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignore
             return NULL;
         Py_XSETREF(*(PyObject **)USED[i].where, found);
     }
+    Py_XSETREF(sys_modules, Py_NewRef(PyImport_GetModuleDict()));
     Py_XSETREF(HOST_ONLY, PySequence_Tuple(HOST_ONLY));
     if (!HOST_ONLY)
         return NULL;
