@@ -988,47 +988,34 @@ static PyObject *wait_next(Wait *self)
     return wait_send_method(self, Py_None);
 }
 
-/* Raise what was thrown: an exception; or a type, an exception or an argument, and a traceback. */
+/* Raise what was thrown: an exception; or a type, an exception or arguments, and a traceback. */
 static void raise_thrown(PyObject *const *arguments, Py_ssize_t number)
 {
-    PyObject *type = arguments[0], *value = number > 1 ? arguments[1] : Py_None;
-    PyObject *traceback = number > 2 ? arguments[2] : Py_None, *error;
+    PyObject *type = arguments[0];
     if (PyExceptionInstance_Check(type))
-        error = Py_NewRef(type);
-    else if (!PyExceptionClass_Check(type)) {
+        PyErr_SetObject((PyObject *)Py_TYPE(type), type);
+    else if (PyExceptionClass_Check(type))
+        PyErr_SetObject(type, number > 1 ? arguments[1] : NULL);
+    else
         PyErr_SetString(PyExc_TypeError, "exceptions must be classes or instances deriving from "
                                          "BaseException");
-        return;
-    } else if (PyObject_TypeCheck(value, (PyTypeObject *)type))
-        error = Py_NewRef(value);
-    else if (value == Py_None)
-        error = PyObject_CallNoArgs(type);
-    else
-        error = PyObject_CallOneArg(type, value);
-    if (error && !PyExceptionInstance_Check(error)) {
-        Py_DECREF(error);
-        PyErr_SetString(PyExc_TypeError, "the thrown class returned no exception");
-        return;
-    }
-    if (error && PyTraceBack_Check(traceback))
-        PyException_SetTraceback(error, traceback);
-    if (error)
+    if (number > 2 && PyTraceBack_Check(arguments[2])) {
+        PyObject *error = PyErr_GetRaisedException();
+        PyException_SetTraceback(error, arguments[2]);
         PyErr_SetRaisedException(error);
+    }
 }
 
+/* `inner` stays where it is while the wait is running. */
 static int close_inner(Wait *self)
 {
-    PyObject *inner = Py_XNewRef(self->inner);
-    PyObject *close = inner ? PyObject_GetAttr(inner, s_close) : NULL;
-    int failed = 0;
-    if (close)
-        failed = dropped(PyObject_CallNoArgs(close));
-    else if (inner && PyErr_ExceptionMatches(PyExc_AttributeError))
+    PyObject *close = PyObject_GetAttr(self->inner, s_close);
+    if (!close && PyErr_ExceptionMatches(PyExc_AttributeError)) {
         PyErr_Clear(); /* not every iterator has it */
-    else if (inner)
-        failed = -1;
+        return 0;
+    }
+    int failed = close ? dropped(PyObject_CallNoArgs(close)) : -1;
     Py_XDECREF(close);
-    Py_XDECREF(inner);
     return failed;
 }
 
@@ -1056,8 +1043,7 @@ static PyObject *wait_throw(Wait *self, PyObject *const *arguments, Py_ssize_t n
         if (close_inner(self) == 0)
             raise_thrown(arguments, number);
     } else {
-        PyObject *inner = Py_NewRef(self->inner);
-        PyObject *method = PyObject_GetAttr(inner, s_throw);
+        PyObject *method = PyObject_GetAttr(self->inner, s_throw);
         if (method) {
             result = PyObject_Vectorcall(method, arguments, number, NULL);
             Py_DECREF(method);
@@ -1073,7 +1059,6 @@ static PyObject *wait_throw(Wait *self, PyObject *const *arguments, Py_ssize_t n
             PyErr_Clear();
             raise_thrown(arguments, number);
         }
-        Py_DECREF(inner);
     }
     how = go_on(self, how, &result);
     Py_DECREF(self);
