@@ -215,13 +215,23 @@ static PyObject *dict_slot(PyObject *object, Py_ssize_t offset)
     return dict && PyDict_CheckExact(dict) ? dict : NULL;
 }
 
-/* Return 1 if the stack has room for a call, so that repeat() can start a thread; else raise. */
+#if PY_VERSION_HEX < 0x030C0000
+#define FRAMES_LEFT recursion_remaining
+#else
+#define FRAMES_LEFT py_recursion_remaining
+#endif
+
+/* Return 1 if the stack has room for calls of C and of Python, so that repeat() can start a thread,
+   which calls the audit hooks of the program; else raise. */
 static int has_room(void)
 {
     if (Py_EnterRecursiveCall(" to wake what waits"))
         return 0;
     Py_LeaveRecursiveCall();
-    return 1;
+    if (PyThreadState_Get()->FRAMES_LEFT > 10)
+        return 1;
+    PyErr_SetString(PyExc_RecursionError, "maximum recursion depth exceeded to wake what waits");
+    return 0;
 }
 
 /* Raise an error again, unless what was called since then has failed too. Steal `error`. */
