@@ -585,7 +585,7 @@ def at_each_depth(function):
 
 @pytest.mark.parametrize("name", ["set_result", "put", "put_many"])
 @on_asyncio
-async def test_full_stack_loses_no_waiter(implementation, name):
+async def test_full_stack_loses_no_waiter(implementation, name, no_collector):
     fut, stream = Future(), ValueStream()
     values = stream.listen()
     functions = {
