@@ -125,6 +125,17 @@ class Waits:
             if not fut.done():
                 fut.set_result(n)
 
+    def complete_in_thread(self, name, error):
+        """Complete all futures in a thread of this name, which may be interrupted with an error."""
+
+        def complete():
+            with suppress(error):
+                self.complete_here()
+
+        thread = threading.Thread(target=complete, name=name)
+        thread.start()
+        thread.join()
+
     def end(self):
         """Run the loop until all tasks have ended."""
         waiting = self.loop.create_task(asyncio.wait(self.tasks, timeout=PATIENCE))
@@ -196,10 +207,13 @@ def test_task_interrupted_before_it_waits_leaves_no_waiter(new_loop, error, at):
 
 @on_asyncios_loops
 @any_interrupt
-@pytest.mark.parametrize("where", ["elsewhere", "in a task"])
+@pytest.mark.parametrize("where", ["elsewhere", "in a task", "in a burst"])
 def test_thread_interrupted_during_completion_loses_no_waiter(new_loop, error, at, where):
-    for interrupt in interrupts(_loops, error=error, at=at):
+    thread = "completing" if where == "in a burst" else None
+    for interrupt in interrupts(_loops, error=error, at=at, thread=thread):
         loop = new(new_loop)
+        if where == "in a burst":
+            Waits(loop, 20).park().complete().end()
         waits = Waits(loop, 3).park()
 
         async def complete(waits=waits):
@@ -208,6 +222,8 @@ def test_thread_interrupted_during_completion_loses_no_waiter(new_loop, error, a
         with interrupt:
             if where == "in a task":
                 loop.run_until_complete(complete())
+            elif where == "in a burst":
+                waits.complete_in_thread(thread, error)
             else:
                 waits.complete_here()
         waits.complete_here()

@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from contextlib import suppress
 
-import anyio
+import anyio.lowlevel
 import pytest
 
 from torchfut_aio import (
@@ -226,6 +226,32 @@ async def test_a_loop_about_to_sleep_is_woken():
 # ------------------------------------------------------------------- streams and batchers
 
 PUTS = 1_000
+
+
+@on_every_loop
+async def test_bursts_of_three_threads_lose_no_waiter(nothing_blocks_a_loop):
+    nothing_blocks_a_loop.deactivate()  # threads are started and joined below
+    for _ in range(RACES // 20):
+        futures = [Future() for _ in range(60)]
+
+        def complete(part, futures=futures):
+            for fut in futures[part::3]:
+                fut.set_result(1)
+
+        with anyio.fail_after(PATIENCE):
+            async with anyio.create_task_group() as group:
+                for fut in futures:
+                    group.start_soon(value_of, fut)
+                await anyio.lowlevel.checkpoint()
+                threads = [threading.Thread(target=complete, args=(part,)) for part in range(3)]
+                for thread in threads:
+                    thread.start()
+        for thread in threads:
+            thread.join()
+
+
+async def value_of(fut):
+    return await fut
 
 
 def test_each_key_of_a_queue_is_taken_once_and_in_order():

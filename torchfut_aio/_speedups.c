@@ -100,7 +100,7 @@ static const struct {
 /* The offsets of slots, in the objects of these types and of their subclasses. */
 static Py_ssize_t future_state, future_devices, outcome_value;
 static Py_ssize_t loop_queue, loop_wake_up, loop_thread, loop_event_loop, loop_taken, loop_renewed,
-    loop_at_once, loop_checkpoints_suspend;
+    loop_at_once, loop_burst, loop_checkpoints_suspend;
 static Py_ssize_t stream_state, reader_state, state_values, state_end, state_room, state_readers;
 static Py_ssize_t waiters_waiting, waiters_lines;
 
@@ -119,6 +119,7 @@ static const struct {
     {&loop_taken, &AsyncioLoop, "_taken"},
     {&loop_renewed, &AsyncioLoop, "_renewed"},
     {&loop_at_once, &AsyncioLoop, "_at_once"},
+    {&loop_burst, &AsyncioLoop, "_burst"},
     {&loop_checkpoints_suspend, &AsyncioLoop, "checkpoints_suspend"},
     {&stream_state, &ValueStream, "_state"},
     {&reader_state, &Reader, "_state"},
@@ -134,13 +135,12 @@ static const struct {
 
 /* Names of attributes. */
 #define NAMES(X)                                                                                 \
-    X(_callbacks) X(_get_running_loop) X(_run) X(_take_back) X(append) X(appendleft) \
-    X(_start_burst_timer) X(_wake_up_lost) X(call_soon) X(call_soon_threadsafe) X(cancel)      \
-    X(is_closed) X(run_wake_up)                                                                  \
-    X(before_wait) X(checkpoint) X(close) X(create_future) X(end_read) X(error) X(get_debug)     \
-    X(get_loop) X(leave_line) X(line_up) X(loop) X(popleft) X(read) X(readiness) X(ready)        \
-    X(remove_done_callback) X(renew_wake_up) X(schedule_wake_up) X(set_result) X(throw) X(value) \
-    X(wait) X(waiter) X(wake) X(wake_again)
+    X(_callbacks) X(_get_running_loop) X(_run) X(_take_back) X(append) X(appendleft)             \
+    X(_expect_burst) X(_wake_up_lost) X(call_soon) X(call_soon_threadsafe) X(cancel)             \
+    X(is_closed) X(run_wake_up) X(before_wait) X(checkpoint) X(close) X(create_future)           \
+    X(end_read) X(error) X(get_debug) X(get_loop) X(leave_line) X(line_up) X(loop) X(popleft)    \
+    X(read) X(readiness) X(ready) X(remove_done_callback) X(renew_wake_up) X(schedule_wake_up)   \
+    X(set_result) X(throw) X(value) X(wait) X(waiter) X(wake) X(wake_again)
 #define DECLARE(name) static PyObject *s_##name;
 NAMES(DECLARE)
 
@@ -329,7 +329,7 @@ static PyObject *schedule_wake_up(PyObject *const *arguments)
 
 static int schedule(PyObject *loop)
 {
-    PyObject *result = schedule_wake_up(&loop);
+    PyObject *result = SLOT(loop, loop_burst) == Py_None ? schedule_wake_up(&loop) : PYTHON;
     return result == PYTHON ? call_method(loop, s_schedule_wake_up, NULL) : dropped(result);
 }
 
@@ -718,7 +718,7 @@ static PyObject *run_wake_up(PyObject *const *arguments)
         int failed = at_once == -1 && PyErr_Occurred();
         Py_XSETREF(SLOT(loop, loop_at_once), PyLong_FromLong(0));
         if (!failed && size - at_once >= many)
-            failed = call_method(loop, s__start_burst_timer, count);
+            failed = call_method(loop, s__expect_burst, count);
         if (!failed) {
             PyObject *both[] = {loop, count};
             result = resume_tasks(both);

@@ -77,7 +77,7 @@ class Alarm:
     """Calls ``function`` on ``loop`` when its time has come. For the loop's own thread.
 
     A new alarm is not set. From the first `set` to `close`, a timer is registered with the loop. If
-    the function raises and has not set the alarm again, it is called again after a moment.
+    the function raises, it is called again after a moment.
 
     A timerfd stays readable until it is set again. So if an interrupt keeps the loop from calling
     the function, the loop calls it in the next turn.
@@ -97,12 +97,19 @@ class Alarm:
         self._set_anew = True
         if self._call is not None:
             self._cancel_call()
-        if self._watched or self.is_exact():
-            assert self._timer is not None
-            self._timer.set(seconds)
-        elif seconds < math.inf:
+        self.is_exact()
+        if not self.set_if_exact(seconds) and seconds < math.inf:
             # Weak, so that `_call_lost` notices when an interrupt makes the loop drop the call.
             self._call = weakref.ref(self._loop.call_later(seconds, self._fire), self._call_lost)
+
+    def set_if_exact(self, seconds: float) -> bool:
+        """Set the alarm if it is exact, from any thread; return False if it is not."""
+        timer = self._timer
+        if timer is None or not self._watched:
+            return False
+        self._set_anew = True
+        timer.set(seconds)
+        return True
 
     def is_exact(self) -> bool:
         """Return True if the alarm is exact to microseconds. If possible, make it so."""
@@ -149,8 +156,7 @@ class Alarm:
         try:
             self._function()
         except BaseException:
-            if not self._set_anew:
-                self.set(_RETRY)
+            self.set(_RETRY)
             raise
         if not self._set_anew:
             self.set(math.inf)

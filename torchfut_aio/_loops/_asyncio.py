@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import math
 import sys
 import weakref
 from collections.abc import Callable, Iterable
@@ -24,11 +25,11 @@ from ._waker import Waiter
 
 # Completing a future releases the GIL for an instant, in C++. While a loop is awake and waits for
 # the GIL, each such release costs the completing thread a system call, and every few of them give
-# the GIL to the loop: the two take longer together than one after the other. So in a burst the loop
-# sleeps between its wake-ups, as drivers of network cards do: for as long as the thread may take to
-# complete twice as many again. The figures are in benchmarks/NOTES.md.
+# the GIL to the loop: the two take longer together than one after the other. So after a wake-up
+# that found many waiters, the next one is scheduled by a timer, as drivers of network cards do: it
+# comes when the thread may have completed twice as many. The figures are in benchmarks/NOTES.md.
 MANY = 16  # waiters that one wake-up finds in a burst
-PAUSE_FOR_EACH = 4e-6  # seconds until the next wake-up, for each waiter that this one found
+PAUSE_FOR_EACH = 2.5e-6  # seconds until the next wake-up, for each waiter that the last one found
 LONGEST_PAUSE = 1e-3
 
 
@@ -45,12 +46,13 @@ class AsyncioLoop(Loop):
             event loop may run now.
     """
 
-    __slots__ = ("_at_once", "_burst_timer", "_taken", "event_loop", "thread")
+    __slots__ = ("_at_once", "_burst", "_burst_timer", "_taken", "event_loop", "thread")
 
     def __init__(self, event_loop: asyncio.AbstractEventLoop) -> None:
         super().__init__()
         self._at_once = 0  # how many of the queued waiters `wake_all` added
-        self._burst_timer = self.alarm(self.run_wake_up)
+        self._burst: int | None = None  # how many waiters the last wake-up found, if many
+        self._burst_timer = self.alarm(self._end_pause)
         # What resumes a task, from when it is taken from the waiter until it is called.
         self._taken: ResumeCallback | None = None
         self.thread = 0
@@ -68,6 +70,28 @@ class AsyncioLoop(Loop):
     def wake_all(self, waiters: list[asyncio.Future[None]], /) -> None:
         self._at_once += len(waiters)
         super().wake_all(waiters)
+
+    def schedule_wake_up(self) -> None:
+        burst, self._burst = self._burst, None
+        may_wait = get_ident() != self.thread and not self._at_once
+        if not (burst and may_wait and self._schedule_by_timer(burst)):
+            super().schedule_wake_up()
+
+    def _schedule_by_timer(self, found: int) -> bool:
+        """Schedule the next wake-up by a timer; return False if there is none exact enough."""
+        event_loop = self.event_loop()
+        if event_loop is None or event_loop.is_closed():
+            return False
+        try:
+            # *Before* the timer is set: when it fires, the loop clears `wake_up`.
+            self.wake_up = BURST
+            if self._burst_timer.set_if_exact(min(found * PAUSE_FOR_EACH, LONGEST_PAUSE)):
+                return True
+        except BaseException:
+            self.wake_up = None  # if the timer is set, the wake-up will find nothing to do
+            raise
+        self.wake_up = None
+        return False
 
     @speedup
     def call_soon(self, function: Callable[[], object]) -> bool:
@@ -119,7 +143,7 @@ class AsyncioLoop(Loop):
             count = len(self.queue.copy())
             at_once, self._at_once = self._at_once, 0  # these do not count as a burst
             if count - at_once >= MANY:
-                self._start_burst_timer(count)
+                self._expect_burst(count)
             self._resume_tasks(count)
         except BaseException:
             if self.queue:
@@ -160,19 +184,21 @@ class AsyncioLoop(Loop):
                         waiters.appendleft(waiter)
                     raise
 
-    def _start_burst_timer(self, found: int) -> None:
-        """Schedule the next wake-up by a timer, if there is one exact enough."""
-        # A timer that has fired stays ready until it is set again: no interrupt loses the wake-up.
+    def _expect_burst(self, found: int) -> None:
         if self._burst_timer.is_exact():
-            self._burst_timer.set(min(found * PAUSE_FOR_EACH, LONGEST_PAUSE))
-            self.wake_up = BURST
+            self._burst = found
+
+    def _end_pause(self) -> None:
+        # Stop the timer *first*: once `wake_up` is cleared, another thread may set it again.
+        self._burst_timer.set(math.inf)
+        self.run_wake_up()
 
     def pause_in_burst(self, found: int) -> TaskWaiter | None:
         if found < MANY:
             return None
         waiter = self.waiter()
-        if self.wake_up is None:
-            self._start_burst_timer(found)
+        if self.wake_up is None and self._burst_timer.is_exact():
+            self._schedule_by_timer(found)
         super().wake(waiter)  # not the override, which could resume it now
         return waiter
 
