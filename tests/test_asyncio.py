@@ -20,6 +20,7 @@ import uvloop
 
 from torchfut_aio import Future, as_completed
 from torchfut_aio._loops import _asyncio
+from torchfut_aio._loops._alarm import Alarm
 from torchfut_aio._loops._asyncio import AsyncioLoop
 
 from . import forks
@@ -394,6 +395,28 @@ async def test_loop_sleeps_after_a_burst(monkeypatch, nothing_blocks_a_loop):
         assert polls == expected
     with anyio.fail_after(PATIENCE):  # it can be woken again
         assert await asyncio.gather(*await pending(2)) == [0, 1]
+
+
+@on_asyncio
+async def test_interrupted_pause_loses_no_other_waiter(monkeypatch, nothing_blocks_a_loop):
+    nothing_blocks_a_loop.deactivate()
+    futures, other = [Future() for _ in range(40)], Future()
+    waiting = asyncio.ensure_future(value_of(other))
+    await asyncio.sleep(0)
+    for fut in futures[:30]:
+        fut.set_result(5)
+
+    def fails(alarm, seconds):
+        monkeypatch.undo()
+        with running(lambda: other.set_result(6)):  # it relies on the timer
+            pass
+        raise MemoryError
+
+    monkeypatch.setattr(Alarm, "set_if_exact", fails)
+    with pytest.raises(MemoryError):
+        async for _ in as_completed(futures):
+            pass
+    assert await asyncio.wait_for(waiting, PATIENCE) == 6
 
 
 @on_asyncio

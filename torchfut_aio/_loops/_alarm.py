@@ -74,7 +74,9 @@ def new_timer() -> TimerFd | None:
 
 
 class Alarm:
-    """Calls ``function`` on ``loop`` when its time has come. For the loop's own thread.
+    """Calls ``function`` on ``loop`` when its time has come.
+
+    All methods but `set_if_exact` are for the loop's own thread.
 
     A new alarm is not set. From the first `set` to `close`, a timer is registered with the loop. If
     the function raises, it is called again after a moment.

@@ -51,7 +51,8 @@ class AsyncioLoop(Loop):
     def __init__(self, event_loop: asyncio.AbstractEventLoop) -> None:
         super().__init__()
         self._at_once = 0  # how many of the queued waiters `wake_all` added
-        self._burst: int | None = None  # how many waiters the last wake-up found, if many
+        # How many waiters the last wake-up found, if many; None once the next one is scheduled.
+        self._burst: int | None = None
         self._burst_timer = self.alarm(self._end_pause)
         # What resumes a task, from when it is taken from the waiter until it is called.
         self._taken: ResumeCallback | None = None
@@ -73,6 +74,7 @@ class AsyncioLoop(Loop):
 
     def schedule_wake_up(self) -> None:
         burst, self._burst = self._burst, None
+        # Nothing is to come after the waiters of `wake_all`, and nothing competes in this thread.
         may_wait = get_ident() != self.thread and not self._at_once
         if not (burst and may_wait and self._schedule_by_timer(burst)):
             super().schedule_wake_up()
@@ -83,7 +85,8 @@ class AsyncioLoop(Loop):
         if event_loop is None or event_loop.is_closed():
             return False
         try:
-            # *Before* the timer is set: when it fires, the loop clears `wake_up`.
+            # *Before* the timer is set: when it fires, the loop clears `wake_up`. If this is
+            # interrupted in between, the caller wakes again, also for others that saw BURST.
             self.wake_up = BURST
             if self._burst_timer.set_if_exact(min(found * PAUSE_FOR_EACH, LONGEST_PAUSE)):
                 return True
@@ -189,7 +192,8 @@ class AsyncioLoop(Loop):
             self._burst = found
 
     def _end_pause(self) -> None:
-        # Stop the timer *first*: once `wake_up` is cleared, another thread may set it again.
+        # Stop the timer *first*: once `wake_up` is cleared, another thread may set it again. And
+        # as it is set here, the alarm does not stop it afterwards.
         self._burst_timer.set(math.inf)
         self.run_wake_up()
 
@@ -197,9 +201,12 @@ class AsyncioLoop(Loop):
         if found < MANY:
             return None
         waiter = self.waiter()
-        if self.wake_up is None and self._burst_timer.is_exact():
-            self._schedule_by_timer(found)
-        super().wake(waiter)  # not the override, which could resume it now
+        try:
+            if self.wake_up is None and self._burst_timer.is_exact():
+                self._burst = None
+                self._schedule_by_timer(found)
+        finally:
+            super().wake(waiter)  # not the override, which could resume it now
         return waiter
 
     def checkpoint(self) -> Iterable[Any]:

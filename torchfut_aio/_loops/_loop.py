@@ -92,7 +92,7 @@ class Loop(ABC):
 
     @speedup
     def schedule_wake_up(self) -> None:
-        """Schedule a call of `run_wake_up`. If this is interrupted, the next `wake` does it."""
+        """Schedule a call of `run_wake_up`. If this is interrupted, the caller wakes again."""
         try:
             # KeyboardInterrupt can be raised after the loop has popped the call and before it runs
             # it. So that this is noticed, the loop holds the only reference to this method object.
