@@ -813,10 +813,11 @@ async def test_collection_at_every_step_disturbs_nothing(implementation, thresho
     collected()
 
 
-def test_finaliser_may_close_an_iterator_as_it_is_read(implementation):
+def test_finaliser_may_close_an_iterator_as_it_is_read(implementation, collected):
     before = gc.get_threshold()
     for _ in range(20):
-        values = ValueStream().listen()
+        stream = ValueStream()
+        values = stream.listen()
         Interferes(partial(values.__exit__, None, None, None))
         gc.set_threshold(1, 1, 1)
         try:
@@ -824,6 +825,8 @@ def test_finaliser_may_close_an_iterator_as_it_is_read(implementation):
         finally:
             gc.set_threshold(*before)
         read.close()
+        collected()
+        assert not stream.listening
 
 
 def test_await_in_a_finaliser_at_exit_aborts_nothing():
