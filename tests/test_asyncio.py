@@ -377,48 +377,6 @@ async def test_loop_completions_are_not_delayed_during_a_burst(
     assert pipe.writes == 0
 
 
-async def awaited_from_now_on():
-    """Return a task that awaits a future, which a thread completes before this returns."""
-    fut = Future()
-    task = asyncio.ensure_future(value_of(fut))
-    await asyncio.sleep(0)
-    with running(lambda: fut.set_result(6)):
-        pass
-    return task
-
-
-@on_asyncio
-async def test_wake_up_that_finds_few_waiters_ends_a_burst(nothing_blocks_a_loop, next_poll):
-    nothing_blocks_a_loop.deactivate()
-    await asyncio.gather(*await burst())
-    late = await awaited_from_now_on()  # within the long pause
-    next_poll()
-    with anyio.fail_after(PATIENCE):
-        assert await late == 6
-        assert await (await awaited_from_now_on()) == 6
-
-
-@on_asyncio
-async def test_pause_of_as_completed_ends_a_burst(nothing_blocks_a_loop, next_poll):
-    nothing_blocks_a_loop.deactivate()
-    await asyncio.gather(*await burst())
-    futures = [Future() for _ in range(31)]
-    for fut in futures[:30]:
-        fut.set_result(5)
-
-    async def consume():
-        return [fut.value() async for fut in as_completed(futures)]
-
-    consumer = asyncio.ensure_future(consume())
-    await asyncio.sleep(0)  # it has found many, and pauses
-    with running(lambda: futures[30].set_result(5)):
-        pass
-    next_poll()
-    with anyio.fail_after(PATIENCE):
-        assert await consumer == [5] * 31
-        assert await (await awaited_from_now_on()) == 6
-
-
 @on_asyncio
 async def test_loop_sleeps_after_a_burst(monkeypatch, nothing_blocks_a_loop):
     nothing_blocks_a_loop.deactivate()

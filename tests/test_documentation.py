@@ -170,8 +170,8 @@ def test_documentation_servers_return_the_stated_answers(tmp_path, page):
 def test_tutorial_refuses_invalid_input_with_400(tmp_path):
     save_server(SERVERS[0], tmp_path)
     with running_server(tmp_path) as address:
-        for invalid in ("/circle -d '[0.1]'", "/circle -d 'x'", "/text?length=x"):
-            assert answer_to(f"curl http://127.0.0.1:8000{invalid}", address) == "400"
+        for asked in ("/circle -d '[0.1]'", "/circle -d 'x'", "/text?length=x"):
+            assert answer_to(f"curl http://127.0.0.1:8000{asked}", address) == "400"
 
 
 EXITS = """

